@@ -1,0 +1,46 @@
+"""A language model in any size you want: distil a chain of anchors once, then get every size in between in seconds.
+
+The names are loaded when they are first used: ``import cbd_hub`` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from cbd_hub.chain import Chain, assemble_chain
+    from cbd_hub.distill.config import ChainDistillerConfig
+    from cbd_hub.distill.distiller import ChainDistiller
+    from cbd_hub.distill.recipe import Recipe, distill_chain
+    from cbd_hub.errors import CBDError
+    from cbd_hub.model import CBDModel
+
+__all__ = [
+    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "distill_chain",
+]
+
+_WHERE = {
+    "CBDError": "cbd_hub.errors",
+    "CBDModel": "cbd_hub.model",
+    "Chain": "cbd_hub.chain",
+    "ChainDistiller": "cbd_hub.distill.distiller",
+    "ChainDistillerConfig": "cbd_hub.distill.config",
+    "Recipe": "cbd_hub.distill.recipe",
+    "assemble_chain": "cbd_hub.chain",
+    "distill_chain": "cbd_hub.distill.recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version("cbd-hub")
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,51 @@
+"""Data and a Jinja template in, a README out."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from cbd_hub.manifest import Evaluation, Manifest
+from cbd_hub.sizes import format_size
+
+
+def chain_card(manifest: Manifest) -> str:
+    """The README of a chain.
+
+    Args:
+        manifest: The chain.
+
+    Returns:
+        Markdown with the metadata of a model card.
+    """
+    anchors = [
+        {
+            "name": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape, "origin": anchor.origin,
+            "loss": _loss(anchor.evaluations[-1]) if anchor.evaluations else "not measured",
+        }
+        for anchor in manifest.anchors
+    ]
+    curve = [
+        {"size": format_size(point.size), "strategy": point.strategy, "loss": _loss(point)} for link in manifest.links for point in link.curve
+    ]
+    measured = [anchor.evaluations[-1] for anchor in manifest.anchors if anchor.evaluations]
+    smallest, largest = manifest.anchors[-1].parameters, manifest.anchors[0].parameters
+    teacher = manifest.teacher
+    return _render(
+        "chain.md.j2", name=manifest.name, anchors=anchors, curve=curve, smallest=format_size(smallest), largest=format_size(largest),
+        example=format_size((smallest + largest) // 2), teacher_repo=teacher.repo_id if teacher else None,
+        license=teacher.license if teacher else None, teacher_parameters=format_size(teacher.parameters) if teacher else None,
+        dataset=measured[-1].dataset if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None,
+    )
+
+
+def _loss(entry: Evaluation) -> str:
+    return f"{entry.loss:.3f}" + (f" ± {entry.stderr:.3f}" if entry.stderr is not None else "")
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    source = (files("cbd_hub.model_cards") / template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values)

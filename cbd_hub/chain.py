@@ -1,0 +1,370 @@
+"""`Chain`: the object people hold, and how a chain's folder is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cbd_hub import shapes
+from cbd_hub.cards import chain_card
+from cbd_hub.errors import ArchitectureError, ArgumentError, StorageError, VocabularyMismatchError, WeightsError
+from cbd_hub.evaluation import Documents
+from cbd_hub.families import family_of
+from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
+from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, download, open_chain
+from cbd_hub.interpolation.planner import Kept, Plan
+from cbd_hub.manifest import (
+    FILE_NAME,
+    Anchor,
+    Blend,
+    Evaluation,
+    FileRecord,
+    Link,
+    Location,
+    Manifest,
+    Patch,
+    PathRecord,
+    Shape,
+    Strategies,
+    Teacher,
+    Training,
+)
+from cbd_hub.measure import measure_segment
+from cbd_hub.model import CBDModel, copy_tokenizer, plan_in
+from cbd_hub.sizes import format_size
+from cbd_hub.weights import Checkpoint
+
+
+# What is taken over from a checkpoint: nothing that could be code or a pickle.
+_CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+
+
+class Chain:
+    """A chain of anchors: a local folder, or a Hub repo.
+
+    Example:
+        >>> chain = Chain.from_pretrained("./chain")  # doctest: +SKIP
+        >>> [anchor.name for anchor in chain.anchors]  # doctest: +SKIP
+        ['135M', '99M', '64M']
+    """
+
+    def __init__(self, files: ChainFiles) -> None:
+        self.files = files
+
+    @classmethod
+    def from_pretrained(
+        cls, chain: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
+    ) -> Chain:
+        """A chain from a local folder or a Hub id.
+
+        Raises:
+            ManifestError: If there is no such chain, or its chain.json is refused.
+        """
+        return cls(open_chain(
+            chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        ))
+
+    @property
+    def manifest(self) -> Manifest:
+        """The validated chain.json."""
+        return self.files.manifest
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.manifest.name
+
+    @property
+    def anchors(self) -> list[Anchor]:
+        """The anchors in falling size."""
+        return list(self.manifest.anchors)
+
+    def neighbours(self, size: str | int) -> tuple[Anchor, Anchor]:
+        """The smaller and the larger anchor around a size; the same one twice at an anchor's own size.
+
+        Raises:
+            SizeError: If the size lies outside the chain, or in the gap across a bridge.
+        """
+        return self.manifest.neighbours(self.manifest.size(size))
+
+    def plan(self, size: str | int | None = None, **options: Any) -> Plan:
+        """The plan of a size; options are those of `CBDModel.plan` from ``shape`` to ``tolerance``."""
+        return plan_in(self.files, size, **options)
+
+    def model(self, size: str | int | None = None, **options: Any) -> Any:
+        """A model of a size, as `CBDModel.from_chain` gives it."""
+        return CBDModel.from_chain(self.files.name, size, **{**self.files.options, "revision": self.files.revision, **options})
+
+    def tokenizer(self) -> Any:
+        """The chain's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.files.root, local_files_only=True)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Copy the chain, with every anchor, to a local folder: absent or empty.
+
+        Raises:
+            StorageError: If the folder is in the way or the disk is full.
+        """
+        with staged_folder(Path(folder)) as target:
+            builder = ChainBuilder(target, self.name)
+            anchors = []
+            for anchor in self.anchors:
+                copy_checkpoint(self.files.anchor_folder(anchor), builder.anchor_folder(anchor.name))
+                kept = None
+                if anchor.maps is not None:
+                    path = target / "maps" / f"{anchor.name}.safetensors"
+                    path.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(self.files.side_file(anchor.maps), path)
+                    kept = PathRecord(path=f"maps/{anchor.name}.safetensors", sha256=sha256(path))
+                anchors.append(builder.record(
+                    anchor.name, origin=anchor.origin, parent=anchor.parent, maps=kept, training=anchor.training,
+                    evaluations=list(anchor.evaluations),
+                ))
+            for name in ("recipe.yaml", "README.md"):
+                if (self.files.root / name).is_file():
+                    shutil.copyfile(self.files.root / name, target / name)
+            builder.finish(anchors, list(self.manifest.links), self.manifest.teacher, card=not (target / "README.md").is_file())
+
+    def __repr__(self) -> str:
+        sizes = " > ".join(anchor.name for anchor in self.anchors)
+        return f"Chain({self.name}: {sizes})"
+
+
+@dataclass(frozen=True)
+class ChainBuilder:
+    """Writes a chain's folder piece by piece; chain.json comes last, so that a folder with one is whole.
+
+    Attributes:
+        root: The folder.
+        name: Name of the chain.
+    """
+
+    root: Path
+    name: str
+
+    def anchor_folder(self, name: str) -> Path:
+        """Where an anchor's files go."""
+        return self.root / "anchors" / name
+
+    def save_kept(self, name: str, kept: Kept) -> PathRecord:
+        """Write an anchor's map into its parent's coordinates."""
+        path = self.root / "maps" / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"kept.layers": kept.layers.astype(np.int32), "kept.ffn": kept.ffn.astype(np.int32)}, path)
+        return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
+
+    def record(
+        self, name: str, *, origin: Literal["source", "cut", "published"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
+        evaluations: Sequence[Evaluation] = (),
+    ) -> Anchor:
+        """Hash an anchor's files and describe it.
+
+        Raises:
+            WeightsError: If a tensor is missing, extra or mis-shaped.
+        """
+        folder = self.anchor_folder(name)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        Checkpoint(folder, config)
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+        files = {path.name: FileRecord(sha256=sha256(path), bytes=path.stat().st_size) for path in paths}
+        chunks = {path.name: chunk_hashes(path) for path in paths if path.suffix == ".safetensors"}
+        listing = self.root / "chunks" / f"{name}.json"
+        write_text(listing, json.dumps({"chunk_bytes": CHUNK_BYTES, "files": chunks}))
+        return Anchor(
+            name=name, parameters=shapes.parameter_count(config), shape=shapes.shape_of(config), family=family_of(config).name,
+            tokenizer_sha256=files["tokenizer.json"].sha256 if "tokenizer.json" in files else None,
+            location=Location(repo_id=".", subfolder=f"anchors/{name}"), files=files,
+            chunks=PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing)), parent=parent, origin=origin, maps=maps,
+            training=training, evaluations=list(evaluations),
+        )
+
+    def finish(self, anchors: list[Anchor], links: list[Link], teacher: Teacher | None, *, card: bool = True) -> Manifest:
+        """Write the tokenizer, the card and at last chain.json."""
+        manifest = Manifest(
+            name=self.name, created_with=f"cbd_hub {version('cbd-hub')}", teacher=teacher, anchors=anchors, links=links
+        )
+        copy_tokenizer(self.anchor_folder(anchors[0].name), self.root)
+        if card:
+            write_text(self.root / "README.md", chain_card(manifest))
+        write_text(self.root / FILE_NAME, manifest.to_json())
+        return manifest
+
+
+def unique_name(parameters: int, taken: Sequence[str]) -> str:
+    """An anchor's name: its size in three significant digits, made unique.
+
+    Example:
+        >>> unique_name(134_515_008, ["135M"])
+        '135M-2'
+    """
+    name = format_size(parameters)
+    candidates = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))]
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def chain_name(folder: Path) -> str:
+    """A chain's name, from the name of its folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:96] or "chain"
+
+
+def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
+    """The local folder of a checkpoint: a folder, or a Hub id that is fetched.
+
+    Raises:
+        StorageError: If there is neither.
+    """
+    name = os.fspath(checkpoint)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if not name or folder.exists() or os.fspath(checkpoint).startswith((".", "/", "~")):
+        raise StorageError(f"{checkpoint} is neither a model folder nor a Hub id; check the path")
+    return download(name, None, ["*.safetensors", *_CHECKPOINT_FILES], {})
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a model folder's weights, config and tokenizer, and nothing that could be code."""
+    target.mkdir(parents=True)
+    weights = sorted(source.glob("*.safetensors"))
+    if not weights:
+        raise WeightsError(f"{source} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
+    for path in [*weights, *(source / name for name in _CHECKPOINT_FILES)]:
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a model folder.
+
+    Raises:
+        WeightsError: If there is none that can be read.
+        ArchitectureError: If its architecture has no axis table.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{folder} has no config.json that can be read ({str(error).splitlines()[0][:120]}); it is no transformers model folder") from error
+    family_of(config)
+    return config
+
+
+def assemble_chain(
+    checkpoints: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], *, align: str | bool = "auto",
+    calibration: Sequence[str] | None = None,
+) -> Chain:
+    """A chain from ready checkpoints of one hidden width, without training: the paper's way.
+
+    Nothing is known of a common ancestor, so layers are mapped evenly and neurons by index; without calibration text layers come back last
+    block first, alpha goes by size distance, and ``auto`` is ``patch`` where only layers differ, else ``blend``.
+
+    Args:
+        checkpoints: Two or more model folders or Hub ids, in any order.
+        output_dir: The folder to make: absent or empty.
+        align: ``"auto"`` or False: the anchors' own coordinates. Anchors of unequal hidden width are not supported.
+        calibration: Texts on which order, road and curve of each segment are measured.
+
+    Returns:
+        The chain.
+
+    Raises:
+        ArgumentError: If there are fewer than two checkpoints, two of one size, or an unknown ``align``.
+        ArchitectureError: If they differ in architecture, hidden width or heads, or a smaller one is deeper or wider than a larger one.
+        VocabularyMismatchError: If they differ in vocabulary.
+        StorageError: If ``output_dir`` is in the way or the disk is full.
+    """
+    if align not in ("auto", False):
+        raise ArgumentError(f'align={align!r} is not available; use align="auto" or False for anchors of one hidden width')
+    if len(checkpoints) < 2:
+        raise ArgumentError(f"a chain needs two checkpoints or more, {len(checkpoints)} came; name the larger and the smaller ones")
+    found = []
+    for checkpoint in checkpoints:
+        folder = resolve_checkpoint(checkpoint)
+        config = read_config(folder)
+        Checkpoint(folder, config)
+        found.append((shapes.parameter_count(config), folder, config))
+    found.sort(key=lambda entry: -entry[0])
+    for (large, large_folder, large_config), (small, small_folder, small_config) in zip(found, found[1:]):
+        _check_pair(large, large_folder, large_config, small, small_folder, small_config)
+    target = Path(output_dir)
+    with staged_folder(target) as root:
+        builder = ChainBuilder(root, chain_name(target))
+        anchors: list[Anchor] = []
+        for parameters, folder, _ in found:
+            name = unique_name(parameters, [anchor.name for anchor in anchors])
+            copy_checkpoint(folder, builder.anchor_folder(name))
+            anchors.append(builder.record(name, origin="published"))
+        links = [_plain_link(small, large) for large, small in zip(anchors, anchors[1:])]
+        if calibration is not None:
+            links = _measured_links(builder, anchors, calibration)
+        builder.finish(anchors, links, None)
+    return Chain.from_pretrained(target)
+
+
+def _check_pair(large: int, large_folder: Path, large_config: Any, small: int, small_folder: Path, small_config: Any) -> None:
+    pair = f"{large_folder} ({format_size(large)}) and {small_folder} ({format_size(small)})"
+    if large == small:
+        raise ArgumentError(f"{pair} have the same size; a chain needs anchors of different sizes")
+    if family_of(large_config) is not family_of(small_config):
+        raise ArchitectureError(f"{pair} are a {large_config.model_type} and a {small_config.model_type}; a segment needs one architecture")
+    if bool(large_config.tie_word_embeddings) != bool(small_config.tie_word_embeddings):
+        raise ArchitectureError(f"{pair} differ in tie_word_embeddings; save both tied or both untied")
+    big, little = shapes.shape_of(large_config), shapes.shape_of(small_config)
+    if big.vocab != little.vocab or _tokenizer_hash(large_folder) != _tokenizer_hash(small_folder):
+        raise VocabularyMismatchError(
+            f"{pair} have different tokenizers (vocabularies of {big.vocab:,} and {little.vocab:,} rows); a segment needs one vocabulary"
+        )
+    for name in ("hidden", "heads", "kv_heads", "head_size"):
+        if getattr(big, name) != getattr(little, name):
+            raise ArchitectureError(f"{pair} have {name} {getattr(big, name)} and {getattr(little, name)}; anchors must agree in hidden width and heads")
+    for name in ("layers", "ffn"):
+        if getattr(little, name) > getattr(big, name):
+            raise ArchitectureError(f"{pair}: the smaller one has more {name} ({getattr(little, name)} against {getattr(big, name)}); that is not supported")
+
+
+def _tokenizer_hash(folder: Path) -> str | None:
+    path = folder / "tokenizer.json"
+    return sha256(path) if path.is_file() else None
+
+
+def _plain_link(small: Anchor, large: Anchor) -> Link:
+    """A link of which nothing was measured: order last block first."""
+    differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
+    return Link(
+        kind="segment", small=small.name, large=large.name, order=Kept.even(small.shape, large.shape).dropped[::-1],
+        strategies=Strategies(blend=Blend(replicate=True), patch=Patch() if differs == ["layers"] else None),
+    )
+
+
+def _measured_links(builder: ChainBuilder, anchors: list[Anchor], calibration: Sequence[str]) -> list[Link]:
+    tokenizer = AutoTokenizer.from_pretrained(builder.anchor_folder(anchors[0].name), local_files_only=True)
+    documents = Documents.packed(calibration, tokenizer, 128, 4096)
+    models: Mapping[str, Any] = {}
+    links = []
+    for large, small in zip(anchors, anchors[1:]):
+        models = {
+            name: models.get(name) or AutoModelForCausalLM.from_pretrained(builder.anchor_folder(name), local_files_only=True)
+            for name in (large.name, small.name)
+        }
+        measured = measure_segment(
+            models[small.name], models[large.name], None, documents, "calibration", names=(small.name, large.name)
+        )
+        links.append(measured.link())
+    return links

@@ -1,0 +1,1 @@
+"""Distilling a chain: the trainer, its data and recipes."""

@@ -1,0 +1,75 @@
+"""Arguments of `ChainDistiller`: transformers.TrainingArguments and what distillation adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from cbd_hub.errors import ArgumentError
+from cbd_hub.losses.divergence import check_options
+from cbd_hub.losses.hidden import HIDDEN_LOSSES
+
+
+@dataclass
+class ChainDistillerConfig(TrainingArguments):
+    """Training arguments of one stage of a chain.
+
+    Everything of ``transformers.TrainingArguments``, with defaults for short distillations, and the fields below. Without an accelerator
+    ``use_cpu`` is set, so that ``bf16=True`` means bf16 autocast there too.
+
+    Args:
+        divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon`` or ``skew_kl``.
+        temperature: Of both distributions in the divergence; the loss is multiplied by its square.
+        beta: Teacher's weight in the Jensen-Shannon mixture.
+        skew: Teacher's share in the skew mixture.
+        kd_weight: Weight of the divergence.
+        ce_weight: Weight of the cross-entropy with the text.
+        hidden_weight: Weight of the hidden-state term on the kept layers; 0 leaves it out.
+        hidden_loss: ``cosine`` or ``mse``.
+        path_fraction: Share of the optimiser steps in which a model in between student and teacher takes the student's place, 0 to 1.
+        block_size: Tokens in a packed block, for data sets with a text column.
+
+    Raises:
+        ArgumentError: If a field is outside its range.
+
+    Example:
+        >>> config = ChainDistillerConfig("out", max_steps=10, path_fraction=0.3)
+        >>> config.divergence, config.learning_rate, config.lr_scheduler_type.value
+        ('forward_kl', 0.0004, 'cosine')
+    """
+
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share if below 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    divergence: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl, jensen_shannon or skew_kl."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence."})
+    beta: float = field(default=0.5, metadata={"help": "Teacher's weight in the Jensen-Shannon mixture."})
+    skew: float = field(default=0.1, metadata={"help": "Teacher's share in the skew mixture."})
+    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy."})
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state term."})
+    hidden_loss: str = field(default="cosine", metadata={"help": "cosine or mse."})
+    path_fraction: float = field(default=0.0, metadata={"help": "Share of the steps spent on in-between models."})
+    block_size: int = field(default=128, metadata={"help": "Tokens in a packed block."})
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        check_options(self.divergence, self.temperature, self.beta, self.skew)
+        for name in ("kd_weight", "ce_weight", "hidden_weight"):
+            if not getattr(self, name) >= 0:
+                raise ArgumentError(f"{name}={getattr(self, name)} is negative; give 0 or more")
+        if not self.kd_weight and not self.ce_weight:
+            raise ArgumentError("kd_weight and ce_weight are both 0, so there is nothing to learn from; set one of them")
+        if not 0.0 <= self.path_fraction <= 1.0:
+            raise ArgumentError(f"path_fraction={self.path_fraction} is outside 0 to 1; it is a share of the steps")
+        if self.hidden_loss not in HIDDEN_LOSSES:
+            raise ArgumentError(f"hidden_loss={self.hidden_loss!r} is not known; choose one of {', '.join(HIDDEN_LOSSES)}")
+        if self.block_size < 2:
+            raise ArgumentError(f"block_size={self.block_size} holds no token to predict; give 2 or more")
+        super().__post_init__()

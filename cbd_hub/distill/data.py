@@ -1,0 +1,166 @@
+"""Text in, token blocks out: documents, the three parts that never mix, packing, batches."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+
+from cbd_hub.errors import DataError
+
+
+_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Documents split three ways; no document is in two parts."""
+
+    train: list[str]
+    calibration: list[str]
+    heldout: list[str]
+
+
+def read_texts(path: str, column: str = "text") -> list[str]:
+    """Documents of local files: paragraphs of .txt files, rows of .jsonl, .csv and .parquet files.
+
+    Args:
+        path: A file, or a pattern such as "text/*.txt".
+        column: Column that holds the text, where files have columns.
+
+    Raises:
+        DataError: If no file matches, a format is unknown, or there is no text.
+    """
+    found = sorted(name for name in glob.glob(str(Path(path).expanduser()), recursive=True) if Path(name).is_file())
+    if not found:
+        raise DataError(f'no file matches "{path}"; check the path or the pattern')
+    texts: list[str] = []
+    for suffix, names in itertools.groupby(found, key=lambda name: Path(name).suffix.lower()):
+        if suffix not in _FORMATS:
+            raise DataError(f'"{suffix}" files are not read as text; give {", ".join(_FORMATS)}')
+        texts += _rows(_FORMATS[suffix], list(names), column)
+    return _nonempty(texts, path)
+
+
+def _rows(builder: str, names: list[str], column: str) -> list[str]:
+    if builder == "text":
+        paragraphs: list[str] = []
+        for name in names:
+            try:
+                lines = Path(name).read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+            groups = itertools.groupby(lines, key=lambda line: bool(line.strip()))
+            paragraphs += ["\n".join(group) for filled, group in groups if filled]
+        return paragraphs
+    try:
+        rows = load_dataset(builder, data_files=names, split="train")
+    except Exception as error:  # datasets raises many kinds for a broken file
+        raise DataError(f"{names[0]} cannot be read as {builder} ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
+    return _column(rows, column, names[0])
+
+
+def _column(rows: Any, column: str, source: str) -> list[str]:
+    if column not in rows.column_names:
+        raise DataError(f'{source} has no column "{column}"; it has {", ".join(rows.column_names)}: set column in the recipe')
+    return [str(text) for text in rows[column] if text]
+
+
+def _nonempty(texts: list[str], source: str) -> list[str]:
+    kept = [text for text in texts if text.strip()]
+    if not kept:
+        raise DataError(f"{source} holds no text; give a file with at least a few paragraphs")
+    return kept
+
+
+def read_dataset(dataset: str, split: str, column: str, name: str | None = None) -> list[str]:
+    """Documents of a Hub data set.
+
+    Raises:
+        DataError: If it cannot be loaded or has no such column.
+    """
+    try:
+        rows = load_dataset(dataset, name, split=split)
+    except Exception as error:  # datasets and the Hub client raise many kinds
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise DataError(f'data set "{dataset}" cannot be loaded ({reason}); check its name and the network, or use path with local files') from error
+    return _nonempty(_column(rows, column, dataset), dataset)
+
+
+def split_documents(texts: Sequence[str], heldout: float, calibration: float, seed: int) -> Parts:
+    """Split documents into training, calibration and held-out parts by a hash of their text.
+
+    Equal documents land in one part, and the split does not depend on the order of the files.
+
+    Args:
+        texts: The documents.
+        heldout: Share that is never trained or calibrated on.
+        calibration: Share for measuring importance, order and curves.
+        seed: Another seed, another split.
+
+    Raises:
+        DataError: If there are fewer than three different documents.
+    """
+    unique = sorted(set(texts), key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode(errors="replace")).digest())
+    if len(unique) < 3:
+        raise DataError(
+            f"the text has {len(unique)} different documents, and training, calibration and held-out parts need one each; give more, "
+            "separated by blank lines"
+        )
+    first = max(1, round(heldout * len(unique)))
+    second = first + max(1, round(calibration * len(unique)))
+    if second >= len(unique):
+        raise DataError(f"heldout {heldout} and calibration {calibration} leave none of {len(unique)} documents to train on; lower them")
+    return Parts(unique[second:], unique[first:second], unique[:first])
+
+
+def pack(texts: Sequence[str], tokenizer: Any, block_size: int) -> Dataset:
+    """Texts joined end to end, with the end-of-text token between them, in blocks of ``block_size`` tokens.
+
+    Args:
+        texts: The documents, in order.
+        tokenizer: A transformers tokenizer.
+        block_size: Tokens in a block; what does not fill the last block is left out.
+
+    Returns:
+        A data set with the column ``input_ids``.
+
+    Raises:
+        DataError: If the text does not fill one block.
+    """
+    stream: list[int] = []
+    blocks: list[list[int]] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for start in range(0, len(texts), 1000):
+        for ids in tokenizer(list(texts[start : start + 1000]), add_special_tokens=False)["input_ids"]:
+            stream += [*ids, *end]
+        whole = len(stream) // block_size * block_size
+        blocks += [stream[first : first + block_size] for first in range(0, whole, block_size)]
+        stream = stream[whole:]
+    if not blocks:
+        raise DataError(f"the training text has {len(stream):,} tokens, less than one block of {block_size:,}; give more text or a smaller block_size")
+    return Dataset.from_dict({"input_ids": blocks})
+
+
+def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """A batch: ids and mask padded to the longest row, labels -100 where padded; labels are the ids where a row has none."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (longest - len(values))]
+
+    batch = {
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in rows]),
+        "labels": torch.tensor([padded(row["labels"] if "labels" in row else row["input_ids"], -100) for row in rows]),
+    }
+    if any("attention_mask" in row for row in rows) or any(len(row["input_ids"]) < longest for row in rows):
+        batch["attention_mask"] = torch.tensor([padded(row.get("attention_mask", [1] * len(row["input_ids"])), 0) for row in rows])
+    return batch

@@ -1,0 +1,245 @@
+"""`ChainDistiller`: the HF Trainer with distillation, hidden-state and path training."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.data import collate, pack
+from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, VocabularyMismatchError
+from cbd_hub.families import family_of
+from cbd_hub.interpolation.live import Between, ModelRunner, Output
+from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at
+from cbd_hub.losses.head import distillation_loss
+from cbd_hub.losses.hidden import hidden_loss
+from cbd_hub.manifest import Shape
+from cbd_hub.shapes import shape_between, shape_of
+
+
+_STAGING = ".saving"
+
+
+class ChainDistiller(Trainer):
+    """Distils a student from the anchor above it.
+
+    The loss is ``kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x hidden term``, each a sum over the kept tokens of
+    the whole optimiser step divided by their number, so that accumulation and several processes change nothing. The student's logits are
+    never formed whole.
+
+    With ``path_fraction`` the student's place is taken in that share of the steps by a model in between student and teacher, built by the plan
+    that `CBDModel.from_chain` uses, at a size drawn anew each step from seed and step alone. For whole blocks this is module replacing
+    (https://huggingface.co/papers/2002.02925).
+
+    Args:
+        model: The student; with ``path_fraction`` or ``hidden_weight`` a cut of the teacher.
+        teacher: The model to learn from: same tokenizer. Frozen, in bf16 where ``bf16`` is set.
+        args: A `ChainDistillerConfig`.
+        train_dataset: Rows with ``input_ids`` (and where wanted ``labels``, -100 for tokens that do not count), or with a ``text`` column,
+            which is packed into blocks.
+        eval_dataset: The same for evaluation, or None.
+        processing_class: The tokenizer; needed for a text column.
+        kept: Which units of the teacher the student was cut from; needed for ``path_fraction`` and ``hidden_weight``.
+        order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
+        **kwargs: What ``transformers.Trainer`` takes.
+
+    Raises:
+        ArgumentError: If ``kept`` is missing where it is needed.
+        ArchitectureError: If student and teacher have no common axis table where one is needed.
+        VocabularyMismatchError: If the vocabularies differ.
+
+    Example:
+        >>> trainer = ChainDistiller(model=student, teacher=teacher, args=ChainDistillerConfig("out", max_steps=100),
+        ...                          train_dataset=dataset, processing_class=tokenizer)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    # The loss is a sum over the whole accumulated batch's tokens already divided by their number.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: Any, teacher: Any, args: ChainDistillerConfig, train_dataset: Any = None, eval_dataset: Any = None,
+        processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, **kwargs: Any,
+    ) -> None:
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise VocabularyMismatchError(
+                f"the student has a vocabulary of {model.config.vocab_size:,} and the teacher of {teacher.config.vocab_size:,}; "
+                "distillation on logits needs one vocabulary: cut both to the tokenizer's size, or use a bridge"
+            )
+        if kept is None and (args.path_fraction or args.hidden_weight):
+            raise ArgumentError("path_fraction and hidden_weight need kept=, the map from the student's layers and neurons to the teacher's")
+        kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
+        super().__init__(
+            model=model, args=args, train_dataset=_tokenised(train_dataset, processing_class, args),
+            eval_dataset=_tokenised(eval_dataset, processing_class, args), processing_class=processing_class, **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
+        teacher.requires_grad_(False).eval()
+        self.kept = kept
+        self._segment = None if kept is None else _segment(model, teacher, kept, order)
+        self._between = Between({"student": self.model, "teacher": teacher})
+        if args.bf16 and teacher.dtype == torch.float32:
+            # Autocast would cast the frozen weights anew at every step. The path needs the exact ones, and so may the caller.
+            teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "attention_mask", "labels"]
+
+    # -- the loss ------------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """The loss of a batch, a sum over its kept tokens divided by ``num_items_in_batch``."""
+        student = self.accelerator.unwrap_model(model)
+        loss = self._through(model, student, lambda: self._loss(student, inputs, num_items_in_batch))
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    @staticmethod
+    def _through(wrapper: Any, module: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """Run ``compute`` inside the forward pass of a distributed wrapper, which then sees every gradient."""
+        if wrapper is module:
+            return compute()
+        original = module.forward
+
+        def forward(*_: Any, **__: Any) -> Tensor:
+            module.forward = original
+            return compute()
+
+        module.forward = forward
+        try:
+            return wrapper()
+        finally:
+            module.forward = original
+
+    def _loss(self, student: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        args: ChainDistillerConfig = self.args
+        input_ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
+        shifted = torch.full_like(labels, -100)
+        shifted[:, :-1] = labels[:, 1:]
+        keep = shifted != -100
+        training = student.training
+        plan = self._path_plan() if training else None
+        want_states = bool(args.hidden_weight) and plan is None
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                target = ModelRunner(self.teacher)(input_ids, mask, states=want_states)
+            output = (ModelRunner(student) if plan is None else self._between.run(plan))(input_ids, mask, states=want_states)
+            if num_items is None:
+                num_items = keep.sum().clamp(min=1)
+            loss = self._head_loss(output, target, shifted, num_items)
+            if want_states:
+                hidden = hidden_loss(*self._mapped(output, target), keep, kind=args.hidden_loss, num_items=num_items)
+                loss = loss + args.hidden_weight * hidden
+        if training and self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            loss = loss * self.accelerator.num_processes  # the count is of all processes, and their gradients are averaged
+        return loss
+
+    def _head_loss(self, output: Output, target: Output, labels: Tensor, num_items: Tensor | int) -> Tensor:
+        args: ChainDistillerConfig = self.args
+        ours, theirs = output.head, target.head
+        return distillation_loss(
+            output.hidden.flatten(0, 1), ours.weight, target.hidden.flatten(0, 1), theirs.weight, labels.flatten(),
+            divergence=args.divergence, temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight,
+            ce_weight=args.ce_weight, num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias,
+            student_logit_scale=ours.logit_scale, teacher_logit_scale=theirs.logit_scale, student_softcap=ours.softcap,
+            teacher_softcap=theirs.softcap,
+        )
+
+    def _mapped(self, output: Output, target: Output) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's states and the teacher's states they are to match: those at the end of the block each layer stands for."""
+        assert self.kept is not None
+        assert output.states is not None
+        assert target.states is not None
+        ends = [int(layer) - 1 for layer in self.kept.layers[1:]] + [len(target.states) - 1]
+        return list(output.states), [target.states[end] for end in ends]
+
+    # -- the path ------------------------------------------------------------------------------------------------------------
+
+    def _path_plan(self) -> Plan | None:
+        """The plan of this step's in-between model, or None for the student itself: a function of seed and step."""
+        if self._segment is None or not self.args.path_fraction:
+            return None
+        draw = random.Random(f"{self.args.seed} {self.state.global_step}")
+        if draw.random() >= self.args.path_fraction:
+            return None
+        low, high = self._segment.sizes
+        return path_plan(self._segment, round(low + draw.random() * (high - low)))
+
+    # -- saving --------------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, _STAGING) if getattr(self, "_saving", False) else run_dir
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint is written aside and renamed, so that one that is there is whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / _STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            final = run_dir / name
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(staging / name, final)
+            staging.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+
+
+def path_plan(segment: Segment, size: int) -> Plan:
+    """The plan of an in-between model as path training uses it: a patch where only layers differ, else the blend at its road."""
+    point = road_at(segment, size)
+    shape = shape_between(size, segment.small_shape, segment.large_shape, segment.config, point.layers)
+    if segment.patch:
+        return patch_plan(segment, shape)
+    return blend_plan(segment, shape, point)
+
+
+def _segment(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None) -> Segment:
+    if family_of(student.config) is not family_of(teacher.config):
+        raise ArchitectureError(f"the student is a {student.config.model_type} and the teacher a {teacher.config.model_type}; kept= joins one architecture only")
+    small, large = shape_of(student.config), shape_of(teacher.config)
+    kept.check(small, large)
+    differs = [name for name in Shape.model_fields if getattr(small, name) != getattr(large, name)]
+    return Segment(
+        "student", "teacher", small, large, kept, list(order) if order is not None else kept.dropped[::-1], teacher.config,
+        patch=differs == ["layers"],
+    )
+
+
+def _tokenised(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:
+    """A data set with input_ids: the given one, or its text column packed."""
+    if dataset is None or "input_ids" in (getattr(dataset, "column_names", None) or ["input_ids"]):
+        return dataset
+    if "text" not in dataset.column_names:
+        raise DataError(f"the data set has the columns {', '.join(dataset.column_names)}; give input_ids, or text and a tokenizer")
+    if tokenizer is None:
+        raise DataError("the data set has a text column but no tokenizer came; pass processing_class=")
+    packed: Dataset = pack(list(dataset["text"]), tokenizer, args.block_size)
+    return packed

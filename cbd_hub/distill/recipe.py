@@ -1,0 +1,467 @@
+"""Recipes: a whole chain described in YAML, and `distill_chain`, which carries one out, stage by stage, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from cbd_hub import shapes
+from cbd_hub.chain import Chain, ChainBuilder, chain_name, copy_checkpoint, read_config, resolve_checkpoint, unique_name
+from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.data import Parts, pack, read_dataset, read_texts, split_documents
+from cbd_hub.distill.distiller import ChainDistiller
+from cbd_hub.distill.progress import StageProgress
+from cbd_hub.errors import RecipeError, StorageError
+from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.files import staged_folder, write_text
+from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.interpolation.planner import Kept
+from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
+from cbd_hub.measure import measure_segment
+from cbd_hub.sizes import format_size, parse_size
+
+
+CALIBRATION_TOKENS = 4096
+_WORK = ".work"
+_STAGE_FIELDS = {field.name for field in dataclasses.fields(ChainDistillerConfig) if field.init} - {"output_dir", "seed"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RecipeData(_Strict):
+    """The text: local files or a Hub data set, and how it is split.
+
+    Attributes:
+        path: A file or pattern of local files.
+        dataset: A Hub data set instead.
+        name: Configuration of the Hub data set.
+        split: Split of the Hub data set.
+        column: Column that holds the text.
+        block_size: Tokens in a training block.
+        heldout: Share of the documents that nothing is trained or measured on.
+        calibration: Share of the documents for importance, order and curves.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    block_size: int = Field(default=128, ge=8, le=2**20)
+    heldout: float = Field(default=0.05, gt=0, lt=1)
+    calibration: float = Field(default=0.02, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either path (local files) or dataset (a Hub id)")
+        return self
+
+    @property
+    def source(self) -> str:
+        """What the text is called."""
+        return str(self.path or self.dataset)
+
+
+class Recipe(_Strict):
+    """A whole chain: teacher, anchors in falling size, text and training."""
+
+    teacher: str
+    anchors: list[str | int | dict[str, Any]] = Field(min_length=1, max_length=100)
+    data: RecipeData
+    stage: dict[str, Any] = {}
+    stages: dict[str, dict[str, Any]] = {}
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> Self:
+        for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
+            for key in fields:
+                if key not in _STAGE_FIELDS:
+                    near = difflib.get_close_matches(key, sorted(_STAGE_FIELDS), n=1, cutoff=0.0)[0]
+                    raise ValueError(f"{where}.{key} is no field of ChainDistillerConfig; did you mean {near}?")
+        unknown = sorted(self.stages.keys() - {str(anchor) for anchor in self.anchors if not isinstance(anchor, dict)})
+        if unknown:
+            raise ValueError(f"stages.{unknown[0]} names no anchor of this recipe; its anchors are {', '.join(str(a) for a in self.anchors)}")
+        for anchor in self.anchors:
+            if isinstance(anchor, dict):
+                if not set(anchor) <= {*Shape.model_fields, "checkpoint"} or ("checkpoint" in anchor and len(anchor) > 1):
+                    raise ValueError(f"anchors: {anchor} is no size, no shape ({', '.join(Shape.model_fields)}) and no checkpoint")
+            else:
+                parse_size(anchor)
+        return self
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Recipe:
+        """A recipe from a YAML file.
+
+        Raises:
+            RecipeError: If it cannot be read or a key or value is wrong; the message names the line.
+        """
+        file = Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+            lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" line {mark.line + 1}" if mark else ""
+            raise RecipeError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); check quotes, colons and indentation") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error}); give a recipe file") from error
+        if not isinstance(values, dict):
+            raise RecipeError(f"{file} holds no recipe; it needs teacher, anchors and data")
+        return cls.parse(values, str(file), lines)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], source: str = "recipe", lines: Mapping[tuple[str, ...], int] | None = None) -> Recipe:
+        """A recipe from plain data.
+
+        Raises:
+            RecipeError: If a key or value is wrong.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = tuple(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                fields = RecipeData.model_fields if where[0] == "data" and len(where) > 1 else cls.model_fields
+                near = difflib.get_close_matches(where[-1], list(fields), n=1, cutoff=0.0)[0]
+                message = f"{'.'.join(where)} is no key of a recipe; did you mean {near}?"
+            elif where:
+                message = f"{'.'.join(where)}: {message}"
+            line = _line_of(lines or {}, where, message)
+            raise RecipeError(f"{source}{f' line {line}' if line else ''}: {message}") from error
+
+    def stage_arguments(self, anchor: str | int | dict[str, Any]) -> dict[str, Any]:
+        """The training arguments of one anchor's stage."""
+        own = {} if isinstance(anchor, dict) else self.stages.get(str(anchor), {})
+        return {"max_steps": 100, "bf16": True, "block_size": self.data.block_size, **self.stage, **own}
+
+    def sha256(self) -> str:
+        """Hash of what the recipe says, however it is written."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML."""
+        return str(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
+
+
+def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Line of every key and item of a YAML document, from 1."""
+    found: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            found[here] = key.start_mark.line + 1
+            found.update(_lines(value, here))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            here = (*path, str(index))
+            found[here] = value.start_mark.line + 1
+            found.update(_lines(value, here))
+    return found
+
+
+def _line_of(lines: Mapping[tuple[str, ...], int], where: tuple[str, ...], message: str) -> int | None:
+    named = message.split(" ", 1)[0].rstrip(":")
+    for path, line in lines.items():
+        if ".".join(path) == named:
+            return line
+    while where:
+        if where in lines:
+            return lines[where]
+        where = where[:-1]
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One anchor to make.
+
+    Attributes:
+        name: The anchor's name.
+        wish: As the recipe gives it.
+        size: Parameters wanted; None for a checkpoint.
+        shape: The exact shape wanted, or None.
+        checkpoint: A published checkpoint to start from, or None.
+        arguments: Training arguments.
+    """
+
+    name: str
+    wish: str
+    size: int | None
+    shape: Shape | None
+    checkpoint: str | None
+    arguments: dict[str, Any]
+
+
+def plan_stages(recipe: Recipe, teacher_config: Any) -> list[Stage]:
+    """The stages of a recipe, checked against its teacher.
+
+    Raises:
+        RecipeError: If the anchors do not fall in size from the teacher on.
+    """
+    above = shapes.parameter_count(teacher_config)
+    whole = shapes.shape_of(teacher_config)
+    taken = [unique_name(above, [])]
+    stages = []
+    for wish in recipe.anchors:
+        shape, checkpoint = None, None
+        if isinstance(wish, dict) and "checkpoint" in wish:
+            checkpoint = str(wish["checkpoint"])
+            config = read_config(resolve_checkpoint(checkpoint))
+            size = shapes.parameter_count(config)
+        elif isinstance(wish, dict):
+            shape = whole.model_copy(update=wish)
+            size = shapes.count(Shape.model_validate(shape.model_dump()), teacher_config)
+        else:
+            size = parse_size(wish)
+        if size >= above:
+            raise RecipeError(
+                f"anchor {wish} has {format_size(size)} but the one above it has {format_size(above)}; list anchors in falling size, all smaller "
+                "than the teacher"
+            )
+        name = unique_name(size, taken)
+        stages.append(Stage(name, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish)))
+        taken.append(name)
+        above, whole = size, whole if shape is None else shape
+    return stages
+
+
+def read_parts(recipe: Recipe) -> Parts:
+    """The recipe's documents, split.
+
+    Raises:
+        DataError: If the text is missing, empty or too short.
+    """
+    data = recipe.data
+    if data.path is not None:
+        texts = read_texts(data.path, data.column)
+    else:
+        assert data.dataset is not None
+        texts = read_dataset(data.dataset, data.split, data.column, data.name)
+    return split_documents(texts, data.heldout, data.calibration, recipe.seed)
+
+
+def distill_chain(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], output_dir: str | os.PathLike[str], *,
+    progress: Callable[[str], None] | None = None,
+) -> Chain:
+    """Carry out a recipe: every anchor cut from the one above it, distilled, and the segments between them measured.
+
+    Finished stages are skipped and a stage goes on from its last checkpoint, so that a run that was stopped is run again with the same call.
+    The same recipe gives the same chain, bit for bit, on the same machine at a fixed number of threads.
+
+    Args:
+        recipe: A `Recipe`, its plain data, or a YAML file.
+        output_dir: The chain's folder: absent, empty, or an unfinished run of this recipe.
+        progress: Called with a line for each step of the work.
+
+    Returns:
+        The chain.
+
+    Raises:
+        RecipeError: If the recipe is wrong, or the folder holds a run of another one.
+        DataError: If the text is missing, empty or too short.
+        StorageError: If the folder is in the way or the disk is full.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.read(recipe)
+    target = Path(output_dir)
+    if (target / "chain.json").is_file():
+        chain = Chain.from_pretrained(target)
+        if any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors):
+            return chain
+        raise RecipeError(f"{target} holds a chain made by another recipe; choose another folder")
+    run = _Run(recipe, target, progress or (lambda line: None))
+    try:
+        return run.carry_out()
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno is None:
+            raise
+        raise StorageError(f"cannot write {target}: {error.strerror}; free or choose another disk and run again, it goes on") from error
+
+
+class _Run:
+    """One carrying-out of a recipe; everything done is on disk, so that the next run skips it."""
+
+    def __init__(self, recipe: Recipe, target: Path, progress: Callable[[str], None]) -> None:
+        self.recipe, self.target, self.progress = recipe, target, progress
+        self.work = target / _WORK
+        self.builder = ChainBuilder(target, chain_name(target))
+        self._claim()
+        source = resolve_checkpoint(recipe.teacher)
+        self.teacher_config = read_config(source)
+        self.source = source
+        self.stages = plan_stages(recipe, self.teacher_config)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.parts = read_parts(recipe)
+        block = recipe.data.block_size
+        self.calibration = Documents.packed(self.parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
+        self.dataset = f"{recipe.data.source} (calibration)"
+
+    def _claim(self) -> None:
+        """Refuse a folder that is something else; note whose run this is."""
+        mark = self.work / "recipe.sha256"
+        if mark.is_file():
+            if mark.read_text() != self.recipe.sha256():
+                raise RecipeError(f"{self.target} holds an unfinished run of another recipe; finish that one, remove the folder, or choose another")
+        elif self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            raise StorageError(f"{self.target} already exists and is no run of a recipe; choose another folder or remove it")
+        else:
+            write_text(mark, self.recipe.sha256())
+
+    def carry_out(self) -> Chain:
+        anchors = [self._teacher()]
+        links: list[Link] = []
+        large = self._load(anchors[0].name)
+        for stage in self.stages:
+            small, cut, importance = self._anchor(stage, large, anchors)
+            links.append(self._link(stage, small, large, cut, importance, anchors))
+            large = small
+        write_text(self.target / "recipe.yaml", self.recipe.to_yaml())
+        parent = anchors[0]
+        repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
+        self.builder.finish(anchors, links, Teacher(repo_id=repo, parameters=parent.parameters))
+        shutil.rmtree(self.work)
+        return Chain.from_pretrained(self.target)
+
+    def _load(self, name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.builder.anchor_folder(name), dtype=torch.float32, local_files_only=True).eval()
+
+    def _remembered(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A small result, made once and kept in the work folder."""
+        path = self.work / f"{key}.json"
+        if not path.is_file():
+            write_text(path, json.dumps(make()))
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def _evaluation(self, model: Any) -> dict[str, Any]:
+        with frozen(model):
+            losses = document_losses(ModelRunner(model), self.calibration)
+        entry = Evaluation(loss=losses.mean, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)
+        return entry.model_dump()
+
+    def _teacher(self) -> Anchor:
+        name = unique_name(shapes.parameter_count(self.teacher_config), [])
+        folder = self.builder.anchor_folder(name)
+        if not folder.exists():
+            self.progress(f"teacher: {self.recipe.teacher} becomes anchor {name}")
+            with staged_folder(folder) as staging:
+                copy_checkpoint(self.source, staging / "copy")
+                for path in (staging / "copy").iterdir():
+                    shutil.move(path, staging / path.name)
+                (staging / "copy").rmdir()
+        entry = self._remembered(f"{name}.evaluation", lambda: self._evaluation(self._load(name)))
+        return self.builder.record(name, origin="source", evaluations=[Evaluation(**entry)])
+
+    def _anchor(self, stage: Stage, large: Any, anchors: list[Anchor]) -> tuple[Any, Cut | None, Importance | None]:
+        """Make one anchor, or pick it up where it was; it is added to ``anchors``."""
+        parent = anchors[-1]
+        cut = importance = None
+        maps: PathRecord | None = None
+        folder = self.builder.anchor_folder(stage.name)
+        if stage.checkpoint is None:
+            importance = measure_importance(large, self.calibration)
+            cut = self._cut(stage, large, importance, parent)
+            maps = self.builder.save_kept(stage.name, cut.kept)
+        if not folder.exists():
+            self._train(stage, large, cut, importance, folder)
+        small = self._load(stage.name)
+        entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small))
+        result = json.loads((self.work / f"{stage.name}.training.json").read_text())
+        anchors.append(self.builder.record(
+            stage.name, origin="published" if cut is None else "cut", parent=None if cut is None else parent.name, maps=maps,
+            training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256()),
+            evaluations=[Evaluation(**entry)],
+        ))
+        return small, cut, importance
+
+    def _cut(self, stage: Stage, large: Any, importance: Importance, parent: Anchor) -> Cut:
+        """The stage's cut; the choice of its shape is remembered, the rest follows from the importance."""
+        assert stage.size is not None
+        size, wish = stage.size, stage.shape
+
+        def choose() -> dict[str, Any]:
+            if wish is None:
+                self.progress(f"{stage.name}: which mix of layers and FFN loses least")
+            cut = choose_cut(large, size, importance, self.calibration, name=parent.name, wish=wish)
+            for shape, loss in sorted(cut.tried.items(), key=lambda entry: entry[1]):
+                self.progress(f"  {shape.text:<22}{loss:.3f} nats untrained")
+            return {"shape": cut.plan.shape.model_dump()}
+
+        shape = Shape(**self._remembered(f"{stage.name}.cut", choose)["shape"])
+        return Cut.of(large, shape, importance, parent.name)
+
+    def _train(self, stage: Stage, large: Any, cut: Cut | None, importance: Importance | None, folder: Path) -> None:
+        run_dir = self.work / stage.name
+        set_seed(self.recipe.seed)
+        if cut is not None:
+            student = cut_model(large, cut.plan)
+        else:
+            assert stage.checkpoint is not None
+            student = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(stage.checkpoint), dtype=torch.float32)
+        kept: Kept | None = None if cut is None else cut.kept
+        order = None if cut is None or importance is None else importance.order(cut.kept)
+        arguments = ChainDistillerConfig(
+            output_dir=str(run_dir), seed=self.recipe.seed, **{"disable_tqdm": False, "save_steps": 25, **stage.arguments}
+        )
+        rows = pack(self.parts.train, self.tokenizer, arguments.block_size)
+        trainer = ChainDistiller(
+            model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
+            callbacks=[StageProgress(f"{stage.name}", arguments)],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
+        self.progress(f"{stage.name}: {'goes on from ' + Path(last).name if last else 'learns'}, {arguments.max_steps} steps")
+        started = time.monotonic()
+        output = trainer.train(resume_from_checkpoint=last)
+        steps = trainer.state.global_step
+        tokens = steps * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size * arguments.block_size
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        write_text(self.work / f"{stage.name}.training.json", json.dumps({
+            "tokens": tokens, "loss": losses[-1] if losses else output.training_loss, "seconds": time.monotonic() - started,
+        }))
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        with staged_folder(folder) as staging:
+            student.save_pretrained(staging)
+            self.tokenizer.save_pretrained(staging)
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+    def _link(
+        self, stage: Stage, small: Any, large: Any, cut: Cut | None, importance: Importance | None, anchors: list[Anchor]
+    ) -> Link:
+        names = (anchors[-1].name, anchors[-2].name)
+
+        def measure() -> dict[str, Any]:
+            self.progress(f"{names[0]} to {names[1]}: order, alpha and curve of the segment")
+            first = None if cut is None or importance is None else importance.order(cut.kept)
+            measured = measure_segment(
+                small, large, None if cut is None else cut.kept, self.calibration, self.dataset, names=names, first=first
+            )
+            return measured.link().model_dump()
+
+        return Link(**self._remembered(f"{stage.name}.link", measure))

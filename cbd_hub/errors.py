@@ -1,0 +1,50 @@
+"""The errors of cbd_hub. Each message says what was asked, what was found and what to do.
+
+Every class inherits from `CBDError` and from the built-in that callers already catch for that kind of mistake.
+"""
+
+from __future__ import annotations
+
+
+class CBDError(Exception):
+    """Any mistake that cbd_hub can explain."""
+
+
+class ArgumentError(CBDError, ValueError):
+    """An argument has a value, or a name, that cannot be used."""
+
+
+class SizeError(CBDError, ValueError):
+    """A size that cannot be read, lies outside the chain, or cannot be realised."""
+
+
+class ArchitectureError(CBDError, ValueError):
+    """A model architecture without an axis table, or models whose architectures do not fit together."""
+
+
+class VocabularyMismatchError(CBDError, ValueError):
+    """Two models or a text whose vocabularies do not fit."""
+
+
+class ManifestError(CBDError, ValueError):
+    """A chain.json that is missing, broken, newer than this version, or hostile."""
+
+
+class RecipeError(CBDError, ValueError):
+    """A recipe that cannot be read; the message names the line."""
+
+
+class DataError(CBDError, ValueError):
+    """Text that is missing, empty or too short."""
+
+
+class WeightsError(CBDError, ValueError):
+    """A checkpoint with a missing, extra or mis-shaped tensor."""
+
+
+class IntegrityError(CBDError, OSError):
+    """A file whose bytes are not the ones that were recorded."""
+
+
+class StorageError(CBDError, OSError):
+    """A file or folder that cannot be read or written."""

@@ -1,0 +1,177 @@
+"""Held-out loss with its standard error, paired differences, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbd_hub.errors import DataError
+from cbd_hub.interpolation.live import Runner
+from cbd_hub.losses.head import token_losses
+
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents for evaluation.
+
+    Attributes:
+        ids: Token ids of each document, shape (length,), cut to the block size; each at least 2.
+        lengths: UTF-8 bytes that the predicted tokens of each document stand for.
+    """
+
+    ids: tuple[Tensor, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens of all documents."""
+        return sum(len(ids) - 1 for ids in self.ids)
+
+    @classmethod
+    def read(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
+        """Documents from texts, in order, until ``max_tokens`` predicted tokens are reached.
+
+        Args:
+            texts: One text per document.
+            tokenizer: A transformers tokenizer.
+            block_size: Longest document in tokens; the rest is left out.
+            max_tokens: Where to stop; None for all.
+
+        Raises:
+            DataError: If no document has two tokens.
+        """
+        ids, lengths, total = [], [], 0
+        for text in texts:
+            tokens = tokenizer(text, add_special_tokens=True, truncation=True, max_length=block_size)["input_ids"]
+            if len(tokens) < 2:
+                continue
+            ids.append(torch.tensor(tokens))
+            lengths.append(len(tokenizer.decode(tokens[1:]).encode()))
+            total += len(tokens) - 1
+            if max_tokens is not None and total >= max_tokens:
+                break
+        if not ids:
+            raise DataError("the text has no document of two tokens or more; give a longer text")
+        return cls(tuple(ids), tuple(lengths))
+
+    @classmethod
+    def packed(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
+        """Texts joined end to end, with the end-of-text token between them, in blocks of one length: for calibration.
+
+        Raises:
+            DataError: If the texts do not fill one block.
+        """
+        stream: list[int] = []
+        for text in texts:
+            stream += tokenizer(text, add_special_tokens=False)["input_ids"]
+            stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            if max_tokens is not None and len(stream) >= max_tokens:
+                break
+        blocks = len(stream) // block_size if max_tokens is None else min(len(stream), max(max_tokens, block_size)) // block_size
+        if not blocks:
+            raise DataError(f"the calibration text has {len(stream):,} tokens, less than one block of {block_size:,}; give a longer text or a smaller block_size")
+        ids = [torch.tensor(stream[start * block_size : (start + 1) * block_size]) for start in range(blocks)]
+        return cls(tuple(ids), tuple(len(tokenizer.decode(block[1:]).encode()) for block in ids))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed loss in nats and predicted tokens of each document.
+
+    Example:
+        >>> losses = Losses(np.array([20.0, 30.0]), np.array([10, 10]))
+        >>> losses.mean, round(losses.stderr, 3)
+        (2.5, 0.5)
+    """
+
+    nats: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Nats per token over all tokens."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean over documents, as of a ratio estimate."""
+        return _ratio_stderr(self.nats, self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean)."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+    def minus(self, *others: tuple[float, Losses]) -> tuple[float, float]:
+        """Mean of this minus a weighted sum of others, paired over documents, and its standard error, in nats per token."""
+        nats = self.nats - sum(weight * other.nats for weight, other in others)
+        return float(nats.sum() / self.tokens.sum()), _ratio_stderr(nats, self.tokens)
+
+
+def _ratio_stderr(nats: np.ndarray, tokens: np.ndarray) -> float:
+    documents = len(nats)
+    if documents < 2:
+        return math.nan
+    residual = nats - nats.sum() / tokens.sum() * tokens
+    return float(math.sqrt(documents / (documents - 1) * np.square(residual).sum()) / tokens.sum())
+
+
+@torch.no_grad()
+def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) -> Losses:
+    """Loss of a model on each document.
+
+    Args:
+        runner: A model or a plan that runs.
+        documents: The documents.
+        bf16: Whether products run in bf16 (under autocast); logits and losses are fp32 either way.
+
+    Returns:
+        The losses, in the documents' order.
+    """
+    by_length = sorted(range(len(documents.ids)), key=lambda index: len(documents.ids[index]))
+    nats, tokens = np.zeros(len(by_length)), np.zeros(len(by_length), dtype=np.int64)
+    start = 0
+    while start < len(by_length):
+        stop = start + 1
+        while stop < len(by_length) and (stop + 1 - start) * len(documents.ids[by_length[stop]]) <= _BATCH_TOKENS:
+            stop += 1
+        chosen = by_length[start:stop]
+        for index, (total, count) in zip(chosen, _batch_losses(runner, [documents.ids[index] for index in chosen], bf16)):
+            nats[index], tokens[index] = total, count
+        start = stop
+    return Losses(nats, tokens)
+
+
+def _batch_losses(runner: Runner, batch: list[Tensor], bf16: bool) -> list[tuple[float, int]]:
+    longest = max(len(ids) for ids in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask = torch.zeros(len(batch), longest, dtype=torch.long)
+    for row, ids in enumerate(batch):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+    device = runner.device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        output = runner(input_ids.to(device), None if bool(mask.all()) else mask.to(device))
+    predicts = mask[:, 1:].bool().to(device)
+    head = output.head
+    hidden = output.hidden[:, :-1][predicts]
+    losses = token_losses(
+        hidden.to(torch.bfloat16) if bf16 else hidden, head.weight, input_ids[:, 1:].to(device)[predicts],
+        bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+    ).double()
+    counts = [len(ids) - 1 for ids in batch]
+    return [(float(part.sum()), count) for part, count in zip(losses.split(counts), counts)]
+
+
+def bits_per_byte(losses: Losses, documents: Documents) -> float:
+    """Loss in bits per UTF-8 byte of text: the unit in which models of different vocabularies compare."""
+    return float(losses.nats.sum() / math.log(2) / sum(documents.lengths))

@@ -1,0 +1,53 @@
+"""GPT-2: LayerNorm, learned positions, fused q, k, v and Conv1D weights stored (in, out)."""
+
+from cbd_hub.families.table import Family, TensorSpec
+
+
+_Q = ("heads", "head_size")
+_QKV = (3, "heads", "head_size")
+_BLOCK = "transformer.h.{layer}."
+
+GPT2 = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    fields={
+        "layers": "n_layer",
+        "hidden": "n_embd",
+        "heads": "n_head",
+        "kv_heads": "kv_heads",
+        "head_size": "head_size",
+        "ffn": "n_inner",
+        "vocab": "vocab_size",
+        "positions": "n_positions",
+    },
+    defaults={
+        "kv_heads": "heads",
+        "head_size": lambda config: config.n_embd // config.n_head,
+        "ffn": lambda config: 4 * config.n_embd,
+    },
+    tensors=(
+        TensorSpec("transformer.wte.weight", ("vocab", "hidden")),
+        TensorSpec("transformer.wpe.weight", ("positions", "hidden")),
+        TensorSpec(_BLOCK + "ln_1.weight", ("hidden",)),
+        TensorSpec(_BLOCK + "ln_1.bias", ("hidden",)),
+        TensorSpec(_BLOCK + "attn.c_attn.weight", ("hidden", _QKV)),
+        TensorSpec(_BLOCK + "attn.c_attn.bias", (_QKV,)),
+        TensorSpec(_BLOCK + "attn.c_proj.weight", (_Q, "hidden")),
+        TensorSpec(_BLOCK + "attn.c_proj.bias", ("hidden",)),
+        TensorSpec(_BLOCK + "ln_2.weight", ("hidden",)),
+        TensorSpec(_BLOCK + "ln_2.bias", ("hidden",)),
+        TensorSpec(_BLOCK + "mlp.c_fc.weight", ("hidden", "ffn")),
+        TensorSpec(_BLOCK + "mlp.c_fc.bias", ("ffn",)),
+        TensorSpec(_BLOCK + "mlp.c_proj.weight", ("ffn", "hidden")),
+        TensorSpec(_BLOCK + "mlp.c_proj.bias", ("hidden",)),
+        TensorSpec("transformer.ln_f.weight", ("hidden",)),
+        TensorSpec("transformer.ln_f.bias", ("hidden",)),
+        TensorSpec("lm_head.weight", ("vocab", "hidden"), unless="tie_word_embeddings"),
+    ),
+    blocks="transformer.h",
+    ffn_input="mlp.c_proj",
+    embedding="transformer.wte.weight",
+    residual=("attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
+    base_prefix="transformer.",
+    buffers=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
+)

@@ -1,0 +1,136 @@
+"""What an axis table is: for every stored tensor of an architecture, the named axes of its dimensions.
+
+All that cuts, counts, widens or interpolates reads these tables. A new architecture is one new table and one line in a test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+
+# One dimension of a stored tensor: an axis name, a number, or a tuple of them whose product is the dimension
+# (outermost first), such as ("heads", "head_size") or (3, "heads", "head_size") for a fused q, k, v.
+Dimension = str | int | tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One stored tensor, or one per layer where the name holds ``{layer}``.
+
+    Attributes:
+        name: Checkpoint key, with ``{layer}`` for the layer's number.
+        dims: The axes of each dimension, in stored order.
+        when: Config attribute that must be true for the tensor to exist.
+        unless: Config attribute that must be false for the tensor to exist.
+    """
+
+    name: str
+    dims: tuple[Dimension, ...]
+    when: str | None = None
+    unless: str | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has one."""
+        return "{layer}" in self.name
+
+    def present(self, config: Any) -> bool:
+        """Whether a model of this config stores it."""
+        return (self.when is None or bool(getattr(config, self.when))) and (
+            self.unless is None or not getattr(config, self.unless)
+        )
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its stored shape, from the sizes of the axes."""
+        return tuple(dimension_size(dim, sizes) for dim in self.dims)
+
+
+def dimension_size(dim: Dimension, sizes: Mapping[str, int]) -> int:
+    """Length of one dimension.
+
+    Example:
+        >>> dimension_size((3, "heads", "head_size"), {"heads": 12, "head_size": 64})
+        2304
+    """
+    parts = dim if isinstance(dim, tuple) else (dim,)
+    return prod(part if isinstance(part, int) else sizes[part] for part in parts)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The axis table of one architecture.
+
+    Attributes:
+        name: As in chain.json.
+        model_types: Values of ``config.model_type`` that it covers.
+        fields: Axis name -> config attribute.
+        defaults: Axis name -> how to get it where the attribute is None or absent: another axis's name for an equal size,
+            or a function of the config.
+        tensors: Every stored tensor.
+        blocks: Path of the module list of layers.
+        ffn_input: Module within a block whose input is the FFN's activations.
+        norm: Path of the final norm, for readers of the residual stream.
+        embedding: Key of the token embedding.
+        head: Key of the output head, which shares the embedding where ``tied`` is true.
+        tied: Config attribute that ties head and embedding.
+        residual: Tensors of a block that write into the residual stream.
+        base_prefix: Prefix that published checkpoints may leave out.
+        buffers: Pattern of stored keys that are no parameters and are passed over.
+        single_layer_fields: Config lists with one entry per layer.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    fields: Mapping[str, str]
+    tensors: tuple[TensorSpec, ...]
+    blocks: str
+    ffn_input: str
+    embedding: str
+    residual: tuple[str, ...]
+    head: str = "lm_head.weight"
+    tied: str = "tie_word_embeddings"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    base_prefix: str = "model."
+    buffers: str | None = None
+    single_layer_fields: tuple[str, ...] = ("layer_types",)
+
+    def sizes(self, config: Any) -> dict[str, int]:
+        """Length of every named axis for a config."""
+        sizes: dict[str, int] = {}
+        for axis, attribute in self.fields.items():
+            value = getattr(config, attribute, None)
+            if value is None:
+                default = self.defaults[axis]
+                value = sizes[default] if isinstance(default, str) else default(config)
+            sizes[axis] = int(value)
+        return sizes
+
+    def stored(self, config: Any) -> Iterator[tuple[TensorSpec, int | None, str]]:
+        """Every stored tensor of a config: its spec, its layer (None outside the layers) and its checkpoint key."""
+        layers = self.sizes(config)["layers"]
+        for spec in self.tensors:
+            if not spec.present(config):
+                continue
+            if spec.per_layer:
+                for layer in range(layers):
+                    yield spec, layer, spec.name.format(layer=layer)
+            else:
+                yield spec, None, spec.name
+
+    def canonical(self, key: str) -> str | None:
+        """The table's key for a stored key, or None for one that is passed over."""
+        if not key.startswith(self.base_prefix) and key != self.head:
+            key = self.base_prefix + key
+        return None if self.buffers is not None and re.fullmatch(self.buffers, key) else key
+
+    def ffn_tensors(self) -> list[tuple[TensorSpec, int]]:
+        """The tensors with an FFN axis, and which dimension it is."""
+        return [(spec, spec.dims.index("ffn")) for spec in self.tensors if "ffn" in spec.dims]
+
+    def output_of_ffn(self) -> tuple[TensorSpec, int]:
+        """The FFN's output projection, and which dimension is the FFN axis."""
+        return next((spec, dim) for spec, dim in self.ffn_tensors() if f".{self.ffn_input}.weight" in spec.name)

@@ -1,0 +1,184 @@
+"""Files that are either whole or not there, and bytes that are the recorded ones.
+
+Everything is written aside and renamed. What is read is checked against recorded hashes; a verdict is remembered by path, size
+and modification time, so that a second read pays nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from cbd_hub.errors import IntegrityError, StorageError
+
+
+CHUNK_BYTES = 4 * 2**20
+
+
+@contextmanager
+def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder beside ``target`` to write into, renamed to it when the block ends well and removed when it does not.
+
+    Args:
+        target: The folder to make.
+        replace: Whether a folder already there may be replaced; otherwise it must be absent or empty.
+
+    Raises:
+        StorageError: If the target is in the way, or the disk is full or refuses.
+    """
+    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        staging.chmod(0o755)
+        yield staging
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, old / "old")
+        os.replace(staging, target)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        if isinstance(error, (StorageError, IntegrityError)):
+            raise
+        raise StorageError(f"cannot write {target}: {error.strerror or error}; nothing was left behind, free or choose another disk") from error
+    finally:
+        if staging is not None and staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it into place.
+
+    Raises:
+        StorageError: If the disk is full or refuses; the old file is then still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; free or choose another disk") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            temporary.unlink()
+
+
+def sha256(path: Path) -> str:
+    """Hash of a whole file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def chunk_hashes(path: Path) -> list[str]:
+    """Hash of every 4 MiB of a file, in order; the last chunk may be shorter."""
+    with path.open("rb") as file:
+        return [hashlib.sha256(chunk).hexdigest() for chunk in iter(lambda: file.read(CHUNK_BYTES), b"")]
+
+
+def check_file(path: Path, recorded: str, size: int) -> None:
+    """Compare a whole file with its recorded length and hash.
+
+    Raises:
+        IntegrityError: If it is missing or differs.
+    """
+    _check_size(path, size)
+    verdicts = Verdicts(path, recorded)
+    if 0 not in verdicts.known:
+        found = sha256(path)
+        if found != recorded:
+            raise IntegrityError(f"{path} has sha256 {found[:12]}... but {recorded[:12]}... was recorded; it was changed or damaged: fetch it again")
+        verdicts.known.add(0)
+        verdicts.save()
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing; fetch or make the chain again")
+    if path.stat().st_size != size:
+        raise IntegrityError(f"{path} has {path.stat().st_size:,} bytes but {size:,} were recorded; it was cut short or changed: fetch it again")
+
+
+class CheckedFile:
+    """A weight file whose chunks are checked before they are first used.
+
+    Args:
+        path: The file.
+        size: Its recorded length in bytes.
+        chunks: Recorded hash of every 4 MiB.
+
+    Raises:
+        IntegrityError: If the file is missing or its length differs.
+    """
+
+    def __init__(self, path: Path, size: int, chunks: list[str]) -> None:
+        _check_size(path, size)
+        if len(chunks) != -(-size // CHUNK_BYTES):
+            raise IntegrityError(f"{path} has {-(-size // CHUNK_BYTES)} chunks but {len(chunks)} hashes were recorded; fetch the chain again")
+        self.path, self.size, self._chunks = path, size, chunks
+        self._verdicts = Verdicts(path, hashlib.sha256("".join(chunks).encode()).hexdigest())
+        self._lock = threading.Lock()
+
+    def check(self, start: int, stop: int) -> None:
+        """Check the chunks that hold bytes start to stop.
+
+        Raises:
+            IntegrityError: If a chunk differs from its recorded hash.
+        """
+        with self._lock:
+            wanted = set(range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))) - self._verdicts.known
+            if not wanted:
+                return
+            with self.path.open("rb") as file:
+                for index in sorted(wanted):
+                    file.seek(index * CHUNK_BYTES)
+                    if hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest() != self._chunks[index]:
+                        raise IntegrityError(
+                            f"{self.path} differs from its recorded hash in bytes {index * CHUNK_BYTES:,} and on; it was changed or damaged: fetch it again"
+                        )
+            self._verdicts.known |= wanted
+
+    def remember(self) -> None:
+        """Keep the verdicts for later processes."""
+        with self._lock:
+            self._verdicts.save()
+
+
+class Verdicts:
+    """Which chunks of a file have been found right, kept in the cache by path, size and modification time."""
+
+    def __init__(self, path: Path, expected: str) -> None:
+        state = path.stat()
+        self._stamp = [os.path.realpath(path), state.st_size, state.st_mtime_ns, expected]
+        name = hashlib.sha256(json.dumps(self._stamp).encode()).hexdigest()[:40]
+        self._store = Path(constants.HF_HOME) / "cbd_hub" / "verdicts" / f"{name}.json"
+        try:
+            self.known: set[int] = set(json.loads(self._store.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            self.known = set()
+
+    def save(self) -> None:
+        """Write the verdicts; a cache that cannot be written is no reason to fail."""
+        try:
+            write_text(self._store, json.dumps(sorted(self.known)))
+        except StorageError:
+            return

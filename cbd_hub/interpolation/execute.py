@@ -1,0 +1,138 @@
+"""From a plan to tensors: on live parameters with gradients, or lazily from checkpoints with bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbd_hub.interpolation.planner import Plan, Take, Term
+
+
+_CHUNK_ELEMENTS = 2**21  # 8 MiB in fp32
+
+
+def _select(source: Tensor, takes: tuple[Take, ...]) -> Tensor:
+    for take in takes:
+        if (run := take.run) is not None:
+            source = source.narrow(take.dim, run.start, run.stop - run.start)
+        else:
+            source = source.index_select(take.dim, torch.from_numpy(take.index).to(source.device))
+    return source
+
+
+def _boxes(terms: tuple[Term, ...]) -> dict[tuple[tuple[int, int], ...], list[Term]]:
+    """Terms grouped by the part of the target they add into: ((dim, start), ...)."""
+    boxes: dict[tuple[tuple[int, int], ...], list[Term]] = {}
+    for term in terms:
+        boxes.setdefault(tuple((take.dim, take.start) for take in term.takes), []).append(term)
+    return boxes
+
+
+def combine(terms: tuple[Term, ...], parameters: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """A target tensor from live parameters, differentiable in them.
+
+    Args:
+        terms: The terms of one target tensor.
+        parameters: Anchor name -> checkpoint key -> tensor.
+
+    Returns:
+        The weighted sum; the very parameter where a single whole term has weight 1.
+    """
+    parts: list[tuple[int, int, Tensor]] = []
+    dim = 0
+    for box, group in _boxes(terms).items():
+        total: Tensor | None = None
+        for term in group:
+            piece = _select(parameters[term.anchor][term.tensor], term.takes)
+            piece = piece if term.weight == 1.0 else piece * term.weight
+            total = piece if total is None else total + piece
+        assert total is not None
+        dim, start = box[0] if box else (0, 0)
+        parts.append((dim, start, total))
+    # A box is a stretch along one dimension; together they fill the target without overlap.
+    ordered = [part for _, _, part in sorted(parts, key=lambda entry: entry[1])]
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim)
+
+
+def materialise(
+    terms: tuple[Term, ...], read: Callable[[str, str], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """A target tensor in its own memory: summed in fp32, chunk by chunk, and rounded once.
+
+    Beyond the result it holds a few chunks of 8 MiB and, for a selection along the first dimension, the selected rows.
+
+    Args:
+        terms: The terms of the tensor.
+        read: (anchor, key) -> a view on its tensor.
+        shape: Shape of the target.
+        dtype: Dtype of the target. Weights of 1 alone keep every bit where it is the source's.
+
+    Returns:
+        The tensor.
+    """
+    target = torch.empty(shape, dtype=dtype)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    for box, group in _boxes(terms).items():
+        view = target
+        for (dim, start), take in zip(box, group[0].takes):
+            view = view.narrow(dim, start, len(take.index))
+        sources = [read(term.anchor, term.tensor) for term in group]
+        rows = max(1, _CHUNK_ELEMENTS * len(view) // max(view.numel(), 1))
+        for first in range(0, len(view), rows):
+            part = view[first : first + rows]
+            pieces = [_rows(source, term.takes, first, len(part)) for source, term in zip(sources, group)]
+            if len(pieces) == 1 and group[0].weight == 1.0:
+                part.copy_(pieces[0])
+                continue
+            total = pieces[0].to(precision, copy=True).mul_(group[0].weight)
+            for piece, term in zip(pieces[1:], group[1:]):
+                total.add_(piece.to(precision), alpha=term.weight)
+            part.copy_(total)
+    return target
+
+
+def _rows(source: Tensor, takes: tuple[Take, ...], first: int, length: int) -> Tensor:
+    """Rows first to first + length of a source after its selections."""
+    along_rows = next((take for take in takes if take.dim == 0), None)
+    if along_rows is None:
+        source = source[first : first + length]
+    else:
+        source = source[torch.from_numpy(along_rows.index[first : first + length])]
+    return _select(source, tuple(take for take in takes if take.dim != 0))
+
+
+class LazyTensor:
+    """A tensor of a plan that is made when it is asked for: all that transformers' loader needs of a state dict's values."""
+
+    def __init__(self, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._make, self.shape, self.dtype = make, torch.Size(shape), dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The tensor, or a part of it."""
+        return self._make()[index]
+
+    def get_shape(self) -> list[int]:
+        """Its shape, as safetensors' slices give it."""
+        return list(self.shape)
+
+
+def lazy_state_dict(
+    plan: Plan, read: Callable[[str, str], Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, LazyTensor]:
+    """The plan's tensors by checkpoint key, each made when it is asked for."""
+
+    def maker(name: str) -> Callable[[], Tensor]:
+        return lambda: materialise(plan.tensors[name], read, shapes[name], dtype)
+
+    return {name: LazyTensor(maker(name), shapes[name], dtype) for name in plan.tensors}
+
+
+def stream(
+    plan: Plan, read: Callable[[str, str], Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The plan's tensors one after the other, in the plan's order."""
+    for name, terms in plan.tensors.items():
+        yield materialise(terms, read, shapes[name], dtype)

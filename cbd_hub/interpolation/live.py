@@ -1,0 +1,167 @@
+"""Models and plans that run: last hidden states and output head of a loaded model, or of a model in between two loaded ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch.func import functional_call
+
+from cbd_hub.families import family_of
+from cbd_hub.interpolation.execute import combine
+from cbd_hub.interpolation.planner import Plan
+from cbd_hub.manifest import Shape
+from cbd_hub.shapes import config_for
+
+
+_SHELLS = 16  # kept at once; they hold no weights
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: what turns last hidden states into logits.
+
+    Attributes:
+        weight: Shape (V, H).
+        bias: Shape (V,), or None.
+        logit_scale: Factor on the logits.
+        softcap: ``cap * tanh(logits / cap)``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives: last hidden states (B, T, H), the head, and where asked the states after each layer."""
+
+    hidden: Tensor
+    head: Head
+    states: tuple[Tensor, ...] | None = None
+
+
+class Runner(Protocol):
+    """Anything with a forward pass to hidden states and a head."""
+
+    config: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        ...
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, states: bool = False) -> Output:
+        """Run a batch of token ids, shape (B, T)."""
+        ...
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {
+        "logit_scale": float(getattr(config, "logit_scale", None) or 1.0), "softcap": getattr(config, "final_logit_softcapping", None),
+    }
+
+
+class ModelRunner:
+    """A loaded causal language model as a `Runner`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return torch.device(self.model.device)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, states: bool = False) -> Output:
+        """Run a batch of token ids, shape (B, T)."""
+        output = self.model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=states, use_cache=False
+        )
+        head = self.model.get_output_embeddings()
+        return Output(
+            output.last_hidden_state, Head(head.weight, getattr(head, "bias", None), **_settings(self.config)),
+            tuple(output.hidden_states[1:]) if states else None,
+        )
+
+
+class Between:
+    """Models in between loaded anchors, run by plans on their live parameters; gradients reach the parameters that have them.
+
+    Args:
+        models: Anchor name -> loaded model, of one architecture.
+    """
+
+    def __init__(self, models: Mapping[str, Any]) -> None:
+        self._models = dict(models)
+        self._shells: dict[Shape, Any] = {}
+
+    def run(self, plan: Plan) -> PlanRunner:
+        """The plan's model as a `Runner`; its tensors are made once, now."""
+        live = {name: dict(model.named_parameters()) for name, model in self._models.items()}
+        parameters = {name: combine(terms, live) for name, terms in plan.tensors.items()}
+        return PlanRunner(self._shell(plan), parameters, family_of(next(iter(self._models.values())).config))
+
+    def _shell(self, plan: Plan) -> Any:
+        """A model of the plan's shape without parameters of its own: functional_call brings them."""
+        model = self._models[plan.large]
+        if plan.shape not in self._shells:
+            config = config_for(plan.shape, model.config, list(plan.layers))
+            config._attn_implementation = model.config._attn_implementation
+            with init_empty_weights(include_buffers=False):
+                shell = type(model)(config)
+            for name, buffer in shell.named_buffers():
+                owner, _, leaf = name.rpartition(".")
+                shell.get_submodule(owner)._buffers[leaf] = buffer.to(model.device)
+            if len(self._shells) >= _SHELLS:
+                self._shells.clear()
+            self._shells[plan.shape] = shell
+        shell = self._shells[plan.shape]
+        shell.train(model.training or any(other.training for other in self._models.values()))
+        return shell
+
+
+class PlanRunner:
+    """A model made of given parameters, run through a shell without any of its own."""
+
+    def __init__(self, shell: Any, parameters: Mapping[str, Tensor], family: Any) -> None:
+        self.config = shell.config
+        self.parameters = parameters
+        self._shell = shell
+        prefix = shell.base_model_prefix + "."
+        self._base = {name.removeprefix(prefix): tensor for name, tensor in parameters.items() if name.startswith(prefix)}
+        self._head = parameters.get(family.head, parameters[family.embedding])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return self._head.device
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, states: bool = False) -> Output:
+        """Run a batch of token ids, shape (B, T)."""
+        output = functional_call(
+            self._shell.base_model, dict(self._base), (),
+            {"input_ids": input_ids, "attention_mask": attention_mask, "output_hidden_states": states, "use_cache": False},
+        )
+        return Output(output.last_hidden_state, Head(self._head, **_settings(self.config)), tuple(output.hidden_states[1:]) if states else None)
+
+
+@contextlib.contextmanager
+def frozen(*models: Any) -> Iterator[None]:
+    """The models in eval mode inside the block, put back afterwards."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, modes):
+            model.train(mode)

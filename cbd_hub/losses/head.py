@@ -1,0 +1,296 @@
+"""Distillation losses from last hidden states and output heads, never holding an N x V tensor.
+
+The rows are walked in chunks. A chunk's logits are formed, turned into loss and gradient, and dropped, all in
+the forward pass: four matrix products a token (two projections, two gradients) where recomputation needs six to eight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbd_hub.errors import ArgumentError, VocabularyMismatchError
+from cbd_hub.losses.divergence import check_options
+
+
+_CHUNK_ELEMENTS = 2**23  # logits held at once per model: 32 MiB in fp32
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the loss is, apart from tensors."""
+
+    divergence: str
+    temperature: float
+    beta: float
+    skew: float
+    kd_weight: float
+    ce_weight: float
+    vocab_size: int
+    student_logit_scale: float
+    teacher_logit_scale: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+
+
+def _project(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Logits of a chunk in fp32 (fp64 for fp64 input), shape (rows, V)."""
+    logits = hidden @ head.t()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Per-row divergence and its gradient with respect to the student's scaled logits.
+
+    Args:
+        student: Log-probabilities of the student at the loss temperature, shape (rows, V). Overwritten.
+        teacher: The same of the teacher. Overwritten.
+        options: The divergence and its mixture weights.
+
+    Returns:
+        The divergence, shape (rows,), and the gradient, shape (rows, V).
+    """
+    if options.divergence == "forward_kl":
+        difference = teacher - student
+        p_teacher = teacher.exp_()
+        value = difference.mul_(p_teacher).sum(-1)
+        return value, student.exp_().sub_(p_teacher)
+    if options.divergence == "reverse_kl":
+        difference = student - teacher
+        p_student = student.exp_()
+        value = torch.einsum("nv,nv->n", p_student, difference)
+        return value, difference.sub_(value[:, None]).mul_(p_student)
+    weight = options.beta if options.divergence == "jensen_shannon" else options.skew
+    mixture = torch.logaddexp(teacher + math.log(weight), student + math.log1p(-weight))
+    p_teacher, p_student = teacher.exp(), student.exp()
+    to_teacher = torch.einsum("nv,nv->n", p_teacher, teacher - mixture)
+    if options.divergence == "jensen_shannon":
+        slope = student - mixture
+        to_student = torch.einsum("nv,nv->n", p_student, slope)
+        value = weight * to_teacher + (1 - weight) * to_student
+        return value, slope.sub_(to_student[:, None]).mul_(p_student).mul_(1 - weight)
+    # dKL/dp_S = -(1 - skew) p_T / mixture, pushed through the softmax
+    pull = (teacher + student - mixture).exp_().mul_(1 - weight)
+    return to_teacher, p_student.mul_(pull.sum(-1, keepdim=True)).sub_(pull)
+
+
+def _chunk(
+    hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, heads: dict[str, Any], options: _Options, want_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of a chunk of rows, and its gradient with respect to the student's raw logits."""
+    raw = _project(hidden, heads["student"], heads["student_bias"], options.student_logit_scale, options.student_softcap)
+    total = raw.new_zeros((), dtype=torch.float64)
+    gradient: Tensor | None = None
+    if options.kd_weight and teacher_hidden is not None:
+        teacher_raw = _project(
+            teacher_hidden, heads["teacher"], heads["teacher_bias"], options.teacher_logit_scale, options.teacher_softcap
+        )
+        temperature = options.temperature
+        if temperature != 1.0:
+            teacher_raw /= temperature
+        student_log = (raw / temperature if temperature != 1.0 else raw).log_softmax(-1)
+        value, slope = _divergence_and_gradient(student_log, teacher_raw.log_softmax(-1), options)
+        total += options.kd_weight * temperature**2 * value.sum(dtype=torch.float64)
+        if want_gradient:
+            gradient = slope.mul_(options.kd_weight * temperature)
+    if options.ce_weight:
+        log_probs = raw.log_softmax(-1)
+        chosen = log_probs.gather(1, labels[:, None])
+        total -= options.ce_weight * chosen.sum(dtype=torch.float64)
+        if want_gradient:
+            slope = log_probs.exp_()
+            slope.scatter_add_(1, labels[:, None], torch.full_like(chosen, -1.0))
+            slope.mul_(options.ce_weight)
+            gradient = slope if gradient is None else gradient.add_(slope)
+    if gradient is not None:
+        if options.student_softcap is not None:
+            gradient.mul_(raw.div_(options.student_softcap).square_().neg_().add_(1.0))
+        if options.student_logit_scale != 1.0:
+            gradient.mul_(options.student_logit_scale)
+    return total, gradient
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum over rows; the gradients are made in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None, teacher_bias: Tensor | None, labels: Tensor, options: _Options, compute: torch.dtype,
+    ) -> Tensor:
+        wants = ctx.needs_input_grad
+        size = options.vocab_size
+        accumulate = torch.float64 if compute == torch.float64 else torch.float32
+        heads: dict[str, Any] = {
+            "student": head[:size].to(compute),
+            "student_bias": None if bias is None else bias[:size].to(accumulate),
+            "teacher": None if teacher_head is None else teacher_head[:size].to(compute),
+            "teacher_bias": None if teacher_bias is None else teacher_bias[:size].to(accumulate),
+        }
+        d_hidden = torch.empty_like(hidden, dtype=accumulate) if wants[0] else None
+        d_head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if wants[1] else None
+        d_bias = torch.zeros(bias.shape, dtype=accumulate, device=head.device) if bias is not None and wants[2] else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        rows = max(1, _CHUNK_ELEMENTS // size)
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows].to(compute)
+            teacher_part = None if teacher_hidden is None else teacher_hidden[start : start + rows].to(compute)
+            value, slope = _chunk(part, teacher_part, labels[start : start + rows], heads, options, any(wants[:3]))
+            total += value
+            if slope is None:
+                continue
+            if d_bias is not None:
+                d_bias[:size] += slope.sum(0)
+            slope = slope.to(compute)
+            if d_hidden is not None:
+                d_hidden[start : start + rows] = slope @ heads["student"]
+            if d_head is not None:
+                d_head[:size] += slope.t() @ part
+        # Each gradient leaves in its input's dtype, as autograd wants it.
+        ctx.save_for_backward(*(
+            None if gradient is None else gradient.to(like.dtype)
+            for gradient, like in ((d_hidden, hidden), (d_head, head), (d_bias, bias if bias is not None else head))
+        ))
+        return total.to(accumulate)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (scale,) = grad_outputs
+        scaled = (None if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None, None)
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> Tensor:
+    """Distillation loss in nats per kept token, from hidden states and heads.
+
+    ``kd_weight x divergence + ce_weight x cross-entropy``, each a sum over kept tokens divided by ``num_items``. The
+    divergences are those of `cbd_hub.losses.divergence` (times temperature^2); the cross-entropy is at temperature 1.
+    Under autocast the products run in its dtype; logits, losses and the head's gradient are kept in fp32. Rows that are not
+    kept are dropped before any product. Extra memory is a few chunks of 32 MiB and the gradients themselves.
+
+    Args:
+        student_hidden: Last hidden states (after the final norm), shape (N, H). Receives a gradient.
+        student_head: Output projection, shape (V, H). Receives a gradient.
+        teacher_hidden: Shape (N, H_teacher); None only where ``kd_weight`` is 0.
+        teacher_head: Shape (V, H_teacher); None only where ``kd_weight`` is 0.
+        labels: Next token of each row, shape (N,): already shifted; -100 drops the row.
+        divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon`` or ``skew_kl``.
+        temperature: Of the divergence, above 0.
+        beta: Teacher's weight in the Jensen-Shannon mixture.
+        skew: Teacher's share in the skew mixture.
+        kd_weight: Weight of the divergence.
+        ce_weight: Weight of the cross-entropy with the labels.
+        num_items: Kept tokens of the whole optimiser step; None for this call's own.
+        vocab_size: Rows of both heads that are real tokens; the rest is padding and is left out. None for all rows.
+        student_bias: Shape (V,), or None.
+        teacher_bias: Shape (V,), or None.
+        student_logit_scale: Factor on the student's logits.
+        teacher_logit_scale: Factor on the teacher's logits.
+        student_softcap: ``cap * tanh(logits / cap)`` on the student's scaled logits, or None.
+        teacher_softcap: The same for the teacher.
+
+    Returns:
+        Scalar; 0 with a live graph when no row is kept.
+
+    Raises:
+        VocabularyMismatchError: If the heads differ in rows and ``vocab_size`` is not given.
+        ArgumentError: If an option is out of its range.
+
+    Example:
+        >>> hidden, head = torch.randn(6, 8), torch.randn(50, 8)
+        >>> labels = torch.tensor([3, 1, -100, 7, 2, 9])
+        >>> distillation_loss(hidden, head, hidden, head, labels).item()
+        0.0
+    """
+    check_options(divergence, temperature, beta, skew)
+    rows = student_head.shape[0]
+    if kd_weight:
+        if teacher_hidden is None or teacher_head is None:
+            raise ArgumentError("kd_weight is not 0 but no teacher was given; pass teacher_hidden and teacher_head")
+        if vocab_size is None and teacher_head.shape[0] != rows:
+            raise VocabularyMismatchError(
+                f"the student's head has {rows:,} rows and the teacher's {teacher_head.shape[0]:,}; if both share a tokenizer "
+                "pass its size as vocab_size, otherwise use a bridge"
+            )
+        rows = min(rows, teacher_head.shape[0])
+    size = rows if vocab_size is None else vocab_size
+    if not 0 < size <= rows:
+        raise VocabularyMismatchError(f"vocab_size={size:,} but the heads have {rows:,} rows; give at most that many")
+    kept = (labels != -100).nonzero().squeeze(1)
+    chosen = labels[kept]
+    if len(kept) and int(chosen.max()) >= size:
+        raise VocabularyMismatchError(f"label {int(chosen.max())} is not below vocab_size={size:,}; the text needs another tokenizer")
+    compute = student_hidden.dtype
+    device = student_hidden.device.type
+    if torch.is_autocast_enabled(device):
+        compute = torch.get_autocast_dtype(device)
+    options = _Options(
+        divergence, temperature, beta, skew, kd_weight, ce_weight, size,
+        student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
+    )
+    teacher = teacher_hidden[kept].detach() if kd_weight and teacher_hidden is not None else None
+    with torch.autocast(device, enabled=False):
+        total: Tensor = _HeadLoss.apply(
+            student_hidden[kept], student_head, student_bias, teacher, teacher_head, teacher_bias, chosen, options, compute
+        )
+    return total / (max(len(kept), 1) if num_items is None else num_items)
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Cross-entropy of every row in nats, shape (N,), without gradient and without an N x V tensor.
+
+    Args:
+        hidden: Last hidden states, shape (N, H). Their dtype is the dtype of the product.
+        head: Output projection, shape (V, H).
+        labels: Next token of each row, shape (N,).
+        bias: Shape (V,), or None.
+        logit_scale: Factor on the logits.
+        softcap: ``cap * tanh(logits / cap)``, or None.
+
+    Example:
+        >>> token_losses(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 5])).exp().round()
+        tensor([8., 8.])
+    """
+    head = head.to(hidden.dtype)
+    rows = max(1, _CHUNK_ELEMENTS // head.shape[0])
+    losses = []
+    for start in range(0, len(hidden), rows):
+        logits = _project(hidden[start : start + rows], head, bias, logit_scale, softcap)
+        chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
+        losses.append(logits.logsumexp(-1) - chosen)
+    return torch.cat(losses) if losses else hidden.new_zeros(0)

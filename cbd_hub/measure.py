@@ -1,0 +1,199 @@
+"""What is measured of a segment on calibration text: the order in which layers come back, the road of the blend, the curve."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.interpolation.live import Between, ModelRunner, frozen
+from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at
+from cbd_hub.losses.head import distillation_loss
+from cbd_hub.manifest import Blend, CurvePoint, Link, Mix, Patch, RoadPoint, Shape, Strategies
+from cbd_hub.shapes import count, fill_ffn, shape_between, shape_of
+
+
+SHARES = (0.25, 0.5, 0.75)  # where on a segment the curve is measured, in parameters
+_ORDER_TOKENS = 512
+_ORDER_TRIALS = 48
+_ALPHAS = (1.0, 0.7, 0.4)
+_GAINS = (1.0, 0.7, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A segment as measured.
+
+    Attributes:
+        segment: With order, road and curve filled in.
+        curve: Calibration loss at each measured size and strategy.
+    """
+
+    segment: Segment
+    curve: list[CurvePoint]
+
+    def link(self) -> Link:
+        """The link for chain.json; the measured sizes are the recommended ones."""
+        segment = self.segment
+        return Link(
+            kind="segment", small=segment.small, large=segment.large, order=list(segment.order),
+            strategies=Strategies(blend=segment.blend, patch=Patch() if segment.patch else None),
+            curve=self.curve, recommended_sizes=sorted({point.size for point in self.curve}),
+        )
+
+
+def divergence_from(large: Any, plan: Plan, between: Between, documents: Documents) -> float:
+    """Mean KL(large || plan's model) in nats per token on packed documents of equal length."""
+    ids = torch.stack(documents.ids).to(large.device)
+    labels = ids.new_full(ids.shape, -100)
+    labels[:, :-1] = ids[:, 1:]
+    with torch.autocast(large.device.type, dtype=torch.bfloat16):
+        teacher, student = ModelRunner(large)(ids), between.run(plan)(ids)
+        loss = distillation_loss(
+            student.hidden.flatten(0, 1), student.head.weight, teacher.hidden.flatten(0, 1), teacher.head.weight, labels.flatten(),
+            student_bias=student.head.bias, teacher_bias=teacher.head.bias,
+            student_logit_scale=student.head.logit_scale, teacher_logit_scale=teacher.head.logit_scale,
+            student_softcap=student.head.softcap, teacher_softcap=teacher.head.softcap,
+        )
+    return float(loss)
+
+
+def greedy_order(segment: Segment, models: dict[str, Any], documents: Documents, first: Sequence[int]) -> list[int]:
+    """The order in which dropped layers come back: each time the one that brings the model nearest to the larger neighbour.
+
+    Greedy by KL to the larger neighbour on a few blocks of calibration text (KLPatch, https://huggingface.co/papers/2607.08170). The number
+    of trials is bounded: where there are many layers, only the most promising of ``first`` are tried at each step.
+
+    Args:
+        segment: The segment.
+        models: Its two models by name.
+        documents: Calibration text, packed.
+        first: The dropped layers in an order to begin with, the most promising first.
+    """
+    few = dataclasses.replace(documents, ids=documents.ids[: max(1, _ORDER_TOKENS // len(documents.ids[0]))])
+    between = Between(models)
+    breadth = max(1, _ORDER_TRIALS // len(first))
+    order: list[int] = []
+    rest = list(first)
+    with frozen(*models.values()):
+        while len(rest) > 1:
+            def distance(layer: int) -> float:
+                trial = dataclasses.replace(segment, order=[*order, layer, *(other for other in rest if other != layer)])
+                depth = len(segment.kept.layers) + len(order) + 1
+                shape = segment.small_shape.model_copy(update={"layers": depth})
+                if segment.patch:
+                    plan = patch_plan(trial, shape)
+                else:
+                    share = (len(order) + 1) / len(first)
+                    plan = blend_plan(trial, shape, Mix(alpha=1 - share / 2, layer_gain=(1 + share) / 2, neuron_gain=0.85))
+                return divergence_from(models[segment.large], plan, between, few)
+
+            best = min(rest[:breadth], key=distance)
+            order.append(best)
+            rest.remove(best)
+    return order + rest
+
+
+def fit_road(segment: Segment, loss: Callable[[Plan], float], size: int) -> RoadPoint:
+    """Layers and mix of the blend with the least loss at a size, by a short search along one of them after the other."""
+    share = (size - segment.sizes[0]) / (segment.sizes[1] - segment.sizes[0])
+    seen: dict[RoadPoint, float] = {}
+
+    def trial(point: RoadPoint) -> float:
+        if point not in seen:
+            shape = shape_between(size, segment.small_shape, segment.large_shape, segment.config, point.layers)
+            seen[point] = loss(blend_plan(segment, shape, point)) if shape.layers == point.layers else np.inf
+        return seen[point]
+
+    def best(point: RoadPoint, name: str, values: Sequence[float]) -> RoadPoint:
+        return min((point, *(point.model_copy(update={name: value}) for value in values)), key=trial)
+
+    depths = _depths(segment, size)
+    linear = min(depths, key=lambda depth: abs(depth - road_at(segment, size).layers))
+    point = RoadPoint(size=size, layers=linear, alpha=1 - share / 2, layer_gain=(1 + share) / 2, neuron_gain=0.85)
+    point = best(point, "layers", depths[:1])  # fewest layers, widest FFN
+    for step in (-1, 1):
+        while point.layers + step in depths and (moved := best(point, "layers", [point.layers + step])) is not point:
+            point = moved
+    point = best(point, "alpha", _ALPHAS)
+    shape = shape_between(size, segment.small_shape, segment.large_shape, segment.config, point.layers)
+    if shape.ffn > segment.small_shape.ffn:
+        point = best(point, "neuron_gain", _GAINS)
+    if shape.layers > segment.small_shape.layers:
+        point = best(point, "layer_gain", _GAINS)
+    return point
+
+
+def _depths(segment: Segment, size: int) -> list[int]:
+    """Numbers of layers, rising, at which the FFN can bring the size within 0.2%."""
+    small, large = segment.small_shape, segment.large_shape
+    narrow, wide = sorted((small.ffn, large.ffn))
+    depths = []
+    for depth in range(small.layers, large.layers + 1):
+        shape = small.model_copy(update={"layers": depth})
+        shape = shape.model_copy(update={"ffn": min(max(fill_ffn(size, shape, segment.config), narrow), wide)})
+        if abs(count(shape, segment.config) - size) <= 0.002 * size:
+            depths.append(depth)
+    return depths or [shape_between(size, small, large, segment.config).layers]
+
+
+def measure_segment(
+    small: Any, large: Any, kept: Kept | None, documents: Documents, dataset: str, *, names: tuple[str, str], first: Sequence[int] | None = None
+) -> Measured:
+    """Order, road and curve of the segment between two loaded models.
+
+    Args:
+        small: The smaller model.
+        large: The larger model.
+        kept: Units of the larger one that the smaller one was cut from; None for published models.
+        documents: Calibration text, packed into blocks of equal length.
+        dataset: What to call the text.
+        names: Names of the two anchors, the smaller first.
+        first: The dropped layers in an order to begin with; by default from the last one backwards.
+
+    Returns:
+        What was measured.
+    """
+    shapes: tuple[Shape, Shape] = (shape_of(small.config), shape_of(large.config))
+    kept_map = Kept.even(*shapes) if kept is None else kept
+    differs = [name for name in Shape.model_fields if getattr(shapes[0], name) != getattr(shapes[1], name)]
+    begin = list(first) if first is not None else kept_map.dropped[::-1]
+    segment = Segment(
+        names[0], names[1], shapes[0], shapes[1], kept_map, begin, large.config, Blend(replicate=kept is None), differs == ["layers"]
+    )
+    models = {names[0]: small, names[1]: large}
+    if len(begin) > 1:
+        segment = dataclasses.replace(segment, order=greedy_order(segment, models, documents, begin))
+    between = Between(models)
+    half = dataclasses.replace(documents, ids=documents.ids[: max(1, len(documents.ids) // 2)])
+    low, high = segment.sizes
+    sizes = [round(low + share * (high - low)) for share in SHARES]
+
+    def loss(plan: Plan, text: Documents = half) -> float:
+        with frozen(small, large):
+            return document_losses(between.run(plan), text).mean
+
+    road = []
+    for size in sizes:
+        point = fit_road(segment, loss, size)
+        shape = shape_between(size, *shapes, segment.config, point.layers)
+        road.append(point.model_copy(update={"size": count(shape, segment.config)}))
+    unique = {point.size: point for point in road if low < point.size < high}
+    segment = dataclasses.replace(segment, blend=Blend(road=[unique[size] for size in sorted(unique)], replicate=kept is None))
+    curve = []
+    for size, point in sorted(unique.items()):
+        shape = shape_between(size, *shapes, segment.config, point.layers)
+        plans: dict[Literal["blend", "patch"], Plan] = {"blend": blend_plan(segment, shape, point)}
+        if segment.patch:
+            plans["patch"] = patch_plan(segment, shape)
+        for strategy, plan in plans.items():
+            with frozen(small, large):
+                losses = document_losses(between.run(plan), documents)
+            curve.append(CurvePoint(
+                size=size, strategy=strategy, loss=losses.mean, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=dataset
+            ))
+    return Measured(dataclasses.replace(segment, curve=tuple(curve)), curve)

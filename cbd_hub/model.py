@@ -1,0 +1,407 @@
+"""`CBDModel`: an ordinary transformers model of any size from a chain."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from cbd_hub import shapes
+from cbd_hub.errors import ArgumentError, ManifestError, SizeError, WeightsError
+from cbd_hub.families import family_named, family_of
+from cbd_hub.files import staged_folder
+from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
+from cbd_hub.interpolation.execute import lazy_state_dict, stream
+from cbd_hub.interpolation.planner import Kept, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
+from cbd_hub.manifest import Anchor, Shape
+from cbd_hub.sizes import format_size
+from cbd_hub.weights import Checkpoint, write_safetensors
+
+
+# What transformers 5's loader takes besides what from_chain names itself. Passed through untouched.
+LOADER_ARGUMENTS = frozenset({
+    "attn_implementation", "code_revision", "device_map", "disable_mmap", "distributed_config", "dtype", "experts_implementation",
+    "fusion_config", "generation_config", "kernel_config", "allow_all_kernels", "max_memory", "offload_buffers", "offload_folder",
+    "output_loading_info", "quantization_config", "torch_dtype", "tp_plan", "tp_size", "device_mesh", "tqdm_class", "trust_remote_code", "use_kernels",
+    "use_safetensors", "weights_only",
+})
+# What transformers accepts and drops.
+_DROPPED = frozenset({"low_cpu_mem_usage", "from_tf", "from_flax", "mirror", "_fast_init", "offload_state_dict", "proxies"})
+_REFUSED = {
+    "config": "the config follows from the chain; change model.config afterwards",
+    "state_dict": "the weights follow from the chain",
+    "gguf_file": "anchors are safetensors",
+    "ignore_mismatched_sizes": "cbd_hub never re-initialises a tensor",
+    "key_mapping": "anchors keep their checkpoint keys",
+    "variant": "a chain has one set of weights; choose dtype instead",
+    "subfolder": "name the chain itself",
+    "adapter_kwargs": "load an adapter onto the returned model with peft",
+}
+_OWN = (
+    "size", "shape", "strategy", "alpha", "tolerance", "revision", "token", "cache_dir", "local_files_only", "force_download",
+)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A plan with the opened anchors it reads."""
+
+    files: ChainFiles
+    plan: Plan
+    config: Any
+    checkpoints: Mapping[str, Checkpoint]
+    nearest: Anchor
+
+    def read(self, anchor: str, tensor: str) -> Tensor:
+        return self.checkpoints[anchor][tensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        family = family_of(self.config)
+        sizes = family.sizes(self.config)
+        return {name: spec.shape(sizes) for spec, _, name in family.stored(self.config)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The anchors' common dtype; the wider one where they differ."""
+        return max((checkpoint.dtype for checkpoint in self.checkpoints.values()), key=lambda dtype: torch.finfo(dtype).bits)
+
+    def remember(self) -> None:
+        for checkpoint in self.checkpoints.values():
+            checkpoint.remember()
+
+
+def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
+    """The transformers config of an anchor, compared with what chain.json says of it.
+
+    Raises:
+        IntegrityError: If config.json differs from its recorded hash.
+        ManifestError: If its shape or parameters are not the recorded ones.
+        ArchitectureError: If its architecture has no axis table.
+    """
+    path = files.checked(anchor, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ManifestError(f"{path} is no config that transformers {transformers.__version__} reads ({str(error)[:120]})") from error
+    family = family_named(anchor.family)
+    if family_of(config) is not family:
+        raise ManifestError(f"anchor {anchor.name} is a {config.model_type} but chain.json says {anchor.family}; fetch the chain again")
+    found = shapes.shape_of(config)
+    if found != anchor.shape or shapes.parameter_count(config) != anchor.parameters:
+        raise ManifestError(
+            f"anchor {anchor.name} has {shapes.parameter_count(config):,} parameters in {found.text}, but chain.json says {anchor.parameters:,} in "
+            f"{anchor.shape.text}; fetch the chain again"
+        )
+    return config
+
+
+def anchor_checkpoint(files: ChainFiles, anchor: Anchor) -> Checkpoint:
+    """The opened weights of an anchor, checked as they are read."""
+    return Checkpoint(files.anchor_folder(anchor), anchor_config(files, anchor), dict(anchor.files), files.chunks(anchor))
+
+
+def kept_of(files: ChainFiles, small: Anchor, large: Anchor) -> Kept | None:
+    """Which units of its parent an anchor kept; None where it was not cut from that parent."""
+    if small.maps is None or small.parent != large.name:
+        return None
+    path = files.side_file(small.maps)
+    try:
+        arrays = load_file(path)
+        return Kept(arrays["kept.layers"].astype(np.int64), arrays["kept.ffn"].astype(np.int64))
+    except (SafetensorError, KeyError) as error:
+        raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({error}); fetch or make the chain again") from error
+
+
+def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
+    """The segment between two neighbours of a chain."""
+    return segment_of(files.manifest, small, large, kept_of(files, small, large), anchor_config(files, large))
+
+
+def plan_in(
+    files: ChainFiles, size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto",
+    alpha: float | None = None, tolerance: float = 0.02,
+) -> Plan:
+    """The plan of a size or shape in an opened chain; see `CBDModel.plan`."""
+    manifest = files.manifest
+    if size is None and shape is None:
+        raise ArgumentError('neither size nor shape was given; ask for a size such as size="138M"')
+    if not 0.0 < tolerance < 1.0:
+        raise ArgumentError(f"tolerance={tolerance} is outside 0 to 1; it is a share of the size, such as 0.02")
+    if shape is not None:
+        small, large, wanted = _around_shape(files, shape, None if size is None else manifest.size(size))
+    else:
+        assert size is not None
+        wanted = manifest.size(size)
+        small, large = manifest.neighbours(wanted)
+    if small is large:
+        dataset = small.evaluations[-1].dataset if small.evaluations else None
+        # An anchor is itself whatever the strategy; the options are still checked.
+        _check_options(strategy, alpha)
+        return anchor_plan(manifest.name, wanted, small.name, small.shape, anchor_config(files, small), last_loss(small.evaluations, dataset))
+    segment = segment_between(files, small, large)
+    dataset = segment.curve[-1].dataset if segment.curve else None
+    ends = (last_loss(small.evaluations, dataset), last_loss(large.evaluations, dataset))
+    plan = segment_plan(
+        segment, wanted, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, chain=manifest.name, ends=ends
+    )
+    if shape is not None and size is not None and abs(plan.parameters - wanted) > tolerance * wanted:
+        raise SizeError(
+            f"the shape has {plan.parameters:,} parameters but size={size!r} was asked for ({wanted:,}); leave one of them out"
+        )
+    return plan
+
+
+def _check_options(strategy: str, alpha: float | None) -> None:
+    if strategy not in ("auto", "blend", "patch"):
+        raise ArgumentError(f"strategy={strategy!r} is not known; choose one of auto, blend, patch")
+    if alpha is not None and not 0.0 <= alpha <= 1.0:
+        raise ArgumentError(f"alpha={alpha} is outside 0 to 1; it is the weight of the smaller neighbour")
+
+
+def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int | None) -> tuple[Anchor, Anchor, int]:
+    """The neighbours whose segment holds a shape, and the shape's size."""
+    anchors = files.manifest.anchors
+    pairs = [files.manifest.neighbours(size)] if size is not None else list(zip(anchors[1:], anchors))
+    error: ArgumentError | None = None
+    for small, large in pairs or [(anchors[0], anchors[0])]:
+        try:
+            whole = shapes.complete_shape(shape, small.shape, large.shape)
+        except ArgumentError as found:
+            error = error or found
+            continue
+        for anchor in (small, large):
+            if whole == anchor.shape:
+                return anchor, anchor, anchor.parameters
+        return small, large, shapes.count(whole, anchor_config(files, large)) if size is None else size
+    assert error is not None
+    raise error
+
+
+def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for transformers, unknown and unusable ones refused.
+
+    Raises:
+        ArgumentError: Naming the nearest valid argument.
+    """
+    kept = {}
+    for name, value in arguments.items():
+        if name in _REFUSED:
+            raise ArgumentError(f"{name}= cannot be used with a chain: {_REFUSED[name]}")
+        if name in _DROPPED:
+            continue
+        if name not in LOADER_ARGUMENTS:
+            near = difflib.get_close_matches(name, [*_OWN, *LOADER_ARGUMENTS], n=1, cutoff=0.0)[0]
+            raise ArgumentError(f"{name}= is no argument of from_chain; did you mean {near}=?")
+        kept[name] = value
+    if "torch_dtype" in kept:
+        warnings.warn("torch_dtype= is deprecated in transformers 5; use dtype=", FutureWarning, stacklevel=3)
+        kept.setdefault("dtype", kept.pop("torch_dtype"))
+        kept.pop("torch_dtype", None)
+    return kept
+
+
+def _dtype(wish: Any, default: torch.dtype) -> torch.dtype:
+    if wish is None or wish == "auto":
+        return default
+    found = getattr(torch, wish.removeprefix("torch."), None) if isinstance(wish, str) else wish
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArgumentError(f'dtype={wish!r} is no floating point dtype; give torch.bfloat16, "float32" or "auto"')
+    return found
+
+
+def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
+    anchors = {name: files.manifest.anchor(name) for name in sorted({plan.small, plan.large})}
+    nearest = min(anchors.values(), key=lambda anchor: abs(anchor.parameters - plan.parameters))
+    read = {name: anchor_checkpoint(files, anchor) for name, anchor in anchors.items() if name in plan.sources()}
+    large = files.manifest.anchor(plan.large)
+    config = shapes.config_for(plan.shape, anchor_config(files, large), list(plan.layers))
+    config.cbd = {
+        "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision, "small": plan.small, "large": plan.large,
+        "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
+    }
+    return _Prepared(files, plan, config, read, nearest)
+
+
+class CBDModel:
+    """Ordinary transformers models of any size from a chain of anchors."""
+
+    @staticmethod
+    def plan(
+        chain: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None,
+        strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02, revision: str | None = None,
+        token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Plan:
+        """What `from_chain` would do, without touching a weight: ``print`` it for a table.
+
+        Args:
+            chain: A local folder or a Hub id.
+            size: Unique parameters wanted: "138M", "1.1B", an int, "min" or "max". Text that an anchor's size rounds to means that anchor.
+            shape: The exact shape instead, whole or in the fields in which the neighbours differ.
+            strategy: ``blend``, ``patch``, or ``auto`` for what measured best at that size.
+            alpha: Weight of the smaller neighbour in a blend, 0 to 1; by default the fitted mix, else by size distance. A given one is the
+                paper's plain formula: units that only the larger neighbour holds are added as they are.
+            tolerance: Largest accepted distance from the size, as a share of it.
+            revision: Branch, tag or commit of the chain's index repo.
+            token: Hub token; None for the stored one.
+            cache_dir: Another place for the Hub's cache.
+            local_files_only: Make no request.
+            force_download: Fetch even what is cached.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``.
+            ManifestError: If there is no such chain or its chain.json is refused.
+            ArgumentError: If an option is out of its range.
+        """
+        files = open_chain(
+            chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
+        return plan_in(files, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+
+    @staticmethod
+    def from_chain(
+        chain: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None,
+        strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02, revision: str | None = None,
+        token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
+        force_download: bool = False, **transformers_kwargs: Any,
+    ) -> Any:
+        """A model of any size: the architecture's plain class, in eval mode, in the anchors' dtype unless ``dtype`` is given.
+
+        At an anchor's size it is that anchor, bit for bit. Elsewhere the neighbours' parameters are combined in fp32, tensor by tensor, and
+        rounded once; peak anonymous memory is that of the model, twice its largest tensor and 64 MB. ``model.config.cbd`` says where it came
+        from. Arguments up to ``force_download`` are those of `plan`.
+
+        Args:
+            chain: A local folder or a Hub id.
+            size: Unique parameters wanted.
+            shape: The exact shape instead.
+            strategy: ``blend``, ``patch`` or ``auto``.
+            alpha: Weight of the smaller neighbour in a blend.
+            tolerance: Largest accepted distance from the size, as a share of it.
+            revision: Revision of the chain's index repo.
+            token: Hub token.
+            cache_dir: Another place for the Hub's cache.
+            local_files_only: Make no request.
+            force_download: Fetch even what is cached.
+            **transformers_kwargs: What transformers' ``from_pretrained`` takes: ``dtype``, ``device_map``, ``attn_implementation``, ...
+
+        Returns:
+            The model; with ``output_loading_info=True`` a pair of it and a dict that also holds the plan.
+
+        Raises:
+            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``.
+            ManifestError: If there is no such chain or its chain.json is refused.
+            IntegrityError: If a file differs from its recorded hash.
+            WeightsError: If a tensor is missing, extra or mis-shaped.
+            ArgumentError: If an argument is unknown or out of its range.
+        """
+        arguments = _check_loader_arguments(transformers_kwargs)
+        files = open_chain(
+            chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
+        plan = plan_in(files, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        return _load(_prepare(files, plan), arguments)
+
+    @staticmethod
+    def materialize(
+        chain: str | os.PathLike[str], size: str | int | None = None, *, output_dir: str | os.PathLike[str],
+        shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+        dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
+    ) -> Plan:
+        """An ordinary checkpoint on disk, written tensor by tensor, with tokenizer, chat template and generation config.
+
+        It loads with plain transformers, without cbd_hub, and gives the same logits as `from_chain` in the same dtype. Other arguments are
+        those of `plan`.
+
+        Args:
+            chain: A local folder or a Hub id.
+            size: Unique parameters wanted.
+            output_dir: The folder to make: absent or empty. Nothing is left behind on failure.
+            shape: The exact shape instead.
+            strategy: ``blend``, ``patch`` or ``auto``.
+            alpha: Weight of the smaller neighbour in a blend.
+            tolerance: Largest accepted distance from the size, as a share of it.
+            dtype: Dtype on disk; by default the anchors'.
+            revision: Revision of the chain's index repo.
+            token: Hub token.
+            cache_dir: Another place for the Hub's cache.
+            local_files_only: Make no request.
+            force_download: Fetch even what is cached.
+
+        Returns:
+            The plan that was carried out.
+
+        Raises:
+            StorageError: If the folder is in the way or the disk is full.
+            CBDError: As `from_chain`.
+        """
+        files = open_chain(
+            chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
+        )
+        plan = plan_in(files, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        prepared = _prepare(files, plan)
+        chosen = _dtype(dtype, prepared.dtype)
+        with staged_folder(Path(output_dir)) as folder:
+            copy_tokenizer(files.anchor_folder(prepared.nearest), folder)
+            generation = _generation_config(prepared)
+            if generation is not None:
+                generation.save_pretrained(folder)
+            prepared.config.dtype = chosen
+            prepared.config.save_pretrained(folder)
+            layout = {name: (chosen, prepared.shapes[name]) for name in plan.tensors}
+            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, prepared.shapes, chosen))
+        prepared.remember()
+        return plan
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer and chat template of a model folder."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _generation_config(prepared: _Prepared) -> GenerationConfig | None:
+    if "generation_config.json" not in prepared.nearest.files:
+        return None
+    path = prepared.files.checked(prepared.nearest, "generation_config.json")
+    return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+
+
+def _load(prepared: _Prepared, arguments: dict[str, Any]) -> Any:
+    names = prepared.config.architectures or []
+    model_class: Any = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ManifestError(f"config.json names the architecture {names}, which transformers {transformers.__version__} does not have")
+    want_info = arguments.pop("output_loading_info", False)
+    dtype = _dtype(arguments.pop("dtype", None), prepared.dtype)
+    if arguments.get("generation_config") is None:
+        arguments["generation_config"] = _generation_config(prepared)
+    state = lazy_state_dict(prepared.plan, prepared.read, prepared.shapes, dtype)
+    model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
+        None, config=prepared.config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            raise WeightsError(f"{prepared.files.name}: loading {format_size(prepared.plan.parameters)} left {what} {sorted(map(str, info[what]))[:3]}; report this")
+    prepared.remember()
+    model.config._name_or_path = model.name_or_path = prepared.files.name
+    return (model, {**info, "plan": prepared.plan}) if want_info else model

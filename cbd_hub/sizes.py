@@ -1,0 +1,76 @@
+"""Sizes in text and in numbers: the only place that knows how "138M" is read and written."""
+
+from __future__ import annotations
+
+import re
+from decimal import ROUND_HALF_UP, Decimal
+
+from cbd_hub.errors import SizeError
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", re.IGNORECASE)
+
+
+def _split(text: str) -> tuple[Decimal, int]:
+    match = _PATTERN.fullmatch(text) if len(text) <= 32 else None
+    if match is None or not Decimal(match[1]):
+        raise SizeError(f'size "{text[:40]}" cannot be read; write a number and a unit, such as "138M", "1.1B", "54K" or 138000000')
+    return Decimal(match[1]), _UNITS[match[2].upper()]
+
+
+def parse_size(size: str | int) -> int:
+    """A count of parameters from text such as "138M" or from an int.
+
+    Raises:
+        SizeError: If the text is not a positive number with the unit K, M, B or T, or the int is not positive.
+
+    Example:
+        >>> parse_size("1.1B"), parse_size("54K"), parse_size(138)
+        (1100000000, 54000, 138)
+    """
+    if isinstance(size, str):
+        number, unit = _split(size)
+        return int((number * unit).to_integral_value(ROUND_HALF_UP))
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise SizeError(f'size={size!r} is not a size; give a positive int or text such as "138M"')
+    return size
+
+
+def matches(text: str, parameters: int) -> bool:
+    """Whether a size, rounded to the digits of the text, is what the text says.
+
+    Example:
+        >>> matches("135M", 134_515_008), matches("134M", 134_515_008), matches("0.13B", 134_515_008)
+        (True, False, True)
+    """
+    number, unit = _split(text)
+    return (Decimal(parameters) / unit).quantize(number, ROUND_HALF_UP) == number
+
+
+def format_size(parameters: int) -> str:
+    """A size in three significant digits, without trailing zeros.
+
+    Example:
+        >>> format_size(134_515_008), format_size(64_000_123), format_size(1_100_000_000), format_size(999_999)
+        ('135M', '64M', '1.1B', '1M')
+    """
+    rounded = Decimal(f"{parameters:.3g}")
+    unit = next((name for name, factor in reversed(_UNITS.items()) if rounded >= factor), "")
+    number = (rounded / _UNITS[unit]).normalize()
+    return f"{number:f}{unit}"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units.
+
+    Example:
+        >>> format_bytes(538_090_408), format_bytes(900)
+        ('538 MB', '900 B')
+    """
+    for unit in _BYTE_UNITS:
+        if count < 999.5 or unit == _BYTE_UNITS[-1]:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

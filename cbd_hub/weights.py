@@ -1,0 +1,157 @@
+"""Tensors read one by one from safetensors checkpoints, and written one by one."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cbd_hub.errors import IntegrityError, WeightsError
+from cbd_hub.families import family_of
+from cbd_hub.files import CheckedFile
+from cbd_hub.manifest import FileRecord
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100 * 2**20
+
+
+class Checkpoint:
+    """The weights of one model folder, read tensor by tensor through the page cache.
+
+    On opening, the stored names and shapes are compared with the axis table of the architecture: a missing, extra or
+    mis-shaped tensor is an error that names it.
+
+    Args:
+        folder: A transformers model folder.
+        config: Its transformers config.
+        files: Recorded length and hash of each file; None skips the checks of a folder that has no record.
+        chunks: Recorded hashes of every 4 MiB of each weight file; needed with ``files``.
+
+    Raises:
+        WeightsError: If tensors are missing, extra or mis-shaped.
+        IntegrityError: If bytes differ from what was recorded.
+    """
+
+    def __init__(
+        self, folder: Path, config: Any, files: dict[str, FileRecord] | None = None, chunks: dict[str, list[str]] | None = None
+    ) -> None:
+        self.folder = folder
+        self.family = family_of(config)
+        self._where: dict[str, tuple[Path, str]] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._checked: dict[Path, CheckedFile] = {}
+        self._handles: dict[Path, Any] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: set[torch.dtype] = set()
+        paths = sorted(folder.glob("*.safetensors"))
+        if files is not None:
+            paths = [folder / name for name in sorted(files) if name.endswith(".safetensors")]
+        if not paths:
+            raise WeightsError(f"{folder} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
+        for path in paths:
+            if files is not None and chunks is not None:
+                self._checked[path] = CheckedFile(path, files[path.name].bytes, chunks.get(path.name, []))
+                self._checked[path].check(0, 8)
+            header, start = read_header(path)
+            if path in self._checked:
+                self._checked[path].check(0, start)
+            for key, entry in header.items():
+                name = self.family.canonical(key)
+                if name is None or (name == self.family.head and getattr(config, self.family.tied)):
+                    continue
+                if name in self._where:
+                    raise WeightsError(f"{folder} stores {name} twice; save the model again with save_pretrained")
+                self._where[name] = (path, key)
+                first, last = entry["data_offsets"]
+                self._spans[name] = (start + first, start + last)
+                shapes[name] = tuple(entry["shape"])
+                dtypes.add(_DTYPES.get(entry["dtype"], torch.uint8))
+        self._compare(config, shapes)
+        if not all(dtype.is_floating_point for dtype in dtypes):
+            raise WeightsError(f"{folder} holds tensors that are not floating point (quantised weights?); interpolate before quantising")
+        self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+
+    def _compare(self, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        sizes = self.family.sizes(config)
+        expected = {name: spec.shape(sizes) for spec, _, name in self.family.stored(config)}
+        for what, names in (("lacks", sorted(expected.keys() - shapes.keys())), ("has unexpected", sorted(shapes.keys() - expected.keys()))):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise WeightsError(f"{self.folder} {what} tensors {', '.join(names[:3])}{more}; save the model again or fetch it again")
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise WeightsError(f"{self.folder}: {name} has shape {list(shapes[name])} but its config asks for {list(shape)}; fetch or save it again")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor by its table's key: a view on the page cache, not to be written to."""
+        path, key = self._where[name]
+        if path in self._checked:
+            self._checked[path].check(*self._spans[name])
+        if path not in self._handles:
+            self._handles[path] = safe_open(path, framework="pt")
+        return self._handles[path].get_tensor(key)
+
+    def bytes_of(self, name: str) -> int:
+        """Stored bytes of a tensor."""
+        first, last = self._spans[name]
+        return last - first
+
+    def remember(self) -> None:
+        """Keep the verdicts of the checks for later processes."""
+        for checked in self._checked.values():
+            checked.remember()
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, without its metadata, and the offset at which the tensors begin.
+
+    Raises:
+        IntegrityError: If it is not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # the library checks offsets, overlaps and lengths
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ValueError(f"header of {length:,} bytes")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise IntegrityError(f"{path} is not a whole safetensors file ({str(error)[:120]}); fetch it again") from error
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def write_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]) -> None:
+    """Write a safetensors file tensor by tensor, holding one of them at a time.
+
+    Args:
+        path: The file.
+        layout: Dtype and shape of each tensor, in the order in which they come.
+        tensors: The tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in layout.items():
+        length = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise WeightsError(f"{name} came as {tensor.dtype} {list(tensor.shape)}, planned was {dtype} {list(shape)}; report this")
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

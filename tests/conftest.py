@@ -1,0 +1,44 @@
+"""Fixtures: everything offline, caches in a temporary folder, one tiny chain per family."""
+
+import os
+import tempfile
+
+
+_CACHE = tempfile.mkdtemp(prefix="cbd-tests-")
+os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from cbd_hub import distill_chain  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+def recipe(folder, family, anchors, **more):
+    """A recipe's plain data for a tiny teacher, which is written to the folder."""
+    teacher = tiny.save(tiny.FAMILIES[family](**more.pop("teacher", {})), folder / "teacher")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(tiny.texts(200)))
+    return {
+        "teacher": str(teacher),
+        "anchors": anchors,
+        "data": {"path": str(text), "block_size": 32, "heldout": 0.1, "calibration": 0.2},
+        "stage": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "bf16": False, "disable_tqdm": True, **more.pop("stage", {})},
+        **more,
+    }
+
+
+@pytest.fixture(scope="session", params=sorted(tiny.FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def chain(family, tmp_path_factory):
+    """A distilled chain of three anchors; its second segment moves layers alone."""
+    folder = tmp_path_factory.mktemp(family)
+    made = recipe(folder, family, [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}])
+    distill_chain(made, folder / "chain")
+    return folder / "chain"

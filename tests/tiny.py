@@ -1,0 +1,68 @@
+"""Tiny models, a byte tokenizer and text, made on the spot: everything a test needs, from a seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+
+VOCAB = 260
+WORDS = "the a small large model learns from its teacher and gives every size between two anchors of one chain quickly".split()
+
+
+def tokenizer():
+    """A byte-level tokenizer of 256 bytes and four special tokens, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{char: index + 4 for index, char in enumerate(alphabet)}}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return made
+
+
+def texts(count=60, seed=0):
+    """Sentences with some structure, all different."""
+    draw = random.Random(seed)
+    return [f"{index} " + " ".join(draw.choice(WORDS) for _ in range(draw.randint(8, 30))) + "." for index in range(count)]
+
+
+def llama(layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, tied=True, seed=0, **more):
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=256, tie_word_embeddings=tied,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
+    )
+    return _made(config, seed)
+
+
+def gpt2(layers=4, hidden=32, heads=4, ffn=48, seed=0, **more):
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=hidden, n_inner=ffn, n_layer=layers, n_head=heads, n_positions=256, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **more,
+    )
+    return _made(config, seed)
+
+
+def _made(config, seed):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # nothing may be zero or one by chance of initialisation: a test must see every tensor
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+FAMILIES = {"llama": llama, "gpt2": gpt2}
+
+
+def save(model, folder: Path) -> Path:
+    """A model folder with the tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
