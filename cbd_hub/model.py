@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import shutil
 import warnings
@@ -163,6 +164,22 @@ def plan_in(
             f"the shape has {plan.parameters:,} parameters but size={size!r} was asked for ({wanted:,}); leave one of them out"
         )
     return plan
+
+
+def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
+    """What a plan costs, from shapes alone: bytes read of each anchor, and bytes of the model in memory by dtype."""
+    read: dict[str, int] = {}
+    for name, tensors in sorted(plan.sources().items()):
+        config = anchor_config(files, files.manifest.anchor(name))
+        family = family_of(config)
+        sizes = family.sizes(config)
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        read[name] = sum(
+            dtype.itemsize * math.prod(spec.shape(sizes)) for spec, _, key in family.stored(config) if key in tensors
+        )
+    return {
+        "bytes_read": read, "bytes_in_memory": {"float32": 4 * plan.parameters, "bfloat16": 2 * plan.parameters},
+    }
 
 
 def _check_options(strategy: str, alpha: float | None) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
 from cbd_hub.families import TensorSpec, family_of
 from cbd_hub.manifest import Anchor, Blend, CurvePoint, Evaluation, Link, Manifest, Mix, RoadPoint, Shape
-from cbd_hub.shapes import check_tolerance, complete_shape, count, shape_between
+from cbd_hub.shapes import check_tolerance, complete_shape, config_for, count, shape_between
 
 
 STRATEGIES = ("auto", "blend", "patch")
@@ -186,7 +186,8 @@ class Plan:
 
 def anchor_plan(chain: str, asked: int, anchor: str, shape: Shape, config: Any, expected: float | None = None) -> Plan:
     """The plan of an anchor's own size: every tensor is the anchor's, bit for bit."""
-    tensors = {name: (Term(anchor, name, 1.0),) for _, _, name in family_of(config).stored(config)}
+    own = config_for(shape, config)
+    tensors = {name: (Term(anchor, name, 1.0),) for _, _, name in family_of(own).stored(own)}
     return Plan(
         chain, asked, count(shape, config), shape, anchor, anchor, "anchor", None, tuple(range(shape.layers)), tensors, expected
     )

@@ -1,0 +1,42 @@
+# `make demo` runs the main job on real input, `make test` the checks; both set up a virtual environment of their own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-
+
+.PHONY: help demo test check fix clean
+
+help:
+	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
+	@echo "make test    lint, types, doctests and tests (under 10 minutes)"
+	@echo "make fix     let ruff mend what it can"
+	@echo "make clean   remove the virtual environment"
+
+# torch first and pinned: an open range can pull a CUDA build of several GB
+$(READY)torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cbd_hub needs Python 3.11 or newer, found " + sys.version.split()[0] + "; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	touch $@
+
+$(READY)demo: $(READY)torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(READY)dev: $(READY)torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(READY)demo
+	$(BIN)/python examples/demo.py --out demo
+
+test: $(READY)dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+fix: $(READY)dev
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV)

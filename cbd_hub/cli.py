@@ -1,0 +1,345 @@
+"""The command ``cbd``: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cbd_hub.errors import ArgumentError, CBDError, DataError
+from cbd_hub.sizes import format_bytes, format_size
+
+
+app = typer.Typer(
+    name="cbd", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="A language model in any size you want: distil a chain of anchors once, then make every size in between in seconds.",
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+ChainArgument = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id.", show_default=False)]
+SizeOption = Annotated[str | None, typer.Option("--size", help='Parameters wanted: "138M", "1.1B", "min" or "max".', show_default=False)]
+ShapeOption = Annotated[str | None, typer.Option("--shape", help='The exact shape instead, such as "layers=24,ffn=1192".', show_default=False)]
+StrategyOption = Annotated[str, typer.Option("--strategy", help="How the gap is filled: blend, patch, or auto for what measured best.")]
+AlphaOption = Annotated[float | None, typer.Option("--alpha", help="Weight of the smaller neighbour in a blend, 0 to 1; fitted by default.", show_default=False)]
+ToleranceOption = Annotated[float, typer.Option("--tolerance", help="Largest accepted distance from the size, as a share of it.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a chain on the Hub.", show_default=False)]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the anchors' by default.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)]
+
+
+@app.callback()
+def _root() -> None:
+    """Options of every command: --debug shows the traceback of an error."""
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    out_dir: OutOption,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print its stages, train nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Distil a whole chain from a recipe: every stage, resumable.
+
+    Stop it with Ctrl-C and run the same command again: it goes on where it was.
+    """
+    from cbd_hub.distill.recipe import Recipe, distill_chain, plan_stages, read_parts
+    read = Recipe.read(recipe)
+    if dry_run:
+        from cbd_hub.chain import read_config, resolve_checkpoint
+        stages = plan_stages(read, read_config(resolve_checkpoint(read.teacher)))
+        parts = read_parts(read)
+        rows = [
+            {
+                "anchor": stage.name, "size": stage.size, "steps": stage.arguments["max_steps"],
+                "tokens": stage.arguments["max_steps"] * stage.arguments.get("per_device_train_batch_size", 8)
+                * stage.arguments.get("gradient_accumulation_steps", 1) * stage.arguments["block_size"],
+            }
+            for stage in stages
+        ]
+        counts = {"train": len(parts.train), "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
+        if as_json:
+            _print_json({"stages": rows, "documents": counts})
+            return
+        _table("Stages", rows)
+        out.print("documents: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        return
+    chain = distill_chain(read, out_dir, progress=None if as_json else lambda line: err.print(escape(line)))
+    if as_json:
+        _print_json(json.loads(chain.manifest.to_json()))
+        return
+    _show(chain)
+    out.print(f"\nnext: cbd make {out_dir} --size {_middle(chain)} --out ./model")
+
+
+@app.command()
+def assemble(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT CKPT ...", help="Model folders or Hub ids.", show_default=False)],
+    out_dir: OutOption,
+    text: Annotated[str | None, typer.Option("--text", help="Text on which order, alpha and curve are measured.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a chain from ready checkpoints of one hidden width, without training."""
+    from cbd_hub.chain import assemble_chain
+    calibration = None
+    if text is not None:
+        from cbd_hub.distill.data import read_texts
+        calibration = read_texts(text)
+    chain = assemble_chain(checkpoints, out_dir, calibration=calibration)
+    if as_json:
+        _print_json(json.loads(chain.manifest.to_json()))
+        return
+    _show(chain)
+    out.print(f"\nnext: cbd make {out_dir} --size {_middle(chain)} --out ./model")
+
+
+@app.command()
+def show(chain: ChainArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
+    """Show a chain: its anchors, its links, and how good the sizes in between are."""
+    from cbd_hub.chain import Chain
+    opened = Chain.from_pretrained(chain, revision=revision)
+    if as_json:
+        _print_json(json.loads(opened.manifest.to_json()))
+        return
+    _show(opened)
+
+
+@app.command()
+def plan(
+    chain: ChainArgument, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None,
+    tolerance: ToleranceOption = 0.02, revision: RevisionOption = None, as_json: JsonOption = False,
+) -> None:
+    """Say what a size would be made of, without touching a weight."""
+    from cbd_hub.hub import open_chain
+    from cbd_hub.model import plan_costs, plan_in
+    files = open_chain(chain, revision=revision)
+    planned = plan_in(files, size, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
+    costs = plan_costs(files, planned)
+    if as_json:
+        _print_json({**planned.summary(), **costs})
+        return
+    table = Table("what", "value", title=f"{planned.chain} at {format_size(planned.parameters)}", title_justify="left")
+    whole = planned.shape
+    rows = {
+        "asked": f"{planned.asked:,} parameters",
+        "made": f"{planned.parameters:,} parameters ({planned.parameters / planned.asked - 1:+.2%})",
+        "shape": whole.text,
+        "neighbours": planned.small if planned.small == planned.large else f"{planned.small} and {planned.large}",
+        "strategy": planned.strategy,
+    }
+    if planned.mix is not None:
+        rows["weights"] = (
+            f"alpha {planned.mix.alpha:.2f}, layer gain {planned.mix.layer_gain:.2f}, neuron gain {planned.mix.neuron_gain:.2f}"
+        )
+    rows["expected loss"] = "not measured" if planned.expected is None else f"{planned.expected:.3f} nats per token"
+    rows["read"] = ", ".join(f"{format_bytes(count)} of {name}" for name, count in costs["bytes_read"].items())
+    rows["in memory"] = ", ".join(f"{format_bytes(count)} in {dtype}" for dtype, count in costs["bytes_in_memory"].items())
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    out.print(table)
+
+
+@app.command()
+def make(
+    chain: ChainArgument, out_dir: OutOption, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto",
+    alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02, dtype: DtypeOption = None, revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
+    from cbd_hub.model import CBDModel
+    made = CBDModel.materialize(
+        chain, size, output_dir=out_dir, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype, revision=revision
+    )
+    if as_json:
+        _print_json({**made.summary(), "output_dir": str(out_dir)})
+        return
+    out.print(f"{made.parameters:,} parameters ({made.shape.text}, {made.strategy}) in {escape(str(out_dir))}")
+    out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
+
+
+@app.command()
+def generate(
+    chain: ChainArgument, prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
+    shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt with a model of a size."""
+    import torch
+    from transformers import TextStreamer
+
+    from cbd_hub.chain import Chain
+    if not prompt:
+        raise ArgumentError("the prompt is empty; give a few words to continue")
+    opened = Chain.from_pretrained(chain, revision=revision)
+    model = opened.model(size, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
+    tokenizer = opened.tokenizer()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    torch.manual_seed(seed)
+    ids = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
+        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True), pad_token_id=tokenizer.pad_token_id, **sampling,
+    )
+    if as_json:
+        text = tokenizer.decode(ids[0], skip_special_tokens=True)
+        _print_json({"prompt": prompt, "text": text, "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1], **model.config.cbd})
+
+
+@app.command("eval")
+def evaluate(
+    chain: ChainArgument,
+    text: Annotated[str, typer.Option("--text", help="Held-out text: a file or a pattern.", show_default=False)],
+    sizes: Annotated[str | None, typer.Option("--sizes", help='Sizes, such as "110M,120M"; the anchors by default.', show_default=False)] = None,
+    strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of text to use.")] = 8000,
+    block_size: Annotated[int, typer.Option("--block-size", min=2, help="Longest document in tokens.")] = 128,
+    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
+    revision: RevisionOption = None, as_json: JsonOption = False,
+) -> None:
+    """Measure held-out loss, perplexity and bits per byte of sizes, with standard errors over documents."""
+    from cbd_hub.chain import Chain
+    from cbd_hub.distill.data import read_texts
+    from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
+    from cbd_hub.interpolation.live import ModelRunner
+    opened = Chain.from_pretrained(chain, revision=revision)
+    wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
+    plans = [opened.plan(wish, strategy=strategy, alpha=alpha, tolerance=tolerance) for wish in wishes]
+    documents = Documents.read(read_texts(text, column), opened.tokenizer(), block_size, max_tokens)
+    if documents.tokens < 2:
+        raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
+    rows = []
+    for wish, planned in zip(wishes, plans):
+        model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        losses = document_losses(ModelRunner(model), documents)
+        rows.append({
+            "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,
+            "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents), "tokens": documents.tokens,
+        })
+    if as_json:
+        _print_json({"chain": opened.name, "text": text, "documents": len(documents.ids), "results": rows})
+        return
+    _table(f"{opened.name} on {text}: {documents.tokens:,} tokens, {len(documents.ids)} documents; loss in nats per token", rows)
+
+
+def _shape(text: str | None) -> dict[str, int] | None:
+    """A shape from "layers=24,ffn=1192"."""
+    if text is None:
+        return None
+    try:
+        return {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise ArgumentError(f'shape "{text}" cannot be read; write it as "layers=24,ffn=1192"') from error
+
+
+def _middle(chain: Any) -> str:
+    small, large = chain.anchors[1], chain.anchors[0]
+    return format_size((small.parameters + large.parameters) // 2)
+
+
+def _show(chain: Any) -> None:
+    """The tables of a chain."""
+    anchors = []
+    for anchor in chain.anchors:
+        row = {
+            "anchor": anchor.name, "parameters": anchor.parameters, "layers x width": anchor.shape.text, "origin": anchor.origin,
+            "tokens seen": anchor.training.tokens if anchor.training else 0,
+        }
+        if anchor.evaluations:
+            last = anchor.evaluations[-1]
+            row["loss"] = _with_error(last.loss, last.stderr)
+        anchors.append(row)
+    _table(f"Chain {chain.name}: {len(anchors)} anchors of the {chain.anchors[0].family} family", anchors)
+    for link in chain.manifest.links:
+        names = f"{link.kind} {link.small} to {link.large}"
+        if link.curve:
+            rows = [
+                {"size": format_size(point.size), "parameters": point.size, "strategy": point.strategy, "loss": _with_error(point.loss, point.stderr)}
+                for point in link.curve
+            ]
+            _table(names, rows)
+        else:
+            out.print(f"{names}: not measured")
+    measured = [anchor.evaluations[-1] for anchor in chain.anchors if anchor.evaluations]
+    if measured:
+        out.print(f"loss: nats per token on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}, with its standard error")
+
+
+def _with_error(loss: float, stderr: float | None) -> str:
+    return f"{loss:.3f}" if stderr is None else f"{loss:.3f} ± {stderr:.3f}"
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(escape(_cell(row.get(name, ""))) for name in rows[0]))
+    out.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _quiet() -> None:
+    """No progress bars or warnings of the libraries between the tables."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("cbd_hub").setLevel(logging.WARNING)
+
+
+def main() -> NoReturn:
+    """Run the command: exit code 0 for done, 1 for failed, 2 for a wrong call."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        _quiet()
+    try:
+        code = app(args=arguments, prog_name="cbd", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        err.print("stopped; run the same command again, it goes on from its last checkpoint")
+        sys.exit(1)
+    except CBDError as error:
+        if debug:
+            raise
+        err.print(f"error: {escape(str(error))}")
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error).strip().splitlines()
+        err.print(f"error: {type(error).__name__}: {escape(text[0][:300] if text else '')}; run with --debug for the traceback")
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""The trainer: token-exact losses, path training by the plans of from_chain, checkpoints that are whole, resuming bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.cut import Cut, cut_model, measure_importance
+from cbd_hub.distill.distiller import path_plan
+from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
+from cbd_hub.evaluation import Documents
+from cbd_hub.interpolation.live import Between
+from cbd_hub.manifest import Shape
+from cbd_hub.shapes import shape_of
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def rows(count=16, seed=0):
+    """Rows of unequal length with masked labels, so that a mean of means would be wrong."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        ids = draw.integers(4, tiny.VOCAB, size=draw.integers(5, 24)).tolist()
+        labels = [-100 if draw.random() < 0.3 else token for token in ids]
+        made.append({"input_ids": ids, "labels": labels})
+    return Dataset.from_list(made)
+
+
+def student_of(teacher, shape=None):
+    documents = Documents.packed(tiny.texts(20), tiny.tokenizer(), 32, 256)
+    importance = measure_importance(teacher, documents, bf16=False)
+    shape = shape or {"layers": 2, "ffn": 24}
+    cut = Cut.of(teacher, shape_of(teacher.config).model_copy(update=shape), importance, "teacher")
+    return cut_model(teacher, cut.plan), cut.kept
+
+
+def trainer_for(family, folder, dataset=None, shape=None, **options):
+    teacher = tiny.FAMILIES[family]()
+    student, kept = student_of(teacher, shape)
+    arguments = {
+        "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "disable_tqdm": True,
+        "save_strategy": "no", "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, **options,
+    }
+    return ChainDistiller(
+        model=student, teacher=teacher, args=ChainDistillerConfig(**arguments), train_dataset=dataset or rows(),
+        processing_class=tiny.tokenizer(), kept=kept,
+    )
+
+
+def weights(trainer):
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
+
+
+def dense_loss(student, teacher, batch, temperature, kd, ce):
+    """The loss with everything spelt out on full logits."""
+    ours, theirs = (model(batch["input_ids"], attention_mask=batch.get("attention_mask")).logits[:, :-1].double() for model in (student, teacher))
+    labels = batch["labels"][:, 1:]
+    keep = labels != -100
+    p, q = (theirs / temperature).softmax(-1), (ours / temperature).log_softmax(-1)
+    divergence = temperature**2 * (p * (p.log() - q)).sum(-1)[keep].sum()
+    return (kd * divergence + ce * F.cross_entropy(ours.transpose(1, 2), labels, reduction="sum")) / keep.sum()
+
+
+def test_the_loss_is_the_dense_reference(family, tmp_path):
+    trainer = trainer_for(family, tmp_path, temperature=2.0, kd_weight=0.7, ce_weight=0.3)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+    trainer.model.train()
+    value = trainer.compute_loss(trainer.model, batch)
+    expected = dense_loss(trainer.model, trainer.teacher, batch, 2.0, 0.7, 0.3)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    names, parameters = zip(*trainer.model.named_parameters())
+    for name, got, want in zip(names, torch.autograd.grad(value, parameters), torch.autograd.grad(expected, parameters)):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"ce_weight": 0.5, "temperature": 2.0}, {"hidden_weight": 1.0}, {"path_fraction": 0.7}])
+def test_eight_by_one_is_one_by_eight(family, tmp_path, options):
+    """Accumulating eight batches of one row makes the same update as one batch of eight."""
+    whole = trainer_for(family, tmp_path / "a", **options)
+    pieces = trainer_for(family, tmp_path / "b", **options, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    whole.train()
+    pieces.train()
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(pieces)[name], rtol=1e-4, atol=1e-6, msg=name)
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (whole, pieces)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_padding_changes_nothing(family, tmp_path):
+    trainer = trainer_for(family, tmp_path)
+    trainer.model.eval()
+    row = trainer.train_dataset[0]
+    alone = trainer.compute_loss(trainer.model, trainer.data_collator([row]))
+    padded = {key: F.pad(value, (0, 7), value={"labels": -100}.get(key, 0)) for key, value in trainer.data_collator([{**row, "attention_mask": [1] * len(row["input_ids"])}]).items()}
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, padded), alone)
+
+
+def test_path_training_uses_the_plans_of_from_chain(family, tmp_path):
+    """With path_fraction 1 the loss is that of the planned in-between model, drawn from seed and step alone."""
+    trainer = trainer_for(family, tmp_path, path_fraction=1.0)
+    trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    seen = set()
+    for step in range(12):
+        trainer.state.global_step = step
+        plan, again = trainer._path_plan(), trainer._path_plan()
+        assert plan.summary() == again.summary()
+        seen.add(plan.parameters)
+        low, high = trainer._segment.sizes
+        assert low <= plan.parameters <= high
+        expected_plan = path_plan(trainer._segment, plan.parameters)
+        assert expected_plan.shape == plan.shape
+        output = Between({"student": trainer.model, "teacher": trainer.teacher}).run(plan)(batch["input_ids"])
+        logits, target = output.hidden @ output.head.weight.T, trainer.teacher(batch["input_ids"]).logits
+        keep = batch["labels"][:, 1:] != -100
+        p = target[:, :-1][keep].softmax(-1)
+        expected = (p * (p.log() - logits[:, :-1][keep].log_softmax(-1))).sum() / keep.sum()
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-6)
+    assert len(seen) > 6
+
+
+def test_path_training_of_depth_is_module_replacing(tmp_path):
+    """Where only layers differ the in-between models are patches: whole blocks put back."""
+    trainer = trainer_for("llama", tmp_path, shape={"layers": 2, "ffn": 48}, path_fraction=1.0)
+    plans = [path_plan(trainer._segment, size) for size in range(*trainer._segment.sizes, 500)]
+    assert {plan.strategy for plan in plans} == {"patch"}
+    trainer.train()
+
+
+def test_evaluation_measures_the_student_not_the_path(family, tmp_path):
+    trainer = trainer_for(family, tmp_path, path_fraction=1.0)
+    trainer.eval_dataset = rows(4, seed=5)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.args.path_fraction = 0.0
+    assert trainer.evaluate()["eval_loss"] == first
+
+
+def test_hidden_term_matches_the_end_of_each_block(tmp_path):
+    trainer = trainer_for("llama", tmp_path, hidden_weight=3.0, hidden_loss="mse")
+    trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    value = trainer.compute_loss(trainer.model, batch)
+    ours = trainer.model(batch["input_ids"], output_hidden_states=True).hidden_states
+    theirs = trainer.teacher(batch["input_ids"], output_hidden_states=True).hidden_states
+    kept = [int(layer) for layer in trainer.kept.layers]
+    ends = [kept[1] - 1, 3]
+    keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    keep[:, :-1] = batch["labels"][:, 1:] != -100
+    term = 0
+    for state, end in zip(ours[1:], ends):
+        a, b = state[keep], theirs[end + 1][keep]
+        term += ((a - b).square().mean(-1) / b.square().mean(-1)).mean() / 2
+    plain = dense_loss(trainer.model, trainer.teacher, batch, 1.0, 1.0, 0.0)
+    torch.testing.assert_close(value.double(), plain + 3.0 * term.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_teacher_is_left_as_it_was(tmp_path):
+    trainer = trainer_for("llama", tmp_path, bf16=True)
+    teacher = tiny.llama()
+    for name, tensor in trainer._between._models["teacher"].named_parameters():
+        assert torch.equal(tensor, teacher.get_parameter(name))
+    trainer.train()
+    assert trainer.teacher.dtype == torch.bfloat16
+    assert trainer.model.dtype == torch.float32
+
+
+def resumed(family, folder, stop, **options):
+    """Weights after six steps, stopped after ``stop`` and resumed from the last checkpoint."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3, **options}
+    trainer = trainer_for(family, folder, **options)
+    if stop:
+        from transformers import TrainerCallback
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == stop:
+                    raise KeyboardInterrupt
+        trainer.add_callback(Stop())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer = trainer_for(family, folder, **options)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if stop else None)
+    return weights(trainer)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_stopped_and_resumed_equals_never_stopped(family, tmp_path, stop):
+    whole, again = resumed(family, tmp_path / "a", 0, path_fraction=0.5), resumed(family, tmp_path / "b", stop, path_fraction=0.5)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Killed while it writes a checkpoint, the trainer leaves only the older one, and the next save works."""
+    trainer = trainer_for("llama", tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    real = trainer._save_rng_state
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda folder: real(folder) if trainer.state.global_step == 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert get_last_checkpoint(tmp_path).endswith("checkpoint-2")
+    again = trainer_for("llama", tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=get_last_checkpoint(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+
+
+def test_text_columns_are_packed(tmp_path):
+    trainer = trainer_for("llama", tmp_path, dataset=Dataset.from_dict({"text": tiny.texts(30)}), block_size=16)
+    assert {len(row["input_ids"]) for row in trainer.train_dataset} == {16}
+    trainer.train()
+
+
+def test_wrong_calls_are_named(tmp_path):
+    teacher = tiny.llama()
+    config = ChainDistillerConfig(str(tmp_path), max_steps=1)
+    with pytest.raises(ArgumentError, match="need kept="):
+        ChainDistiller(model=tiny.llama(), teacher=teacher, args=ChainDistillerConfig(str(tmp_path), path_fraction=0.5), train_dataset=rows())
+    other = tiny.llama()
+    other.resize_token_embeddings(300)
+    with pytest.raises(VocabularyMismatchError, match="300 and the teacher of 260"):
+        ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows())
+    with pytest.raises(DataError, match="columns words"):
+        ChainDistiller(model=tiny.llama(), teacher=teacher, args=config, train_dataset=Dataset.from_dict({"words": ["a"]}))
+
+
+@pytest.mark.parametrize(("field", "value"), [("divergence", "kl"), ("temperature", 0.0), ("beta", 1.0), ("kd_weight", -1.0), ("path_fraction", 1.5), ("hidden_loss", "l1"), ("block_size", 1)])
+def test_config_refuses_values_outside_their_range(field, value, tmp_path):
+    with pytest.raises(ArgumentError, match=field):
+        ChainDistillerConfig(str(tmp_path), **{field: value})
+
+
+def test_cut_keeps_the_most_important_units(family):
+    """What a cut drops is what calibration text says matters least, and the kept neurons are a prefix of the order."""
+    teacher = tiny.FAMILIES[family]()
+    documents = Documents.packed(tiny.texts(30), tiny.tokenizer(), 32, 512)
+    importance = measure_importance(teacher, documents, bf16=False)
+    kept = importance.kept(2)
+    assert set(kept.layers) == set(np.argsort(-importance.layers)[:2])
+    for layer in range(4):
+        assert np.all(np.diff(importance.ffn[layer][kept.ffn[layer]]) <= 0)
+    whole = Cut.of(teacher, shape_of(teacher.config), importance, "t")
+    same = cut_model(teacher, whole.plan)
+    ids = torch.randint(4, 260, (1, 12))
+    torch.testing.assert_close(same(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_importance_is_its_definition(family):
+    """Mean |activation| x output norm, and 1 - cosine of a layer's input and output, by hand on one batch."""
+    teacher = tiny.FAMILIES[family]()
+    documents = Documents.packed(tiny.texts(30), tiny.tokenizer(), 16, 64)
+    importance = measure_importance(teacher, documents, bf16=False)
+    ids = torch.stack(documents.ids)
+    states = teacher(ids, output_hidden_states=True).hidden_states
+    influence = 1 - F.cosine_similarity(states[1], states[2], dim=-1).mean()
+    assert importance.layers[1] == pytest.approx(float(influence), rel=1e-4)
+    block = teacher.base_model.layers[1] if family == "llama" else teacher.base_model.h[1]
+    caught = {}
+    down = block.mlp.down_proj if family == "llama" else block.mlp.c_proj
+    hook = down.register_forward_pre_hook(lambda module, inputs: caught.update(x=inputs[0]))
+    teacher(ids)
+    hook.remove()
+    norm = down.weight.norm(dim=0 if family == "llama" else 1)
+    expected = caught["x"].abs().mean((0, 1)) * norm
+    np.testing.assert_allclose(importance.ffn[1], expected.detach().numpy(), rtol=1e-4)
+
+
+def test_shapes_are_plain_data():
+    assert Shape(layers=1, hidden=2, heads=1, kv_heads=1, head_size=2, ffn=3, vocab=4).model_dump()["ffn"] == 3

@@ -1,0 +1,96 @@
+"""The tables against the real classes: every stored tensor, its shape, its count."""
+
+import pytest
+import tiny
+import torch
+from cbd_hub.errors import ArchitectureError
+from cbd_hub.families import FAMILIES, family_named, family_of
+from cbd_hub.shapes import config_for, count, parameter_count, shape_of
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
+
+
+VARIANTS = {
+    "llama tied": lambda: tiny.llama(),
+    "llama untied": lambda: tiny.llama(tied=False),
+    "llama biases": lambda: tiny.llama(attention_bias=True, mlp_bias=True, kv_heads=1),
+    "gpt2": lambda: tiny.gpt2(),
+    "gpt2 untied": lambda: tiny.gpt2(tie_word_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_table_holds_every_stored_tensor_and_no_other(variant, tmp_path):
+    from safetensors import safe_open
+
+    model = VARIANTS[variant]()
+    model.save_pretrained(tmp_path)
+    family = family_of(model.config)
+    sizes = family.sizes(model.config)
+    expected = {name: list(spec.shape(sizes)) for spec, _, name in family.stored(model.config)}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    assert {family.canonical(key): shape for key, shape in stored.items()} == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_are_the_models_unique_parameters(variant):
+    model = VARIANTS[variant]()
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    assert parameter_count(model.config) == sum(unique.values())
+    assert count(shape_of(model.config), model.config) == sum(unique.values())
+
+
+def test_counts_of_published_shapes():
+    """GPT-2's and SmolLM2's published sizes, and the paper's 138M target (Table 8)."""
+    assert parameter_count(GPT2Config()) == 124_439_808
+    assert parameter_count(GPT2Config(n_layer=14)) == 138_615_552
+    smollm = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    assert parameter_count(smollm) == 134_515_008
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_of_another_shape_makes_a_model_of_that_shape(variant):
+    config = VARIANTS[variant]().config
+    shape = shape_of(config).model_copy(update={"layers": 2, "ffn": 20})
+    made = config_for(shape, config)
+    model = AutoModelForCausalLM.from_config(made)
+    assert shape_of(model.config) == shape
+    assert sum({id(p): p.numel() for p in model.parameters()}.values()) == count(shape, config)
+
+
+def test_a_shape_that_an_architecture_cannot_have_is_refused():
+    config = tiny.gpt2().config
+    with pytest.raises(ArchitectureError, match="cannot have the shape"):
+        config_for(shape_of(config).model_copy(update={"kv_heads": 1}), config)
+
+
+def test_published_gpt2_keys_without_prefix_and_their_buffers_are_understood():
+    family = family_named("gpt2")
+    assert family.canonical("h.3.attn.c_attn.weight") == "transformer.h.3.attn.c_attn.weight"
+    assert family.canonical("h.3.attn.bias") is None
+    assert family.canonical("transformer.h.3.attn.c_attn.bias") == "transformer.h.3.attn.c_attn.bias"
+    assert family.canonical("lm_head.weight") == "lm_head.weight"
+
+
+def test_an_architecture_without_a_table_is_an_error_that_says_how_to_add_one():
+    with pytest.raises(ArchitectureError, match=r'"bert" has no axis table.*CONTRIBUTING'):
+        family_of(BertConfig())
+    with pytest.raises(ArchitectureError, match="knows llama"):
+        family_named("nope")
+
+
+def test_every_family_names_its_ffn_output():
+    for family in FAMILIES:
+        spec, dim = family.output_of_ffn()
+        assert spec.dims[dim] == "ffn"
+        assert any(spec.name.endswith("." + name) for name in family.residual)
+
+
+def test_counting_allocates_nothing():
+    config = LlamaConfig(vocab_size=128_256, hidden_size=16_384, intermediate_size=53_248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8)
+    before = torch.tensor(0)
+    assert parameter_count(config) > 400e9
+    assert before == 0

@@ -1,0 +1,302 @@
+"""from_chain, plan and materialize on distilled chains of every family."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from cbd_hub import CBDModel, Chain
+from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, SizeError, StorageError, WeightsError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def anchors(chain):
+    return Chain.from_pretrained(chain).anchors
+
+
+def middles(chain):
+    """A size inside each segment."""
+    found = anchors(chain)
+    return [(small.parameters + large.parameters) // 2 for large, small in zip(found, found[1:])]
+
+
+def same(first, second):
+    first, second = dict(first.named_parameters()), dict(second.named_parameters())
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "blend"}, {"strategy": "patch"}, {"alpha": 0.3}, {"alpha": 0.0}, {"alpha": 1.0}])
+def test_at_an_anchors_size_it_is_that_anchor_bit_for_bit(chain, options):
+    for anchor in anchors(chain):
+        stored = AutoModelForCausalLM.from_pretrained(chain / "anchors" / anchor.name)
+        for size in (anchor.parameters, anchor.name, str(anchor.parameters)):
+            model = CBDModel.from_chain(chain, size=size, **options)
+            assert same(model, stored)
+            assert model.config.cbd["strategy"] == "anchor"
+        by_shape = CBDModel.from_chain(chain, shape=anchor.shape, **options)
+        assert same(by_shape, stored)
+
+
+def test_min_and_max(chain):
+    sizes = [anchor.parameters for anchor in anchors(chain)]
+    assert CBDModel.plan(chain, "max").parameters == max(sizes)
+    assert CBDModel.plan(chain, "min").parameters == min(sizes)
+
+
+def test_it_is_an_ordinary_model(chain, family, tmp_path):
+    size = middles(chain)[0]
+    model = CBDModel.from_chain(chain, size=size)
+    assert type(model) is type(AutoModelForCausalLM.from_pretrained(chain / "anchors" / anchors(chain)[0].name))
+    assert not model.training
+    unique = sum({id(p): p.numel() for p in model.parameters()}.values())
+    assert unique == model.config.cbd["parameters"] == CBDModel.plan(chain, size=size).parameters
+    assert abs(unique - size) <= 0.01 * size
+    assert all(parameter.device.type != "meta" for parameter in model.parameters())
+    assert model.config.name_or_path == str(chain)
+    model.save_pretrained(tmp_path / "saved")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 5)
+
+
+def test_loading_writes_nothing_into_the_chain(chain):
+    """The model owns its memory: changing it changes no anchor."""
+    name = anchors(chain)[0].name
+    before = load_file(chain / "anchors" / name / "model.safetensors")
+    model = CBDModel.from_chain(chain, size="max")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    after = load_file(chain / "anchors" / name / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", torch.float16])
+def test_materialize_gives_the_same_model_as_from_chain(chain, dtype, tmp_path):
+    for index, size in enumerate([*middles(chain), "min"]):
+        out = tmp_path / str(index)
+        plan = CBDModel.materialize(chain, size, output_dir=out, dtype=dtype)
+        made = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        direct = CBDModel.from_chain(chain, size, **({"dtype": dtype} if dtype else {}))
+        assert same(made, direct)
+        assert made.dtype == direct.dtype
+        ids = torch.tensor([[10, 20, 30]])
+        assert torch.equal(made(ids).logits, direct(ids).logits)
+        assert plan.parameters == made.config.cbd["parameters"]
+        assert AutoTokenizer.from_pretrained(out)("héllo ✓").input_ids == tiny.tokenizer()("héllo ✓").input_ids
+        assert (out / "chat_template.jinja").is_file()
+
+
+def test_what_is_made_loads_without_cbd_hub(chain, tmp_path):
+    CBDModel.materialize(chain, middles(chain)[0], output_dir=tmp_path / "m")
+    code = (
+        "import sys; sys.modules['cbd_hub'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True); AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "print(sum({id(p): p.numel() for p in m.parameters()}.values()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == CBDModel.plan(chain, middles(chain)[0]).parameters
+    assert "randomly initialized" not in done.stderr + done.stdout
+
+
+def test_materialize_leaves_nothing_behind_when_the_place_is_taken(chain, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("precious")
+    with pytest.raises(StorageError, match="already exists"):
+        CBDModel.materialize(chain, "min", output_dir=taken)
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine.txt"]
+
+
+def test_materialize_leaves_nothing_behind_when_the_disk_is_full(chain, tmp_path, monkeypatch):
+    import cbd_hub.model
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cbd_hub.model, "write_safetensors", full)
+    with pytest.raises(StorageError, match="No space left"):
+        CBDModel.materialize(chain, "min", output_dir=tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_takes_what_measured_best(chain):
+    opened = Chain.from_pretrained(chain)
+    point = min(opened.manifest.links[1].curve, key=lambda point: point.loss)
+    assert CBDModel.plan(chain, point.size).strategy == point.strategy
+    assert CBDModel.plan(chain, point.size).expected == pytest.approx(point.loss)
+
+
+def test_alpha_moves_the_shared_parameters_from_one_anchor_to_the_other(chain):
+    """alpha weighs the smaller neighbour; the embedding is shared by both, so it shows the formula plainly."""
+    large, small = anchors(chain)[:2]
+    ends = [AutoModelForCausalLM.from_pretrained(chain / "anchors" / a.name).get_input_embeddings().weight for a in (small, large)]
+    for alpha in (0.0, 0.25, 1.0):
+        model = CBDModel.from_chain(chain, middles(chain)[0], strategy="blend", alpha=alpha)
+        torch.testing.assert_close(model.get_input_embeddings().weight, alpha * ends[0] + (1 - alpha) * ends[1])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"sise": 3}, r"sise= is no argument of from_chain; did you mean size=\?"),
+    ({"size": "min", "torch_dtyp": 3}, "did you mean torch_dtype="),
+    ({"size": "min", "atn_implementation": 3}, "did you mean attn_implementation="),
+    ({"size": "min", "state_dict": {}}, "cannot be used with a chain"),
+    ({"size": "min", "dtype": "int8"}, "no floating point dtype"),
+    ({}, "neither size nor shape"),
+    ({"size": "min", "tolerance": 7}, "tolerance=7"),
+    ({"size": "min", "strategy": "best"}, "choose one of"),
+    ({"size": "min", "alpha": -1}, "outside 0 to 1"),
+])
+def test_wrong_arguments_are_named_with_the_way_out(chain, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        CBDModel.from_chain(chain, **arguments)
+
+
+@pytest.mark.parametrize("size", ["138Q", "", "900M", 1, -5, 10**18, "0"])
+def test_wrong_sizes(chain, size):
+    with pytest.raises(SizeError):
+        CBDModel.from_chain(chain, size=size)
+
+
+def test_a_shape_and_a_size_that_contradict_each_other(chain):
+    found = anchors(chain)
+    with pytest.raises((SizeError, ArgumentError)):
+        CBDModel.plan(chain, found[1].parameters + 500, shape={"layers": 4, "ffn": 47})
+
+
+def test_loader_arguments_pass_through(chain):
+    size = middles(chain)[0]
+    model, info = CBDModel.from_chain(chain, size, attn_implementation="eager", dtype=torch.bfloat16, device_map="cpu", output_loading_info=True)
+    assert model.config._attn_implementation == "eager"
+    assert model.dtype == torch.bfloat16
+    assert info["plan"].parameters == model.config.cbd["parameters"]
+    assert not info["missing_keys"]
+    full = CBDModel.from_chain(chain, size)
+    for name, parameter in full.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter.to(torch.bfloat16)), name
+
+
+def test_no_such_chain(tmp_path):
+    for wrong in (tmp_path, tmp_path / "absent", "./absent", "no/such/thing"):
+        with pytest.raises(ManifestError):
+            CBDModel.plan(wrong, "1M")
+    with pytest.raises((ManifestError, StorageError), match="org/absent"):
+        CBDModel.plan("org/absent", "1M")
+
+
+@pytest.fixture
+def copy(chain, tmp_path):
+    shutil.copytree(chain, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def weights(copy, index=0):
+    return copy / "anchors" / anchors(copy)[index].name / "model.safetensors"
+
+
+def test_a_truncated_file_is_refused(copy):
+    path = weights(copy)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(IntegrityError, match="cut short"):
+        CBDModel.from_chain(copy, "max")
+
+
+def test_one_changed_byte_is_refused(copy):
+    path = weights(copy)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="recorded hash"):
+        CBDModel.from_chain(copy, "max")
+
+
+def test_a_changed_config_is_refused(copy):
+    path = weights(copy).parent / "config.json"
+    path.write_text(path.read_text().replace("260", "261"))
+    with pytest.raises(IntegrityError, match="config.json"):
+        CBDModel.from_chain(copy, "max")
+
+
+def test_a_missing_file_is_refused(copy):
+    weights(copy).unlink()
+    with pytest.raises(IntegrityError, match="missing"):
+        CBDModel.from_chain(copy, "max")
+
+
+def rehash(copy, change):
+    """Change an anchor's tensors and record the new hashes, as an honest but wrong tool would."""
+    from cbd_hub.chain import ChainBuilder
+    path = weights(copy)
+    tensors = change(load_file(path))
+    save_file(tensors, path, {"format": "pt"})
+    from cbd_hub.files import chunk_hashes, sha256, write_text
+    manifest = json.loads((copy / "chain.json").read_text())
+    entry = manifest["anchors"][0]
+    entry["files"]["model.safetensors"] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    listing = copy / entry["chunks"]["path"]
+    write_text(listing, json.dumps({"files": {"model.safetensors": chunk_hashes(path)}}))
+    entry["chunks"]["sha256"] = sha256(listing)
+    (copy / "chain.json").write_text(json.dumps(manifest))
+    assert ChainBuilder
+
+
+def test_missing_extra_and_misshaped_tensors_are_named(copy):
+    key = sorted(load_file(weights(copy)))[3]
+    original = load_file(weights(copy))
+    for change, message in (
+        (lambda t: {k: v for k, v in t.items() if k != key}, f"lacks tensors {key}"),
+        (lambda t: {**original, "extra.weight": torch.zeros(3)}, "unexpected tensors .*extra.weight"),
+        (lambda t: {**original, key: original[key].flatten()[:-1].clone()}, f"{key} has shape"),
+        (lambda t: {**original, key: original[key].to(torch.int32)}, "not floating point"),
+    ):
+        rehash(copy, change)
+        with pytest.raises(WeightsError, match=message):
+            CBDModel.from_chain(copy, "max")
+
+
+def test_a_manifest_that_lies_about_a_shape_is_refused(copy):
+    manifest = json.loads((copy / "chain.json").read_text())
+    manifest["anchors"][0]["parameters"] += 1
+    (copy / "chain.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match="chain.json says"):
+        CBDModel.from_chain(copy, "max")
+
+
+def test_a_map_that_was_changed_is_refused(copy):
+    from safetensors.numpy import save_file as save_arrays
+    anchor = anchors(copy)[1]
+    save_arrays({"kept.layers": np.zeros(4, dtype=np.int32)}, copy / anchor.maps.path)
+    with pytest.raises(IntegrityError, match="recorded hash"):
+        CBDModel.from_chain(copy, middles(copy)[0])
+
+
+def test_a_chain_is_copied_whole(chain, tmp_path):
+    Chain.from_pretrained(chain).save_pretrained(tmp_path / "copy")
+    assert Chain.from_pretrained(tmp_path / "copy").manifest == Chain.from_pretrained(chain).manifest.model_copy(update={"name": "chain"})
+    for size in middles(chain):
+        assert same(CBDModel.from_chain(chain, size), CBDModel.from_chain(tmp_path / "copy", size))
+
+
+def test_a_second_load_checks_nothing_again(chain, monkeypatch):
+    import cbd_hub.files
+    CBDModel.from_chain(chain, "max")
+    monkeypatch.setattr(cbd_hub.files.hashlib, "file_digest", None)
+    opened = []
+    real = cbd_hub.files.Path.open
+    monkeypatch.setattr(cbd_hub.files.Path, "open", lambda self, *a, **k: (opened.append(self.name), real(self, *a, **k))[1])
+    with pytest.raises(TypeError):
+        cbd_hub.files.sha256(chain / "chain.json")
+    opened.clear()
+    from cbd_hub.model import anchor_checkpoint
+    from cbd_hub.hub import open_chain
+    monkeypatch.undo()
+    files = open_chain(chain)
+    checkpoint = anchor_checkpoint(files, files.manifest.anchors[0])
+    for checked in checkpoint._checked.values():
+        monkeypatch.setattr(checked, "_chunks", ["wrong"] * len(checked._chunks))
+    assert checkpoint[next(iter(checkpoint._where))] is not None

@@ -1,0 +1,34 @@
+import pytest
+from cbd_hub.errors import SizeError
+from cbd_hub.sizes import format_bytes, format_size, matches, parse_size
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(("text", "parameters"), [("138M", 138_000_000), ("1.1B", 1_100_000_000), ("54K", 54_000), ("54k", 54_000), (" 7 M ", 7_000_000), ("12", 12), (5, 5)])
+def test_sizes_are_read(text, parameters):
+    assert parse_size(text) == parameters
+
+
+@pytest.mark.parametrize("wrong", ["138Q", "", "M", "-3M", "0", "0M", "1e6", "nan", "inf", "1.5.2M", "٣M" * 20, "9" * 50 + "T", 0, -1, True, 1.5, None])
+def test_what_is_no_size_is_refused_with_an_example(wrong):
+    with pytest.raises(SizeError, match="138M"):
+        parse_size(wrong)
+
+
+@given(st.integers(1, 10**14))
+def test_a_formatted_size_is_read_back_within_its_digits(parameters):
+    assert abs(parse_size(format_size(parameters)) - parameters) <= 0.005 * parameters + 1
+    assert matches(format_size(parameters), parse_size(format_size(parameters)))
+
+
+def test_text_means_an_anchor_that_rounds_to_it():
+    assert matches("135M", 134_515_008)
+    assert matches("134.5M", 134_515_008)
+    assert not matches("134M", 134_515_008)
+
+
+def test_bytes_are_decimal():
+    assert format_bytes(538_090_408) == "538 MB"
+    assert format_bytes(999) == "999 B"
+    assert format_bytes(1_500) == "1.5 kB"
