@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -76,7 +75,11 @@ def distill(
         _table("Stages", rows)
         out.print("documents: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
         return
-    chain = distill_chain(read, out_dir, progress=None if as_json else lambda line: err.print(escape(line)))
+    try:
+        chain = distill_chain(read, out_dir, progress=None if as_json else lambda line: err.print(escape(line)))
+    except KeyboardInterrupt:
+        err.print("\nstopped; run the same command again, it goes on from its last checkpoint")
+        raise typer.Exit(1) from None
     if as_json:
         _print_json(json.loads(chain.manifest.to_json()))
         return
@@ -320,13 +323,7 @@ def main() -> NoReturn:
     if not debug:
         _quiet()
     try:
-        code = app(args=arguments, prog_name="cbd", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        err.print("stopped; run the same command again, it goes on from its last checkpoint")
-        sys.exit(1)
+        app(args=arguments, prog_name="cbd")
     except CBDError as error:
         if debug:
             raise
@@ -338,7 +335,7 @@ def main() -> NoReturn:
         text = str(error).strip().splitlines()
         err.print(f"error: {type(error).__name__}: {escape(text[0][:300] if text else '')}; run with --debug for the traceback")
         sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", H
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+
 from cbd_hub import distill_chain  # noqa: E402
 
 

@@ -7,6 +7,9 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
+
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.distiller import path_plan
@@ -15,8 +18,6 @@ from cbd_hub.evaluation import Documents
 from cbd_hub.interpolation.live import Between
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
-from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 
 def rows(count=16, seed=0):

@@ -3,10 +3,11 @@
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
+
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import FAMILIES, family_named, family_of
 from cbd_hub.shapes import config_for, count, parameter_count, shape_of
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
 
 
 VARIANTS = {

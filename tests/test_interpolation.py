@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
+
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
 from cbd_hub.interpolation.execute import combine, materialise
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.interpolation.planner import Kept, Segment, blend_plan, patch_plan, road_at, segment_plan
 from cbd_hub.manifest import Blend, Mix, RoadPoint, Shape
 from cbd_hub.shapes import count, shape_of
-from transformers import AutoModelForCausalLM
 
 
 # FFN dimension of the tensors that have one; everything else is untouched by the FFN.

@@ -1,16 +1,17 @@
 """Losses against a dense float64 reference, in value and gradient; only kept tokens count; only the student learns."""
 
-import cbd_hub.losses.head as head_module
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cbd_hub.losses.head as head_module
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses import divergence
 from cbd_hub.losses.divergence import DIVERGENCES
 from cbd_hub.losses.head import distillation_loss, token_losses
 from cbd_hub.losses.hidden import hidden_loss
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def reference(name, student, teacher, temperature, beta=0.5, skew=0.1):

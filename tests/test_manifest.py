@@ -5,6 +5,7 @@ import json
 import logging
 
 import pytest
+
 from cbd_hub.errors import ManifestError, SizeError
 from cbd_hub.manifest import Manifest, inside
 

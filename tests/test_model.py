@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cbd_hub import CBDModel, Chain
-from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, SizeError, StorageError, WeightsError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbd_hub import CBDModel, Chain
+from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, SizeError, StorageError, WeightsError
 
 
 def anchors(chain):
@@ -292,8 +293,8 @@ def test_a_second_load_checks_nothing_again(chain, monkeypatch):
     with pytest.raises(TypeError):
         cbd_hub.files.sha256(chain / "chain.json")
     opened.clear()
-    from cbd_hub.model import anchor_checkpoint
     from cbd_hub.hub import open_chain
+    from cbd_hub.model import anchor_checkpoint
     monkeypatch.undo()
     files = open_chain(chain)
     checkpoint = anchor_checkpoint(files, files.manifest.anchors[0])

@@ -1,8 +1,9 @@
 import pytest
-from cbd_hub.errors import SizeError
-from cbd_hub.sizes import format_bytes, format_size, matches, parse_size
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cbd_hub.errors import SizeError
+from cbd_hub.sizes import format_bytes, format_size, matches, parse_size
 
 
 @pytest.mark.parametrize(("text", "parameters"), [("138M", 138_000_000), ("1.1B", 1_100_000_000), ("54K", 54_000), ("54k", 54_000), (" 7 M ", 7_000_000), ("12", 12), (5, 5)])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 
 VOCAB = 260
-WORDS = "the a small large model learns from its teacher and gives every size between two anchors of one chain quickly".split()
+WORDS = ["the", "a", "small", "large", "model", "learns", "from", "its", "teacher", "and", "gives", "every", "size", "between", "two", "anchors", "of", "one", "chain", "quickly"]
 
 
 def tokenizer():

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import collate, pack
@@ -178,6 +179,17 @@ class ChainDistiller(Trainer):
             return None
         low, high = self._segment.sizes
         return path_plan(self._segment, round(low + draw.random() * (high - low)))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as ``transformers.Trainer.train``; a checkpoint of the last step is loaded and no step is taken from it."""
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if isinstance(last, str):
+            state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
+            if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):  # the Trainer would take one step too many
+                self._load_from_checkpoint(last)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # -- saving --------------------------------------------------------------------------------------------------------------
 

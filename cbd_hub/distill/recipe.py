@@ -93,6 +93,12 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
+        for anchor in self.anchors:
+            if isinstance(anchor, dict):
+                if not set(anchor) <= {*Shape.model_fields, "checkpoint"} or ("checkpoint" in anchor and len(anchor) > 1):
+                    raise ValueError(f"anchors: {anchor} is no size, no shape ({', '.join(Shape.model_fields)}) and no checkpoint")
+            else:
+                parse_size(anchor)
         for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
             for key in fields:
                 if key not in _STAGE_FIELDS:
@@ -101,12 +107,6 @@ class Recipe(_Strict):
         unknown = sorted(self.stages.keys() - {str(anchor) for anchor in self.anchors if not isinstance(anchor, dict)})
         if unknown:
             raise ValueError(f"stages.{unknown[0]} names no anchor of this recipe; its anchors are {', '.join(str(a) for a in self.anchors)}")
-        for anchor in self.anchors:
-            if isinstance(anchor, dict):
-                if not set(anchor) <= {*Shape.model_fields, "checkpoint"} or ("checkpoint" in anchor and len(anchor) > 1):
-                    raise ValueError(f"anchors: {anchor} is no size, no shape ({', '.join(Shape.model_fields)}) and no checkpoint")
-            else:
-                parse_size(anchor)
         return self
 
     @classmethod
@@ -141,7 +141,7 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a typo explains a missing key
             where = tuple(str(part) for part in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
@@ -425,9 +425,8 @@ class _Run:
             student = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(stage.checkpoint), dtype=torch.float32)
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
-        arguments = ChainDistillerConfig(
-            output_dir=str(run_dir), seed=self.recipe.seed, **{"disable_tqdm": False, "save_steps": 25, **stage.arguments}
-        )
+        defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, stage.arguments["max_steps"])}
+        arguments = ChainDistillerConfig(output_dir=str(run_dir), seed=self.recipe.seed, **{**defaults, **stage.arguments})
         rows = pack(self.parts.train, self.tokenizer, arguments.block_size)
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
@@ -438,12 +437,12 @@ class _Run:
         last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
         self.progress(f"{stage.name}: {'goes on from ' + Path(last).name if last else 'learns'}, {arguments.max_steps} steps")
         started = time.monotonic()
-        output = trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last)
         steps = trainer.state.global_step
         tokens = steps * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size * arguments.block_size
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # a checkpoint keeps it
         write_text(self.work / f"{stage.name}.training.json", json.dumps({
-            "tokens": tokens, "loss": losses[-1] if losses else output.training_loss, "seconds": time.monotonic() - started,
+            "tokens": tokens, "loss": losses[-1] if losses else None, "seconds": time.monotonic() - started,
         }))
         student = trainer.accelerator.unwrap_model(trainer.model)
         with staged_folder(folder) as staging:

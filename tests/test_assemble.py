@@ -1,0 +1,123 @@
+"""Chains from ready checkpoints, random ones too: every other feature works on them."""
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, BertConfig
+
+from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub.errors import ArchitectureError, ArgumentError, StorageError, VocabularyMismatchError, WeightsError
+
+
+def three(family, folder, shapes=((6, 64), (4, 48), (2, 48))):
+    make = tiny.FAMILIES[family]
+    return [tiny.save(make(layers=layers, ffn=ffn, seed=index), folder / f"m{index}") for index, (layers, ffn) in enumerate(shapes)]
+
+
+def test_an_assembled_chain_does_everything(family, tmp_path):
+    checkpoints = three(family, tmp_path)
+    chain = assemble_chain(checkpoints[::-1], tmp_path / "chain")
+    sizes = [anchor.parameters for anchor in chain.anchors]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {anchor.origin for anchor in chain.anchors} == {"published"}
+    assert chain.manifest.teacher is None
+    for anchor, source in zip(chain.anchors, checkpoints):
+        model, stored = CBDModel.from_chain(tmp_path / "chain", anchor.name), AutoModelForCausalLM.from_pretrained(source)
+        assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in stored.named_parameters())
+    # Without a curve auto is patch where only layers differ, else blend; order last block first.
+    assert chain.plan(sum(sizes[:2]) // 2).strategy == "blend"
+    assert chain.plan(sum(sizes[1:]) // 2).strategy == "patch"
+    assert chain.manifest.links[1].order == [2, 1]
+    assert chain.manifest.links[0].order == [4, 1]
+    for size in range(sizes[-1], sizes[0], (sizes[0] - sizes[-1]) // 7):
+        plan = CBDModel.materialize(tmp_path / "chain", size, output_dir=tmp_path / f"made{size}", tolerance=0.2)
+        made = AutoModelForCausalLM.from_pretrained(tmp_path / f"made{size}")
+        direct = CBDModel.from_chain(tmp_path / "chain", size, tolerance=0.2)
+        ids = torch.tensor([[7, 8, 9]])
+        assert torch.equal(made(ids).logits, direct(ids).logits)
+        assert plan.parameters == sum({id(p): p.numel() for p in made.parameters()}.values())
+
+
+def test_blend_of_published_anchors_is_eq_3_with_layer_replication(tmp_path):
+    """Layers are mapped evenly; a layer the smaller one lacks is averaged with the replicated layer before it."""
+    large, small = tiny.llama(layers=3, seed=1), tiny.llama(layers=2, seed=2)
+    assemble_chain([tiny.save(large, tmp_path / "l"), tiny.save(small, tmp_path / "s")], tmp_path / "chain")
+    model = CBDModel.from_chain(tmp_path / "chain", shape={"layers": 3}, strategy="blend", alpha=0.25)
+    assert model.config.cbd["strategy"] == "anchor"  # three layers are the larger anchor itself
+    big = tiny.llama(layers=5, seed=3)
+    assemble_chain([tiny.save(big, tmp_path / "b"), tmp_path / "s"], tmp_path / "chain2")
+    model = CBDModel.from_chain(tmp_path / "chain2", shape={"layers": 3}, strategy="blend", alpha=0.25)
+    for name, (little, great) in {"0": (0, 0), "1": (0, 3), "2": (1, 4)}.items():
+        weight = model.model.layers[int(name)].mlp.up_proj.weight
+        expected = 0.25 * small.model.layers[little].mlp.up_proj.weight + 0.75 * big.model.layers[great].mlp.up_proj.weight
+        torch.testing.assert_close(weight, expected)
+
+
+def test_with_text_the_segments_are_measured(family, tmp_path):
+    chain = assemble_chain(three(family, tmp_path), tmp_path / "chain", calibration=tiny.texts(60))
+    for link in chain.manifest.links:
+        assert link.curve
+        assert link.strategies.blend.road
+
+
+@pytest.mark.parametrize("case", ["one", "equal", "family", "hidden", "heads", "vocabulary", "tied", "deeper", "align", "untabled", "pickle", "absent"])
+def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, case):
+    base = tiny.save(tiny.llama(layers=4), tmp_path / "base")
+    other, error, message = {
+        "one": (None, ArgumentError, "two checkpoints or more"),
+        "equal": (tiny.llama(layers=4, seed=3), ArgumentError, "same size"),
+        "family": (tiny.gpt2(layers=1), ArchitectureError, "llama and a gpt2|gpt2 and a llama"),
+        "hidden": (tiny.llama(layers=2, hidden=16), ArchitectureError, "hidden 32 and 16"),
+        "heads": (tiny.llama(layers=2, kv_heads=4), ArchitectureError, "kv_heads 2 and 4"),
+        "vocabulary": (tiny.llama(layers=2), VocabularyMismatchError, "tokenizers"),
+        "tied": (tiny.llama(layers=1, tied=False), ArchitectureError, "tie_word_embeddings"),
+        "deeper": (tiny.llama(layers=5, ffn=8), ArchitectureError, "more layers"),
+        "align": (tiny.llama(layers=2), ArgumentError, "align='yes'"),
+        "untabled": (AutoModelForCausalLM.from_config(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=260, is_decoder=True)), ArchitectureError, "no axis table"),
+        "pickle": (None, WeightsError, "no .safetensors file"),
+        "absent": (None, StorageError, "neither a model folder nor a Hub id"),
+    }[case]
+    checkpoints = [base]
+    if other is not None:
+        checkpoints.append(tiny.save(other, tmp_path / "other"))
+    if case == "vocabulary":
+        path = tmp_path / "other" / "tokenizer.json"
+        path.write_text(path.read_text().replace("<unk>", "<UNK>"))
+    if case == "pickle":
+        folder = tmp_path / "other"
+        folder.mkdir()
+        (folder / "config.json").write_text((base / "config.json").read_text())
+        torch.save({}, folder / "pytorch_model.bin")
+        checkpoints.append(folder)
+    if case == "absent":
+        checkpoints.append(tmp_path / "absent")
+    with pytest.raises(error, match=message):
+        assemble_chain(checkpoints, tmp_path / "chain", align="yes" if case == "align" else "auto")
+    assert not (tmp_path / "chain").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_code_and_pickles_are_not_taken_over(tmp_path):
+    checkpoints = three("llama", tmp_path)
+    (checkpoints[0] / "modeling_evil.py").write_text("raise SystemExit")
+    torch.save({}, checkpoints[0] / "training_args.bin")
+    assemble_chain(checkpoints, tmp_path / "chain")
+    assert not list((tmp_path / "chain").rglob("*.py"))
+    assert not list((tmp_path / "chain").rglob("*.bin"))
+
+
+def test_published_gpt2_checkpoints_without_prefix(tmp_path):
+    """openai-community/gpt2 stores keys without "transformer." and with mask buffers; both are understood."""
+    from safetensors.torch import load_file, save_file
+    checkpoints = three("gpt2", tmp_path)
+    for folder in checkpoints:
+        path = folder / "model.safetensors"
+        tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(path).items()}
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+        save_file(tensors, path, {"format": "pt"})
+    chain = assemble_chain(checkpoints, tmp_path / "chain")
+    size = sum(anchor.parameters for anchor in chain.anchors[:2]) // 2
+    CBDModel.materialize(tmp_path / "chain", size, output_dir=tmp_path / "made")
+    assert Chain.from_pretrained(tmp_path / "chain").manifest.anchors[0].family == "gpt2"
+    model = CBDModel.from_chain(tmp_path / "chain", "max")
+    assert torch.equal(model.transformer.wte.weight, load_file(checkpoints[0] / "model.safetensors")["wte.weight"])

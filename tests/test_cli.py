@@ -1,0 +1,155 @@
+"""The command as people use it: exit codes, one-line errors, tables, JSON."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import yaml
+from conftest import recipe as make_recipe
+from transformers import AutoModelForCausalLM
+
+from cbd_hub import Chain, cli
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
+    monkeypatch.setattr(cli.out, "file", None)
+    monkeypatch.setattr(cli.out, "_width", 200)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+
+@pytest.fixture
+def cbd(monkeypatch, capsys):
+    return lambda *arguments: run(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "held.txt").write_text("\n\n".join(tiny.texts(30, seed=9)))
+    return tmp_path / "held.txt"
+
+
+def middle(chain):
+    first, second = Chain.from_pretrained(chain).anchors[:2]
+    return (first.parameters + second.parameters) // 2
+
+
+def test_show_plan_make_generate_eval(cbd, chain, text, tmp_path):
+    size = middle(chain)
+    code, shown, _ = cbd("show", chain)
+    assert code == 0
+    for anchor in Chain.from_pretrained(chain).anchors:
+        assert f"{anchor.parameters:,}" in shown
+    code, planned, _ = cbd("plan", chain, "--size", size)
+    assert code == 0
+    assert "expected loss" in planned
+    code, made, _ = cbd("make", chain, "--size", size, "--out", tmp_path / "m", "--dtype", "bfloat16")
+    assert code == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype.itemsize == 2
+    code, generated, _ = cbd("generate", chain, "a small", "--size", size, "--max-new-tokens", 4)
+    assert code == 0
+    assert generated.startswith("a small")
+    code, table, _ = cbd("eval", chain, "--text", text, "--sizes", f"{size},min")
+    assert code == 0
+    assert "perplexity" in table
+
+
+def test_json_is_one_object_with_the_same_numbers(cbd, chain, text, tmp_path):
+    size = middle(chain)
+    for arguments, key in (
+        (["show", chain], "anchors"), (["plan", chain, "--size", size], "bytes_read"), (["make", chain, "--size", size, "--out", tmp_path / "m"], "parameters"),
+        (["generate", chain, "x", "--size", size, "--max-new-tokens", 2, "--temperature", 0.7], "text"), (["eval", chain, "--text", text], "results"),
+    ):
+        code, printed, _ = cbd(*arguments, "--json")
+        assert code == 0
+        assert key in json.loads(printed)
+    planned = json.loads(cbd("plan", chain, "--size", size, "--json")[1])
+    assert planned["parameters"] == Chain.from_pretrained(chain).plan(size).parameters
+    assert sum(planned["bytes_read"].values()) > 0
+
+
+def test_generation_depends_on_the_seed_alone(cbd, chain):
+    texts = [json.loads(cbd("generate", chain, "x", "--size", "max", "--temperature", 2.0, "--seed", seed, "--json")[1])["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_distil_and_assemble(cbd, tmp_path):
+    plain = make_recipe(tmp_path, "llama", [{"layers": 2, "ffn": 24}])
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(plain))
+    code, printed, _ = cbd("distill", tmp_path / "r.yaml", "--out", tmp_path / "chain", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(printed)["stages"][0]["tokens"] == 4 * 4 * 32
+    assert not (tmp_path / "chain").exists()
+    code, printed, said = cbd("distill", tmp_path / "r.yaml", "--out", tmp_path / "chain")
+    assert code == 0
+    assert "next: cbd make" in printed
+    assert "learns" in said
+    anchors = [tmp_path / "chain" / "anchors" / anchor.name for anchor in Chain.from_pretrained(tmp_path / "chain").anchors]
+    code, printed, _ = cbd("assemble", *anchors, "--out", tmp_path / "again")
+    assert code == 0
+    assert "not measured" in printed
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["plan", "CHAIN", "--size", "138Q"], 1, 'size "138Q" cannot be read'),
+    (["plan", "CHAIN", "--size", "900M"], 1, "outside the chain"),
+    (["plan", "CHAIN"], 2, "neither size nor shape"),
+    (["plan", "CHAIN", "--size", "min", "--strategy", "slerp"], 2, "choose one of"),
+    (["plan", "CHAIN", "--shape", "layers"], 2, "cannot be read"),
+    (["plan", "/no/such/chain", "--size", "1M"], 1, "neither a folder"),
+    (["show", "."], 1, "no chain.json"),
+    (["make", "CHAIN", "--size", "min", "--out", "CHAIN"], 1, "already exists"),
+    (["make", "CHAIN", "--size", "min", "--out", "x", "--dtype", "int4"], 2, "no floating point dtype"),
+    (["generate", "CHAIN", "", "--size", "min"], 2, "prompt is empty"),
+    (["eval", "CHAIN", "--text", "/no/such.txt"], 1, "no file matches"),
+    (["distill", "/no/such.yaml", "--out", "x"], 1, "cannot be read"),
+    (["assemble", "CHAIN", "--out", "x"], 2, "two checkpoints or more"),
+])
+def test_errors_are_one_line_with_the_way_out(cbd, chain, arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    got, printed, said = cbd(*(str(chain) if argument == "CHAIN" else argument for argument in arguments))
+    assert got == code
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["nope"], ["plan", "x", "--sise", "1M"], ["make", "x", "--size", "1M"], ["plan", "x", "--alpha", "much"]])
+def test_wrong_calls_exit_with_2(cbd, arguments):
+    code, _, said = cbd(*arguments)
+    assert code == 2
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", ["distill", "assemble", "show", "plan", "make", "generate", "eval"])
+def test_every_command_has_help(cbd, command):
+    code, printed, _ = cbd(command, "--help")
+    assert code == 0
+    assert "Usage: cbd" in printed
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    done = subprocess.run([sys.executable, "-m", "cbd_hub.cli", "plan", "/no/such", "--size", "1M", "--debug"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_importing_cbd_hub_is_light():
+    """No torch, nothing registered, under half a second of our own."""
+    code = "import time; t = time.perf_counter(); import cbd_hub; d = time.perf_counter() - t; import sys; print('torch' in sys.modules, 'transformers' in sys.modules, d < 0.5, cbd_hub.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[:3] == ["False", "False", "True"]
+
+
+def test_the_cli_starts_without_torch():
+    code = "import cbd_hub.cli, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

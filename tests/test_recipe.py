@@ -1,0 +1,279 @@
+"""Recipes: mistakes named by line, runs resumed bit for bit, foreign folders left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from conftest import recipe as make_recipe
+from safetensors.torch import load_file
+
+from cbd_hub import CBDModel, Chain, Recipe, distill_chain
+from cbd_hub.distill import data
+from cbd_hub.distill import recipe as recipe_module
+from cbd_hub.distill.data import pack, read_texts, split_documents
+from cbd_hub.errors import CBDError, DataError, RecipeError, StorageError
+
+
+ANCHORS = [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}]
+
+
+def everything(chain):
+    """All that a chain is: its manifest and every tensor."""
+    manifest = json.loads((chain / "chain.json").read_text())
+    return manifest, {str(path.relative_to(chain)): load_file(path) for path in sorted(chain.rglob("*.safetensors"))}
+
+
+def assert_same(first, second):
+    (manifest, tensors), (other_manifest, other_tensors) = everything(first), everything(second)
+    assert manifest == {**other_manifest, "name": manifest["name"]}
+    assert tensors.keys() == other_tensors.keys()
+    for path in tensors:
+        for name, tensor in tensors[path].items():
+            assert torch.equal(tensor, other_tensors[path][name]), (path, name)
+
+
+def test_the_chain_is_complete(chain):
+    names = {path.name for path in chain.iterdir()}
+    assert names == {"chain.json", "README.md", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "anchors", "maps", "chunks"}
+    opened = Chain.from_pretrained(chain)
+    assert [anchor.origin for anchor in opened.anchors] == ["source", "cut", "cut"]
+    assert [anchor.parent for anchor in opened.anchors] == [None, opened.anchors[0].name, opened.anchors[1].name]
+    for anchor in opened.anchors[1:]:
+        assert anchor.training.tokens == 4 * 4 * 32
+        assert anchor.training.recipe_sha256 == Recipe.read(chain / "recipe.yaml").sha256()
+    for link in opened.manifest.links:
+        assert link.curve
+        assert {point.strategy for point in link.curve} <= {"blend", "patch"}
+    assert opened.manifest.links[1].strategies.patch is not None
+    assert opened.manifest.links[0].strategies.patch is None
+
+
+def test_anchors_learned(chain, family):
+    """Training moved the anchors: they are not the cuts they began as."""
+    opened = Chain.from_pretrained(chain)
+    first, second = (load_file(chain / "anchors" / anchor.name / "model.safetensors") for anchor in opened.anchors[:2])
+    key = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[family]
+    assert not torch.equal(first[key], second[key])
+
+
+def test_the_card_can_be_read_by_the_hub_client(chain):
+    from huggingface_hub import ModelCard
+    card = ModelCard.load(chain / "README.md")
+    assert card.data.library_name == "cbd-hub"
+    assert "cbd-chain" in card.data.tags
+    for anchor in Chain.from_pretrained(chain).anchors:
+        assert f"| {anchor.name} | {anchor.parameters:,} |" in card.text
+
+
+def test_the_same_recipe_twice_gives_the_same_chain(tmp_path):
+    plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"path_fraction": 0.5, "hidden_weight": 0.1})
+    assert_same(distill_chain(plain, tmp_path / "a").files.root, distill_chain(plain, tmp_path / "b").files.root)
+
+
+def test_a_finished_run_is_returned_at_once(chain, monkeypatch):
+    monkeypatch.setattr(recipe_module, "ChainDistiller", None)
+    again = distill_chain(chain / "recipe.yaml", chain)
+    assert again.manifest == Chain.from_pretrained(chain).manifest
+
+
+@pytest.mark.parametrize("where", ["teacher", "cut", "train", "save", "link", "finish"])
+def test_interrupted_anywhere_it_goes_on_to_the_same_chain(tmp_path, monkeypatch, where):
+    plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"save_steps": 2})
+    whole = distill_chain(plain, tmp_path / "whole").files.root
+    place = {
+        "teacher": ("copy_checkpoint", 1), "cut": ("choose_cut", 2), "train": ("ChainDistiller", 2), "save": ("staged_folder", 3),
+        "link": ("measure_segment", 2), "finish": ("write_text", 9),
+    }[where]
+    name, at = place
+    real, calls = getattr(recipe_module, name), []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(recipe_module, name, stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill_chain(plain, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "chain.json").exists()
+    monkeypatch.undo()
+    assert_same(whole, distill_chain(plain, tmp_path / "stopped").files.root)
+
+
+def test_killed_in_the_middle_of_a_stage_it_goes_on_to_the_same_chain(tmp_path):
+    """kill -9 while training, twice; then run again: bitwise the chain of a run that was never killed."""
+    plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"save_steps": 3, "max_steps": 60, "per_device_train_batch_size": 8})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    whole = distill_chain(plain, tmp_path / "whole").files.root
+    target = tmp_path / "killed"
+    code = "import sys, torch; torch.set_num_threads(1); from cbd_hub import distill_chain; distill_chain(sys.argv[1], sys.argv[2])"
+    for steps in (3, 9):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.yaml"), str(target)], env=os.environ)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            found = [int(path.name.split("-")[1]) for path in target.glob(".work/*/checkpoint-*")]
+            if found and max(found) >= steps:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (target / "chain.json").exists()
+    assert_same(whole, distill_chain(plain, target).files.root)
+
+
+def test_a_folder_that_is_something_else_is_left_alone(tmp_path, chain):
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    with pytest.raises(StorageError, match="no run of a recipe"):
+        distill_chain(plain, tmp_path / "mine")
+    with pytest.raises(RecipeError, match="another recipe"):
+        distill_chain({**plain, "seed": 5}, chain)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+
+
+def test_a_run_of_another_recipe_is_not_mixed_in(tmp_path, monkeypatch):
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    monkeypatch.setattr(recipe_module, "ChainDistiller", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        distill_chain(plain, tmp_path / "out")
+    with pytest.raises(RecipeError, match="unfinished run of another recipe"):
+        distill_chain({**plain, "seed": 1}, tmp_path / "out")
+
+
+def test_sizes_are_cut_where_it_hurts_least(tmp_path):
+    """Given a size, several mixes are tried and the least loss wins; the anchor's size is met."""
+    plain = make_recipe(tmp_path, "llama", [60_000], teacher={"layers": 6, "hidden": 32, "ffn": 128})
+    lines = []
+    chain = distill_chain(plain, tmp_path / "chain", progress=lines.append)
+    assert abs(chain.anchors[1].parameters - 60_000) <= 300
+    tried = [float(line.split()[-3]) for line in lines if "untrained" in line]
+    assert len(tried) > 2
+    assert tried == sorted(tried)
+
+
+def test_published_checkpoints_can_be_anchors(tmp_path):
+    """The paper's way: a ready checkpoint learns from the anchor above it; no map, no path."""
+    small = tiny.save(tiny.llama(layers=2, ffn=24, seed=9), tmp_path / "small")
+    plain = make_recipe(tmp_path, "llama", [{"checkpoint": str(small)}])
+    chain = distill_chain(plain, tmp_path / "chain")
+    assert chain.anchors[1].origin == "published"
+    assert chain.anchors[1].parent is None
+    middle = sum(anchor.parameters for anchor in chain.anchors) // 2
+    assert CBDModel.from_chain(tmp_path / "chain", middle).config.cbd["strategy"] == "blend"
+
+
+RECIPE = """\
+teacher: some/model
+anchors: [2M, 1M]
+data:
+  path: "x.txt"
+  block_size: 64
+stage:
+  max_steps: 10
+  divergence: forward_kl
+stages:
+  1M: {max_steps: 20}
+"""
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("teacher:", "techer:", r"line 1: techer is no key of a recipe; did you mean teacher\?|line \d: teacher"),
+    ("block_size", "blok_size", r"line 5: data.blok_size is no key of a recipe; did you mean block_size\?"),
+    ("divergence:", "divergance:", r"line 8: stage.divergance is no field of ChainDistillerConfig; did you mean divergence\?"),
+    ("{max_steps: 20}", "{max_step: 20}", r"line 10: stages.1M.max_step is no field .* did you mean max_steps\?"),
+    ("  1M: {", "  3M: {", r"line 10: stages.3M names no anchor"),
+    ("[2M, 1M]", "[2M, 1Q]", 'size "1Q" cannot be read'),
+    ("block_size: 64", "block_size: many", "line 5: data.block_size"),
+    ('path: "x.txt"', "heldout: 0.1", "line 3: data: give either path"),
+    ("[2M, 1M]", "[]", "line 2: anchors"),
+    ("anchors: [", "anchors: [[", "line 3: not valid YAML"),
+    (RECIPE, "just text", "holds no recipe"),
+])
+def test_mistakes_are_named_with_their_line(tmp_path, old, new, message):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace(old, new, 1))
+    with pytest.raises(CBDError, match=message) as caught:
+        Recipe.read(tmp_path / "recipe.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_survives_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text(RECIPE)
+    first = Recipe.read(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text(first.to_yaml())
+    assert Recipe.read(tmp_path / "b.yaml") == first
+    assert Recipe.read(tmp_path / "b.yaml").sha256() == first.sha256()
+
+
+def test_stages_may_differ():
+    recipe = Recipe.parse(yaml.safe_load(RECIPE))
+    assert recipe.stage_arguments("2M")["max_steps"] == 10
+    assert recipe.stage_arguments("1M")["max_steps"] == 20
+
+
+def test_anchors_must_fall_in_size(tmp_path):
+    plain = make_recipe(tmp_path, "llama", [{"layers": 2}, {"layers": 3}])
+    with pytest.raises(RecipeError, match="falling size"):
+        distill_chain(plain, tmp_path / "chain")
+    with pytest.raises(RecipeError, match="falling size"):
+        distill_chain({**plain, "anchors": ["900M"]}, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "holds no text"), ("\n \n\t\n", "holds no text"), ("one line", "1 different documents"), ("a\n\nb\n\nc", "less than one block")])
+def test_too_little_text_is_named(tmp_path, text, message):
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    Path(plain["data"]["path"]).write_text(text)
+    with pytest.raises(DataError, match=message):
+        distill_chain(plain, tmp_path / "chain")
+
+
+def test_no_such_text(tmp_path):
+    with pytest.raises(DataError, match="no file matches"):
+        read_texts(str(tmp_path / "*.txt"))
+    (tmp_path / "a.bin").write_bytes(b"\x00")
+    with pytest.raises(DataError, match=r'"\.bin" files are not read'):
+        read_texts(str(tmp_path / "a.bin"))
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_texts(str(tmp_path / "b.txt"))
+    (tmp_path / "c.jsonl").write_text('{"words": "x"}\n')
+    with pytest.raises(DataError, match='no column "text"; it has words'):
+        read_texts(str(tmp_path / "c.jsonl"))
+    (tmp_path / "d.jsonl").write_text('{"text": ')
+    with pytest.raises(DataError, match="cannot be read as json"):
+        read_texts(str(tmp_path / "d.jsonl"))
+
+
+def test_the_parts_never_mix_and_do_not_depend_on_order():
+    texts = tiny.texts(100)
+    parts = split_documents(texts + texts[:10], 0.1, 0.2, seed=3)
+    assert (len(parts.heldout), len(parts.calibration), len(parts.train)) == (10, 20, 70)
+    assert set(parts.train) | set(parts.calibration) | set(parts.heldout) == set(texts)
+    assert split_documents(texts[::-1], 0.1, 0.2, seed=3) == parts
+    assert split_documents(texts, 0.1, 0.2, seed=4).heldout != parts.heldout
+
+
+def test_packing_loses_nothing_but_the_tail():
+    tokenizer = tiny.tokenizer()
+    texts = tiny.texts(20)
+    stream = [token for text in texts for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
+    packed = pack(texts, tokenizer, 16)
+    flat = [token for row in packed for token in row["input_ids"]]
+    assert flat == stream[: len(stream) // 16 * 16]
+
+
+def test_files_of_every_kind_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\r\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": ""}\n{"text": "five"}\n')
+    (tmp_path / "c.csv").write_text("text\nsix\n")
+    assert read_texts(str(tmp_path / "*")) == ["one\ntwo", "three", "four", "five", "six"]
+    assert data._FORMATS[".parquet"] == "parquet"
