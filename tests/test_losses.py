@@ -87,7 +87,8 @@ def test_head_loss_is_the_dense_reference_in_value_and_gradient(name, seed, temp
     offset = torch.randn(37, dtype=torch.float64, requires_grad=True)
     leaves = [hidden.requires_grad_(), head.requires_grad_(), *([offset] if bias else [])]
     kd, ce = weights
-    old, head_module._CHUNK_ELEMENTS = head_module._CHUNK_ELEMENTS, chunk
+    old = head_module._BLOCK_BYTES, head_module._CACHE_ELEMENTS
+    head_module._BLOCK_BYTES, head_module._CACHE_ELEMENTS = 8 * chunk, chunk // 2
     try:
         value = distillation_loss(
             hidden, head, teacher_hidden, teacher_head, labels, divergence=name, temperature=temperature, beta=beta, skew=beta, kd_weight=kd,
@@ -95,7 +96,7 @@ def test_head_loss_is_the_dense_reference_in_value_and_gradient(name, seed, temp
             student_softcap=cap, teacher_softcap=cap, teacher_logit_scale=scale,
         )
     finally:
-        head_module._CHUNK_ELEMENTS = old
+        head_module._BLOCK_BYTES, head_module._CACHE_ELEMENTS = old
 
     def logits(states, matrix, add):
         raw = (states @ matrix.T + add) * scale

@@ -1,7 +1,8 @@
 """Distillation losses from last hidden states and output heads, never holding an N x V tensor.
 
-The rows are walked in chunks. A chunk's logits are formed, turned into loss and gradient, and dropped, all in
-the forward pass: four matrix products a token (two projections, two gradients) where recomputation needs six to eight.
+The rows are walked in blocks. A block's logits are formed, turned into loss and gradient in place, and used for the two gradient products, all
+in the forward pass: four matrix products a token where recomputation in the backward pass needs six to eight. Within a block the
+elementwise work goes by few rows at a time, so that it stays in the cache.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses.divergence import check_options
 
 
-_CHUNK_ELEMENTS = 2**23  # logits held at once per model: 32 MiB in fp32
+_BLOCK_BYTES = 64 * 2**20  # logits of a block, per model
+_CACHE_ELEMENTS = 2**19  # logits worked on at once
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,13 @@ class _Options:
     teacher_softcap: float | None
 
 
-def _project(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Logits of a chunk in fp32 (fp64 for fp64 input), shape (rows, V)."""
-    logits = hidden @ head.t()
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+def _block_rows(size: int, dtype: torch.dtype) -> int:
+    return max(1, _BLOCK_BYTES // (size * dtype.itemsize))
+
+
+def _scaled(logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Products of a few rows turned into logits, in fp32 (fp64 for fp64 input), shape (rows, V)."""
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
     if bias is not None:
         logits += bias
     if scale != 1.0:
@@ -85,25 +90,25 @@ def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options
     return to_teacher, p_student.mul_(pull.sum(-1, keepdim=True)).sub_(pull)
 
 
-def _chunk(
-    hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, heads: dict[str, Any], options: _Options, want_gradient: bool
+def _few_rows(
+    product: Tensor, teacher_product: Tensor | None, labels: Tensor, biases: tuple[Tensor | None, Tensor | None], options: _Options,
+    want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk of rows, and its gradient with respect to the student's raw logits."""
-    raw = _project(hidden, heads["student"], heads["student_bias"], options.student_logit_scale, options.student_softcap)
+    """Summed loss of a few rows, and its gradient with respect to the student's product of hidden states and head."""
+    raw = _scaled(product, biases[0], options.student_logit_scale, options.student_softcap)
     total = raw.new_zeros((), dtype=torch.float64)
     gradient: Tensor | None = None
-    if options.kd_weight and teacher_hidden is not None:
-        teacher_raw = _project(
-            teacher_hidden, heads["teacher"], heads["teacher_bias"], options.teacher_logit_scale, options.teacher_softcap
-        )
+    if teacher_product is not None:
+        teacher = _scaled(teacher_product, biases[1], options.teacher_logit_scale, options.teacher_softcap)
         temperature = options.temperature
         if temperature != 1.0:
-            teacher_raw /= temperature
+            teacher /= temperature
         student_log = (raw / temperature if temperature != 1.0 else raw).log_softmax(-1)
-        value, slope = _divergence_and_gradient(student_log, teacher_raw.log_softmax(-1), options)
+        value, slope = _divergence_and_gradient(student_log, teacher.log_softmax(-1), options)
         total += options.kd_weight * temperature**2 * value.sum(dtype=torch.float64)
         if want_gradient:
-            gradient = slope.mul_(options.kd_weight * temperature)
+            weight = options.kd_weight * temperature
+            gradient = slope if weight == 1.0 else slope.mul_(weight)
     if options.ce_weight:
         log_probs = raw.log_softmax(-1)
         chosen = log_probs.gather(1, labels[:, None])
@@ -130,33 +135,42 @@ class _HeadLoss(torch.autograd.Function):
         teacher_head: Tensor | None, teacher_bias: Tensor | None, labels: Tensor, options: _Options, compute: torch.dtype,
     ) -> Tensor:
         wants = ctx.needs_input_grad
-        size = options.vocab_size
+        size, rows = options.vocab_size, len(hidden)
         accumulate = torch.float64 if compute == torch.float64 else torch.float32
-        heads: dict[str, Any] = {
-            "student": head[:size].to(compute),
-            "student_bias": None if bias is None else bias[:size].to(accumulate),
-            "teacher": None if teacher_head is None else teacher_head[:size].to(compute),
-            "teacher_bias": None if teacher_bias is None else teacher_bias[:size].to(accumulate),
-        }
+        weight = head[:size].to(compute)
+        teacher_weight = None if teacher_head is None else teacher_head[:size].to(compute)
+        biases = (
+            None if bias is None else bias[:size].to(accumulate), None if teacher_bias is None else teacher_bias[:size].to(accumulate)
+        )
         d_hidden = torch.empty_like(hidden, dtype=accumulate) if wants[0] else None
         d_head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if wants[1] else None
         d_bias = torch.zeros(bias.shape, dtype=accumulate, device=head.device) if bias is not None and wants[2] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        rows = max(1, _CHUNK_ELEMENTS // size)
-        for start in range(0, len(hidden), rows):
-            part = hidden[start : start + rows].to(compute)
-            teacher_part = None if teacher_hidden is None else teacher_hidden[start : start + rows].to(compute)
-            value, slope = _chunk(part, teacher_part, labels[start : start + rows], heads, options, any(wants[:3]))
-            total += value
-            if slope is None:
-                continue
-            if d_bias is not None:
-                d_bias[:size] += slope.sum(0)
-            slope = slope.to(compute)
+        block, few = max(1, min(_block_rows(size, compute), rows)), max(1, _CACHE_ELEMENTS // size)
+        products = torch.empty(block, size, dtype=compute, device=hidden.device)
+        teacher_products = None if teacher_hidden is None else torch.empty_like(products)
+        for start in range(0, rows, block):
+            part = hidden[start : start + block].to(compute)
+            ours = torch.mm(part, weight.t(), out=products[: len(part)])
+            theirs: Tensor | None = None
+            if teacher_hidden is not None and teacher_weight is not None and teacher_products is not None:
+                theirs = torch.mm(
+                    teacher_hidden[start : start + block].to(compute), teacher_weight.t(), out=teacher_products[: len(part)]
+                )
+            for first in range(0, len(part), few):
+                place = slice(first, first + few)
+                value, slope = _few_rows(
+                    ours[place], None if theirs is None else theirs[place], labels[start : start + block][place], biases, options, any(wants[:3])
+                )
+                total += value
+                if slope is not None:
+                    if d_bias is not None:
+                        d_bias[:size] += slope.sum(0)
+                    ours[place] = slope  # the logits' place is free for their gradient
             if d_hidden is not None:
-                d_hidden[start : start + rows] = slope @ heads["student"]
+                d_hidden[start : start + block] = ours @ weight
             if d_head is not None:
-                d_head[:size] += slope.t() @ part
+                d_head[:size] += ours.t() @ part
         # Each gradient leaves in its input's dtype, as autograd wants it.
         ctx.save_for_backward(*(
             None if gradient is None else gradient.to(like.dtype)
@@ -198,7 +212,7 @@ def distillation_loss(
     ``kd_weight x divergence + ce_weight x cross-entropy``, each a sum over kept tokens divided by ``num_items``. The
     divergences are those of `cbd_hub.losses.divergence` (times temperature^2); the cross-entropy is at temperature 1.
     Under autocast the products run in its dtype; logits, losses and the head's gradient are kept in fp32. Rows that are not
-    kept are dropped before any product. Extra memory is a few chunks of 32 MiB and the gradients themselves.
+    kept are dropped before any product. Extra memory is one block of logits a model, 64 MiB each, and the gradients themselves.
 
     Args:
         student_hidden: Last hidden states (after the final norm), shape (N, H). Receives a gradient.
@@ -287,10 +301,10 @@ def token_losses(
         tensor([8., 8.])
     """
     head = head.to(hidden.dtype)
-    rows = max(1, _CHUNK_ELEMENTS // head.shape[0])
+    rows = _block_rows(head.shape[0], torch.float32)
     losses = []
     for start in range(0, len(hidden), rows):
-        logits = _project(hidden[start : start + rows], head, bias, logit_scale, softcap)
+        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
         chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
         losses.append(logits.logsumexp(-1) - chosen)
     return torch.cat(losses) if losses else hidden.new_zeros(0)
