@@ -25,6 +25,7 @@ from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, download, open_chain
+from cbd_hub.interpolation.live import best_device
 from cbd_hub.interpolation.planner import Kept, Plan
 from cbd_hub.manifest import (
     FILE_NAME,
@@ -360,7 +361,7 @@ def _measured_links(builder: ChainBuilder, anchors: list[Anchor], calibration: S
     links = []
     for large, small in zip(anchors, anchors[1:]):
         models = {
-            name: models.get(name) or AutoModelForCausalLM.from_pretrained(builder.anchor_folder(name), local_files_only=True)
+            name: models.get(name) or AutoModelForCausalLM.from_pretrained(builder.anchor_folder(name), local_files_only=True).to(best_device())
             for name in (large.name, small.name)
         }
         measured = measure_segment(

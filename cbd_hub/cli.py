@@ -190,13 +190,15 @@ def generate(
     from transformers import TextStreamer
 
     from cbd_hub.chain import Chain
+    from cbd_hub.interpolation.live import best_device
     _hush_bars()
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
     opened = Chain.from_pretrained(chain, revision=revision)
     model = opened.model(size, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
+    model.to(best_device())
     tokenizer = opened.tokenizer()
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -225,7 +227,7 @@ def evaluate(
     from cbd_hub.chain import Chain
     from cbd_hub.distill.data import read_texts
     from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
-    from cbd_hub.interpolation.live import ModelRunner
+    from cbd_hub.interpolation.live import ModelRunner, best_device
     _hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
@@ -235,7 +237,7 @@ def evaluate(
         raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
     rows = []
     for wish, planned in zip(wishes, plans):
-        model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance).to(best_device())
         losses = document_losses(ModelRunner(model), documents)
         rows.append({
             "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,

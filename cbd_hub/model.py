@@ -247,7 +247,8 @@ def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
     large = files.manifest.anchor(plan.large)
     config = shapes.config_for(plan.shape, anchor_config(files, large), list(plan.layers))
     config.cbd = {
-        "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision, "small": plan.small, "large": plan.large,
+        "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
+        "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
         "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
     }
     return _Prepared(files, plan, config, read, nearest)

@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -38,6 +40,7 @@ from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import reachable
 from cbd_hub.interpolation.live import Between, ModelRunner
+from cbd_hub.interpolation.planner import Plan
 from cbd_hub.measure import SHARES
 from cbd_hub.sizes import format_size
 
@@ -92,43 +95,58 @@ def get_text(target: Path, online: bool) -> None:
     write_text(target, "".join(json.dumps({"text": passage}) + "\n" for passage in dict.fromkeys(passages)))
 
 
-def measure(chain_folder: Path, documents: Documents, calibration: Documents) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Row:
+    """One size: its plan, its held-out losses, those of the same shape merely cut from the teacher, and paired differences."""
+
+    plan: Plan
+    losses: Losses
+    cut: Losses | None = None
+    to_small: tuple[float, float] | None = None
+    to_cut: tuple[float, float] | None = None
+    to_chord: tuple[float, float] | None = None
+
+    def data(self) -> dict[str, Any]:
+        """The row as plain data."""
+        return {
+            "parameters": self.plan.parameters, "shape": self.plan.shape.model_dump(), "strategy": self.plan.strategy, "loss": self.losses.mean,
+            "stderr": self.losses.stderr, "perplexity": self.losses.perplexity, "cut_loss": self.cut.mean if self.cut else None,
+            "to_small": self.to_small, "to_cut": self.to_cut, "to_chord": self.to_chord,
+        }
+
+
+def measure(chain_folder: Path, documents: Documents, calibration: Documents) -> list[Row]:
     """Held-out losses of the anchors, of sizes in between, and of the same shapes merely cut from the teacher."""
     chain = Chain.from_pretrained(chain_folder)
-    anchors = chain.anchors
-    sizes = [anchor.parameters for anchor in anchors]
-    for large, small in zip(anchors, anchors[1:]):
-        sizes += [round(small.parameters + share * (large.parameters - small.parameters)) for share in SHARES]
-    teacher = chain.model(anchors[0].parameters, dtype=torch.float32)
+    teacher = chain.model("max", dtype=torch.float32)
     importance = measure_importance(teacher, calibration)
     between = Between({"teacher": teacher})
-    losses: dict[int, Losses] = {}
-    rows: list[dict[str, object]] = []
-    for size in sorted(sizes, reverse=True):
-        plan = chain.plan(size)
-        losses[size] = document_losses(ModelRunner(chain.model(size, dtype=torch.float32)), documents)
-        cut = None
-        if size != anchors[0].parameters:
-            cut_to = cut_plan("teacher", plan.shape, teacher, importance.kept(plan.shape.layers))
-            with torch.no_grad():
-                cut = document_losses(between.run(cut_to), documents)
-        rows.append({"size": size, "plan": plan, "losses": losses[size], "cut": cut})
-        console.print(f"  {format_size(plan.parameters)}: {losses[size].mean:.3f} nats per token")
-    for row in rows:
-        small, large = chain.neighbours(int(str(row["size"])))
-        if small is large:
-            continue
-        below, above, ours = losses[small.parameters], losses[large.parameters], row["losses"]
-        assert isinstance(ours, Losses)
-        share = math.log(row["plan"].parameters / small.parameters) / math.log(large.parameters / small.parameters)  # type: ignore[attr-defined]
-        row["to_small"] = ours.minus((1.0, below))
-        row["to_chord"] = ours.minus((1 - share, below), (share, above))
-        assert isinstance(row["cut"], Losses)
-        row["to_cut"] = ours.minus((1.0, row["cut"]))
-    return rows
+
+    def held_out(size: int) -> Losses:
+        losses = document_losses(ModelRunner(chain.model(size, dtype=torch.float32)), documents)
+        console.print(f"  {format_size(size)}: {losses.mean:.3f} nats per token")
+        return losses
+
+    def cut(plan: Plan) -> Losses:
+        cut_to = cut_plan("teacher", plan.shape, teacher, importance.kept(plan.shape.layers))
+        with torch.no_grad():
+            return document_losses(between.run(cut_to), documents)
+
+    anchors = {anchor.parameters: held_out(anchor.parameters) for anchor in chain.anchors}
+    rows = [Row(chain.plan(size), losses, None if size == max(anchors) else cut(chain.plan(size))) for size, losses in anchors.items()]
+    for large, small in zip(chain.anchors, chain.anchors[1:]):
+        below, above = anchors[small.parameters], anchors[large.parameters]
+        for share in SHARES:
+            plan = chain.plan(round(small.parameters + share * (large.parameters - small.parameters)))
+            ours, cut_only = held_out(plan.parameters), cut(plan)
+            along = math.log(plan.parameters / small.parameters) / math.log(large.parameters / small.parameters)
+            rows.append(Row(
+                plan, ours, cut_only, ours.minus((1.0, below)), ours.minus((1.0, cut_only)), ours.minus((1 - along, below), (along, above))
+            ))
+    return sorted(rows, key=lambda row: -row.plan.parameters)
 
 
-def report(rows: list[dict[str, object]], documents: Documents, folder: Path) -> None:
+def report(rows: list[Row], documents: Documents, folder: Path) -> None:
     """Print the table, write it as JSON and draw the curve."""
     table = Table(
         title=f"Held-out Wikipedia, {documents.tokens:,} tokens in {len(documents.ids)} documents: loss in nats per token ± standard error.\n"
@@ -137,46 +155,36 @@ def report(rows: list[dict[str, object]], documents: Documents, folder: Path) ->
     )
     for name in ("size", "layers", "ffn", "by", "loss", "ppl", "cut", "to small", "to cut", "to chord"):
         table.add_column(name, justify="left" if name == "by" else "right", no_wrap=True)
-    data = []
     for row in rows:
-        plan, losses, cut = row["plan"], row["losses"], row["cut"]
-        entry = {
-            "parameters": plan.parameters, "shape": plan.shape.model_dump(), "strategy": plan.strategy, "loss": losses.mean,  # type: ignore[attr-defined]
-            "stderr": losses.stderr, "perplexity": losses.perplexity, "cut_loss": cut.mean if cut else None,  # type: ignore[attr-defined]
-            **{name: row.get(name) for name in ("to_small", "to_cut", "to_chord")},
-        }
-        data.append(entry)
+        shape = row.plan.shape
         table.add_row(
-            format_size(entry["parameters"]), str(plan.shape.layers), str(plan.shape.ffn), plan.strategy, f"{entry['loss']:.3f}±{entry['stderr']:.3f}",  # type: ignore[attr-defined]
-            f"{entry['perplexity']:.1f}", f"{cut.mean:.2f}" if cut else "",  # type: ignore[attr-defined]
-            *(f"{entry[name][0]:+.3f}±{entry[name][1]:.3f}" if entry[name] else "" for name in ("to_small", "to_cut", "to_chord")),
+            format_size(row.plan.parameters), str(shape.layers), str(shape.ffn), row.plan.strategy,
+            f"{row.losses.mean:.3f}±{row.losses.stderr:.3f}", f"{row.losses.perplexity:.1f}", f"{row.cut.mean:.2f}" if row.cut else "",
+            *(f"{pair[0]:+.3f}±{pair[1]:.3f}" if pair else "" for pair in (row.to_small, row.to_cut, row.to_chord)),
         )
     console.print(table)
-    write_text(folder / "results.json", json.dumps({"tokens": documents.tokens, "documents": len(documents.ids), "rows": data}, indent=1))
-    draw(data, folder / "curve.png")
+    results = {"tokens": documents.tokens, "documents": len(documents.ids), "rows": [row.data() for row in rows]}
+    write_text(folder / "results.json", json.dumps(results, indent=1))
+    draw(rows, folder / "curve.png")
 
 
-def draw(data: list[dict[str, object]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """The size/quality curve."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    millions = [row["parameters"] / 1e6 for row in data]  # type: ignore[operator]
-    anchors = [row for row in data if row["strategy"] == "anchor"]
-    between = [row for row in data if row["strategy"] != "anchor"]
-    axes.plot(
-        [row["parameters"] / 1e6 for row in anchors], [row["loss"] for row in anchors], ":", color="0.6", label="chord between anchors"  # type: ignore[operator]
-    )
-    for rows, marker, color, label in ((anchors, "s", "C3", "anchors, distilled"), (between, "o", "C0", "in between, no training")):
-        axes.errorbar(
-            [row["parameters"] / 1e6 for row in rows], [row["loss"] for row in rows], yerr=[row["stderr"] for row in rows],  # type: ignore[operator]
-            fmt=marker, color=color, capsize=3, label=label,
-        )
-    cuts = [(size, row["cut_loss"]) for size, row in zip(millions, data) if row["cut_loss"] is not None]
-    axes.plot([size for size, _ in cuts], [loss for _, loss in cuts], "x", color="C7", label="same shape, merely cut from the teacher")
+    millions = [row.plan.parameters / 1e6 for row in rows]
+    for by_anchor, marker, color, label in ((True, "s", "C3", "anchors, distilled"), (False, "o", "C0", "in between, no training")):
+        chosen = [row for row in rows if (row.plan.strategy == "anchor") == by_anchor]
+        sizes, losses = [row.plan.parameters / 1e6 for row in chosen], [row.losses.mean for row in chosen]
+        if by_anchor:
+            axes.plot(sizes, losses, ":", color="0.6", label="chord between anchors")
+        axes.errorbar(sizes, losses, yerr=[row.losses.stderr for row in chosen], fmt=marker, color=color, capsize=3, label=label)
+    cuts = [(size, row.cut.mean) for size, row in zip(millions, rows) if row.cut]
+    axes.plot(*zip(*cuts), "x", color="C7", label="same shape, merely cut from the teacher")
     axes.set_xscale("log")
-    ticks = sorted(millions)[::2]
+    ticks = millions[::2]
     axes.set_xticks(ticks, [f"{tick:.0f}M" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="parameters", ylabel="held-out loss, nats per token", title="Any size from one chain: SmolLM2-135M-Instruct")

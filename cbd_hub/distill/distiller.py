@@ -90,6 +90,8 @@ class ChainDistiller(Trainer):
         teacher.requires_grad_(False).eval()
         self.kept = kept
         self._segment = None if kept is None else _segment(model, teacher, kept, order)
+        if args.path_fraction:
+            teacher = teacher.to(args.device)
         self._between = Between({"student": self.model, "teacher": teacher})
         if args.bf16 and teacher.dtype == torch.float32:
             # Autocast would cast the frozen weights anew at every step. The path needs the exact ones, and so may the caller.

@@ -30,7 +30,7 @@ from cbd_hub.distill.progress import StageProgress
 from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import staged_folder, write_text
-from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
 from cbd_hub.interpolation.planner import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
@@ -348,7 +348,8 @@ class _Run:
         return Chain.from_pretrained(self.target)
 
     def _load(self, name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.builder.anchor_folder(name), dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(self.builder.anchor_folder(name), dtype=torch.float32, local_files_only=True)
+        return model.eval().to(best_device())
 
     def _remembered(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A small result, made once and kept in the work folder."""
