@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import cut_model, cut_plan
-from cbd_hub.distill.data import pack
+from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.recipe import read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import Between, ModelRunner
@@ -86,7 +86,7 @@ def main() -> None:
     def nearest(size: int) -> int:
         return min(depths, key=lambda depth: abs(count(shape.model_copy(update={"layers": depth}), teacher.config) - size))
 
-    student, kept = train(teacher, recipe, pack(parts.train, tokenizer, recipe.data.block_size), tokenizer, nearest(small.parameters))
+    student, kept = train(teacher, recipe, packed_dataset([{"text": text} for text in parts.train], tokenizer, recipe.data.block_size), tokenizer, nearest(small.parameters))
     middle = nearest((small.parameters + large.parameters) // 2)
     size = count(shape.model_copy(update={"layers": middle}), teacher.config)
     rivals = patched(student, teacher, kept, middle, documents)

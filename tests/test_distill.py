@@ -224,7 +224,7 @@ def test_wrong_calls_are_named(tmp_path):
     other.resize_token_embeddings(300)
     with pytest.raises(VocabularyMismatchError, match="300 and the teacher of 260"):
         ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows())
-    with pytest.raises(DataError, match="columns words"):
+    with pytest.raises(DataError, match="columns words but no tokenizer"):
         ChainDistiller(model=tiny.llama(), teacher=teacher, args=config, train_dataset=Dataset.from_dict({"words": ["a"]}))
 
 

@@ -1,4 +1,4 @@
-"""Text in, token blocks out: documents, the three parts that never mix, packing, batches."""
+"""Text in: documents of files and data sets, and the three parts that never mix."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, load_dataset
-from torch import Tensor
+from datasets import load_dataset
 
 from cbd_hub.errors import DataError
 
@@ -120,47 +118,3 @@ def split_documents(texts: Sequence[str], heldout: float, calibration: float, se
     if second >= len(unique):
         raise DataError(f"heldout {heldout} and calibration {calibration} leave none of {len(unique)} documents to train on; lower them")
     return Parts(unique[second:], unique[first:second], unique[:first])
-
-
-def pack(texts: Sequence[str], tokenizer: Any, block_size: int) -> Dataset:
-    """Texts joined end to end, with the end-of-text token between them, in blocks of ``block_size`` tokens.
-
-    Args:
-        texts: The documents, in order.
-        tokenizer: A transformers tokenizer.
-        block_size: Tokens in a block; what does not fill the last block is left out.
-
-    Returns:
-        A data set with the column ``input_ids``.
-
-    Raises:
-        DataError: If the text does not fill one block.
-    """
-    stream: list[int] = []
-    blocks: list[list[int]] = []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for start in range(0, len(texts), 1000):
-        for ids in tokenizer(list(texts[start : start + 1000]), add_special_tokens=False)["input_ids"]:
-            stream += [*ids, *end]
-        whole = len(stream) // block_size * block_size
-        blocks += [stream[first : first + block_size] for first in range(0, whole, block_size)]
-        stream = stream[whole:]
-    if not blocks:
-        raise DataError(f"the training text has {len(stream):,} tokens, less than one block of {block_size:,}; give more text or a smaller block_size")
-    return Dataset.from_dict({"input_ids": blocks})
-
-
-def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """A batch: ids and mask padded to the longest row, labels -100 where padded; labels are the ids where a row has none."""
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: Sequence[int], fill: int) -> list[int]:
-        return [*values, *[fill] * (longest - len(values))]
-
-    batch = {
-        "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in rows]),
-        "labels": torch.tensor([padded(row["labels"] if "labels" in row else row["input_ids"], -100) for row in rows]),
-    }
-    if any("attention_mask" in row for row in rows) or any(len(row["input_ids"]) < longest for row in rows):
-        batch["attention_mask"] = torch.tensor([padded(row.get("attention_mask", [1] * len(row["input_ids"])), 0) for row in rows])
-    return batch

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.data import collate, pack
+from cbd_hub.distill.packing import collate, packed_dataset
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import Between, ModelRunner, Output
@@ -48,10 +47,10 @@ class ChainDistiller(Trainer):
         model: The student; with ``path_fraction`` or ``hidden_weight`` a cut of the teacher.
         teacher: The model to learn from: same tokenizer. Frozen, in bf16 where ``bf16`` is set.
         args: A `ChainDistillerConfig`.
-        train_dataset: Rows with ``input_ids`` (and where wanted ``labels``, -100 for tokens that do not count), or with a ``text`` column,
-            which is packed into blocks.
+        train_dataset: Rows with ``input_ids`` (and where wanted ``labels``, -100 for tokens that do not count), or with ``text``, ``prompt`` and
+            ``completion``, or chat ``messages``, which are packed into blocks; of prompts and chats only the answers count.
         eval_dataset: The same for evaluation, or None.
-        processing_class: The tokenizer; needed for a text column.
+        processing_class: The tokenizer; needed unless rows have ``input_ids``.
         kept: Which units of the teacher the student was cut from; needed for ``path_fraction`` and ``hidden_weight``.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
         **kwargs: What ``transformers.Trainer`` takes.
@@ -99,7 +98,7 @@ class ChainDistiller(Trainer):
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "labels"]
+        self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels"]
 
     # -- the loss ------------------------------------------------------------------------------------------------------------
 
@@ -130,7 +129,8 @@ class ChainDistiller(Trainer):
 
     def _loss(self, student: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         args: ChainDistillerConfig = self.args
-        input_ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
+        batch = (inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
+        labels = inputs["labels"]
         shifted = torch.full_like(labels, -100)
         shifted[:, :-1] = labels[:, 1:]
         keep = shifted != -100
@@ -139,8 +139,8 @@ class ChainDistiller(Trainer):
         want_states = bool(args.hidden_weight) and plan is None
         with self.accelerator.autocast():
             with torch.no_grad():
-                target = ModelRunner(self.teacher)(input_ids, mask, states=want_states)
-            output = (ModelRunner(student) if plan is None else self._between.run(plan))(input_ids, mask, states=want_states)
+                target = ModelRunner(self.teacher)(*batch, states=want_states)
+            output = (ModelRunner(student) if plan is None else self._between.run(plan))(*batch, states=want_states)
             if num_items is None:
                 num_items = keep.sum().clamp(min=1)
             loss = self._head_loss(output, target, shifted, num_items)
@@ -248,12 +248,10 @@ def _segment(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None
 
 
 def _tokenised(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:
-    """A data set with input_ids: the given one, or its text column packed."""
-    if dataset is None or "input_ids" in (getattr(dataset, "column_names", None) or ["input_ids"]):
+    """A data set with input_ids: the given one, or its rows tokenised and packed."""
+    first = None if dataset is None else next(iter(dataset), None)
+    if first is None or "input_ids" in first:
         return dataset
-    if "text" not in dataset.column_names:
-        raise DataError(f"the data set has the columns {', '.join(dataset.column_names)}; give input_ids, or text and a tokenizer")
     if tokenizer is None:
-        raise DataError("the data set has a text column but no tokenizer came; pass processing_class=")
-    packed: Dataset = pack(list(dataset["text"]), tokenizer, args.block_size)
-    return packed
+        raise DataError(f"the data set has the columns {', '.join(first)} but no tokenizer came; pass processing_class=")
+    return packed_dataset(dataset, tokenizer, args.block_size)

@@ -24,8 +24,9 @@ from cbd_hub import shapes
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, copy_checkpoint, read_config, resolve_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.data import Parts, pack, read_dataset, read_texts, split_documents
+from cbd_hub.distill.data import Parts, read_dataset, read_texts, split_documents
 from cbd_hub.distill.distiller import ChainDistiller
+from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.progress import StageProgress
 from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.evaluation import Documents, document_losses
@@ -428,7 +429,7 @@ class _Run:
         order = None if cut is None or importance is None else importance.order(cut.kept)
         defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, stage.arguments["max_steps"])}
         arguments = ChainDistillerConfig(output_dir=str(run_dir), seed=self.recipe.seed, **{**defaults, **stage.arguments})
-        rows = pack(self.parts.train, self.tokenizer, arguments.block_size)
+        rows = packed_dataset([{"text": text} for text in self.parts.train], self.tokenizer, arguments.block_size)
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
             callbacks=[StageProgress(f"{stage.name}", arguments)],

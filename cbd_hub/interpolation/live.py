@@ -57,7 +57,9 @@ class Runner(Protocol):
         """Where its parameters are."""
         ...
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, states: bool = False) -> Output:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *, states: bool = False
+    ) -> Output:
         """Run a batch of token ids, shape (B, T)."""
         ...
 
@@ -80,10 +82,12 @@ class ModelRunner:
         """Where its parameters are."""
         return torch.device(self.model.device)
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, states: bool = False) -> Output:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *, states: bool = False
+    ) -> Output:
         """Run a batch of token ids, shape (B, T)."""
         output = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=states, use_cache=False
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, output_hidden_states=states, use_cache=False
         )
         head = self.model.get_output_embeddings()
         return Output(
@@ -144,11 +148,16 @@ class PlanRunner:
         """Where its parameters are."""
         return self._head.device
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, states: bool = False) -> Output:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *, states: bool = False
+    ) -> Output:
         """Run a batch of token ids, shape (B, T)."""
         output = functional_call(
             self._shell.base_model, dict(self._base), (),
-            {"input_ids": input_ids, "attention_mask": attention_mask, "output_hidden_states": states, "use_cache": False},
+            {
+                "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "output_hidden_states": states,
+                "use_cache": False,
+            },
         )
         return Output(output.last_hidden_state, Head(self._head, **_settings(self.config)), tuple(output.hidden_states[1:]) if states else None)
 

@@ -1,0 +1,171 @@
+"""Rows in, token blocks out: text, prompt and response, chat; packing; batches.
+
+A row's labels are its tokens, -100 where a token does not count. Text counts whole; of prompts and chats only what the model is to answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+from cbd_hub.errors import DataError
+
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+_RESPONSES = ("completion", "response")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row's tokens and labels."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
+    """A row's tokens: of a ``text``, of a ``prompt`` and its ``completion`` (or ``response``), or of chat ``messages``.
+
+    A text and a response end with the end-of-text token. Prompt and response are tokenised apart, so that where one ends is exact. Of a chat, the
+    assistant's turns count, each from the generation prompt to its end.
+
+    Raises:
+        DataError: If the row has none of these columns, or a chat comes without a usable chat template.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if "messages" in row:
+        return _chat(row["messages"], tokenizer)
+    response = next((name for name in _RESPONSES if name in row), None)
+    if "prompt" in row and response is not None:
+        if not isinstance(row["prompt"], str):
+            return _chat([*row["prompt"], *row[response]], tokenizer)
+        prompt = list(tokenizer(row["prompt"], add_special_tokens=True)["input_ids"])
+        if prompt and prompt[-1:] == end:
+            prompt.pop()  # a tokenizer that ends every text would end the prompt too
+        answer = [*tokenizer(row[response], add_special_tokens=False)["input_ids"], *end]
+        return Tokens([*prompt, *answer], [IGNORED] * len(prompt) + answer)
+    if "text" in row:
+        ids = [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], *end]
+        return Tokens(ids, list(ids))
+    raise DataError(f"a row has the columns {', '.join(row)}; give text, prompt and completion, messages, or input_ids")
+
+
+def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
+    """Tokens of a chat; the assistant's turns are what each adds to the chat before it with its generation prompt."""
+    if not tokenizer.chat_template:
+        raise DataError("the data has chat messages but the tokenizer has no chat template; set tokenizer.chat_template, or give prompt and completion")
+
+    def rendered(count: int, prompt: bool) -> list[int]:
+        ids = tokenizer.apply_chat_template(list(messages[:count]), add_generation_prompt=prompt, tokenize=True, return_dict=False)
+        return list(ids)
+
+    whole = rendered(len(messages), False)
+    labels = [IGNORED] * len(whole)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = rendered(index, True), rendered(index + 1, False)
+        if whole[: len(before)] != before or whole[: len(after)] != after:
+            raise DataError("the chat template rewrites earlier turns, so that an answer's tokens cannot be told apart; give prompt and completion")
+        labels[len(before) : len(after)] = whole[len(before) : len(after)]
+    return Tokens(whole, labels)
+
+
+def joined_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str, list[int]]]:
+    """Rows joined end to end and cut into full blocks; attention crosses their borders. The last, unfilled block is left out."""
+    ids: list[int] = []
+    for row in rows:
+        ids += row.ids
+        while len(ids) >= block_size:
+            yield {"input_ids": ids[:block_size]}
+            ids = ids[block_size:]
+
+
+def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str, list[int]]]:
+    """Whole rows packed into blocks with exact borders, in order.
+
+    Positions start anew in each row, which is how transformers tells the rows of a block apart, so that attention never crosses a border; a
+    row's first token counts for nothing, as nothing in the row comes before it. A row longer than a block is cut short.
+    """
+    block: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    short = 0
+    for row in rows:
+        ids, labels = row.ids[:block_size], row.labels[:block_size]
+        short += len(row.ids) > block_size
+        if all(label == IGNORED for label in labels[1:]):
+            continue  # nothing to learn
+        if len(block["input_ids"]) + len(ids) > block_size:
+            yield block
+            block = {"input_ids": [], "labels": [], "position_ids": []}
+        block["input_ids"] += ids
+        block["labels"] += [IGNORED, *labels[1:]]
+        block["position_ids"] += range(len(ids))
+    if short:
+        logger.info("%d rows were longer than block_size=%d and were cut short", short, block_size)
+    if block["input_ids"]:
+        yield block
+
+
+def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int) -> Iterator[dict[str, list[int]]]:
+    """Blocks of rows: plain text joined end to end, anything with a prompt packed with exact borders."""
+    first, rows = _peek(iter(rows))
+    tokens = (tokenise(row, tokenizer) for row in rows)
+    plain = first is not None and "text" in first and "messages" not in first and "prompt" not in first
+    return joined_blocks(tokens, block_size) if plain else segment_blocks(tokens, block_size)
+
+
+def _peek(rows: Iterator[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, Iterator[Mapping[str, Any]]]:
+    first = next(rows, None)
+    return first, rows if first is None else itertools.chain([first], rows)
+
+
+def packed_dataset(dataset: Any, tokenizer: Any, block_size: int) -> Any:
+    """A data set of blocks; a stream stays a stream, whose order is the same each time it is read.
+
+    Args:
+        dataset: A list of rows, a ``datasets.Dataset`` or an ``IterableDataset``.
+        tokenizer: A transformers tokenizer.
+        block_size: Tokens in a block.
+
+    Raises:
+        DataError: If the rows have no known columns or do not fill one block.
+    """
+    if isinstance(dataset, IterableDataset):
+        return IterableDataset.from_generator(lambda: pack(dataset, tokenizer, block_size))
+    blocks = list(pack(dataset, tokenizer, block_size))
+    if not blocks:
+        raise DataError(f"the training text does not fill one block of {block_size:,} tokens; give more text or a smaller block_size")
+    return Dataset.from_list(blocks)
+
+
+def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """A batch: ids, labels and what else the rows have, padded to the longest row.
+
+    Labels are the ids where a row has none and -100 in the padding. Rows with positions are told apart by them and need no mask: their padding is
+    a row of its own.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (longest - len(values))]
+
+    batch = {
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in rows]),
+        "labels": torch.tensor([padded(row["labels"] if "labels" in row else row["input_ids"], IGNORED) for row in rows]),
+    }
+    if any("position_ids" in row for row in rows):
+        batch["position_ids"] = torch.tensor([
+            [*row["position_ids"], *range(longest - len(row["input_ids"]))] for row in rows
+        ])
+    elif any("attention_mask" in row for row in rows) or any(len(row["input_ids"]) < longest for row in rows):
+        batch["attention_mask"] = torch.tensor([padded(row.get("attention_mask", [1] * len(row["input_ids"])), 0) for row in rows])
+    return batch
