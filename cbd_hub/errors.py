@@ -42,6 +42,10 @@ class WeightsError(CBDError, ValueError):
     """A checkpoint with a missing, extra or mis-shaped tensor."""
 
 
+class TrainingError(CBDError, ArithmeticError):
+    """A loss that is no longer a number."""
+
+
 class IntegrityError(CBDError, OSError):
     """A file whose bytes are not the ones that were recorded."""
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.distiller import path_plan
-from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
+from cbd_hub.errors import ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.evaluation import Documents
 from cbd_hub.interpolation.live import Between
 from cbd_hub.manifest import Shape
@@ -204,7 +204,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-2")
     again = trainer_for("llama", tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     again.train(resume_from_checkpoint=get_last_checkpoint(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "metrics.jsonl"]
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
 
@@ -224,6 +224,9 @@ def test_wrong_calls_are_named(tmp_path):
     other.resize_token_embeddings(300)
     with pytest.raises(VocabularyMismatchError, match="300 and the teacher of 260"):
         ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows())
+    other.resize_token_embeddings(200)
+    with pytest.raises(VocabularyMismatchError, match="tokenizer has 260 tokens.*bridge"):
+        ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
     with pytest.raises(DataError, match="columns words but no tokenizer"):
         ChainDistiller(model=tiny.llama(), teacher=teacher, args=config, train_dataset=Dataset.from_dict({"words": ["a"]}))
 
@@ -271,3 +274,40 @@ def test_importance_is_its_definition(family):
 
 def test_shapes_are_plain_data():
     assert Shape(layers=1, hidden=2, heads=1, kv_heads=1, head_size=2, ffn=3, vocab=4).model_dump()["ffn"] == 3
+
+
+def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, caplog):
+    """Heads padded to 300 and 280 rows are compared on the tokenizer's 260, and padded rows get no gradient."""
+    student, teacher = tiny.llama(seed=1), tiny.llama()
+    student.resize_token_embeddings(300)
+    teacher.resize_token_embeddings(280)
+    config = ChainDistillerConfig(str(tmp_path), max_steps=1, bf16=False, disable_tqdm=True)
+    with caplog.at_level("INFO", "cbd_hub.distill.distiller"):
+        trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
+    assert "260" in caplog.text
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    value = trainer.compute_loss(student, batch)
+    ours, theirs = (model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1, :260] for model in (student, teacher))
+    keep = batch["labels"][:, 1:] != -100
+    p = theirs[keep].softmax(-1)
+    torch.testing.assert_close(value, (p * (p.log() - ours[keep].log_softmax(-1))).sum() / keep.sum(), rtol=1e-4, atol=1e-5)
+    value.backward()
+    assert not student.lm_head.weight.grad[260:].any()
+
+
+def test_a_loss_that_is_no_number_stops_with_the_batch_named(tmp_path):
+    trainer = trainer_for("llama", tmp_path)
+    with torch.no_grad():
+        trainer.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"nan at step 0 on the batch that begins with tokens \["):
+        trainer.train()
+
+
+def test_metrics_are_written_line_by_line_also_after_a_resume(tmp_path):
+    resumed("llama", tmp_path / "a", 0)
+    resumed("llama", tmp_path / "b", 3)
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text() for name in "ab")
+    assert first == second
+    lines = [json.loads(line) for line in first.splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "learning_rate", "grad_norm"} <= line.keys() for line in lines)

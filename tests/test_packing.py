@@ -3,10 +3,11 @@
 import pytest
 import tiny
 import torch
+from datasets import Dataset, IterableDataset
+
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
 from cbd_hub.errors import DataError
-from datasets import Dataset, IterableDataset
 
 
 CHATS = [

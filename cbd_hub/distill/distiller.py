@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 import random
 import shutil
@@ -19,7 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import collate, packed_dataset
-from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, VocabularyMismatchError
+from cbd_hub.distill.progress import MetricsFile
+from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import Between, ModelRunner, Output
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at
@@ -28,6 +30,8 @@ from cbd_hub.losses.hidden import hidden_loss
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_between, shape_of
 
+
+logger = logging.getLogger(__name__)
 
 _STAGING = ".saving"
 
@@ -73,11 +77,7 @@ class ChainDistiller(Trainer):
         self, model: Any, teacher: Any, args: ChainDistillerConfig, train_dataset: Any = None, eval_dataset: Any = None,
         processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, **kwargs: Any,
     ) -> None:
-        if teacher.config.vocab_size != model.config.vocab_size:
-            raise VocabularyMismatchError(
-                f"the student has a vocabulary of {model.config.vocab_size:,} and the teacher of {teacher.config.vocab_size:,}; "
-                "distillation on logits needs one vocabulary: cut both to the tokenizer's size, or use a bridge"
-            )
+        self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
         if kept is None and (args.path_fraction or args.hidden_weight):
             raise ArgumentError("path_fraction and hidden_weight need kept=, the map from the student's layers and neurons to the teacher's")
         kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
@@ -87,6 +87,7 @@ class ChainDistiller(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
         teacher.requires_grad_(False).eval()
+        self.add_callback(MetricsFile())
         self.kept = kept
         self._segment = None if kept is None else _segment(model, teacher, kept, order)
         if args.path_fraction:
@@ -108,6 +109,11 @@ class ChainDistiller(Trainer):
         """The loss of a batch, a sum over its kept tokens divided by ``num_items_in_batch``."""
         student = self.accelerator.unwrap_model(model)
         loss = self._through(model, student, lambda: self._loss(student, inputs, num_items_in_batch))
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {float(loss)} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
+                "lower learning_rate, or look at that text"
+            )
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @staticmethod
@@ -159,7 +165,7 @@ class ChainDistiller(Trainer):
             divergence=args.divergence, temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight,
             ce_weight=args.ce_weight, num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias,
             student_logit_scale=ours.logit_scale, teacher_logit_scale=theirs.logit_scale, student_softcap=ours.softcap,
-            teacher_softcap=theirs.softcap,
+            teacher_softcap=theirs.softcap, vocab_size=self._vocab_size,
         )
 
     def _mapped(self, output: Output, target: Output) -> tuple[list[Tensor], list[Tensor]]:
@@ -245,6 +251,22 @@ def _segment(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None
         "student", "teacher", small, large, kept, list(order) if order is not None else kept.dropped[::-1], teacher.config,
         patch=differs == ["layers"],
     )
+
+
+def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None:
+    """Rows of both heads that are real tokens, where they are padded to different lengths; None where they agree."""
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours == theirs:
+        return None
+    real = None if tokenizer is None else len(tokenizer)
+    if real is None or real > min(ours, theirs):
+        raise VocabularyMismatchError(
+            f"the student has a vocabulary of {ours:,} and the teacher of {theirs:,}"
+            + ("; pass their tokenizer as processing_class if one is only padded" if real is None else f", but the tokenizer has {real:,} tokens")
+            + ". Distillation on logits needs one vocabulary; models of different ones need a bridge"
+        )
+    logger.info("heads of %d and %d rows are padded; the loss uses the tokenizer's %d tokens", ours, theirs, real)
+    return real
 
 
 def _tokenised(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:

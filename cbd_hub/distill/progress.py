@@ -1,14 +1,45 @@
-"""A progress bar for a stage: name, step, loss, tokens per second, time left."""
+"""What a stage shows and writes while it trains: a progress bar, and its metrics as lines of JSON."""
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.files import write_text
+
+
+METRICS = "metrics.jsonl"
+_OF_THIS_PROCESS = ("_runtime", "_per_second", "train_loss", "total_flos")  # of the part since the last resume
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to ``metrics.jsonl`` in the output folder, whatever ``report_to`` names.
+
+    After a resume, lines of steps that are taken again are dropped first, and what a clock says is left out, so that a run that was stopped
+    writes what one that was not stopped writes.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop what comes after the checkpoint."""
+        path = Path(args.output_dir) / METRICS
+        if state.is_world_process_zero and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            write_text(path, "".join(f"{line}\n" for line in lines) if state.global_step else "")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Write a line."""
+        kept = {name: value for name, value in (logs or {}).items() if not name.endswith(_OF_THIS_PROCESS)}
+        if state.is_world_process_zero and kept.keys() - {"epoch"}:
+            path = Path(args.output_dir) / METRICS
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
 
 
 class StageProgress(TrainerCallback):

@@ -27,7 +27,7 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import Parts, read_dataset, read_texts, split_documents
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import packed_dataset
-from cbd_hub.distill.progress import StageProgress
+from cbd_hub.distill.progress import METRICS, StageProgress
 from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import staged_folder, write_text
@@ -447,6 +447,7 @@ class _Run:
             "tokens": tokens, "loss": losses[-1] if losses else None, "seconds": time.monotonic() - started,
         }))
         student = trainer.accelerator.unwrap_model(trainer.model)
+        write_text(self.builder.anchor_folder(f"{stage.name}.{METRICS}"), (run_dir / METRICS).read_text())
         with staged_folder(folder) as staging:
             student.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
