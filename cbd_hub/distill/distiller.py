@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import is_peft_available
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import collate, packed_dataset
@@ -57,6 +59,7 @@ class ChainDistiller(Trainer):
         processing_class: The tokenizer; needed unless rows have ``input_ids``.
         kept: Which units of the teacher the student was cut from; needed for ``path_fraction`` and ``hidden_weight``.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
+        peft_config: Train an adapter on the student instead of its weights; not on the output head, and not with ``path_fraction``.
         **kwargs: What ``transformers.Trainer`` takes.
 
     Raises:
@@ -75,11 +78,15 @@ class ChainDistiller(Trainer):
 
     def __init__(
         self, model: Any, teacher: Any, args: ChainDistillerConfig, train_dataset: Any = None, eval_dataset: Any = None,
-        processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, **kwargs: Any,
+        processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, peft_config: Any = None,
+        **kwargs: Any,
     ) -> None:
         self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
         if kept is None and (args.path_fraction or args.hidden_weight):
             raise ArgumentError("path_fraction and hidden_weight need kept=, the map from the student's layers and neurons to the teacher's")
+        student = model
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config, args)
         kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
         super().__init__(
             model=model, args=args, train_dataset=_tokenised(train_dataset, processing_class, args),
@@ -89,10 +96,10 @@ class ChainDistiller(Trainer):
         teacher.requires_grad_(False).eval()
         self.add_callback(MetricsFile())
         self.kept = kept
-        self._segment = None if kept is None else _segment(model, teacher, kept, order)
+        self._segment = None if kept is None else _segment(student, teacher, kept, order)
         if args.path_fraction:
             teacher = teacher.to(args.device)
-        self._between = Between({"student": self.model, "teacher": teacher})
+        self._between = Between({"student": student, "teacher": teacher})
         if args.bf16 and teacher.dtype == torch.float32:
             # Autocast would cast the frozen weights anew at every step. The path needs the exact ones, and so may the caller.
             teacher = copy.deepcopy(teacher).to(torch.bfloat16)
@@ -107,8 +114,9 @@ class ChainDistiller(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The loss of a batch, a sum over its kept tokens divided by ``num_items_in_batch``."""
-        student = self.accelerator.unwrap_model(model)
-        loss = self._through(model, student, lambda: self._loss(student, inputs, num_items_in_batch))
+        module = self.accelerator.unwrap_model(model)
+        student = module.get_base_model() if is_peft_model(module) else module
+        loss = self._through(model, module, lambda: self._loss(student, inputs, num_items_in_batch))
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {float(loss)} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
@@ -251,6 +259,34 @@ def _segment(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None
         "student", "teacher", small, large, kept, list(order) if order is not None else kept.dropped[::-1], teacher.config,
         patch=differs == ["layers"],
     )
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model is wrapped by peft."""
+    return is_peft_available() and isinstance(model, import_module("peft").PeftModel)
+
+
+def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:
+    """The student with a fresh adapter.
+
+    Raises:
+        ArgumentError: If peft is not there, or the adapter cannot be trained by this loss.
+    """
+    if not is_peft_available():
+        raise ArgumentError("peft_config needs peft; run `pip install peft`")
+    peft = import_module("peft")
+    if is_peft_model(model):
+        raise ArgumentError("the student already has an adapter; pass the plain model with peft_config, or the adapted one without")
+    if args.path_fraction:
+        raise ArgumentError("path_fraction trains the student's own weights and cannot be combined with peft_config; choose one")
+    if peft_config.is_prompt_learning:
+        raise ArgumentError("prompt learning changes the sequence, which this loss cannot follow; use LoRA")
+    adapted = peft.get_peft_model(model, peft_config)
+    if type(adapted.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
+        raise ArgumentError("the adapter is on the output head, which the loss reads as a plain matrix; leave lm_head out of target_modules")
+    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):  # the newer name, transformers 5.23
+        adapted.enable_input_require_grads()
+    return adapted
 
 
 def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None:
