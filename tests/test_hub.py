@@ -1,0 +1,83 @@
+"""Chains and checkpoints from the Hub, with the official client against a server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from hub_server import running
+
+from cbd_hub import CBDModel, Chain
+from cbd_hub.files import chunk_hashes, sha256
+
+
+def cbd(endpoint, cache, *arguments, offline=False):
+    """Run the command in a process of its own, whose Hub is the test server."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1" if offline else "0", "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run([sys.executable, "-m", "cbd_hub.cli", *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def published(chain, tmp_path):
+    """The chain on the test Hub: an index repo, and one repo per anchor, pinned by commit."""
+    with running() as (hub, endpoint):
+        manifest = json.loads((chain / "chain.json").read_text())
+        for anchor in manifest["anchors"]:
+            commit = hub.upload_folder(f"org/tiny-{anchor['name']}", chain / "anchors" / anchor["name"])
+            anchor["location"] = {"repo_id": f"org/tiny-{anchor['name']}", "revision": commit, "subfolder": None}
+        index = tmp_path / "index"
+        for name in ("maps", "chunks"):
+            (index / name).mkdir(parents=True)
+            for path in (chain / name).iterdir():
+                (index / name / path.name).write_bytes(path.read_bytes())
+        for name in ("tokenizer.json", "tokenizer_config.json", "README.md"):
+            (index / name).write_bytes((chain / name).read_bytes())
+        (index / "chain.json").write_text(json.dumps(manifest))
+        hub.upload_folder("org/tiny", index)
+        yield hub, endpoint
+
+
+def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
+    hub, endpoint = published
+    first, second = Chain.from_pretrained(chain).anchors[:2]
+    size = (first.parameters + second.parameters) // 2
+    done = cbd(endpoint, tmp_path / "cache", "make", "org/tiny", "--size", size, "--out", tmp_path / "m", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"] == CBDModel.plan(chain, size).parameters
+    from transformers import AutoModelForCausalLM
+    made, local = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), CBDModel.from_chain(chain, size)
+    assert all(torch.equal(made.get_parameter(name), tensor) for name, tensor in local.named_parameters())
+    assert made.config.cbd["chain"] == "org/tiny"
+    assert len(made.config.cbd["revision"]) == 40
+    # What is not needed is not fetched: the smallest anchor's weights are no part of this plan.
+    smallest = Chain.from_pretrained(chain).anchors[2].name
+    assert not [path for _, path in hub.requests if f"tiny-{smallest}/resolve" in path]
+    assert cbd(endpoint, tmp_path / "cache", "show", "org/tiny", offline=True).returncode == 0
+
+
+def test_what_is_not_on_the_hub_is_one_clear_line(published, tmp_path):
+    _, endpoint = published
+    done = cbd(endpoint, tmp_path / "cache", "show", "org/absent")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "no repo on the Hub" in done.stderr
+    done = cbd("http://127.0.0.1:9", tmp_path / "cache", "show", "org/tiny")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be reached" in done.stderr
+    done = cbd(endpoint, tmp_path / "cache2", "show", "org/tiny", offline=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_checkpoints_from_the_hub_are_assembled(tmp_path):
+    with running() as (hub, endpoint):
+        for index, layers in enumerate((4, 2)):
+            hub.upload_folder(f"org/m{index}", tiny.save(tiny.llama(layers=layers), tmp_path / f"m{index}"))
+        done = cbd(endpoint, tmp_path / "cache", "assemble", "org/m0", "org/m1", "--out", tmp_path / "chain")
+        assert done.returncode == 0, done.stderr
+    path = tmp_path / "chain" / "anchors" / Chain.from_pretrained(tmp_path / "chain").anchors[0].name / "model.safetensors"
+    assert sha256(path) == sha256(tmp_path / "m0" / "model.safetensors")
+    assert len(chunk_hashes(path)) == 1
