@@ -41,6 +41,22 @@ def chain_card(manifest: Manifest) -> str:
     )
 
 
+def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license: str | None, facts: dict[str, str]) -> str:
+    """The README of a distilled model.
+
+    Args:
+        name: Its repo id, or its name.
+        parameters: Unique parameters.
+        teacher_repo: Hub id of the model it learned from; None for a local one.
+        license: Licence of the teacher where it is known; it is never invented.
+        facts: What the table says of it.
+
+    Returns:
+        Markdown with the metadata of a model card.
+    """
+    return _render("anchor.md.j2", name=name, parameters=parameters, teacher_repo=teacher_repo, license=license, facts=list(facts.items()))
+
+
 def _loss(entry: Evaluation) -> str:
     return f"{entry.loss:.3f}" + (f" ± {entry.stderr:.3f}" if entry.stderr is not None else "")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,29 @@ def download(repo_id: str, revision: str | None, patterns: list[str], options: d
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise StorageError(f"{repo_id} is not in the cache and the Hub cannot be reached ({reason}); check the network or the path") from error
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a text is a Hub id with its namespace, and no folder here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)) and not Path(name).exists()
+
+
+def upload(folder: Path, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None, message: str) -> Any:
+    """Put a folder's files into a repo, which is made where it is not there, in one commit.
+
+    Returns:
+        The client's commit info.
+
+    Raises:
+        StorageError: If the Hub cannot be reached or refuses.
+    """
+    api = HfApi(library_name="cbd-hub", library_version=version("cbd-hub"))
+    try:
+        made = api.create_repo(repo_id, token=token, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=made.repo_id, folder_path=folder, token=token, revision=revision, commit_message=message)
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise StorageError(f"cannot push to {repo_id} ({reason}); check the name, log in with `hf auth login`, and push again") from error
 
 
 def reachable(timeout: float = 5.0) -> bool:

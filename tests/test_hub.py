@@ -81,3 +81,36 @@ def test_checkpoints_from_the_hub_are_assembled(tmp_path):
     path = tmp_path / "chain" / "anchors" / Chain.from_pretrained(tmp_path / "chain").anchors[0].name / "model.safetensors"
     assert sha256(path) == sha256(tmp_path / "m0" / "model.safetensors")
     assert len(chunk_hashes(path)) == 1
+
+
+PUSH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tiny
+from test_distill import rows
+from cbd_hub import ChainDistiller, ChainDistillerConfig
+config = ChainDistillerConfig(
+    sys.argv[2], max_steps=2, per_device_train_batch_size=4, bf16=False, disable_tqdm=True, logging_steps=1, push_to_hub=True, hub_model_id="org/pushed",
+    hub_token="hf_test", save_strategy="no",
+)
+trainer = ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+def test_the_trainer_pushes_an_anchor_and_nothing_else(tmp_path):
+    from pathlib import Path
+
+    from huggingface_hub import ModelCard
+    with running() as (hub, endpoint):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", PUSH, str(Path(__file__).parent), str(tmp_path / "out")], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        _, files = hub.repos["org/pushed"].at("main")
+    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "transformers"
+    assert "distillation" in card.data.tags
+    assert "base_model" not in card.data.to_dict()
+    assert "hf_test" not in done.stdout + done.stderr + files["README.md"].decode()
