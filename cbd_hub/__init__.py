@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from cbd_hub.chain import Chain, assemble_chain
     from cbd_hub.distill.config import ChainDistillerConfig
     from cbd_hub.distill.distiller import ChainDistiller
-    from cbd_hub.distill.recipe import Recipe, distill_chain
+    from cbd_hub.distill.recipe import distill_chain
+    from cbd_hub.distill.schema import Recipe
     from cbd_hub.errors import CBDError
     from cbd_hub.model import CBDModel
 
@@ -28,7 +29,7 @@ _WHERE = {
     "Chain": "cbd_hub.chain",
     "ChainDistiller": "cbd_hub.distill.distiller",
     "ChainDistillerConfig": "cbd_hub.distill.config",
-    "Recipe": "cbd_hub.distill.recipe",
+    "Recipe": "cbd_hub.distill.schema",
     "assemble_chain": "cbd_hub.chain",
     "distill_chain": "cbd_hub.distill.recipe",
 }

@@ -54,7 +54,8 @@ def distill(
 
     Stop it with Ctrl-C and run the same command again: it goes on where it was.
     """
-    from cbd_hub.distill.recipe import Recipe, distill_chain, plan_stages, read_parts
+    from cbd_hub.distill.recipe import distill_chain, plan_stages, read_parts
+    from cbd_hub.distill.schema import Recipe
     _hush_bars()
     read = Recipe.read(recipe)
     if dry_run:

@@ -1,21 +1,17 @@
-"""Recipes: a whole chain described in YAML, and `distill_chain`, which carries one out, stage by stage, resumable."""
+"""`distill_chain`: a recipe carried out, stage by stage, resumable."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,6 +24,7 @@ from cbd_hub.distill.data import Parts, read_dataset, read_texts, split_document
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.progress import METRICS, StageProgress
+from cbd_hub.distill.schema import Recipe
 from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import staged_folder, write_text
@@ -40,160 +37,6 @@ from cbd_hub.sizes import format_size, parse_size
 
 CALIBRATION_TOKENS = 4096
 _WORK = ".work"
-_STAGE_FIELDS = {field.name for field in dataclasses.fields(ChainDistillerConfig) if field.init} - {"output_dir", "seed"}
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RecipeData(_Strict):
-    """The text: local files or a Hub data set, and how it is split.
-
-    Attributes:
-        path: A file or pattern of local files.
-        dataset: A Hub data set instead.
-        name: Configuration of the Hub data set.
-        split: Split of the Hub data set.
-        column: Column that holds the text.
-        block_size: Tokens in a training block.
-        heldout: Share of the documents that nothing is trained or measured on.
-        calibration: Share of the documents for importance, order and curves.
-    """
-
-    path: str | None = None
-    dataset: str | None = None
-    name: str | None = None
-    split: str = "train"
-    column: str = "text"
-    block_size: int = Field(default=128, ge=8, le=2**20)
-    heldout: float = Field(default=0.05, gt=0, lt=1)
-    calibration: float = Field(default=0.02, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give either path (local files) or dataset (a Hub id)")
-        return self
-
-    @property
-    def source(self) -> str:
-        """What the text is called."""
-        return str(self.path or self.dataset)
-
-
-class Recipe(_Strict):
-    """A whole chain: teacher, anchors in falling size, text and training."""
-
-    teacher: str
-    anchors: list[str | int | dict[str, Any]] = Field(min_length=1, max_length=100)
-    data: RecipeData
-    stage: dict[str, Any] = {}
-    stages: dict[str, dict[str, Any]] = {}
-    seed: int = Field(default=0, ge=0, lt=2**31)
-
-    @model_validator(mode="after")
-    def _known_fields(self) -> Self:
-        for anchor in self.anchors:
-            if isinstance(anchor, dict):
-                if not set(anchor) <= {*Shape.model_fields, "checkpoint"} or ("checkpoint" in anchor and len(anchor) > 1):
-                    raise ValueError(f"anchors: {anchor} is no size, no shape ({', '.join(Shape.model_fields)}) and no checkpoint")
-            else:
-                parse_size(anchor)
-        for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
-            for key in fields:
-                if key not in _STAGE_FIELDS:
-                    near = difflib.get_close_matches(key, sorted(_STAGE_FIELDS), n=1, cutoff=0.0)[0]
-                    raise ValueError(f"{where}.{key} is no field of ChainDistillerConfig; did you mean {near}?")
-        unknown = sorted(self.stages.keys() - {str(anchor) for anchor in self.anchors if not isinstance(anchor, dict)})
-        if unknown:
-            raise ValueError(f"stages.{unknown[0]} names no anchor of this recipe; its anchors are {', '.join(str(a) for a in self.anchors)}")
-        return self
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Recipe:
-        """A recipe from a YAML file.
-
-        Raises:
-            RecipeError: If it cannot be read or a key or value is wrong; the message names the line.
-        """
-        file = Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-            lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" line {mark.line + 1}" if mark else ""
-            raise RecipeError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); check quotes, colons and indentation") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{file} cannot be read ({getattr(error, 'strerror', None) or error}); give a recipe file") from error
-        if not isinstance(values, dict):
-            raise RecipeError(f"{file} holds no recipe; it needs teacher, anchors and data")
-        return cls.parse(values, str(file), lines)
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any], source: str = "recipe", lines: Mapping[tuple[str, ...], int] | None = None) -> Recipe:
-        """A recipe from plain data.
-
-        Raises:
-            RecipeError: If a key or value is wrong.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a typo explains a missing key
-            where = tuple(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            if first["type"] == "extra_forbidden":
-                fields = RecipeData.model_fields if where[0] == "data" and len(where) > 1 else cls.model_fields
-                near = difflib.get_close_matches(where[-1], list(fields), n=1, cutoff=0.0)[0]
-                message = f"{'.'.join(where)} is no key of a recipe; did you mean {near}?"
-            elif where:
-                message = f"{'.'.join(where)}: {message}"
-            line = _line_of(lines or {}, where, message)
-            raise RecipeError(f"{source}{f' line {line}' if line else ''}: {message}") from error
-
-    def stage_arguments(self, anchor: str | int | dict[str, Any]) -> dict[str, Any]:
-        """The training arguments of one anchor's stage."""
-        own = {} if isinstance(anchor, dict) else self.stages.get(str(anchor), {})
-        return {"max_steps": 100, "bf16": True, "block_size": self.data.block_size, **self.stage, **own}
-
-    def sha256(self) -> str:
-        """Hash of what the recipe says, however it is written."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML."""
-        return str(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
-
-
-def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Line of every key and item of a YAML document, from 1."""
-    found: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            found[here] = key.start_mark.line + 1
-            found.update(_lines(value, here))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            here = (*path, str(index))
-            found[here] = value.start_mark.line + 1
-            found.update(_lines(value, here))
-    return found
-
-
-def _line_of(lines: Mapping[tuple[str, ...], int], where: tuple[str, ...], message: str) -> int | None:
-    named = message.split(" ", 1)[0].rstrip(":")
-    for path, line in lines.items():
-        if ".".join(path) == named:
-            return line
-    while where:
-        if where in lines:
-            return lines[where]
-        where = where[:-1]
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
