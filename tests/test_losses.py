@@ -193,3 +193,29 @@ def test_hidden_loss_is_its_definition(kind):
         hidden_loss(ours, [state[..., :4] for state in theirs], keep)
     with pytest.raises(ArgumentError, match="kind='l1'"):
         hidden_loss(ours, theirs, keep, kind="l1")
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("k", [1, 5, 36])
+def test_top_tokens_and_a_bucket_are_the_dense_reference(name, k):
+    """The divergence over k + 1 outcomes, with the rest of both distributions as one, in value and gradient."""
+    hidden, head, teacher_hidden, teacher_head, labels = tensors(4)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    log_probs, ids = (teacher_hidden @ teacher_head.T).log_softmax(-1).topk(k, dim=-1)
+    old = head_module._BLOCK_BYTES, head_module._CACHE_ELEMENTS
+    head_module._BLOCK_BYTES, head_module._CACHE_ELEMENTS = 8 * 37 * 4, 37 * 2
+    try:
+        value = distillation_loss(hidden, head, None, None, labels, divergence=name, teacher_top=(ids, log_probs), ce_weight=0.3, num_items=7)
+    finally:
+        head_module._BLOCK_BYTES, head_module._CACHE_ELEMENTS = old
+    logits = hidden @ head.T
+    q, p = logits.softmax(-1).gather(1, ids), log_probs.exp()
+    q, p = (torch.cat([part, 1 - part.sum(-1, keepdim=True)], -1) for part in (q, p))
+    keep = labels != -100
+    expected = (reference(name, q.log(), p.log(), 1.0)[keep].sum() + 0.3 * F.cross_entropy(logits, labels, reduction="sum")) / 7
+    torch.testing.assert_close(value, expected)
+    for got, want in zip(torch.autograd.grad(value, (hidden, head)), torch.autograd.grad(expected, (hidden, head))):
+        torch.testing.assert_close(got, want)
+    with pytest.raises(ArgumentError, match="temperature=2"):
+        distillation_loss(hidden, head, None, None, labels, teacher_top=(ids, log_probs), temperature=2.0)

@@ -90,9 +90,51 @@ def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options
     return to_teacher, p_student.mul_(pull.sum(-1, keepdim=True)).sub_(pull)
 
 
+def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Per-row divergence on the teacher's top tokens and one bucket for the rest, and its gradient with respect to the student's logits.
+
+    With ``g`` the slope of the divergence in the student's log-probabilities of the k + 1 outcomes and ``G`` its sum, the logit of a listed token
+    has the slope ``g_k - q_k G``, and that of any other token ``q_v (g_rest / q_rest - G)``.
+
+    Args:
+        logits: The student's, shape (rows, V).
+        ids: The teacher's top tokens, shape (rows, k).
+        log_probs: Their log-probabilities, shape (rows, k).
+        options: The divergence and its mixture weights; temperature 1.
+    """
+    tiny = torch.finfo(logits.dtype).eps
+    normalised = logits - logits.logsumexp(-1, keepdim=True)
+    listed = normalised.gather(1, ids)
+    q_rest = (1 - listed.exp().sum(-1, keepdim=True)).clamp(min=tiny)
+    log_probs = log_probs.to(logits.dtype)
+    teacher = torch.cat([log_probs, (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=tiny).log()], -1)
+    with torch.enable_grad():
+        student = torch.cat([listed, q_rest.log()], -1).requires_grad_()
+        value = _outcome_divergence(student, teacher, options)
+        (slope,) = torch.autograd.grad(value.sum(), student)
+    total = slope.sum(-1, keepdim=True)
+    gradient = normalised.exp_().mul_(slope[:, -1:] / q_rest - total)
+    gradient.scatter_(1, ids, slope[:, :-1] - listed.exp() * total)
+    return value.detach(), gradient
+
+
+def _outcome_divergence(student: Tensor, teacher: Tensor, options: _Options) -> Tensor:
+    """Divergence of each row from log-probabilities of a few outcomes, by its definition."""
+    if options.divergence == "forward_kl":
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    if options.divergence == "reverse_kl":
+        return (student.exp() * (student - teacher)).sum(-1)
+    weight = options.beta if options.divergence == "jensen_shannon" else options.skew
+    mixture = torch.logaddexp(teacher + math.log(weight), student + math.log1p(-weight))
+    to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
+    if options.divergence == "skew_kl":
+        return to_teacher
+    return weight * to_teacher + (1 - weight) * (student.exp() * (student - mixture)).sum(-1)
+
+
 def _few_rows(
-    product: Tensor, teacher_product: Tensor | None, labels: Tensor, biases: tuple[Tensor | None, Tensor | None], options: _Options,
-    want_gradient: bool,
+    product: Tensor, teacher_product: Tensor | None, top: tuple[Tensor, Tensor] | None, labels: Tensor,
+    biases: tuple[Tensor | None, Tensor | None], options: _Options, want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a few rows, and its gradient with respect to the student's product of hidden states and head."""
     raw = _scaled(product, biases[0], options.student_logit_scale, options.student_softcap)
@@ -109,6 +151,11 @@ def _few_rows(
         if want_gradient:
             weight = options.kd_weight * temperature
             gradient = slope if weight == 1.0 else slope.mul_(weight)
+    if top is not None:
+        value, slope = _sparse_divergence_and_gradient(raw, *top, options)
+        total += options.kd_weight * value.sum(dtype=torch.float64)
+        if want_gradient:
+            gradient = slope.mul_(options.kd_weight)
     if options.ce_weight:
         log_probs = raw.log_softmax(-1)
         chosen = log_probs.gather(1, labels[:, None])
@@ -132,7 +179,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None, teacher_bias: Tensor | None, labels: Tensor, options: _Options, compute: torch.dtype,
+        teacher_head: Tensor | None, teacher_bias: Tensor | None, top_ids: Tensor | None, top_log_probs: Tensor | None, labels: Tensor,
+        options: _Options, compute: torch.dtype,
     ) -> Tensor:
         wants = ctx.needs_input_grad
         size, rows = options.vocab_size, len(hidden)
@@ -159,8 +207,10 @@ class _HeadLoss(torch.autograd.Function):
                 )
             for first in range(0, len(part), few):
                 place = slice(first, first + few)
+                rows_here = slice(start + first, start + min(first + few, len(part)))
+                top = None if top_ids is None or top_log_probs is None else (top_ids[rows_here], top_log_probs[rows_here])
                 value, slope = _few_rows(
-                    ours[place], None if theirs is None else theirs[place], labels[start : start + block][place], biases, options, any(wants[:3])
+                    ours[place], None if theirs is None else theirs[place], top, labels[rows_here], biases, options, any(wants[:3])
                 )
                 total += value
                 if slope is not None:
@@ -182,7 +232,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (scale,) = grad_outputs
         scaled = (None if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, *(None,) * 8)
 
 
 def distillation_loss(
@@ -206,6 +256,7 @@ def distillation_loss(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    teacher_top: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Distillation loss in nats per kept token, from hidden states and heads.
 
@@ -234,6 +285,8 @@ def distillation_loss(
         teacher_logit_scale: Factor on the teacher's logits.
         student_softcap: ``cap * tanh(logits / cap)`` on the student's scaled logits, or None.
         teacher_softcap: The same for the teacher.
+        teacher_top: Instead of the teacher's hidden states and head, its top tokens and their log-probabilities, each shape (N, k), distinct
+            in a row; what is left of its mass is one bucket. At temperature 1 only.
 
     Returns:
         Scalar; 0 with a live graph when no row is kept.
@@ -250,7 +303,9 @@ def distillation_loss(
     """
     check_options(divergence, temperature, beta, skew)
     rows = student_head.shape[0]
-    if kd_weight:
+    if teacher_top is not None and temperature != 1.0:
+        raise ArgumentError(f"temperature={temperature} needs the teacher's whole distribution, and teacher_top has its top tokens; use temperature 1")
+    if kd_weight and teacher_top is None:
         if teacher_hidden is None or teacher_head is None:
             raise ArgumentError("kd_weight is not 0 but no teacher was given; pass teacher_hidden and teacher_head")
         if vocab_size is None and teacher_head.shape[0] != rows:
@@ -274,10 +329,12 @@ def distillation_loss(
         divergence, temperature, beta, skew, kd_weight, ce_weight, size,
         student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
     )
-    teacher = teacher_hidden[kept].detach() if kd_weight and teacher_hidden is not None else None
+    live = kd_weight and teacher_top is None
+    teacher = teacher_hidden[kept].detach() if live and teacher_hidden is not None else None
+    top = (None, None) if teacher_top is None or not kd_weight else (teacher_top[0][kept], teacher_top[1][kept])
     with torch.autocast(device, enabled=False):
         total: Tensor = _HeadLoss.apply(
-            student_hidden[kept], student_head, student_bias, teacher, teacher_head, teacher_bias, chosen, options, compute
+            student_hidden[kept], student_head, student_bias, teacher, teacher_head if live else None, teacher_bias, *top, chosen, options, compute
         )
     return total / (max(len(kept), 1) if num_items is None else num_items)
 
