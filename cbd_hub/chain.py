@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import shapes
 from cbd_hub.cards import chain_card
@@ -44,9 +44,9 @@ from cbd_hub.manifest import (
     Training,
 )
 from cbd_hub.measure import measure_segment
-from cbd_hub.model import CBDModel, copy_tokenizer, plan_in
+from cbd_hub.model import CBDModel, plan_in
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import Checkpoint
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
 
 
 # What is taken over from a checkpoint: nothing that could be code or a pickle.
@@ -111,8 +111,14 @@ class Chain:
         return CBDModel.from_chain(self.files.name, size, **{**self.files.options, "revision": self.files.revision, **options})
 
     def tokenizer(self) -> Any:
-        """The chain's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.files.root, local_files_only=True)
+        """The chain's tokenizer.
+
+        Raises:
+            IntegrityError: If its files differ from their recorded hashes.
+            WeightsError: If there is none that can be used.
+        """
+        self.files.tokenizer_files()
+        return load_tokenizer(self.files.root)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Copy the chain, with every anchor, to a local folder: absent or empty.
@@ -124,7 +130,9 @@ class Chain:
             builder = ChainBuilder(target, self.name)
             anchors = []
             for anchor in self.anchors:
-                copy_checkpoint(self.files.anchor_folder(anchor), builder.anchor_folder(anchor.name))
+                builder.anchor_folder(anchor.name).mkdir(parents=True)
+                for name in anchor.files:
+                    shutil.copyfile(self.files.path(anchor, name), builder.anchor_folder(anchor.name) / name)
                 kept = None
                 if anchor.maps is not None:
                     path = target / "maps" / f"{anchor.name}.safetensors"
@@ -166,6 +174,7 @@ class ChainBuilder:
         path = self.root / "maps" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"kept.layers": kept.layers.astype(np.int32), "kept.ffn": kept.ffn.astype(np.int32)}, path)
+        path.chmod(0o644)
         return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
 
     def record(
@@ -178,7 +187,7 @@ class ChainBuilder:
             WeightsError: If a tensor is missing, extra or mis-shaped.
         """
         folder = self.anchor_folder(name)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_config(folder)
         Checkpoint(folder, config)
         paths = sorted(path for path in folder.iterdir() if path.is_file())
         files = {path.name: FileRecord(sha256=sha256(path), bytes=path.stat().st_size) for path in paths}
@@ -198,7 +207,9 @@ class ChainBuilder:
         manifest = Manifest(
             name=self.name, created_with=f"cbd_hub {version('cbd-hub')}", teacher=teacher, anchors=anchors, links=links
         )
-        copy_tokenizer(self.anchor_folder(anchors[0].name), self.root)
+        for name in TOKENIZER_FILES:
+            if name in anchors[0].files:
+                shutil.copyfile(self.anchor_folder(anchors[0].name) / name, self.root / name)
         if card:
             write_text(self.root / "README.md", chain_card(manifest))
         write_text(self.root / FILE_NAME, manifest.to_json())
@@ -252,21 +263,6 @@ def copy_checkpoint(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder.
-
-    Raises:
-        WeightsError: If there is none that can be read.
-        ArchitectureError: If its architecture has no axis table.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{folder} has no config.json that can be read ({str(error).splitlines()[0][:120]}); it is no transformers model folder") from error
-    family_of(config)
-    return config
-
-
 def assemble_chain(
     checkpoints: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], *, align: str | bool = "auto",
     calibration: Sequence[str] | None = None,
@@ -303,7 +299,7 @@ def assemble_chain(
         found.append((shapes.parameter_count(config), folder, config))
     found.sort(key=lambda entry: -entry[0])
     for (large, large_folder, large_config), (small, small_folder, small_config) in zip(found, found[1:]):
-        _check_pair(large, large_folder, large_config, small, small_folder, small_config)
+        check_pair(large, large_folder, large_config, small, small_folder, small_config)
     target = Path(output_dir)
     with staged_folder(target) as root:
         builder = ChainBuilder(root, chain_name(target))
@@ -319,14 +315,19 @@ def assemble_chain(
     return Chain.from_pretrained(target)
 
 
-def _check_pair(large: int, large_folder: Path, large_config: Any, small: int, small_folder: Path, small_config: Any) -> None:
+def check_pair(large: int, large_folder: Path, large_config: Any, small: int, small_folder: Path, small_config: Any) -> None:
+    """Refuse two checkpoints between which nothing can be interpolated.
+
+    Raises:
+        ArgumentError: If they have one size.
+        ArchitectureError: If they differ in architecture, width, heads or in what they compute.
+        VocabularyMismatchError: If they differ in vocabulary.
+    """
     pair = f"{large_folder} ({format_size(large)}) and {small_folder} ({format_size(small)})"
     if large == small:
         raise ArgumentError(f"{pair} have the same size; a chain needs anchors of different sizes")
     if family_of(large_config) is not family_of(small_config):
         raise ArchitectureError(f"{pair} are a {large_config.model_type} and a {small_config.model_type}; a segment needs one architecture")
-    if bool(large_config.tie_word_embeddings) != bool(small_config.tie_word_embeddings):
-        raise ArchitectureError(f"{pair} differ in tie_word_embeddings; save both tied or both untied")
     big, little = shapes.shape_of(large_config), shapes.shape_of(small_config)
     if big.vocab != little.vocab or _tokenizer_hash(large_folder) != _tokenizer_hash(small_folder):
         raise VocabularyMismatchError(
@@ -335,6 +336,9 @@ def _check_pair(large: int, large_folder: Path, large_config: Any, small: int, s
     for name in ("hidden", "heads", "kv_heads", "head_size"):
         if getattr(big, name) != getattr(little, name):
             raise ArchitectureError(f"{pair} have {name} {getattr(big, name)} and {getattr(little, name)}; anchors must agree in hidden width and heads")
+    differs = shapes.other_differences(large_config, small_config)
+    if differs:
+        raise ArchitectureError(f"{pair} differ in {', '.join(differs[:4])}; anchors must agree in all but layers and FFN width")
     for name in ("layers", "ffn"):
         if getattr(little, name) > getattr(big, name):
             raise ArchitectureError(f"{pair}: the smaller one has more {name} ({getattr(little, name)} against {getattr(big, name)}); that is not supported")
@@ -355,13 +359,13 @@ def _plain_link(small: Anchor, large: Anchor) -> Link:
 
 
 def _measured_links(builder: ChainBuilder, anchors: list[Anchor], calibration: Sequence[str]) -> list[Link]:
-    tokenizer = AutoTokenizer.from_pretrained(builder.anchor_folder(anchors[0].name), local_files_only=True)
+    tokenizer = load_tokenizer(builder.anchor_folder(anchors[0].name))
     documents = Documents.packed(calibration, tokenizer, 128, 4096)
     models: Mapping[str, Any] = {}
     links = []
     for large, small in zip(anchors, anchors[1:]):
         models = {
-            name: models.get(name) or AutoModelForCausalLM.from_pretrained(builder.anchor_folder(name), local_files_only=True).to(best_device())
+            name: models.get(name) or load_model(builder.anchor_folder(name), torch.float32).to(best_device())
             for name in (large.name, small.name)
         }
         measured = measure_segment(

@@ -59,7 +59,8 @@ def distill(
     _hush_bars()
     read = Recipe.read(recipe)
     if dry_run:
-        from cbd_hub.chain import read_config, resolve_checkpoint
+        from cbd_hub.chain import resolve_checkpoint
+        from cbd_hub.weights import read_config
         stages = plan_stages(read, read_config(resolve_checkpoint(read.teacher)))
         parts = read_parts(read)
         rows = [

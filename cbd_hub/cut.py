@@ -21,6 +21,7 @@ from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan
 from cbd_hub.manifest import Mix, Shape
 from cbd_hub.shapes import config_for, count, fill_ffn, shape_of
 from cbd_hub.sizes import format_size
+from cbd_hub.weights import LOADING
 
 
 _DEPTHS = (1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5)  # shares of the layers that are tried
@@ -132,7 +133,8 @@ def cut_model(model: Any, plan: Plan) -> Any:
     config = config_for(plan.shape, model.config, list(plan.layers))
     live = {plan.large: {name: tensor.detach() for name, tensor in model.named_parameters()}}
     state = {name: combine(terms, live).clone() for name, terms in plan.tensors.items()}
-    return type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    with LOADING:
+        return type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
 
 
 def mixes(size: int, model: Any, wish: Shape | None = None) -> list[Shape]:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from cbd_hub.errors import IntegrityError, ManifestError, StorageError
+from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError
 from cbd_hub.files import check_file, sha256
 from cbd_hub.manifest import FILE_NAME, Anchor, Manifest, PathRecord, inside
 
@@ -66,8 +66,36 @@ class ChainFiles:
         if path not in anchor.files:
             raise IntegrityError(f"anchor {anchor.name} of {self.name} has no record of {path}; fetch or make the chain again")
         record = anchor.files[path]
-        found = self.anchor_folder(anchor) / path
+        found = self.path(anchor, path)
         check_file(found, record.sha256, record.bytes)
+        return found
+
+    def path(self, anchor: Anchor, name: str) -> Path:
+        """Where an anchor's file is.
+
+        Raises:
+            ManifestError: If a symbolic link leads out of a local chain's folder.
+        """
+        if anchor.location.repo_id == "." and self.revision is None:
+            return inside(self.root, f"{anchor.location.subfolder}/{name}" if anchor.location.subfolder else name)
+        return self.anchor_folder(anchor) / name  # the Hub's cache is made of links
+
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files beside chain.json, each the one that the first anchor has on record.
+
+        Raises:
+            IntegrityError: If one has no record or differs from it.
+        """
+        found = []
+        for name in TOKENIZER_FILES:
+            path = inside(self.root, name) if self.revision is None else self.root / name
+            if not path.is_file():
+                continue
+            record = self.manifest.anchors[0].files.get(name)
+            if record is None:
+                raise IntegrityError(f"{path} has no record in {FILE_NAME}; fetch or make the chain again")
+            check_file(path, record.sha256, record.bytes)
+            found.append(path)
         return found
 
     def side_file(self, record: PathRecord) -> Path:
@@ -79,7 +107,11 @@ class ChainFiles:
         path = inside(self.root, record.path) if self.revision is None else self.root / record.path
         if not path.is_file():
             raise IntegrityError(f"{path} is missing; fetch or make the chain again")
-        if sha256(path) != record.sha256:
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        if found != record.sha256:
             raise IntegrityError(f"{path} differs from its recorded hash; it was changed or damaged: fetch or make the chain again")
         return path
 
@@ -91,7 +123,7 @@ class ChainFiles:
         try:
             listed = json.loads(path.read_bytes())["files"]
             return {str(name): [str(value) for value in values] for name, values in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(f"{path} is not a list of chunk hashes ({error}); fetch or make the chain again") from error
 
 
@@ -119,7 +151,9 @@ def open_chain(
     }
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return ChainFiles(Manifest.read(folder), folder, name, None, options)
+        if revision is not None:
+            raise ArgumentError(f"revision={revision!r} has no meaning for the local folder {name}; leave it out")
+        return ChainFiles(Manifest.read(folder), folder.absolute(), name, None, options)
     if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ManifestError(f"{name} is neither a folder nor a Hub id such as org/chain; check the path, or make a chain with `cbd distill`")
     root = download(name, revision, [FILE_NAME, "maps/*", "chunks/*", *TOKENIZER_FILES], options)

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from cbd_hub import shapes
-from cbd_hub.errors import ArgumentError, ManifestError, SizeError, WeightsError
+from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, SizeError, WeightsError
 from cbd_hub.families import family_named, family_of
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
@@ -29,7 +28,7 @@ from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
 from cbd_hub.manifest import Anchor, Shape
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import Checkpoint, write_safetensors
+from cbd_hub.weights import LOADING, Checkpoint, model_class, one_line, read_config, write_safetensors
 
 
 # What transformers 5's loader takes besides what from_chain names itself. Passed through untouched.
@@ -93,25 +92,23 @@ def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
         ManifestError: If its shape or parameters are not the recorded ones.
         ArchitectureError: If its architecture has no axis table.
     """
-    path = files.checked(anchor, "config.json")
-    try:
-        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise ManifestError(f"{path} is no config that transformers {transformers.__version__} reads ({str(error)[:120]})") from error
+    config = read_config(files.checked(anchor, "config.json").parent)
     family = family_named(anchor.family)
     if family_of(config) is not family:
         raise ManifestError(f"anchor {anchor.name} is a {config.model_type} but chain.json says {anchor.family}; fetch the chain again")
     found = shapes.shape_of(config)
     if found != anchor.shape or shapes.parameter_count(config) != anchor.parameters:
         raise ManifestError(
-            f"anchor {anchor.name} has {shapes.parameter_count(config):,} parameters in {found.text}, but chain.json says {anchor.parameters:,} in "
-            f"{anchor.shape.text}; fetch the chain again"
+            f"anchor {anchor.name} has {shapes.parameter_count(config):,} parameters and the shape ({found}), but chain.json says {anchor.parameters:,} and "
+            f"({anchor.shape}); fetch the chain again"
         )
     return config
 
 
 def anchor_checkpoint(files: ChainFiles, anchor: Anchor) -> Checkpoint:
     """The opened weights of an anchor, checked as they are read."""
+    for name in anchor.weight_files:
+        files.path(anchor, name)
     return Checkpoint(files.anchor_folder(anchor), anchor_config(files, anchor), dict(anchor.files), files.chunks(anchor))
 
 
@@ -122,14 +119,25 @@ def kept_of(files: ChainFiles, small: Anchor, large: Anchor) -> Kept | None:
     path = files.side_file(small.maps)
     try:
         arrays = load_file(path)
-        return Kept(arrays["kept.layers"].astype(np.int64), arrays["kept.ffn"].astype(np.int64))
+        layers, ffn = arrays["kept.layers"], arrays["kept.ffn"]
+        if not np.issubdtype(layers.dtype, np.integer) or not np.issubdtype(ffn.dtype, np.integer):
+            raise KeyError("they are no integers")
+        return Kept(layers.astype(np.int64), ffn.astype(np.int64))
     except (SafetensorError, KeyError) as error:
         raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({error}); fetch or make the chain again") from error
 
 
 def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
-    """The segment between two neighbours of a chain."""
-    return segment_of(files.manifest, small, large, kept_of(files, small, large), anchor_config(files, large))
+    """The segment between two neighbours of a chain.
+
+    Raises:
+        ArchitectureError: If they compute differently in more than their shape.
+    """
+    config = anchor_config(files, large)
+    differs = shapes.other_differences(config, anchor_config(files, small))
+    if differs:
+        raise ArchitectureError(f"anchors {small.name} and {large.name} differ in {', '.join(differs[:4])}; nothing can be interpolated between them")
+    return segment_of(files.manifest, small, large, kept_of(files, small, large), config)
 
 
 def plan_in(
@@ -235,9 +243,10 @@ def _dtype(wish: Any, default: torch.dtype) -> torch.dtype:
     if wish is None or wish == "auto":
         return default
     found = getattr(torch, wish.removeprefix("torch."), None) if isinstance(wish, str) else wish
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ArgumentError(f'dtype={wish!r} is no floating point dtype; give torch.bfloat16, "float32" or "auto"')
-    return found
+    if found not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ArgumentError(f'dtype={wish!r} is no dtype that weights can be made in; give torch.bfloat16, "float32", "float16" or "auto"')
+    chosen: torch.dtype = found
+    return chosen
 
 
 def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
@@ -378,7 +387,8 @@ class CBDModel:
         prepared = _prepare(files, plan)
         chosen = _dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:
-            copy_tokenizer(files.anchor_folder(prepared.nearest), folder)
+            for path in (files.checked(prepared.nearest, name) for name in TOKENIZER_FILES if name in prepared.nearest.files):
+                shutil.copyfile(path, folder / path.name)
             generation = _generation_config(prepared)
             if generation is not None:
                 generation.save_pretrained(folder)
@@ -390,33 +400,27 @@ class CBDModel:
         return plan
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer and chat template of a model folder."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
 def _generation_config(prepared: _Prepared) -> GenerationConfig | None:
     if "generation_config.json" not in prepared.nearest.files:
         return None
     path = prepared.files.checked(prepared.nearest, "generation_config.json")
-    return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    try:
+        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a broken one
+        raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make the chain again") from error
 
 
 def _load(prepared: _Prepared, arguments: dict[str, Any]) -> Any:
-    names = prepared.config.architectures or []
-    model_class: Any = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ManifestError(f"config.json names the architecture {names}, which transformers {transformers.__version__} does not have")
+    plain_class = model_class(prepared.config, prepared.files.name)
     want_info = arguments.pop("output_loading_info", False)
     dtype = _dtype(arguments.pop("dtype", None), prepared.dtype)
     if arguments.get("generation_config") is None:
         arguments["generation_config"] = _generation_config(prepared)
     state = lazy_state_dict(prepared.plan, prepared.read, prepared.shapes, dtype)
-    model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-        None, config=prepared.config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments
-    )
+    with LOADING:
+        model, info = plain_class.from_pretrained(
+            None, config=prepared.config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise WeightsError(f"{prepared.files.name}: loading {format_size(prepared.plan.parameters)} left {what} {sorted(map(str, info[what]))[:3]}; report this")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from cbd_hub.errors import IntegrityError, WeightsError
+from cbd_hub.errors import IntegrityError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import CheckedFile
 from cbd_hub.manifest import FileRecord
@@ -24,6 +27,77 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100 * 2**20
+
+# transformers patches module-wide state while it loads, so that two loads at once can leave it broken.
+LOADING = threading.Lock()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a model folder, freed of anything that would run code.
+
+    Raises:
+        WeightsError: If there is none that can be read, or the weights are quantised.
+        ArchitectureError: If its architecture has no axis table.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_bytes())
+        if "auto_map" in raw or not isinstance(raw.get("model_type"), str):
+            raise ValueError("its architecture needs code of its own, which is never run")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a hostile config can fail in any way
+        raise WeightsError(f"{folder} has no config.json that can be used ({one_line(error)}); it is no transformers model folder") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise WeightsError(f"{folder} holds quantised weights; interpolate before quantising")
+    config._attn_implementation = None
+    if hasattr(config, "_model_name_or_path"):
+        del config._model_name_or_path  # left behind by conversions
+    family_of(config)
+    return config
+
+
+def model_class(config: Any, source: str) -> Any:
+    """The plain class of an architecture.
+
+    Raises:
+        WeightsError: If the config names none, or one of another architecture.
+    """
+    names = config.architectures or []
+    found = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and getattr(found, "config_class", None) is type(config)):
+        raise WeightsError(f"{source} names the architecture {str(names)[:80]}, which is not one of {config.model_type} in transformers {transformers.__version__}")
+    return found
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A model folder loaded whole from safetensors, with every tensor where its table says, in eval mode.
+
+    Raises:
+        WeightsError: If tensors are missing, extra or mis-shaped.
+    """
+    config = read_config(folder)
+    Checkpoint(folder, config)
+    with LOADING:
+        return model_class(config, str(folder)).from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        ).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        WeightsError: If there is none that can be used.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a broken or missing tokenizer
+        raise WeightsError(f"{folder} has no tokenizer that can be used ({one_line(error)}); save one there with save_pretrained") from error
 
 
 class Checkpoint:
@@ -54,6 +128,7 @@ class Checkpoint:
         self._handles: dict[Path, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: set[torch.dtype] = set()
+        spare_head: tuple[Path, str] | None = None
         paths = sorted(folder.glob("*.safetensors"))
         if files is not None:
             paths = [folder / name for name in sorted(files) if name.endswith(".safetensors")]
@@ -68,7 +143,10 @@ class Checkpoint:
                 self._checked[path].check(0, start)
             for key, entry in header.items():
                 name = self.family.canonical(key)
-                if name is None or (name == self.family.head and getattr(config, self.family.tied)):
+                if name is None:
+                    continue
+                if name == self.family.head and getattr(config, self.family.tied):
+                    spare_head = (path, key)
                     continue
                 if name in self._where:
                     raise WeightsError(f"{folder} stores {name} twice; save the model again with save_pretrained")
@@ -81,6 +159,11 @@ class Checkpoint:
         if not all(dtype.is_floating_point for dtype in dtypes):
             raise WeightsError(f"{folder} holds tensors that are not floating point (quantised weights?); interpolate before quantising")
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        if spare_head is not None:
+            path, key = spare_head
+            with safe_open(path, framework="pt") as file:
+                if not torch.equal(file.get_tensor(key), self[self.family.embedding]):
+                    raise WeightsError(f"{folder} ties its head to its embedding, but stores another {key}; set tie_word_embeddings to false or save it again")
 
     def _compare(self, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         sizes = self.family.sizes(config)
@@ -127,7 +210,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             if length > _MAX_HEADER:
                 raise ValueError(f"header of {length:,} bytes")
             header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+    except PermissionError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
         raise IntegrityError(f"{path} is not a whole safetensors file ({str(error)[:120]}); fetch it again") from error
     header.pop("__metadata__", None)
     return header, 8 + length

@@ -106,7 +106,7 @@ def test_distil_and_assemble(cbd, tmp_path):
     (["plan", "/no/such/chain", "--size", "1M"], 1, "neither a folder"),
     (["show", "."], 1, "no chain.json"),
     (["make", "CHAIN", "--size", "min", "--out", "CHAIN"], 1, "already exists"),
-    (["make", "CHAIN", "--size", "min", "--out", "x", "--dtype", "int4"], 2, "no floating point dtype"),
+    (["make", "CHAIN", "--size", "min", "--out", "x", "--dtype", "int4"], 2, "no dtype that weights"),
     (["generate", "CHAIN", "", "--size", "min"], 2, "prompt is empty"),
     (["eval", "CHAIN", "--text", "/no/such.txt"], 1, "no file matches"),
     (["distill", "/no/such.yaml", "--out", "x"], 1, "cannot be read"),

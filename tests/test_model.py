@@ -147,7 +147,7 @@ def test_alpha_moves_the_shared_parameters_from_one_anchor_to_the_other(chain):
     ({"size": "min", "torch_dtyp": 3}, "did you mean torch_dtype="),
     ({"size": "min", "atn_implementation": 3}, "did you mean attn_implementation="),
     ({"size": "min", "state_dict": {}}, "cannot be used with a chain"),
-    ({"size": "min", "dtype": "int8"}, "no floating point dtype"),
+    ({"size": "min", "dtype": "int8"}, "no dtype that weights"),
     ({}, "neither size nor shape"),
     ({"size": "min", "tolerance": 7}, "tolerance=7"),
     ({"size": "min", "strategy": "best"}, "choose one of"),

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import shapes
-from cbd_hub.chain import Chain, ChainBuilder, chain_name, copy_checkpoint, read_config, resolve_checkpoint, unique_name
+from cbd_hub.chain import Chain, ChainBuilder, chain_name, copy_checkpoint, resolve_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import Parts, read_dataset, read_texts, split_documents
@@ -33,6 +33,7 @@ from cbd_hub.interpolation.planner import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
 from cbd_hub.sizes import format_size, parse_size
+from cbd_hub.weights import load_model, load_tokenizer, read_config
 
 
 CALIBRATION_TOKENS = 4096
@@ -159,7 +160,7 @@ class _Run:
         self.teacher_config = read_config(source)
         self.source = source
         self.stages = plan_stages(recipe, self.teacher_config)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.tokenizer = load_tokenizer(source)
         self.parts = read_parts(recipe)
         block = recipe.data.block_size
         self.calibration = Documents.packed(self.parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
@@ -192,8 +193,7 @@ class _Run:
         return Chain.from_pretrained(self.target)
 
     def _load(self, name: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(self.builder.anchor_folder(name), dtype=torch.float32, local_files_only=True)
-        return model.eval().to(best_device())
+        return load_model(self.builder.anchor_folder(name), torch.float32).to(best_device())
 
     def _remembered(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A small result, made once and kept in the work folder."""
@@ -267,7 +267,7 @@ class _Run:
             student = cut_model(large, cut.plan)
         else:
             assert stage.checkpoint is not None
-            student = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(stage.checkpoint), dtype=torch.float32)
+            student = load_model(resolve_checkpoint(stage.checkpoint), torch.float32)
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
         defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, stage.arguments["max_steps"])}
