@@ -254,7 +254,7 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a model folder's weights, config and tokenizer, and nothing that could be code."""
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
         raise WeightsError(f"{source} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
@@ -289,6 +289,8 @@ def assemble_chain(
     """
     if align not in ("auto", False):
         raise ArgumentError(f'align={align!r} is not available; use align="auto" or False for anchors of one hidden width')
+    if isinstance(checkpoints, (str, os.PathLike)) or isinstance(calibration, str):
+        raise ArgumentError("checkpoints and calibration are lists; put a single one in brackets")
     if len(checkpoints) < 2:
         raise ArgumentError(f"a chain needs two checkpoints or more, {len(checkpoints)} came; name the larger and the smaller ones")
     found = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -38,9 +40,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+        out.print(f"cbd_hub {version('cbd-hub')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Options of every command: --debug shows the traceback of an error."""
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    """Say nothing here: the app's help speaks."""
 
 
 @app.command()
@@ -61,7 +73,8 @@ def distill(
     if dry_run:
         from cbd_hub.chain import resolve_checkpoint
         from cbd_hub.weights import read_config
-        stages = plan_stages(read, read_config(resolve_checkpoint(read.teacher)))
+        teacher = resolve_checkpoint(read.teacher)
+        stages = plan_stages(read, teacher, read_config(teacher))
         parts = read_parts(read)
         rows = [
             {
@@ -87,7 +100,7 @@ def distill(
         _print_json(json.loads(chain.manifest.to_json()))
         return
     _show(chain)
-    out.print(f"\nnext: cbd make {out_dir} --size {_middle(chain)} --out ./model")
+    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {_middle(chain)} --out ./model")
 
 
 @app.command()
@@ -109,7 +122,7 @@ def assemble(
         _print_json(json.loads(chain.manifest.to_json()))
         return
     _show(chain)
-    out.print(f"\nnext: cbd make {out_dir} --size {_middle(chain)} --out ./model")
+    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {_middle(chain)} --out ./model")
 
 
 @app.command()
@@ -184,7 +197,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus of the sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
     dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with a model of a size."""
@@ -201,6 +214,10 @@ def generate(
     model.to(best_device())
     tokenizer = opened.tokenizer()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    room = getattr(model.config, "max_position_embeddings", None)
+    wanted = inputs["input_ids"].shape[1] + max_new_tokens
+    if room is not None and wanted > room:
+        raise ArgumentError(f"prompt and new tokens are {wanted:,} but the model has {room:,} positions; shorten the prompt or lower --max-new-tokens")
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -237,18 +254,25 @@ def evaluate(
     documents = Documents.read(read_texts(text, column), opened.tokenizer(), block_size, max_tokens)
     if documents.tokens < 2:
         raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for wish, planned in zip(wishes, plans):
         model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance).to(best_device())
         losses = document_losses(ModelRunner(model), documents)
         rows.append({
             "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,
-            "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents), "tokens": documents.tokens,
+            "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents),
         })
     if as_json:
-        _print_json({"chain": opened.name, "text": text, "documents": len(documents.ids), "results": rows})
+        _print_json({"chain": opened.name, "text": text, "documents": len(documents.ids), "tokens": documents.tokens, "results": rows})
         return
-    _table(f"{opened.name} on {text}: {documents.tokens:,} tokens, {len(documents.ids)} documents; loss in nats per token", rows)
+    shown = [
+        {
+            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"], "loss": _with_error(row["loss"], row["stderr"]),
+            "perplexity": row["perplexity"], "bits/byte": row["bits_per_byte"],
+        }
+        for row in rows
+    ]
+    _table(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; loss in nats per token ± standard error", shown)
 
 
 def _shape(text: str | None) -> dict[str, int] | None:
@@ -256,7 +280,10 @@ def _shape(text: str | None) -> dict[str, int] | None:
     if text is None:
         return None
     try:
-        return {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
+        pairs = [(name.strip(), int(value)) for name, value in (part.split("=") for part in text.split(","))]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a field is given twice")
+        return dict(pairs)
     except ValueError as error:
         raise ArgumentError(f'shape "{text}" cannot be read; write it as "layers=24,ffn=1192"') from error
 
@@ -291,7 +318,8 @@ def _show(chain: Any) -> None:
             out.print(f"{names}: not measured")
     measured = [anchor.evaluations[-1] for anchor in chain.anchors if anchor.evaluations]
     if measured:
-        out.print(f"loss: nats per token on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}, with its standard error")
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(f"loss: nats per token ± standard error on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}")
 
 
 def _with_error(loss: float, stderr: float | None) -> str:
@@ -314,7 +342,7 @@ def _cell(value: Any) -> str:
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def _quiet() -> None:
@@ -334,8 +362,11 @@ def _hush_bars() -> None:
 
 def main() -> NoReturn:
     """Run the command: exit code 0 for done, 1 for failed, 2 for a wrong call."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    words = sys.argv[1:]
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    arguments = [word for word in options if word != "--debug"] + words[len(options) :]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is half-written is removed
     if not debug:
         _quiet()
     try:

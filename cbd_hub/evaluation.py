@@ -102,8 +102,8 @@ class Losses:
         return float(self.nats.sum() / self.tokens.sum())
 
     @property
-    def stderr(self) -> float:
-        """Standard error of the mean over documents, as of a ratio estimate."""
+    def stderr(self) -> float | None:
+        """Standard error of the mean over documents, as of a ratio estimate; None of one document."""
         return _ratio_stderr(self.nats, self.tokens)
 
     @property
@@ -111,16 +111,16 @@ class Losses:
         """exp(mean)."""
         return math.exp(self.mean) if self.mean < 700 else math.inf
 
-    def minus(self, *others: tuple[float, Losses]) -> tuple[float, float]:
+    def minus(self, *others: tuple[float, Losses]) -> tuple[float, float | None]:
         """Mean of this minus a weighted sum of others, paired over documents, and its standard error, in nats per token."""
         nats = self.nats - sum(weight * other.nats for weight, other in others)
         return float(nats.sum() / self.tokens.sum()), _ratio_stderr(nats, self.tokens)
 
 
-def _ratio_stderr(nats: np.ndarray, tokens: np.ndarray) -> float:
+def _ratio_stderr(nats: np.ndarray, tokens: np.ndarray) -> float | None:
     documents = len(nats)
     if documents < 2:
-        return math.nan
+        return None
     residual = nats - nats.sum() / tokens.sum() * tokens
     return float(math.sqrt(documents / (documents - 1) * np.square(residual).sum()) / tokens.sum())
 

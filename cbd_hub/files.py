@@ -17,43 +17,53 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants
+from safetensors import SafetensorError
 
-from cbd_hub.errors import IntegrityError, StorageError
+from cbd_hub.errors import CBDError, IntegrityError, StorageError
 
 
 CHUNK_BYTES = 4 * 2**20
+_LAST = "chain.json"  # a chain that has one is whole
+
+
+def disk_error(error: BaseException) -> bool:
+    """Whether an error says that a disk is full or refuses; torch and safetensors have texts of their own for it."""
+    if isinstance(error, OSError):
+        return error.errno is not None
+    return any(sign in str(error) for sign in ("os error", "inline_container", "No space left", "PytorchStreamWriter"))
 
 
 @contextmanager
-def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder beside ``target`` to write into, renamed to it when the block ends well and removed when it does not.
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``target`` when the block ends well, and is removed when it does not.
 
     Args:
-        target: The folder to make.
-        replace: Whether a folder already there may be replaced; otherwise it must be absent or empty.
+        target: The folder to make: absent or empty.
 
     Raises:
         StorageError: If the target is in the way, or the disk is full or refuses.
     """
-    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+    target = Path(os.path.realpath(target))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
     staging: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        # A folder that is there already may be a mount point, which cannot be replaced: what is made moves into it.
+        place = target if target.is_dir() else target.parent
+        place.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
         staging.chmod(0o755)
         yield staging
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / "old")
-        os.replace(staging, target)
-        if old is not None:
-            shutil.rmtree(old)
-    except OSError as error:
-        if isinstance(error, (StorageError, IntegrityError)):
+        if place == target:
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == _LAST):
+                os.replace(path, target / path.name)
+        else:
+            os.replace(staging, target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CBDError) or not disk_error(error):
             raise
-        raise StorageError(f"cannot write {target}: {error.strerror or error}; nothing was left behind, free or choose another disk") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:160]
+        raise StorageError(f"cannot write {target}: {reason}; nothing was left behind, free or choose another disk") from error
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)

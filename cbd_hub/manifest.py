@@ -29,7 +29,7 @@ _MAX_BYTES = 64 * 2**20
 def _safe_path(path: str) -> str:
     """A relative path with forward slashes that stays inside its folder."""
     parts = path.split("/")
-    if not path or "\\" in path or "\0" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
+    if not path or not path.isprintable() or "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"path {path[:80]!r} is not a plain relative path inside the chain's folder")
     return path
 
@@ -43,12 +43,14 @@ Parameters = Annotated[int, Field(gt=0, le=10**15)]
 class Data(BaseModel):
     """Frozen data; a field that this version does not know is dropped with a log line."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _note_unknown(cls, values: Any) -> Any:
+    def _clean(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            if any(isinstance(value, str) and not value.isprintable() for value in values.values()):
+                raise ValueError("a text holds control characters")
             unknown = sorted(str(key)[:40] for key in values if key not in cls.model_fields)
             if unknown:
                 logger.info("%s: ignored unknown fields %s", cls.__name__, ", ".join(unknown[:5]))
@@ -226,7 +228,7 @@ class Link(Data):
 class Manifest(Data):
     """A chain: its anchors in falling size and the links between neighbours."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(ge=1, strict=True)] = SCHEMA_VERSION
     name: Name
     created_with: str = Field(max_length=64)
     teacher: Teacher | None = None
@@ -247,6 +249,11 @@ class Manifest(Data):
         for link in self.links:
             small, large = self.anchor(link.small), self.anchor(link.large)
             dropped = large.shape.layers - small.shape.layers
+            sizes = [point.size for point in link.strategies.blend.road] if link.strategies.blend is not None else []
+            if sizes != sorted(set(sizes)) or any(not small.parameters < size < large.parameters for size in sizes):
+                raise ValueError(f"link {link.small}-{link.large}: road must hold rising sizes between its anchors")
+            if any(not small.parameters <= point.size <= large.parameters for point in link.curve):
+                raise ValueError(f"link {link.small}-{link.large}: curve holds a size outside its anchors")
             if link.kind == "segment" and (
                 len(set(link.order)) != len(link.order) or len(link.order) != max(dropped, 0)
                 or any(layer >= large.shape.layers for layer in link.order)
@@ -310,7 +317,7 @@ class Manifest(Data):
 
     def to_json(self) -> str:
         """The text of chain.json."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -326,6 +333,8 @@ class Manifest(Data):
             raise ManifestError(f"{path} has {path.stat().st_size:,} bytes, more than any chain needs ({_MAX_BYTES:,}); it is refused")
         try:
             values = json.loads(path.read_bytes())
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"{path} is not valid JSON ({str(error)[:100]}); fetch or make the chain again") from error
         return cls.parse(values, str(path))
@@ -334,7 +343,7 @@ class Manifest(Data):
     def parse(cls, values: Any, source: str) -> Manifest:
         """The manifest from decoded JSON; ``source`` names it in errors."""
         version = values.get("schema_version") if isinstance(values, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        if isinstance(version, (int, float)) and version > SCHEMA_VERSION:
             raise ManifestError(
                 f"{source} has schema {version} and this cbd_hub reads up to {SCHEMA_VERSION}; run `pip install -U cbd-hub`"
             )

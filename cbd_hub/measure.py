@@ -20,8 +20,8 @@ from cbd_hub.shapes import count, fill_ffn, shape_between, shape_of
 SHARES = (0.25, 0.5, 0.75)  # where on a segment the curve is measured, in parameters
 _ORDER_TOKENS = 512
 _ORDER_TRIALS = 48
-_ALPHAS = (1.0, 0.7, 0.4)
-_GAINS = (1.0, 0.7, 0.5)
+_ALPHAS = (1.0, 0.5)
+_GAINS = (1.0, 0.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,13 +169,12 @@ def measure_segment(
     if len(begin) > 1:
         segment = dataclasses.replace(segment, order=greedy_order(segment, models, documents, begin))
     between = Between(models)
-    half = dataclasses.replace(documents, ids=documents.ids[: max(1, len(documents.ids) // 2)])
     low, high = segment.sizes
     sizes = [round(low + share * (high - low)) for share in SHARES]
 
-    def loss(plan: Plan, text: Documents = half) -> float:
+    def loss(plan: Plan) -> float:
         with frozen(small, large):
-            return document_losses(between.run(plan), text).mean
+            return document_losses(between.run(plan), documents).mean
 
     road = []
     for size in sizes:

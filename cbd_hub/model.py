@@ -213,6 +213,9 @@ def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int
                 return anchor, anchor, anchor.parameters
         return small, large, shapes.count(whole, anchor_config(files, large)) if size is None else size
     assert error is not None
+    if len(pairs) > 1 and isinstance(shape, Mapping) and set(shape) <= set(Shape.model_fields):
+        segments = "; ".join(f"{small.name} ({small.shape.text}) to {large.name} ({large.shape.text})" for small, large in pairs)
+        raise ArgumentError(f"the shape {dict(shape)} lies in no segment of {files.manifest.name}, which has {segments}; choose layers and ffn inside one")
     raise error
 
 
@@ -271,7 +274,7 @@ class CBDModel:
         chain: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None,
         strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02, revision: str | None = None,
         token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
-        force_download: bool = False,
+        force_download: bool = False, **transformers_kwargs: Any,
     ) -> Plan:
         """What `from_chain` would do, without touching a weight: ``print`` it for a table.
 
@@ -288,6 +291,7 @@ class CBDModel:
             cache_dir: Another place for the Hub's cache.
             local_files_only: Make no request.
             force_download: Fetch even what is cached.
+            **transformers_kwargs: Checked as `from_chain` checks them; they change no plan.
 
         Returns:
             The plan.
@@ -295,8 +299,9 @@ class CBDModel:
         Raises:
             SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``.
             ManifestError: If there is no such chain or its chain.json is refused.
-            ArgumentError: If an option is out of its range.
+            ArgumentError: If an option is unknown or out of its range.
         """
+        _check_loader_arguments(transformers_kwargs)
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
@@ -352,6 +357,7 @@ class CBDModel:
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
+        **transformers_kwargs: Any,
     ) -> Plan:
         """An ordinary checkpoint on disk, written tensor by tensor, with tokenizer, chat template and generation config.
 
@@ -372,6 +378,7 @@ class CBDModel:
             cache_dir: Another place for the Hub's cache.
             local_files_only: Make no request.
             force_download: Fetch even what is cached.
+            **transformers_kwargs: Checked as `from_chain` checks them; what is about devices has no meaning on disk.
 
         Returns:
             The plan that was carried out.
@@ -380,6 +387,7 @@ class CBDModel:
             StorageError: If the folder is in the way or the disk is full.
             CBDError: As `from_chain`.
         """
+        dtype = _check_loader_arguments({"dtype": dtype, **transformers_kwargs}).get("dtype")
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )

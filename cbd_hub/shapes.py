@@ -123,21 +123,23 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape) 
     return Shape(**values)
 
 
-def fill_ffn(size: int, shape: Shape, config: Any) -> int:
+def fill_ffn(size: int, shape: Shape, config: Any, within: float = 0.001) -> int:
     """The FFN width, at least 1, that brings a shape nearest to a size.
 
-    A multiple of 8, which tensor cores want, where that costs at most 0.1% of the size.
+    A multiple of 8, which tensor cores want, where that costs at most ``within`` of the size.
     """
     fixed = count(shape.model_copy(update={"ffn": 0}), config)
     step = count(shape.model_copy(update={"ffn": 1}), config) - fixed
     exact = (size - fixed) / step
     width = 8 * round(exact / 8)
-    if abs(width - exact) * step > 0.001 * size:
+    if abs(width - exact) * step > within * size:
         width = round(exact)
     return max(width, 1)
 
 
-def shape_between(size: int, small: Shape, large: Shape, config: Any, layers: int | None = None) -> Shape:
+def shape_between(
+    size: int, small: Shape, large: Shape, config: Any, layers: int | None = None, tolerance: float = 0.002
+) -> Shape:
     """The shape of a size between two neighbours of one hidden width.
 
     Layers go linearly with size (or are given), the FFN fills the rest within the neighbours' range; where it cannot, the
@@ -149,24 +151,32 @@ def shape_between(size: int, small: Shape, large: Shape, config: Any, layers: in
         large: Shape of the larger neighbour.
         config: Config of either neighbour.
         layers: Layers wished for; by default linear in size.
+        tolerance: Distance from the size, as a share of it, that counts as meeting it; more than 0.2% never does where another depth is nearer.
 
     Returns:
-        The nearest shape found; the caller checks how near it is.
+        The shape nearest in layers of those that meet the size, else the nearest in size; the caller checks how near it is.
     """
     low, high = count(small, config), count(large, config)
     share = (size - low) / max(high - low, 1)
     wish = small.layers + share * (large.layers - small.layers) if layers is None else layers
-    narrow, wide = sorted((small.ffn, large.ffn))
-    candidates = []
-    for depth in range(min(small.layers, large.layers), max(small.layers, large.layers) + 1):
-        shape = small.model_copy(update={"layers": depth})
-        width = min(max(fill_ffn(size, shape, config), narrow), wide)
-        shape = shape.model_copy(update={"ffn": width})
-        candidates.append((abs(depth - wish), abs(count(shape, config) - size), shape))
-    fitting = [entry for entry in candidates if entry[1] <= 0.002 * size]
+    accept = min(tolerance, 0.002)
+    candidates = [
+        (abs(shape.layers - wish), abs(count(shape, config) - size), shape) for shape in _depths_at(size, small, large, config, accept / 2)
+    ]
+    fitting = [entry for entry in candidates if entry[1] <= accept * size]
     if fitting:
         return min(fitting, key=lambda entry: entry[:2])[2]
     return min(candidates, key=lambda entry: (entry[1], entry[0]))[2]
+
+
+def _depths_at(size: int, small: Shape, large: Shape, config: Any, within: float) -> list[Shape]:
+    """For every number of layers between two neighbours, the shape nearest to a size."""
+    narrow, wide = sorted((small.ffn, large.ffn))
+    found = []
+    for depth in range(min(small.layers, large.layers), max(small.layers, large.layers) + 1):
+        shape = small.model_copy(update={"layers": depth})
+        found.append(shape.model_copy(update={"ffn": min(max(fill_ffn(size, shape, config, within), narrow), wide)}))
+    return found
 
 
 def check_tolerance(size: int, shape: Shape, small: Shape, large: Shape, config: Any, tolerance: float) -> None:
@@ -178,8 +188,8 @@ def check_tolerance(size: int, shape: Shape, small: Shape, large: Shape, config:
     found = count(shape, config)
     if abs(found - size) <= tolerance * size:
         return
-    steps = range(min(small.layers, large.layers), max(small.layers, large.layers) + 1)
-    real = sorted({count(shape.model_copy(update={"layers": depth}), config) for depth in steps}, key=lambda real: abs(real - size))[:2]
+    sizes = {count(shape, config) for shape in _depths_at(size, small, large, config, 0.0)}
+    real = sorted(sizes, key=lambda real: abs(real - size))[:2]
     near = " or ".join(f"{format_size(parameters)} ({parameters:,})" for parameters in sorted(real))
     raise SizeError(
         f"no shape between the neighbours has {size:,} parameters within {tolerance:.1%}; the nearest have {near}: "

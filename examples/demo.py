@@ -102,9 +102,9 @@ class Row:
     plan: Plan
     losses: Losses
     cut: Losses | None = None
-    to_small: tuple[float, float] | None = None
-    to_cut: tuple[float, float] | None = None
-    to_chord: tuple[float, float] | None = None
+    to_small: tuple[float, float | None] | None = None
+    to_cut: tuple[float, float | None] | None = None
+    to_chord: tuple[float, float | None] | None = None
 
     def data(self) -> dict[str, Any]:
         """The row as plain data."""

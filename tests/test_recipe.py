@@ -223,7 +223,7 @@ def test_stages_may_differ():
 
 def test_anchors_must_fall_in_size(tmp_path):
     plain = make_recipe(tmp_path, "llama", [{"layers": 2}, {"layers": 3}])
-    with pytest.raises(RecipeError, match="falling size"):
+    with pytest.raises(RecipeError, match="layers=3 cannot be cut from layers=2"):
         distill_chain(plain, tmp_path / "chain")
     with pytest.raises(RecipeError, match="falling size"):
         distill_chain({**plain, "anchors": ["900M"]}, tmp_path / "other")

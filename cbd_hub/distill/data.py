@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from datasets import load_dataset
 from cbd_hub.errors import DataError
 
 
-_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ def read_texts(path: str, column: str = "text") -> list[str]:
     Raises:
         DataError: If no file matches, a format is unknown, or there is no text.
     """
-    found = sorted(name for name in glob.glob(str(Path(path).expanduser()), recursive=True) if Path(name).is_file())
+    literal = Path(path).expanduser()
+    found = [str(literal)] if literal.is_file() else sorted(
+        name for name in glob.glob(str(literal), recursive=True) if Path(name).is_file()
+    )
     if not found:
         raise DataError(f'no file matches "{path}"; check the path or the pattern')
     texts: list[str] = []
@@ -52,13 +56,12 @@ def _rows(builder: str, names: list[str], column: str) -> list[str]:
     if builder == "text":
         paragraphs: list[str] = []
         for name in names:
-            try:
-                lines = Path(name).read_text(encoding="utf-8").splitlines()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+            lines = _read(name).splitlines()
             groups = itertools.groupby(lines, key=lambda line: bool(line.strip()))
             paragraphs += ["\n".join(group) for filled, group in groups if filled]
         return paragraphs
+    if builder == "jsonl":
+        return [text for name in names for text in _json_lines(name, column)]
     try:
         rows = load_dataset(builder, data_files=names, split="train")
     except Exception as error:  # datasets raises many kinds for a broken file
@@ -66,9 +69,37 @@ def _rows(builder: str, names: list[str], column: str) -> list[str]:
     return _column(rows, column, names[0])
 
 
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise DataError(f"{name} cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _json_lines(name: str, column: str) -> list[str]:
+    """The texts of a .jsonl file."""
+    texts = []
+    for number, line in enumerate(_read(name).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{name} line {number} cannot be read as json ({error}); each line is one object") from error
+        if not isinstance(row, dict) or column not in row:
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise DataError(f'{name} line {number} has no column "{column}"; it has {found[:100]}: name the column that holds the text')
+        if row[column] is not None and not isinstance(row[column], str):
+            raise DataError(f'{name} line {number}: "{column}" is no text but {type(row[column]).__name__}; name the column that holds the text')
+        texts.append(row[column] or "")
+    return texts
+
+
 def _column(rows: Any, column: str, source: str) -> list[str]:
     if column not in rows.column_names:
-        raise DataError(f'{source} has no column "{column}"; it has {", ".join(rows.column_names)}: set column in the recipe')
+        raise DataError(f'{source} has no column "{column}"; it has {", ".join(rows.column_names)}: name the column that holds the text')
     return [str(text) for text in rows[column] if text]
 
 

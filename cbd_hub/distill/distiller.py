@@ -85,6 +85,10 @@ class ChainDistiller(Trainer):
         processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, ChainDistillerConfig):
+            raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
+        if not isinstance(teacher, torch.nn.Module):
+            raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model")
         self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
         if kept is None and (args.path_fraction or args.hidden_weight):
             raise ArgumentError("path_fraction and hidden_weight need kept=, the map from the student's layers and neurons to the teacher's")
@@ -123,7 +127,7 @@ class ChainDistiller(Trainer):
         loss = self._through(model, module, lambda: self._loss(student, inputs, num_items_in_batch))
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {float(loss)} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
+                f"the loss is {float(loss.detach())} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
                 "lower learning_rate, or look at that text"
             )
         return (loss, {"loss": loss}) if return_outputs else loss

@@ -35,7 +35,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write a line."""
         kept = {name: value for name, value in (logs or {}).items() if not name.endswith(_OF_THIS_PROCESS)}
-        if state.is_world_process_zero and kept.keys() - {"epoch"}:
+        if state.is_world_process_zero and kept.keys() - {"epoch", "num_input_tokens_seen"}:
             path = Path(args.output_dir) / METRICS
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import shapes
-from cbd_hub.chain import Chain, ChainBuilder, chain_name, copy_checkpoint, resolve_checkpoint, unique_name
+from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, resolve_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import Parts, read_dataset, read_texts, split_documents
@@ -25,15 +28,15 @@ from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.progress import METRICS, StageProgress
 from cbd_hub.distill.schema import Recipe
-from cbd_hub.errors import RecipeError, StorageError
+from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import Documents, document_losses
-from cbd_hub.files import staged_folder, write_text
+from cbd_hub.files import disk_error, staged_folder, write_text
 from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
 from cbd_hub.interpolation.planner import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
-from cbd_hub.sizes import format_size, parse_size
-from cbd_hub.weights import load_model, load_tokenizer, read_config
+from cbd_hub.sizes import format_size, matches, parse_size
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, one_line, read_config
 
 
 CALIBRATION_TOKENS = 4096
@@ -60,38 +63,84 @@ class Stage:
     checkpoint: str | None
     arguments: dict[str, Any]
 
+    def config(self, output_dir: str, seed: int = 0) -> ChainDistillerConfig:
+        """The stage's training arguments, with what a stage has by default.
 
-def plan_stages(recipe: Recipe, teacher_config: Any) -> list[Stage]:
-    """The stages of a recipe, checked against its teacher.
+        Raises:
+            RecipeError: If a value cannot be used.
+        """
+        defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, self.arguments["max_steps"])}
+        try:
+            return ChainDistillerConfig(output_dir=output_dir, seed=seed, **{**defaults, **self.arguments})
+        except (TypeError, ValueError, KeyError) as error:  # transformers' and our own
+            raise RecipeError(f"stage of anchor {self.wish}: {one_line(error)}") from error
+
+
+def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stage]:
+    """The stages of a recipe, checked against its teacher before anything is done.
 
     Raises:
-        RecipeError: If the anchors do not fall in size from the teacher on.
+        RecipeError: If the anchors do not fall in size from the teacher on, or one cannot be cut from what is above it.
+        CBDError: If a stage's arguments or a checkpoint cannot be used.
     """
-    above = shapes.parameter_count(teacher_config)
-    whole = shapes.shape_of(teacher_config)
+    above: int = shapes.parameter_count(teacher_config)
+    whole: Shape | None = shapes.shape_of(teacher_config)  # None once a size was asked for, whose shape is chosen later
+    least = shapes.count(shapes.shape_of(teacher_config).model_copy(update={"layers": 1, "ffn": 1}), teacher_config)
+    source = (above, teacher, teacher_config)
     taken = [unique_name(above, [])]
     stages = []
     for wish in recipe.anchors:
         shape, checkpoint = None, None
         if isinstance(wish, dict) and "checkpoint" in wish:
             checkpoint = str(wish["checkpoint"])
-            config = read_config(resolve_checkpoint(checkpoint))
+            folder = resolve_checkpoint(checkpoint)
+            config = read_config(folder)
+            Checkpoint(folder, config)
             size = shapes.parameter_count(config)
+            check_pair(*source, size, folder, config)
+            source, whole = (size, folder, config), shapes.shape_of(config)
         elif isinstance(wish, dict):
-            shape = whole.model_copy(update=wish)
-            size = shapes.count(Shape.model_validate(shape.model_dump()), teacher_config)
+            shape = whole = _wished_shape(wish, whole, teacher_config)
+            size = shapes.count(shape, teacher_config)
         else:
-            size = parse_size(wish)
-        if size >= above:
+            size, whole = parse_size(wish), None
+        if size >= above or (isinstance(wish, str) and matches(wish, above)):
             raise RecipeError(
                 f"anchor {wish} has {format_size(size)} but the one above it has {format_size(above)}; list anchors in falling size, all smaller "
                 "than the teacher"
             )
+        if size < least:
+            raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
         name = unique_name(size, taken)
-        stages.append(Stage(name, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish)))
+        stage = Stage(name, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish))
+        if checkpoint is not None and stage.config("unused").path_fraction:
+            raise RecipeError(f"anchor {wish}: path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint")
+        stage.config("unused")
+        stages.append(stage)
         taken.append(name)
-        above, whole = size, whole if shape is None else shape
+        above = size
     return stages
+
+
+def _wished_shape(wish: Mapping[str, Any], whole: Shape | None, teacher_config: Any) -> Shape:
+    """The whole shape that a recipe's partial one means, cut from the anchor above.
+
+    Raises:
+        RecipeError: If it names less than is needed, or more than can be cut.
+    """
+    if whole is None and not {"layers", "ffn"} <= set(wish):
+        raise RecipeError(f"anchor {dict(wish)} comes after a size, whose layers and ffn are chosen by measuring; name both layers and ffn")
+    above = whole or shapes.shape_of(teacher_config)
+    try:
+        shape = Shape.model_validate({**above.model_dump(), **wish}, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"anchor {dict(wish)}: {first['loc'][0]}: {first['msg'].lower()}") from error
+    for name in Shape.model_fields:
+        wanted, there = getattr(shape, name), getattr(above, name)
+        if wanted > there or (wanted != there and name not in ("layers", "ffn")):
+            raise RecipeError(f"anchor {dict(wish)}: {name}={wanted} cannot be cut from {name}={there}; layers and ffn can be made smaller")
+    return shape
 
 
 def read_parts(recipe: Recipe) -> Parts:
@@ -142,10 +191,10 @@ def distill_chain(
     run = _Run(recipe, target, progress or (lambda line: None))
     try:
         return run.carry_out()
-    except OSError as error:
-        if isinstance(error, StorageError) or error.errno is None:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own for a full disk
+        if isinstance(error, CBDError) or not disk_error(error):
             raise
-        raise StorageError(f"cannot write {target}: {error.strerror}; free or choose another disk and run again, it goes on") from error
+        raise StorageError(f"cannot write {target}: {one_line(error)}; free or choose another disk and run again, it goes on") from error
 
 
 class _Run:
@@ -155,27 +204,29 @@ class _Run:
         self.recipe, self.target, self.progress = recipe, target, progress
         self.work = target / _WORK
         self.builder = ChainBuilder(target, chain_name(target))
-        self._claim()
-        source = resolve_checkpoint(recipe.teacher)
-        self.teacher_config = read_config(source)
-        self.source = source
-        self.stages = plan_stages(recipe, self.teacher_config)
-        self.tokenizer = load_tokenizer(source)
+        self._check_target()
+        self.source = resolve_checkpoint(recipe.teacher)
+        self.teacher_config = read_config(self.source)
+        Checkpoint(self.source, self.teacher_config)
+        self.stages = plan_stages(recipe, self.source, self.teacher_config)
+        self.tokenizer = load_tokenizer(self.source)
         self.parts = read_parts(recipe)
         block = recipe.data.block_size
         self.calibration = Documents.packed(self.parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
         self.dataset = f"{recipe.data.source} (calibration)"
+        write_text(self._mark, recipe.sha256())  # all that can be checked has been: the folder is this run's
 
-    def _claim(self) -> None:
-        """Refuse a folder that is something else; note whose run this is."""
-        mark = self.work / "recipe.sha256"
-        if mark.is_file():
-            if mark.read_text() != self.recipe.sha256():
+    @property
+    def _mark(self) -> Path:
+        return self.work / "recipe.sha256"
+
+    def _check_target(self) -> None:
+        """Refuse a folder that is something else, or another recipe's run."""
+        if self._mark.is_file():
+            if self._mark.read_text() != self.recipe.sha256():
                 raise RecipeError(f"{self.target} holds an unfinished run of another recipe; finish that one, remove the folder, or choose another")
-        elif self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+        elif self.target.exists() and (not self.target.is_dir() or any(path != self.work for path in self.target.iterdir())):
             raise StorageError(f"{self.target} already exists and is no run of a recipe; choose another folder or remove it")
-        else:
-            write_text(mark, self.recipe.sha256())
 
     def carry_out(self) -> Chain:
         anchors = [self._teacher()]
@@ -185,6 +236,9 @@ class _Run:
             small, cut, importance = self._anchor(stage, large, anchors)
             links.append(self._link(stage, small, large, cut, importance, anchors))
             large = small
+        for path in (*self.target.glob(".*"), *self.target.glob("anchors/.*")):
+            if path != self.work:
+                shutil.rmtree(path)  # left by a run that was killed while it wrote
         write_text(self.target / "recipe.yaml", self.recipe.to_yaml())
         parent = anchors[0]
         repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
@@ -206,6 +260,8 @@ class _Run:
     def _evaluation(self, model: Any) -> dict[str, Any]:
         with frozen(model):
             losses = document_losses(ModelRunner(model), self.calibration)
+        if not math.isfinite(losses.mean):
+            raise TrainingError(f"a model of {self.target} has the loss {losses.mean} on the calibration text; lower learning_rate, or look at the weights")
         entry = Evaluation(loss=losses.mean, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)
         return entry.model_dump()
 
@@ -215,10 +271,7 @@ class _Run:
         if not folder.exists():
             self.progress(f"teacher: {self.recipe.teacher} becomes anchor {name}")
             with staged_folder(folder) as staging:
-                copy_checkpoint(self.source, staging / "copy")
-                for path in (staging / "copy").iterdir():
-                    shutil.move(path, staging / path.name)
-                (staging / "copy").rmdir()
+                copy_checkpoint(self.source, staging)
         entry = self._remembered(f"{name}.evaluation", lambda: self._evaluation(self._load(name)))
         return self.builder.record(name, origin="source", evaluations=[Evaluation(**entry)])
 
@@ -258,6 +311,8 @@ class _Run:
             return {"shape": cut.plan.shape.model_dump()}
 
         shape = Shape(**self._remembered(f"{stage.name}.cut", choose)["shape"])
+        if shapes.count(shape, large.config) >= parent.parameters:
+            raise RecipeError(f"anchor {stage.wish} comes out as large as the one above it ({format_size(parent.parameters)}); ask for a smaller one")
         return Cut.of(large, shape, importance, parent.name)
 
     def _train(self, stage: Stage, large: Any, cut: Cut | None, importance: Importance | None, folder: Path) -> None:
@@ -270,8 +325,7 @@ class _Run:
             student = load_model(resolve_checkpoint(stage.checkpoint), torch.float32)
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
-        defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, stage.arguments["max_steps"])}
-        arguments = ChainDistillerConfig(output_dir=str(run_dir), seed=self.recipe.seed, **{**defaults, **stage.arguments})
+        arguments = stage.config(str(run_dir), self.recipe.seed)
         rows = packed_dataset([{"text": text} for text in self.parts.train], self.tokenizer, arguments.block_size)
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
@@ -283,8 +337,7 @@ class _Run:
         self.progress(f"{stage.name}: {'goes on from ' + Path(last).name if last else 'learns'}, {arguments.max_steps} steps")
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=last)
-        steps = trainer.state.global_step
-        tokens = steps * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size * arguments.block_size
+        tokens = int(trainer.state.num_input_tokens_seen)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # a checkpoint keeps it
         write_text(self.work / f"{stage.name}.training.json", json.dumps({
             "tokens": tokens, "loss": losses[-1] if losses else None, "seconds": time.monotonic() - started,
@@ -294,6 +347,8 @@ class _Run:
         with staged_folder(folder) as staging:
             student.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
+            for path in staging.iterdir():
+                path.chmod(0o644)  # a chain may be shared
         shutil.rmtree(run_dir, ignore_errors=True)
 
     def _link(

@@ -20,7 +20,23 @@ from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
 
 
-_STAGE_FIELDS = {field.name for field in dataclasses.fields(ChainDistillerConfig) if field.init} - {"output_dir", "seed"}
+_AT_LEAST_ONE = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size")
+# What a stage may set, and the default of each, whose kind a value must have.
+_STAGE_FIELDS = {
+    field.name: field.default for field in dataclasses.fields(ChainDistillerConfig) if field.init and field.name not in ("output_dir", "seed")
+}
+
+
+def _check_value(where: str, value: Any, default: Any) -> None:
+    """Refuse a value of another kind than its field's default, which YAML makes of a slip: 4e-4 is text there, 4.0e-4 a number."""
+    key = where.rsplit(".", 1)[-1]
+    if key in _AT_LEAST_ONE and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{where}={value!r} must be a whole number of 1 or more")
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}={value!r} is neither true nor false")
+    elif isinstance(default, (int, float)) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"{where}={value!r} is no number" + (" (YAML reads 4e-4 as text: write 4.0e-4)" if isinstance(value, str) else ""))
 
 
 class _Strict(BaseModel):
@@ -82,7 +98,9 @@ class Recipe(_Strict):
                 parse_size(anchor)
         for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
             for key in fields:
-                if key not in _STAGE_FIELDS:
+                if key in _STAGE_FIELDS:
+                    _check_value(f"{where}.{key}", fields[key], _STAGE_FIELDS[key])
+                else:
                     near = difflib.get_close_matches(key, sorted(_STAGE_FIELDS), n=1, cutoff=0.0)[0]
                     raise ValueError(f"{where}.{key} is no field of ChainDistillerConfig; did you mean {near}?")
         unknown = sorted(self.stages.keys() - {str(anchor) for anchor in self.anchors if not isinstance(anchor, dict)})
@@ -100,8 +118,12 @@ class Recipe(_Strict):
         file = Path(path)
         try:
             text = file.read_text(encoding="utf-8")
+            if any(isinstance(token, yaml.AnchorToken) for token in yaml.scan(text)):
+                raise RecipeError(f"{file} uses YAML anchors (&name), which a recipe has no need of; write the values out")
             lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
             values = yaml.safe_load(text)
+        except RecursionError as error:
+            raise RecipeError(f"{file} is nested too deeply to be a recipe") from error
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f" line {mark.line + 1}" if mark else ""
@@ -154,6 +176,8 @@ def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
+            if here in found:
+                raise RecipeError(f"line {key.start_mark.line + 1}: {'.'.join(here)} is given twice; keep one of them")
             found[here] = key.start_mark.line + 1
             found.update(_lines(value, here))
     elif isinstance(node, yaml.SequenceNode):

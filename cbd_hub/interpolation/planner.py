@@ -126,7 +126,7 @@ class Segment:
         return count(self.small_shape, self.config), count(self.large_shape, self.config)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """How a model of a size is made.
 
@@ -352,7 +352,7 @@ def strategy_at(segment: Segment, size: int) -> str:
 
     Without a curve it is ``patch`` where that applies, else ``blend``.
     """
-    measured = {point.strategy for point in segment.curve}
+    measured = {point.strategy for point in segment.curve if segment.patch or point.strategy != "patch"}
     if not measured:
         return "patch" if segment.patch else "blend"
     return min(sorted(measured), key=lambda strategy: _on_curve(segment, size, strategy))
@@ -405,12 +405,12 @@ def segment_plan(
         found = complete_shape(shape, segment.small_shape, segment.large_shape)
     else:
         wish = point.layers if chosen == "blend" else None
-        found = shape_between(size, segment.small_shape, segment.large_shape, segment.config, wish)
+        found = shape_between(size, segment.small_shape, segment.large_shape, segment.config, wish, tolerance)
         check_tolerance(size, found, segment.small_shape, segment.large_shape, segment.config, tolerance)
     for name, anchor_shape, loss in ((segment.small, segment.small_shape, ends[0]), (segment.large, segment.large_shape, ends[1])):
         if found == anchor_shape:
             return anchor_plan(chain, size, name, anchor_shape, segment.config, loss)
-    expected = expected_loss(segment, count(found, segment.config), chosen, ends)
+    expected = None if alpha is not None or shape is not None else expected_loss(segment, count(found, segment.config), chosen, ends)
     if chosen == "patch":
         return patch_plan(segment, found, chain=chain, asked=size, expected=expected)
     mix = Mix(alpha=point.alpha, layer_gain=point.layer_gain, neuron_gain=point.neuron_gain) if alpha is None else Mix(alpha=alpha)
