@@ -231,7 +231,6 @@ def test_a_missing_file_is_refused(copy):
 
 def rehash(copy, change):
     """Change an anchor's tensors and record the new hashes, as an honest but wrong tool would."""
-    from cbd_hub.chain import ChainBuilder
     path = weights(copy)
     tensors = change(load_file(path))
     save_file(tensors, path, {"format": "pt"})
@@ -243,7 +242,6 @@ def rehash(copy, change):
     write_text(listing, json.dumps({"files": {"model.safetensors": chunk_hashes(path)}}))
     entry["chunks"]["sha256"] = sha256(listing)
     (copy / "chain.json").write_text(json.dumps(manifest))
-    assert ChainBuilder
 
 
 def test_missing_extra_and_misshaped_tensors_are_named(copy):
@@ -284,20 +282,64 @@ def test_a_chain_is_copied_whole(chain, tmp_path):
 
 
 def test_a_second_load_checks_nothing_again(chain, monkeypatch):
-    import cbd_hub.files
-    CBDModel.from_chain(chain, "max")
-    monkeypatch.setattr(cbd_hub.files.hashlib, "file_digest", None)
-    opened = []
-    real = cbd_hub.files.Path.open
-    monkeypatch.setattr(cbd_hub.files.Path, "open", lambda self, *a, **k: (opened.append(self.name), real(self, *a, **k))[1])
-    with pytest.raises(TypeError):
-        cbd_hub.files.sha256(chain / "chain.json")
-    opened.clear()
+    """A verdict is remembered: with every recorded hash made wrong afterwards, what was checked before is read all the same."""
     from cbd_hub.hub import open_chain
     from cbd_hub.model import anchor_checkpoint
-    monkeypatch.undo()
+    CBDModel.from_chain(chain, "max")
     files = open_chain(chain)
     checkpoint = anchor_checkpoint(files, files.manifest.anchors[0])
     for checked in checkpoint._checked.values():
         monkeypatch.setattr(checked, "_chunks", ["wrong"] * len(checked._chunks))
     assert checkpoint[next(iter(checkpoint._where))] is not None
+
+
+def record(copy, name):
+    """Record a changed file of the largest anchor, as an attacker would."""
+    from cbd_hub.files import sha256
+    manifest = json.loads((copy / "chain.json").read_text())
+    path = weights(copy).parent / name
+    manifest["anchors"][0]["files"][name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    (copy / "chain.json").write_text(json.dumps(manifest))
+
+
+def test_code_of_a_stranger_is_never_run(copy):
+    path = weights(copy).parent / "config.json"
+    (path.parent / "evil.py").write_text("raise SystemExit('ran')")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}))
+    record(copy, "config.json")
+    with pytest.raises(WeightsError, match="never run"):
+        CBDModel.from_chain(copy, "max")
+
+
+def test_links_that_leave_the_folder_leak_nothing(copy, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    path = weights(copy).parent / "tokenizer.json"
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+    record(copy, "tokenizer.json")
+    with pytest.raises(ManifestError, match="leads out"):
+        CBDModel.materialize(copy, "max", output_dir=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_changed_tokenizer_is_refused(copy, tmp_path):
+    (weights(copy).parent / "tokenizer.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
+        CBDModel.materialize(copy, "max", output_dir=tmp_path / "m")
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
+        Chain.from_pretrained(copy).tokenizer()
+
+
+def test_a_tied_model_with_another_head_is_refused(copy):
+    rehash(copy, lambda tensors: {**tensors, "lm_head.weight": torch.randn(260, 32)})
+    with pytest.raises(WeightsError, match="ties its head"):
+        CBDModel.from_chain(copy, "max")
+
+
+def test_threads_may_load_at_once(chain):
+    from concurrent.futures import ThreadPoolExecutor
+    expected = CBDModel.from_chain(chain, middles(chain)[0])
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: CBDModel.from_chain(chain, middles(chain)[0]), range(8)))
+    assert all(same(model, expected) for model in made)

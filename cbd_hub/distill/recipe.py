@@ -186,6 +186,7 @@ def distill_chain(
     if (target / "chain.json").is_file():
         chain = Chain.from_pretrained(target)
         if any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors):
+            shutil.rmtree(target / _WORK, ignore_errors=True)  # there if it was killed at its very end
             return chain
         raise RecipeError(f"{target} holds a chain made by another recipe; choose another folder")
     run = _Run(recipe, target, progress or (lambda line: None))
