@@ -58,6 +58,13 @@ def edit(path, value):
 
 @pytest.mark.parametrize(("change", "message"), [
     (edit(["schema_version"], 2), "pip install -U cbd-hub"),
+    (edit(["schema_version"], 2.0), "pip install -U cbd-hub"),
+    (edit(["schema_version"], "1"), "schema_version"),
+    (edit(["schema_version"], 0), "schema_version"),
+    (edit(["links", 0, "curve"], [{"size": 2500, "strategy": "blend", "loss": 1.0, "tokens": 1, "dataset": "\x1b]0;x\x07"}]), "control characters"),
+    (edit(["links", 0, "curve"], [{"size": 2500, "strategy": "blend", "loss": float("nan"), "tokens": 1, "dataset": "x"}]), "loss"),
+    (edit(["links", 0, "curve"], [{"size": 5000, "strategy": "blend", "loss": 1.0, "tokens": 1, "dataset": "x"}]), "outside its anchors"),
+    (edit(["links", 0, "strategies"], {"blend": {"road": [{"size": size, "layers": 3, "alpha": 1} for size in (2600, 2500)]}}), "rising sizes"),
     (edit(["name"], "../x"), "name"),
     (edit(["anchors"], []), "anchors"),
     (edit(["anchors", 0, "location", "subfolder"], "../../etc"), "plain relative path"),

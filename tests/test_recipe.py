@@ -199,6 +199,11 @@ stages:
     ("[2M, 1M]", "[]", "line 2: anchors"),
     ("anchors: [", "anchors: [[", "line 3: not valid YAML"),
     (RECIPE, "just text", "holds no recipe"),
+    ("max_steps: 10", "max_steps: many", r"line 7: stage.max_steps='many' must be a whole number"),
+    ("max_steps: 10", "max_steps: -1", "line 7: stage.max_steps=-1 must be"),
+    ("max_steps: 10", "learning_rate: 4e-4", "line 7: stage.learning_rate='4e-4' is no number.*4.0e-4"),
+    ("max_steps: 10", "bf16: maybe", "line 7: stage.bf16='maybe' is neither true nor false"),
+    ("  max_steps: 10", "  divergence: reverse_kl", "line 8: stage.divergence is given twice"),
 ])
 def test_mistakes_are_named_with_their_line(tmp_path, old, new, message):
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace(old, new, 1))
@@ -219,6 +224,19 @@ def test_stages_may_differ():
     recipe = Recipe.parse(yaml.safe_load(RECIPE))
     assert recipe.stage_arguments("2M")["max_steps"] == 10
     assert recipe.stage_arguments("1M")["max_steps"] == 20
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"stage": {"max_steps": 2, "temperature": 0}}, "stage of anchor .*temperature=0"), ({"stage": {"max_steps": 2, "divergence": "kl"}}, "divergence='kl'"),
+    ({"stage": {"max_steps": 2, "optim": "foo"}}, "stage of anchor"), ({"anchors": [{"hidden": 16}]}, "hidden=16 cannot be cut"),
+    ({"anchors": [{"layers": 0}]}, "layers"), ({"anchors": ["1K"]}, "smaller than the embeddings"), ({"anchors": ["39.3K"]}, "falling size"),
+    ({"anchors": ["30K", {"layers": 1}]}, "name both layers and ffn"),
+])
+def test_what_cannot_be_is_said_before_anything_is_done(tmp_path, more, message):
+    plain = {**make_recipe(tmp_path, "llama", ANCHORS), **more}
+    with pytest.raises(CBDError, match=message):
+        distill_chain(plain, tmp_path / "chain")
+    assert not (tmp_path / "chain").exists()
 
 
 def test_anchors_must_fall_in_size(tmp_path):

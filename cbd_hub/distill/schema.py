@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -189,9 +190,9 @@ def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
 
 
 def _line_of(lines: Mapping[tuple[str, ...], int], where: tuple[str, ...], message: str) -> int | None:
-    named = message.split(" ", 1)[0].rstrip(":")
+    named = re.match(r"[\w.]*", message)
     for path, line in lines.items():
-        if ".".join(path) == named:
+        if named is not None and ".".join(path) == named[0].rstrip("."):
             return line
     while where:
         if where in lines:
