@@ -234,7 +234,10 @@ def generate(
 @app.command("eval")
 def evaluate(
     chain: ChainArgument,
-    text: Annotated[str, typer.Option("--text", help="Held-out text: a file or a pattern.", show_default=False)],
+    text: Annotated[str | None, typer.Option("--text", help="Held-out text: a file or a pattern.", show_default=False)] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Multiple-choice questions: .jsonl files, with commas between them, of query, choices, answer.", show_default=False)
+    ] = None,
     sizes: Annotated[str | None, typer.Option("--sizes", help='Sizes, such as "110M,120M"; the anchors by default.', show_default=False)] = None,
     strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of text to use.")] = 8000,
@@ -242,28 +245,51 @@ def evaluate(
     column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
     revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
-    """Measure held-out loss, perplexity and bits per byte of sizes, with standard errors over documents."""
+    """Measure held-out loss, perplexity and bits per byte of sizes, or the accuracy of tasks, with standard errors."""
+    if text is None and tasks is None:
+        raise ArgumentError("neither --text nor --tasks was given; name a text file, or a .jsonl file of questions")
     from cbd_hub.chain import Chain
     from cbd_hub.distill.data import read_texts
-    from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
+    from cbd_hub.evaluation import Documents, Question, bits_per_byte, choice_accuracy, document_losses
     from cbd_hub.interpolation.live import ModelRunner, best_device
     _hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
     plans = [opened.plan(wish, strategy=strategy, alpha=alpha, tolerance=tolerance) for wish in wishes]
-    documents = Documents.read(read_texts(text, column), opened.tokenizer(), block_size, max_tokens)
-    if documents.tokens < 2:
-        raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
+    tokenizer = opened.tokenizer()
+    questions = {name.strip(): Question.read(name.strip()) for name in tasks.split(",")} if tasks else {}
+    documents = None
+    if text is not None:
+        documents = Documents.read(read_texts(text, column), tokenizer, block_size, max_tokens)
+        if documents.tokens < 2:
+            raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
     rows: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     for wish, planned in zip(wishes, plans):
         model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance).to(best_device())
+        for name, asked in questions.items():
+            scores = choice_accuracy(ModelRunner(model), asked, tokenizer)
+            answers.append({"size": format_size(planned.parameters), "parameters": planned.parameters, "task": name, **scores})
+        if documents is None:
+            continue
         losses = document_losses(ModelRunner(model), documents)
         rows.append({
             "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,
             "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents),
         })
     if as_json:
-        _print_json({"chain": opened.name, "text": text, "documents": len(documents.ids), "tokens": documents.tokens, "results": rows})
+        counts = {"documents": len(documents.ids), "tokens": documents.tokens} if documents is not None else {}
+        _print_json({"chain": opened.name, "text": text, **counts, "results": rows, "tasks": answers})
+        return
+    if answers:
+        _table(f"{opened.name}: share of right answers ± standard error; norm: by bytes of the choice", [
+            {
+                "size": row["size"], "task": row["task"], "questions": row["questions"], "accuracy": _with_error(row["accuracy"], row["accuracy_stderr"]),
+                "norm": _with_error(row["accuracy_norm"], row["accuracy_norm_stderr"]),
+            }
+            for row in answers
+        ])
+    if documents is None:
         return
     shown = [
         {

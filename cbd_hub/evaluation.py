@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,7 +154,9 @@ def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) 
     return Losses(nats, tokens)
 
 
-def _batch_losses(runner: Runner, batch: list[Tensor], bf16: bool) -> list[tuple[float, int]]:
+def _batch_losses(runner: Runner, batch: list[Tensor], bf16: bool, starts: Sequence[int] | None = None) -> list[tuple[float, int]]:
+    """Summed loss and count of each row's tokens from its start on; the first token is never predicted."""
+    firsts = [1] * len(batch) if starts is None else starts
     longest = max(len(ids) for ids in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -161,17 +166,94 @@ def _batch_losses(runner: Runner, batch: list[Tensor], bf16: bool) -> list[tuple
     device = runner.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         output = runner(input_ids.to(device), None if bool(mask.all()) else mask.to(device))
-    predicts = mask[:, 1:].bool().to(device)
+    counted = mask.clone()
+    for row, first in enumerate(firsts):
+        counted[row, :first] = 0
+    predicts = counted[:, 1:].bool().to(device)
     head = output.head
     hidden = output.hidden[:, :-1][predicts]
     losses = token_losses(
         hidden.to(torch.bfloat16) if bf16 else hidden, head.weight, input_ids[:, 1:].to(device)[predicts],
         bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
     ).double()
-    counts = [len(ids) - 1 for ids in batch]
+    counts = [len(ids) - first for ids, first in zip(batch, firsts)]
     return [(float(part.sum()), count) for part, count in zip(losses.split(counts), counts)]
 
 
 def bits_per_byte(losses: Losses, documents: Documents) -> float:
     """Loss in bits per UTF-8 byte of text: the unit in which models of different vocabularies compare."""
     return float(losses.nats.sum() / math.log(2) / sum(documents.lengths))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question: a context, the ways it may go on, and which is right."""
+
+    query: str
+    choices: tuple[str, ...]
+    answer: int
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> list[Question]:
+        """Questions of a .jsonl file whose rows hold ``query``, ``choices`` and ``answer`` (the right one's index from 0).
+
+        Raises:
+            DataError: If the file cannot be read, or a row is no question; the message names the line.
+        """
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); give a .jsonl file of questions") from error
+        found = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                question = cls(str(row["query"]), tuple(str(choice) for choice in row["choices"]), int(row["answer"]))
+                if len(question.choices) < 2 or not 0 <= question.answer < len(question.choices) or not all(question.choices):
+                    raise ValueError("needs two choices or more, none empty, and the index of one as answer")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DataError(f"{path} line {number} is no question with query, choices and answer ({error})") from error
+            found.append(question)
+        if not found:
+            raise DataError(f"{path} holds no questions; give rows with query, choices and answer")
+        return found
+
+
+@torch.no_grad()
+def choice_accuracy(runner: Runner, questions: Sequence[Question], tokenizer: Any, *, bf16: bool = True) -> dict[str, float]:
+    """Share of questions whose right choice is the likeliest continuation of the query.
+
+    The log-likelihood protocol of lm-evaluation-harness: query and choice are tokenised as one text, the choice's tokens are those after the query's
+    own, and the largest summed log-probability wins; for ``accuracy_norm`` it is divided by the choice's length in bytes first.
+
+    Returns:
+        ``accuracy`` and ``accuracy_norm``, each from 0 to 1, their standard errors over questions, and the number of questions.
+    """
+    rows: list[tuple[Tensor, int]] = []
+    for question in questions:
+        start = len(tokenizer(question.query)["input_ids"])
+        for choice in question.choices:
+            ids = torch.tensor(tokenizer(question.query + choice)["input_ids"])
+            rows.append((ids, max(1, min(start, len(ids) - 1))))
+    nats = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    for first in range(0, len(order), 16):
+        chosen = order[first : first + 16]
+        losses = _batch_losses(runner, [rows[index][0] for index in chosen], bf16, [rows[index][1] for index in chosen])
+        for index, (total, _) in zip(chosen, losses):
+            nats[index] = total
+    right, right_norm, at = [], [], 0
+    for question in questions:
+        here = nats[at : at + len(question.choices)]
+        lengths = [len(choice.encode()) for choice in question.choices]
+        right.append(int(np.argmin(here)) == question.answer)
+        right_norm.append(int(np.argmin([total / length for total, length in zip(here, lengths)])) == question.answer)
+        at += len(question.choices)
+    scores: dict[str, float] = {"questions": len(questions)}
+    for name, hits in (("accuracy", right), ("accuracy_norm", right_norm)):
+        share = float(np.mean(hits))
+        scores[name] = share
+        scores[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(len(hits) - 1, 1))
+    return scores

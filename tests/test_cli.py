@@ -75,6 +75,17 @@ def test_json_is_one_object_with_the_same_numbers(cbd, chain, text, tmp_path):
     assert sum(planned["bytes_read"].values()) > 0
 
 
+def test_tasks_are_answered(cbd, chain, tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": f"{n} and", "choices": [" one", " two"], "answer": n % 2}) + "\n" for n in range(6)))
+    code, printed, _ = cbd("eval", chain, "--tasks", tmp_path / "q.jsonl", "--sizes", "min,max", "--json")
+    assert code == 0
+    assert [row["questions"] for row in json.loads(printed)["tasks"]] == [6, 6]
+    code, table, _ = cbd("eval", chain, "--tasks", tmp_path / "q.jsonl", "--sizes", "min")
+    assert code == 0
+    assert "accuracy" in table
+    assert cbd("eval", chain)[0] == 2
+
+
 def test_generation_depends_on_the_seed_alone(cbd, chain):
     texts = [json.loads(cbd("generate", chain, "x", "--size", "max", "--temperature", 2.0, "--seed", seed, "--json")[1])["text"] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
