@@ -38,3 +38,5 @@ def main(folder, mode):
 if __name__ == "__main__":
     for mode in MODES:
         main(Path(sys.argv[1]), mode)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # a process that ends with gloo's threads alive may abort

@@ -1,0 +1,122 @@
+"""How a trained anchor leaves the trainer: whole checkpoints, and a push to the Hub with the project's card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+
+from cbd_hub.cards import anchor_card
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.files import write_text
+from cbd_hub.hub import is_repo_id, upload
+
+
+_STAGING = ".saving"
+
+
+class AnchorTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or not there, and whose pushes hold a model and nothing of its training."""
+
+    teacher: Any
+
+    # -- the Hub -------------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, revision: str | None = None,
+        private: bool | None = None, **kwargs: Any,
+    ) -> Any:
+        """Push the student with its tokenizer and the project's card, and nothing else: no arguments, optimiser or projectors.
+
+        Args:
+            commit_message: Message of the commit.
+            blocking: Kept for transformers' signature; the push is always waited for.
+            token: Hub token; by default that of the arguments, else the stored one.
+            revision: Branch to push to.
+            private: Whether a repo made now is private.
+            **kwargs: Kept for transformers' signature.
+
+        Returns:
+            The client's commit info; None on processes other than the first.
+
+        Raises:
+            StorageError: If the Hub cannot be reached or refuses.
+        """
+        args: ChainDistillerConfig = self.args
+        repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_model(str(folder), _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            write_text(folder / "README.md", self._card(repo_id))
+            return upload(
+                folder, repo_id, token=token or args.hub_token, private=args.hub_private_repo if private is None else private,
+                revision=revision or args.hub_revision, message=commit_message or "End of training",
+            )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """The repo is made with the first push."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the project's card into the output folder."""
+        if self.is_world_process_zero():
+            write_text(Path(self.args.output_dir) / "README.md", self._card(self.args.hub_model_id or Path(self.args.output_dir).name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END:
+            self.push_to_hub(commit_message=f"Training in progress, step {self.state.global_step}")
+
+    def _card(self, name: str) -> str:
+        args: ChainDistillerConfig = self.args
+        model = self.accelerator.unwrap_model(self.model)
+        teacher = self.teacher.config._name_or_path
+        tokens = self.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        facts = {
+            "loss": f"{args.kd_weight:g} x {args.divergence} at temperature {args.temperature:g} + {args.ce_weight:g} x cross-entropy"
+            + (f" + {args.hidden_weight:g} x {args.hidden_loss} of hidden states" if args.hidden_weight else ""),
+            "optimiser steps": f"{self.state.global_step:,} ({tokens:,} tokens at most)",
+            **({"last training loss": f"{losses[-1]:.3f}"} if losses else {}),
+        }
+        return anchor_card(
+            name, sum(parameter.numel() for parameter in model.parameters()), teacher_repo=teacher if is_repo_id(teacher) else None, license=None, facts=facts
+        )
+
+    # -- saving --------------------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, _STAGING) if getattr(self, "_saving", False) else run_dir
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint is written aside and renamed, so that one that is there is whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / _STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            final = run_dir / name
+            if self.state.best_model_checkpoint == str(staging / name):
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(staging / name, final)
+            staging.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
