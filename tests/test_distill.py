@@ -218,7 +218,7 @@ def test_text_columns_are_packed(tmp_path):
 def test_wrong_calls_are_named(tmp_path):
     teacher = tiny.llama()
     config = ChainDistillerConfig(str(tmp_path), max_steps=1)
-    with pytest.raises(ArgumentError, match="need kept="):
+    with pytest.raises(ArgumentError, match="needs kept="):
         ChainDistiller(model=tiny.llama(), teacher=teacher, args=ChainDistillerConfig(str(tmp_path), path_fraction=0.5), train_dataset=rows())
     other = tiny.llama()
     other.resize_token_embeddings(300)

@@ -11,7 +11,7 @@ from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses import divergence
 from cbd_hub.losses.divergence import DIVERGENCES
 from cbd_hub.losses.head import distillation_loss, token_losses
-from cbd_hub.losses.hidden import hidden_loss
+from cbd_hub.losses.hidden import LeastSquares, hidden_loss
 
 
 def reference(name, student, teacher, temperature, beta=0.5, skew=0.1):
@@ -219,3 +219,22 @@ def test_top_tokens_and_a_bucket_are_the_dense_reference(name, k):
         torch.testing.assert_close(got, want)
     with pytest.raises(ArgumentError, match="temperature=2"):
         distillation_loss(hidden, head, None, None, labels, teacher_top=(ids, log_probs), temperature=2.0)
+
+
+def test_least_squares_is_the_minimum_of_the_mse():
+    """At the closed-form start no small change of the projector lowers the normalised mse on the same text."""
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(1, 90, 6, generator=draw, dtype=torch.float64), torch.randn(1, 90, 9, generator=draw, dtype=torch.float64) + 2
+    theirs[..., :6] += ours
+    fit = LeastSquares(6, 9)
+    for start in (0, 40):
+        fit.add(ours[0, start : start + 40 if start == 0 else 90], theirs[0, start : start + 40 if start == 0 else 90])
+    weight, bias = (tensor.requires_grad_() for tensor in fit.solve())
+    keep = torch.ones(1, 90, dtype=torch.bool)
+    value = hidden_loss([ours @ weight.t() + bias], [theirs], keep, kind="mse")
+    gradients = torch.autograd.grad(value, (weight, bias))
+    assert all(gradient.abs().max() < 1e-4 for gradient in gradients)  # the ridge's
+    assert value < 0.9 * hidden_loss([bias.expand_as(theirs)], [theirs], keep, kind="mse")
+    few = LeastSquares(6, 9)
+    few.add(ours[0, :2], theirs[0, :2])
+    assert all(torch.isfinite(tensor).all() for tensor in few.solve())

@@ -26,8 +26,12 @@ class ChainDistillerConfig(TrainingArguments):
         skew: Teacher's share in the skew mixture.
         kd_weight: Weight of the divergence.
         ce_weight: Weight of the cross-entropy with the text.
-        hidden_weight: Weight of the hidden-state term on the kept layers; 0 leaves it out.
+        hidden_weight: Weight of the hidden-state term between mapped layers; 0 leaves it out. Where widths differ the student's states go through
+            learned projectors, which no export holds.
         hidden_loss: ``cosine`` or ``mse``.
+        hidden_layers: Layers of the student that are matched, from 0; None for all.
+        hidden_balance: Scale the hidden-state term by the ratio of the other terms to it, a running mean over the steps before (the first value is
+            measured on training text), so that ``hidden_weight`` 1 makes it weigh as much as they do.
         path_fraction: Share of the optimiser steps in which a model in between student and teacher takes the student's place, 0 to 1.
         block_size: Tokens in a packed block, for data sets with a text column.
 
@@ -56,6 +60,8 @@ class ChainDistillerConfig(TrainingArguments):
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy."})
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state term."})
     hidden_loss: str = field(default="cosine", metadata={"help": "cosine or mse."})
+    hidden_layers: list[int] | None = field(default=None, metadata={"help": "Layers of the student that are matched; all by default."})
+    hidden_balance: bool = field(default=False, metadata={"help": "Scale the hidden-state term to the size of the others."})
     path_fraction: float = field(default=0.0, metadata={"help": "Share of the steps spent on in-between models."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a packed block."})
 
@@ -72,6 +78,8 @@ class ChainDistillerConfig(TrainingArguments):
             raise ArgumentError(f"path_fraction={self.path_fraction} is outside 0 to 1; it is a share of the steps")
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ArgumentError(f"hidden_loss={self.hidden_loss!r} is not known; choose one of {', '.join(HIDDEN_LOSSES)}")
+        if self.hidden_balance and not self.hidden_weight:
+            raise ArgumentError("hidden_balance=True but hidden_weight=0, so there is no hidden-state term to balance; set hidden_weight to 1")
         if self.block_size < 2:
             raise ArgumentError(f"block_size={self.block_size} holds no token to predict; give 2 or more")
         super().__post_init__()

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import is_peft_available
 
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.hidden import Batch, HiddenTerm
 from cbd_hub.distill.packing import collate, packed_dataset
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.saving import AnchorTrainer
+from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_teacher, shards, without_compiler
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
-from cbd_hub.interpolation.live import Between, ModelRunner, Output
+from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at
 from cbd_hub.losses.head import distillation_loss
-from cbd_hub.losses.hidden import hidden_loss
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_between, shape_of
 
@@ -47,14 +50,14 @@ class ChainDistiller(AnchorTrainer):
     (https://huggingface.co/papers/2002.02925).
 
     Args:
-        model: The student; with ``path_fraction`` or ``hidden_weight`` a cut of the teacher.
+        model: The student; with ``path_fraction`` a cut of the teacher.
         teacher: The model to learn from: same tokenizer. Frozen, in bf16 where ``bf16`` is set.
         args: A `ChainDistillerConfig`.
         train_dataset: Rows with ``input_ids`` (and where wanted ``labels``, -100 for tokens that do not count), or with ``text``, ``prompt`` and
             ``completion``, or chat ``messages``, which are packed into blocks; of prompts and chats only the answers count.
         eval_dataset: The same for evaluation, or None.
         processing_class: The tokenizer; needed unless rows have ``input_ids``.
-        kept: Which units of the teacher the student was cut from; needed for ``path_fraction`` and ``hidden_weight``.
+        kept: Which units of the teacher the student was cut from; needed for ``path_fraction``. Hidden states are matched by it, and evenly without.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
         peft_config: Train an adapter on the student instead of its weights; not on the output head, and not with ``path_fraction``.
         **kwargs: What ``transformers.Trainer`` takes.
@@ -83,8 +86,8 @@ class ChainDistiller(AnchorTrainer):
         if not isinstance(teacher, torch.nn.Module):
             raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model")
         self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
-        if kept is None and (args.path_fraction or args.hidden_weight):
-            raise ArgumentError("path_fraction and hidden_weight need kept=, the map from the student's layers and neurons to the teacher's")
+        if kept is None and args.path_fraction:
+            raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
         student = model
         if peft_config is not None:
             model = _with_adapter(model, peft_config, args)
@@ -98,13 +101,23 @@ class ChainDistiller(AnchorTrainer):
         self.add_callback(MetricsFile())
         self.kept = kept
         self._segment = None if kept is None else _segment(student, teacher, kept, order)
+        self.hidden = HiddenTerm(student, teacher, kept, args) if args.hidden_weight else None
+        if self.hidden is not None:
+            self.add_callback(_Settle(self))
         if args.path_fraction:
+            if shards(self.accelerator) or is_sharded(student) or is_sharded(teacher):
+                raise ArgumentError("path_fraction reads whole parameters of student and teacher, which are sharded here; set it to 0, or train with DDP")
             teacher = teacher.to(args.device)
+        if self.hidden is not None and self.hidden.projectors and (is_sharded(student) or self.is_deepspeed_enabled):
+            raise ArgumentError("projectors between unlike hidden widths cannot be fitted on a student that is sharded already; set hidden_weight to 0")
         self._between = Between({"student": student, "teacher": teacher})
-        if args.bf16 and teacher.dtype == torch.float32:
+        if args.bf16 and teacher.dtype == torch.float32 and not is_sharded(teacher):
             # Autocast would cast the frozen weights anew at every step. The path needs the exact ones, and so may the caller.
             teacher = copy.deepcopy(teacher).to(torch.bfloat16)
-        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if args.torch_compile:
+            for compiled in (student, teacher):
+                compile_base(compiled, args.torch_compile_backend, args.torch_compile_mode)
+        self.teacher = prepare_teacher(self.accelerator, teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels"]
@@ -115,9 +128,22 @@ class ChainDistiller(AnchorTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The loss of a batch, a sum over its kept tokens divided by ``num_items_in_batch``."""
+        model = without_compiler(model)
         module = self.accelerator.unwrap_model(model)
         student = module.get_base_model() if is_peft_model(module) else module
-        loss = self._through(model, module, lambda: self._loss(student, inputs, num_items_in_batch))
+        teacher = self.accelerator.unwrap_model(self.teacher)
+        found: list[Tensor] = []
+
+        @torch.no_grad()
+        def with_teacher() -> None:  # and no tensor comes back, so that FSDP2 waits for no backward pass of the teacher
+            target = ModelRunner(teacher)(*_batch(inputs), states=self.hidden is not None)
+            with torch.set_grad_enabled(grad):
+                found.append(inside(model, module, lambda: self._loss(student, target, inputs, num_items_in_batch)))
+
+        grad = torch.is_grad_enabled()
+        with self.accelerator.autocast():
+            inside(self.teacher, teacher, with_teacher)
+        loss = found[0]
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {float(loss.detach())} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
@@ -125,44 +151,26 @@ class ChainDistiller(AnchorTrainer):
             )
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    @staticmethod
-    def _through(wrapper: Any, module: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """Run ``compute`` inside the forward pass of a distributed wrapper, which then sees every gradient."""
-        if wrapper is module:
-            return compute()
-        original = module.forward
-
-        def forward(*_: Any, **__: Any) -> Tensor:
-            module.forward = original
-            return compute()
-
-        module.forward = forward
-        try:
-            return wrapper()
-        finally:
-            module.forward = original
-
-    def _loss(self, student: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+    def _loss(self, student: Any, target: Output, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         args: ChainDistillerConfig = self.args
-        batch = (inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
-        labels = inputs["labels"]
-        shifted = torch.full_like(labels, -100)
-        shifted[:, :-1] = labels[:, 1:]
-        keep = shifted != -100
+        labels = _shifted(inputs["labels"])
+        keep = labels != -100
         training = student.training
         plan = self._path_plan() if training else None
-        want_states = bool(args.hidden_weight) and plan is None
-        with self.accelerator.autocast():
-            with torch.no_grad():
-                target = ModelRunner(self.teacher)(*batch, states=want_states)
-            output = (ModelRunner(student) if plan is None else self._between.run(plan))(*batch, states=want_states)
-            if num_items is None:
-                num_items = keep.sum().clamp(min=1)
-            loss = self._head_loss(output, target, shifted, num_items)
-            if want_states:
-                hidden = hidden_loss(*self._mapped(output, target), keep, kind=args.hidden_loss, num_items=num_items)
-                loss = loss + args.hidden_weight * hidden
-        if training and self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+        hidden = self.hidden if plan is None else None
+        if num_items is None:
+            num_items = keep.sum().clamp(min=1)
+        runner = ModelRunner(student) if plan is None else self._between.run(plan)
+        output = runner(*_batch(inputs), states=hidden is not None)
+        loss = self._head_loss(output, target, labels, num_items)
+        if hidden is not None:
+            term = hidden.loss(output, target, keep, num_items)
+            if training:
+                hidden.note(loss, term)
+            loss = loss + hidden.scale * term
+        if output.router_logits is not None and training:
+            loss = loss + router_loss(student, output.router_logits, inputs.get("attention_mask")) * keep.sum() / num_items
+        if training and args.average_tokens_across_devices and self.accelerator.num_processes > 1:
             loss = loss * self.accelerator.num_processes  # the count is of all processes, and their gradients are averaged
         return loss
 
@@ -177,13 +185,39 @@ class ChainDistiller(AnchorTrainer):
             teacher_softcap=theirs.softcap, vocab_size=self._vocab_size,
         )
 
-    def _mapped(self, output: Output, target: Output) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's states and the teacher's states they are to match: those at the end of the block each layer stands for."""
-        assert self.kept is not None
-        assert output.states is not None
-        assert target.states is not None
-        ends = [int(layer) - 1 for layer in self.kept.layers[1:]] + [len(target.states) - 1]
-        return list(output.states), [target.states[end] for end in ends]
+    # -- the hidden term -----------------------------------------------------------------------------------------------------
+
+    def _start_hidden(self) -> None:
+        """Closed-form start of projectors and balance, on the first rows of the training text: the same on every process."""
+        assert self.hidden is not None
+        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+        def batches() -> Iterator[Batch]:
+            rows = iter(self.train_dataset)
+            while taken := list(itertools.islice(rows, self.args.train_batch_size)):
+                inputs = {name: value.to(self.args.device) for name, value in self.data_collator(taken).items()}
+                labels = _shifted(inputs["labels"])
+                output, target = (ModelRunner(model)(*_batch(inputs), states=True) for model in (student, self.teacher))
+                yield output, target, labels != -100, self._head_loss(output, target, labels, 1)
+
+        with frozen(student), self.accelerator.autocast():
+            self.hidden.start(batches)
+
+    def save_beside(self, folder: Path) -> None:
+        """Write the hidden-state term's own tensors beside a checkpoint."""
+        if self.hidden is not None:
+            self.hidden.save(folder, self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.hidden is not None:
+            self.hidden.load(Path(resume_from_checkpoint))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the hidden-state term beside the loss."""
+        if self.hidden is not None and "loss" in logs:
+            logs = {**logs, **self.hidden.logs()}
+        super().log(logs, start_time)
 
     # -- the path ------------------------------------------------------------------------------------------------------------
 
@@ -206,7 +240,40 @@ class ChainDistiller(AnchorTrainer):
                 self._load_from_checkpoint(last)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.hidden is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        if not isinstance(last, str):
+            self._start_hidden()
+        self.hidden.attach(student)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.hidden.detach(student)
+
+
+class _Settle(TrainerCallback):
+    """Tells the hidden-state term that an optimiser step is over."""
+
+    def __init__(self, trainer: ChainDistiller) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Settle the balance."""
+        assert self._trainer.hidden is not None
+        kind = "sum" if args.average_tokens_across_devices else "mean"
+        self._trainer.hidden.settle(lambda terms: self._trainer.accelerator.reduce(terms, kind))
+
+
+def _batch(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """The token that each position predicts, -100 where none counts, shape (B, T)."""
+    shifted = torch.full_like(labels, -100)
+    shifted[:, :-1] = labels[:, 1:]
+    return shifted
 
 
 def path_plan(segment: Segment, size: int) -> Plan:

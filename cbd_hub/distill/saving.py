@@ -25,6 +25,9 @@ class AnchorTrainer(Trainer):
 
     teacher: Any
 
+    def save_beside(self, folder: Path) -> None:
+        """Write what a checkpoint holds besides the Trainer's own; every process calls it."""
+
     # -- the Hub -------------------------------------------------------------------------------------------------------------
 
     def push_to_hub(
@@ -107,6 +110,7 @@ class AnchorTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
+        self.save_beside(staging / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             final = run_dir / name

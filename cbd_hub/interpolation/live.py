@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,11 +41,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass gives: last hidden states (B, T, H), the head, and where asked the states after each layer."""
+    """What a forward pass gives: last hidden states (B, T, H), the head, where asked the states after each layer, and a mixture's router logits."""
 
     hidden: Tensor
     head: Head
     states: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class Runner(Protocol):
@@ -86,14 +88,28 @@ class ModelRunner:
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *, states: bool = False
     ) -> Output:
         """Run a batch of token ids, shape (B, T)."""
+        routed = {"output_router_logits": True} if getattr(self.config, "output_router_logits", False) else {}
         output = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, output_hidden_states=states, use_cache=False
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, output_hidden_states=states, use_cache=False, **routed
         )
         head = self.model.get_output_embeddings()
         return Output(
             output.last_hidden_state, Head(head.weight, getattr(head, "bias", None), **_settings(self.config)),
-            tuple(output.hidden_states[1:]) if states else None,
+            tuple(output.hidden_states[1:]) if states else None, getattr(output, "router_logits", None) if routed else None,
         )
+
+
+def router_loss(model: Any, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+    """Load balancing loss of a mixture of experts, with the weight that its config gives it, by the model's own formula.
+
+    Args:
+        model: A causal language model whose config sets ``output_router_logits``.
+        router_logits: Of each layer, as its forward pass returns them.
+        attention_mask: Shape (B, T), or None.
+    """
+    formula = vars(sys.modules[type(model).__module__])["load_balancing_loss_func"]
+    loss: Tensor = formula(router_logits, model.num_experts, model.num_experts_per_tok, attention_mask)
+    return loss * float(model.router_aux_loss_coef)
 
 
 class Between:

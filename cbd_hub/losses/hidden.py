@@ -12,6 +12,7 @@ from cbd_hub.errors import ArgumentError
 
 
 HIDDEN_LOSSES = ("cosine", "mse")
+_RIDGE = 1e-4  # of the mean square of the inputs
 
 
 def hidden_loss(
@@ -58,3 +59,48 @@ def hidden_loss(
             total = total + ((mine - target).square().mean(-1) / scale).sum()
     items = keep.sum().clamp(min=1) if num_items is None else num_items
     return total / len(student) / items
+
+
+class LeastSquares:
+    """The affine map from student states to teacher states that has the least squared error, each position's divided by the teacher's mean square.
+
+    On the same text this is the start from which the ``mse`` of `hidden_loss` cannot be lowered by the projector alone; a ridge of 1e-4 of the
+    inputs' mean square decides where there are fewer positions than channels. Ridge regression in closed form::
+
+        W = (sum w (y - y0)(x - x0)^T) (sum w (x - x0)(x - x0)^T + ridge I)^-1,   b = y0 - W x0,   w = 1 / mean(y^2)
+
+    Args:
+        width: Channels of the student.
+        target: Channels of the teacher.
+
+    Example:
+        >>> x, true = torch.randn(200, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+        >>> fit = LeastSquares(3, 5)
+        >>> fit.add(x, x @ true.T + 1)
+        >>> weight, bias = fit.solve()
+        >>> bool((weight - true).abs().max() < 1e-2), bool((bias - 1).abs().max() < 1e-2)
+        (True, True)
+    """
+
+    def __init__(self, width: int, target: int) -> None:
+        self._width = width
+        self._inputs = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self._cross = torch.zeros(width + 1, target, dtype=torch.float64)
+
+    def add(self, student: Tensor, teacher: Tensor) -> None:
+        """Take in states of some positions, shapes (N, width) and (N, target)."""
+        ours, theirs = student.detach().double().cpu(), teacher.detach().double().cpu()
+        ours = torch.cat([ours, ours.new_ones(len(ours), 1)], -1)
+        weight = 1 / theirs.square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        self._inputs += ours.t() @ (weight * ours)
+        self._cross += ours.t() @ (weight * theirs)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Weight, shape (target, width), and bias, shape (target,), in fp64 on the CPU."""
+        total = self._inputs[-1, -1].clamp(min=torch.finfo(torch.float32).tiny)
+        mean_in, mean_out = self._inputs[-1, :-1] / total, self._cross[-1] / total
+        inputs = self._inputs[:-1, :-1] - total * torch.outer(mean_in, mean_in)
+        cross = self._cross[:-1] - total * torch.outer(mean_in, mean_out)
+        ridge = _RIDGE * self._inputs[:-1, :-1].diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        weight = torch.linalg.solve(inputs + ridge * torch.eye(self._width, dtype=torch.float64), cross).t()
+        return weight, mean_out - weight @ mean_in

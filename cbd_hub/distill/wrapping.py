@@ -1,0 +1,115 @@
+"""Models inside what distributes or compiles them: the loss runs within their wrappers, and the teacher is sharded like the student.
+
+Of the paths here those through accelerate's FSDP and DeepSpeed need accelerators and are not run by the tests, which shard with FSDP2
+(``fully_shard``) over two CPU processes instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cbd_hub.errors import ArgumentError
+
+
+T = TypeVar("T")
+
+
+def without_compiler(model: Any) -> Any:
+    """The model in ``torch.compile``'s wrapper; itself where it has none."""
+    return getattr(model, "_orig_mod", model)
+
+
+def inside(wrapper: Any, module: Any, compute: Callable[[], T]) -> T:
+    """Run ``compute`` as the forward pass of a distributed model, so that its parameters are whole and its gradients are seen.
+
+    Args:
+        wrapper: The model as prepared: a wrapper (DDP, DeepSpeed, FSDP1), a module sharded in place (FSDP2), or the plain module.
+        module: The plain module in it.
+        compute: What to run. Of tensors that it returns FSDP2 waits for a backward pass; what is to be kept without one goes another way.
+    """
+    if wrapper is module and not isinstance(module, FSDPModule):
+        return compute()
+    original = module.forward
+
+    def forward(*_: Any, **__: Any) -> T:
+        module.forward = original
+        return compute()
+
+    module.forward = forward
+    try:
+        result: T = wrapper()
+        return result
+    finally:
+        module.forward = original
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a model's parameters are split over processes."""
+    return isinstance(model, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def shards(accelerator: Accelerator) -> bool:
+    """Whether training splits the student's parameters over processes."""
+    state: Any = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return True
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3)
+
+
+def prepare_teacher(accelerator: Accelerator, teacher: Any) -> Any:
+    """The frozen teacher where and as the student will be: on the device, or sharded over the processes under FSDP and ZeRO-3.
+
+    Args:
+        accelerator: The trainer's.
+        teacher: A loaded model; one that is sharded already is left as it is.
+
+    Raises:
+        ArgumentError: If FSDP version 1 is asked for.
+    """
+    if is_sharded(teacher) or not shards(accelerator):
+        return accelerator.prepare_model(teacher, device_placement=not is_sharded(teacher), evaluation_mode=True)
+    state: Any = accelerator.state
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if state.fsdp_plugin.fsdp_version != 2:
+            raise ArgumentError("FSDP version 1 would keep a whole teacher on every process; set fsdp_version: 2")
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, teacher)
+    deepspeed = import_module("deepspeed")
+    config = copy.deepcopy(state.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    config["zero_optimization"] = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    return deepspeed.initialize(model=teacher, config=config)[0].eval()
+
+
+def compile_base(model: Any, backend: str | None, mode: str | None) -> None:
+    """Compile the forward pass of a model's body in place; the loss on its head stays as it is, and so do the names of its parameters."""
+    settings: dict[str, Any] = {"backend": backend or "inductor"}
+    if mode is not None:
+        settings["mode"] = mode
+    model.base_model.compile(**settings)
+
+
+@torch.no_grad()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter gathered from its shards, on the CPU; every process must call it."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous()
+
+
+@torch.no_grad()
+def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter, whole or sharded, a value that every process has."""
+    if isinstance(parameter, DTensor):
+        parameter.copy_(distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements))
+    else:
+        parameter.copy_(value)

@@ -1,0 +1,135 @@
+"""The hidden-state term of the trainer: projectors between unlike widths, which no export holds, and its balance."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_distill import lora, rows, weights
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.distill.hidden import FILE, matched_layers
+from cbd_hub.errors import ArgumentError
+from cbd_hub.losses.hidden import hidden_loss
+
+
+STUDENTS = {"llama": lambda: tiny.llama(layers=2, hidden=16, heads=2, kv_heads=1, ffn=24, seed=3), "gpt2": lambda: tiny.gpt2(layers=2, hidden=16, heads=2, ffn=24, seed=3)}
+
+
+def trainer_of(family, folder, peft_config=None, **options):
+    arguments = {
+        "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "disable_tqdm": True,
+        "save_strategy": "no", "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "hidden_weight": 1.0,
+        "hidden_loss": "mse", **options,
+    }
+    return ChainDistiller(
+        model=STUDENTS[family](), teacher=tiny.FAMILIES[family](), args=ChainDistillerConfig(**arguments), train_dataset=rows(32),
+        processing_class=tiny.tokenizer(), peft_config=peft_config,
+    )
+
+
+def test_layers_are_matched_by_what_was_kept_or_evenly():
+    assert matched_layers(3, 12, None) == [3, 7, 11]
+    assert matched_layers(4, 4, None) == [0, 1, 2, 3]
+    assert matched_layers(12, 24, None)[0] == 1
+
+
+def test_projectors_start_closed_form_learn_and_are_never_exported(family, tmp_path):
+    trainer = trainer_of(family, tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    trainer._start_hidden()
+    start = [projector.weight.clone() for projector in trainer.hidden.projectors]
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(32)])
+    ours, theirs = (model(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True).hidden_states[1:] for model in (trainer.model, trainer.teacher))
+    keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    keep[:, :-1] = batch["labels"][:, 1:] != -100
+    ends = matched_layers(2, 4, None)
+    projected = [projector(state) for projector, state in zip(trainer.hidden.projectors, ours)]
+    fitted = hidden_loss(projected, [theirs[end] for end in ends], keep, kind="mse")
+    # never worse than the best constant, whose error is the variance
+    constant = [theirs[end][keep].mean(0).expand_as(theirs[end]) for end in ends]
+    assert fitted < hidden_loss(constant, [theirs[end] for end in ends], keep, kind="mse")
+    trainer.train()
+    assert any(not torch.equal(projector.weight, before) for projector, before in zip(trainer.hidden.projectors, start))
+    assert not any("projector" in name for name, _ in trainer.model.named_parameters())
+    checkpoint = tmp_path / "checkpoint-3"
+    assert not any("projector" in name for name in load_file(checkpoint / "model.safetensors"))
+    assert any("projector" in name for name in load_file(checkpoint / FILE))
+    trainer.save_model(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors") == ["model.safetensors"]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(tensor, trainer.model.get_parameter(name)) for name, tensor in model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_balance": True}, {"hidden_balance": True, "hidden_loss": "cosine", "hidden_layers": [1]}])
+def test_accumulation_changes_nothing(family, tmp_path, options):
+    whole = trainer_of(family, tmp_path / "a", max_steps=3, **options)
+    pieces = trainer_of(family, tmp_path / "b", max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    whole._start_hidden()
+    pieces._start_hidden()
+    whole.train()
+    pieces.train()
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(tensor, weights(pieces)[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert whole.hidden.scale == pytest.approx(pieces.hidden.scale, rel=1e-4)
+
+
+def test_balance_weighs_the_terms_alike(tmp_path):
+    """The scale is the ratio of the running means; with hidden_weight 1 the scaled term is as large as the others."""
+    trainer = trainer_of("llama", tmp_path, hidden_balance=True, max_steps=4, learning_rate=1e-4)
+    trainer.train()
+    logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in logs:
+        other = line["loss"] / 2
+        assert line["hidden_loss"] * line["hidden_scale"] == pytest.approx(other, rel=0.2)
+    assert trainer.hidden.scale != logs[0]["hidden_scale"]
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_stopped_and_resumed_equals_never_stopped(family, tmp_path, balance):
+    def run(folder, stop):
+        options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "hidden_balance": balance, "per_device_train_batch_size": 3}
+        trainer = trainer_of(family, folder, **options)
+        if stop:
+            class Stop(TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    if state.global_step == stop:
+                        raise KeyboardInterrupt
+            trainer.add_callback(Stop())
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer = trainer_of(family, folder, **options)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if stop else None)
+        return weights(trainer), [projector.weight.clone() for projector in trainer.hidden.projectors], (folder / "metrics.jsonl").read_text()
+
+    (whole, maps, log), (again, other, same) = run(tmp_path / "a", 0), run(tmp_path / "b", 3)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert all(torch.equal(first, second) for first, second in zip(maps, other))
+    assert log == same
+
+
+def test_adapters_train_with_projectors(tmp_path):
+    trainer = trainer_of("llama", tmp_path, peft_config=lora(target_modules=["q_proj"]))
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_a_checkpoint_without_the_term_is_refused(tmp_path):
+    trainer = trainer_of("llama", tmp_path, hidden_weight=0.0, save_strategy="steps", save_steps=1)
+    trainer.train()
+    other = trainer_of("llama", tmp_path, max_steps=4)
+    with pytest.raises(ArgumentError, match="without this hidden-state term"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_wrong_options_are_named(tmp_path):
+    with pytest.raises(ArgumentError, match="hidden_layers names layer 2, and the student has layers 0 to 1"):
+        trainer_of("llama", tmp_path, hidden_layers=[2])
+    with pytest.raises(ArgumentError, match="hidden_balance=True but hidden_weight=0"):
+        trainer_of("llama", tmp_path, hidden_weight=0.0, hidden_balance=True)
