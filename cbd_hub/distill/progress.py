@@ -32,6 +32,10 @@ class MetricsFile(TrainerCallback):
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
             write_text(path, "".join(f"{line}\n" for line in lines) if state.global_step else "")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log where a checkpoint is made: it keeps no part of a mean, and a run that goes on from it would write another one."""
+        control.should_log = control.should_log or control.should_save
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write a line."""
         kept = {name: value for name, value in (logs or {}).items() if not name.endswith(_OF_THIS_PROCESS)}
