@@ -8,7 +8,24 @@ from pathlib import Path
 import torch
 
 
-MODES = {"plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}}
+MODES = {"plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "sharded": {}, "sharded_untied": {}, "sharded_hidden": {"hidden_weight": 1.0, "hidden_balance": True}}
+
+
+def sharded(model, folder):
+    """The model loaded with every parameter split over the processes by FSDP2; whole with one process."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("RANK", "0")) == 0:
+        model.save_pretrained(folder)
+    if processes == 1:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.distributed.barrier()
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(fsdp_size=processes))
+    assert all(isinstance(parameter, torch.distributed.tensor.DTensor) for parameter in made.parameters())
+    assert sum(parameter.to_local().numel() for parameter in made.parameters()) < 0.6 * sum(parameter.numel() for parameter in made.parameters())
+    return made
 
 
 def main(folder, mode):
@@ -19,23 +36,31 @@ def main(folder, mode):
 
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    teacher = tiny.llama()
+    teacher = tiny.llama(tied=not mode.endswith("untied"))
     student, kept = student_of(teacher)
     config = ChainDistillerConfig(
         str(folder / "out"), max_steps=3, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, learning_rate=1e-2,
         bf16=False, disable_tqdm=True, save_strategy="no", optim="sgd", lr_scheduler_type="constant", warmup_steps=0, logging_steps=1,
         ddp_backend="gloo" if processes > 1 else None, max_grad_norm=0.0, **MODES[mode],
     )
+    if mode.startswith("sharded"):
+        teacher, student = sharded(teacher, folder / f"{mode}_teacher"), sharded(student, folder / f"{mode}_student")
     trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=rows(48), processing_class=tiny.tokenizer(), kept=kept)
     trainer.train()
+    if mode.startswith("sharded") and processes > 1:
+        for model in (trainer.model, trainer.teacher):
+            assert all(isinstance(parameter, torch.distributed.tensor.DTensor) for parameter in model.parameters())
+    module = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {name: whole(tensor) for name, tensor in module.named_parameters()}
     if trainer.is_world_process_zero():
-        weights = {name: tensor.detach().clone() for name, tensor in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
         torch.save(weights, folder / f"{mode}.pt")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (folder / f"{mode}.json").write_text(json.dumps({"losses": losses, "processes": trainer.accelerator.num_processes}))
 
 
 if __name__ == "__main__":
+    from cbd_hub.distill.wrapping import whole
+
     for mode in MODES:
         main(Path(sys.argv[1]), mode)
     if torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""One process and two give the same updates."""
+"""One process and two give the same updates: whole models under DDP, and models split by FSDP2."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_distributed import MODES
 
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ def runs(tmp_path_factory):
     return launch(folder / "one", 1), launch(folder / "two", 2)
 
 
-@pytest.mark.parametrize("mode", ["plain", "path", "hidden"])
+@pytest.mark.parametrize("mode", MODES)
 def test_one_process_equals_two(runs, mode):
     alone, together = (torch.load(folder / f"{mode}.pt") for folder in runs)
     log, other = (json.loads((folder / f"{mode}.json").read_text()) for folder in runs)

@@ -8,10 +8,10 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from cbd_hub.shapes import shape_between, shape_of
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ChainDistiller(AnchorTrainer):
@@ -128,28 +130,32 @@ class ChainDistiller(AnchorTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The loss of a batch, a sum over its kept tokens divided by ``num_items_in_batch``."""
-        model = without_compiler(model)
-        module = self.accelerator.unwrap_model(model)
-        student = module.get_base_model() if is_peft_model(module) else module
-        teacher = self.accelerator.unwrap_model(self.teacher)
-        found: list[Tensor] = []
-
-        @torch.no_grad()
-        def with_teacher() -> None:  # and no tensor comes back, so that FSDP2 waits for no backward pass of the teacher
-            target = ModelRunner(teacher)(*_batch(inputs), states=self.hidden is not None)
-            with torch.set_grad_enabled(grad):
-                found.append(inside(model, module, lambda: self._loss(student, target, inputs, num_items_in_batch)))
-
-        grad = torch.is_grad_enabled()
-        with self.accelerator.autocast():
-            inside(self.teacher, teacher, with_teacher)
-        loss = found[0]
+        loss = self._beside_teacher(model, inputs, lambda student, target: self._loss(student, target, inputs, num_items_in_batch))
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {float(loss.detach())} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
                 "lower learning_rate, or look at that text"
             )
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _beside_teacher(self, model: Any, inputs: dict[str, Any], compute: Callable[[Any, Output], T]) -> T:
+        """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either."""
+        model = without_compiler(model)
+        module = self.accelerator.unwrap_model(model)
+        student = module.get_base_model() if is_peft_model(module) else module
+        teacher = self.accelerator.unwrap_model(self.teacher)
+        grad = torch.is_grad_enabled()
+        found: list[T] = []
+
+        @torch.no_grad()
+        def run() -> None:  # no tensor comes back from it, so that FSDP2 waits for no backward pass of the teacher
+            target = ModelRunner(teacher)(*_batch(inputs), states=self.hidden is not None)
+            with torch.set_grad_enabled(grad):
+                found.append(inside(model, module, lambda: compute(student, target), frozen=not grad))
+
+        with self.accelerator.autocast():
+            inside(self.teacher, teacher, run, frozen=True)
+        return found[0]
 
     def _loss(self, student: Any, target: Output, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         args: ChainDistillerConfig = self.args
@@ -190,17 +196,20 @@ class ChainDistiller(AnchorTrainer):
     def _start_hidden(self) -> None:
         """Closed-form start of projectors and balance, on the first rows of the training text: the same on every process."""
         assert self.hidden is not None
-        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
 
         def batches() -> Iterator[Batch]:
             rows = iter(self.train_dataset)
             while taken := list(itertools.islice(rows, self.args.train_batch_size)):
                 inputs = {name: value.to(self.args.device) for name, value in self.data_collator(taken).items()}
                 labels = _shifted(inputs["labels"])
-                output, target = (ModelRunner(model)(*_batch(inputs), states=True) for model in (student, self.teacher))
-                yield output, target, labels != -100, self._head_loss(output, target, labels, 1)
 
-        with frozen(student), self.accelerator.autocast():
+                def batch(student: Any, target: Output, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:
+                    output = ModelRunner(student)(*_batch(inputs), states=True)
+                    return output, target, labels != -100, self._head_loss(output, target, labels, 1)
+
+                yield self._beside_teacher(self.model, inputs, batch)
+
+        with frozen(self.model):
             self.hidden.start(batches)
 
     def save_beside(self, folder: Path) -> None:

@@ -27,13 +27,14 @@ def without_compiler(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def inside(wrapper: Any, module: Any, compute: Callable[[], T]) -> T:
+def inside(wrapper: Any, module: Any, compute: Callable[[], T], *, frozen: bool = False) -> T:
     """Run ``compute`` as the forward pass of a distributed model, so that its parameters are whole and its gradients are seen.
 
     Args:
         wrapper: The model as prepared: a wrapper (DDP, DeepSpeed, FSDP1), a module sharded in place (FSDP2), or the plain module.
         module: The plain module in it.
         compute: What to run. Of tensors that it returns FSDP2 waits for a backward pass; what is to be kept without one goes another way.
+        frozen: No backward pass comes, so that FSDP2 may split the parameters again at once.
     """
     if wrapper is module and not isinstance(module, FSDPModule):
         return compute()
@@ -49,6 +50,10 @@ def inside(wrapper: Any, module: Any, compute: Callable[[], T]) -> T:
         return result
     finally:
         module.forward = original
+        if frozen:
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
 
 
 def is_sharded(model: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from cbd_hub.families import family_of
@@ -93,6 +94,8 @@ class ModelRunner:
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, output_hidden_states=states, use_cache=False, **routed
         )
         head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()  # its weight is read without a call of the module, which would do it
         return Output(
             output.last_hidden_state, Head(head.weight, getattr(head, "bias", None), **_settings(self.config)),
             tuple(output.hidden_states[1:]) if states else None, getattr(output, "router_logits", None) if routed else None,
