@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from run_distributed import MODES
+from safetensors.torch import load_file
 
 
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
 
 
 def launch(folder, processes):
@@ -39,3 +42,26 @@ def test_one_process_equals_two(runs, mode):
     assert log["losses"] == pytest.approx(other["losses"], rel=1e-3)
     for name, tensor in alone.items():
         torch.testing.assert_close(tensor, together[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_accelerate_configurations_are_read(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(EXAMPLES / "accelerate" / f"{name}.yaml")).num_processes == 2
+
+
+def test_the_example_trains_on_two_processes(tmp_path):
+    """Two processes over gloo, from the command line, and the same weights as with one."""
+    tiny.save(tiny.llama(), tmp_path / "teacher")
+    tiny.save(tiny.llama(layers=2, seed=3), tmp_path / "student")
+    (tmp_path / "text.txt").write_text("\n\n".join(tiny.texts(60)))
+    options = ["--student", tmp_path / "student", "--teacher", tmp_path / "teacher", "--text", tmp_path / "text.txt", "--max_steps", 2, "--block_size", 16, "--optim", "sgd", "--disable_tqdm", "true"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"]  # accelerate launch wants MPI for CPUs
+    for folder, start, batch in (("one", [], 8), ("two", launch, 4)):
+        command = [sys.executable, *start, EXAMPLES / "train_anchor.py", *options, "--output_dir", tmp_path / folder, "--per_device_train_batch_size", batch]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, two[key], rtol=1e-4, atol=1e-6, msg=key)

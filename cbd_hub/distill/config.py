@@ -50,7 +50,7 @@ class ChainDistillerConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Losses are logged as they are."})
-    include_num_input_tokens_seen: str | bool = field(default="all", metadata={"help": "Count the tokens of every step."})
+    include_num_input_tokens_seen: str | bool = field(default=True, metadata={"help": "Count the tokens of every step."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
     divergence: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl, jensen_shannon or skew_kl."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence."})
