@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -9,7 +10,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,6 +19,10 @@ from rich.table import Table
 
 from cbd_hub.errors import ArgumentError, CBDError, DataError
 from cbd_hub.sizes import format_bytes, format_size
+
+
+if TYPE_CHECKING:
+    from cbd_hub.distill.schema import Recipe
 
 
 app = typer.Typer(
@@ -58,39 +63,23 @@ def _root(
 @app.command()
 def distill(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
-    out_dir: OutOption,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print its stages, train nothing.")] = False,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the chain.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print what each stage would take here; train nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Distil a whole chain from a recipe: every stage, resumable.
 
     Stop it with Ctrl-C and run the same command again: it goes on where it was.
     """
-    from cbd_hub.distill.recipe import distill_chain, plan_stages, read_parts
+    from cbd_hub.distill.recipe import distill_chain
     from cbd_hub.distill.schema import Recipe
     _hush_bars()
     read = Recipe.read(recipe)
     if dry_run:
-        from cbd_hub.chain import resolve_checkpoint
-        from cbd_hub.weights import read_config
-        teacher = resolve_checkpoint(read.teacher)
-        stages = plan_stages(read, teacher, read_config(teacher))
-        parts = read_parts(read)
-        rows = [
-            {
-                "anchor": stage.name, "size": stage.size, "steps": stage.arguments["max_steps"],
-                "tokens": stage.arguments["max_steps"] * stage.arguments.get("per_device_train_batch_size", 8)
-                * stage.arguments.get("gradient_accumulation_steps", 1) * stage.arguments["block_size"],
-            }
-            for stage in stages
-        ]
-        counts = {"train": len(parts.train), "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
-        if as_json:
-            _print_json({"stages": rows, "documents": counts})
-            return
-        _table("Stages", rows)
-        out.print("documents: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        _dry_run(read, as_json)
         return
+    if out_dir is None:
+        raise typer.BadParameter("give --out, the chain's folder", param_hint="--out")
     try:
         chain = distill_chain(read, out_dir, progress=None if as_json else lambda line: err.print(escape(line)))
     except KeyboardInterrupt:
@@ -350,6 +339,32 @@ def _show(chain: Any) -> None:
 
 def _with_error(loss: float, stderr: float | None) -> str:
     return f"{loss:.3f}" if stderr is None else f"{loss:.3f} ± {stderr:.3f}"
+
+
+def _dry_run(recipe: Recipe, as_json: bool) -> None:
+    """Print what a recipe's stages would take."""
+    from cbd_hub.distill.dry_run import dry_run
+    from cbd_hub.distill.recipe import read_parts
+    parts = read_parts(recipe)
+    costs = dry_run(recipe, (lambda line: None) if as_json else lambda line: err.print(escape(line)))
+    counts = {"train": len(parts.train), "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
+    if as_json:
+        _print_json({"stages": [{**dataclasses.asdict(cost), "shape": cost.shape.model_dump()} for cost in costs], "documents": counts})
+        return
+    _table("Stages, reckoned from steps timed on a few layers", [
+        {
+            "anchor": cost.anchor, "shape": cost.shape.text, "size": cost.size, "steps": cost.steps, "tokens": cost.tokens,
+            "memory": format_bytes(cost.memory), "time": _duration(cost.seconds),
+        }
+        for cost in costs
+    ])
+    out.print("documents: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    out.print(f"training {_duration(sum(cost.seconds for cost in costs))} in all; cutting, order, curve and steps on the path come on top")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> None:

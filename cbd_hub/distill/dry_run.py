@@ -1,0 +1,171 @@
+"""What a recipe would cost: tokens, memory and time of each stage, measured on a few layers and reckoned up."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from cbd_hub import shapes
+from cbd_hub.chain import resolve_checkpoint
+from cbd_hub.distill.distiller import ChainDistiller
+from cbd_hub.distill.recipe import Stage, plan_stages
+from cbd_hub.distill.schema import Recipe
+from cbd_hub.interpolation.live import best_device
+from cbd_hub.manifest import Shape
+from cbd_hub.weights import model_class, read_config
+
+
+_DEEP = 5  # layers of the deeper trial
+_REPEATS = 3
+# What a trial leaves out: it has other layers than the teacher, and no text, prompts or cache.
+_PLAIN = {"path_fraction": 0.0, "hidden_layers": None, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False}
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage would take on this machine.
+
+    Attributes:
+        anchor: The anchor's name.
+        shape: Its shape; where the recipe gives a size, a likely one, since the cut is chosen by measuring.
+        size: Its parameters.
+        steps: Optimiser steps.
+        tokens: Tokens of all steps, at most.
+        memory: Peak bytes: weights, gradients and optimiser state of the student, the teacher, activations and the loss head.
+        seconds: Time of all steps, without cutting and measuring.
+    """
+
+    anchor: str
+    shape: Shape
+    size: int
+    steps: int
+    tokens: int
+    memory: int
+    seconds: float
+
+
+def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None) -> list[StageCost]:
+    """Estimate every stage of a recipe without training.
+
+    A step of the stage's own kind and batch is timed with models of its width, random weights and one or five layers, on this machine; time
+    and activations grow linearly in layers from there. Steps on the path, generation and saving are not counted.
+
+    Args:
+        recipe: The recipe.
+        progress: Called with a line before each trial.
+
+    Raises:
+        CBDError: If the recipe cannot be carried out.
+    """
+    source = resolve_checkpoint(recipe.teacher)
+    config = read_config(source)
+    stages = plan_stages(recipe, source, config)
+    costs = []
+    for stage in stages:
+        progress(f"{stage.name}: timing steps on a few layers")
+        own = config if stage.checkpoint is None else read_config(resolve_checkpoint(stage.checkpoint))
+        if stage.checkpoint is None:
+            assert stage.size is not None
+            own = shapes.config_for(stage.shape or likely_shape(stage.size, config), config)
+        costs.append(_cost(stage, own, config))
+        config = own
+    return costs
+
+
+def likely_shape(size: int, config: Any) -> Shape:
+    """A cut to a size that takes from depth and FFN width alike.
+
+    Args:
+        size: Parameters wanted.
+        config: Config of the anchor above.
+    """
+    whole = shapes.shape_of(config)
+    found = []
+    for layers in range(1, whole.layers + 1):
+        shape = whole.model_copy(update={"layers": layers})
+        width = min(shapes.fill_ffn(size, shape, config), whole.ffn)
+        shape = shape.model_copy(update={"ffn": width})
+        found.append((abs(shapes.count(shape, config) - size) > 0.005 * size, abs(layers / whole.layers - width / whole.ffn), layers, shape))
+    return min(found, key=lambda entry: entry[:3])[-1]
+
+
+def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
+    layers, above = shapes.shape_of(student).layers, shapes.shape_of(teacher).layers
+    plain = dataclasses.replace(stage, arguments={**stage.arguments, **_PLAIN})
+    base = _trial(plain, student, teacher, 1, 1)
+    deep, tall = min(_DEEP, layers), min(_DEEP, above)
+    seconds, saved = base
+    if deep > 1:
+        further = _trial(plain, student, teacher, deep, 1)
+        seconds += max(further[0] - base[0], 0.0) * (layers - 1) / (deep - 1)
+        saved += (further[1] - base[1]) * (layers - 1) // (deep - 1)
+    if tall > 1:
+        seconds += max(_trial(plain, student, teacher, 1, tall)[0] - base[0], 0.0) * (above - 1) / (tall - 1)
+    size = shapes.parameter_count(student)
+    with tempfile.TemporaryDirectory() as folder:
+        args = stage.config(folder)
+    weights = 16 * size + (6 if args.bf16 else 4) * shapes.parameter_count(teacher)  # fp32 weights, gradients, two Adam moments; the teacher also in bf16
+    tokens = args.train_batch_size * args.gradient_accumulation_steps * args.block_size
+    return StageCost(
+        stage.name, shapes.shape_of(student), size, args.max_steps, tokens * args.max_steps, weights + saved, seconds * args.max_steps
+    )
+
+
+def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) -> tuple[float, int]:
+    """Seconds of an optimiser step with models of a few layers, and bytes kept for the backward pass of a micro-batch, the loss head's blocks with them."""
+    set_seed(0)
+    models = []
+    for config, depth in ((student, layers), (teacher, above)):
+        small = shapes.config_for(shapes.shape_of(config).model_copy(update={"layers": depth}), config)
+        models.append(model_class(small, "the recipe")(small).to(best_device()))
+    with tempfile.TemporaryDirectory() as folder:
+        args = stage.config(str(Path(folder)))
+        rows = torch.randint(0, student.vocab_size, (args.train_batch_size, args.block_size)).tolist()
+        trainer = ChainDistiller(model=models[0], teacher=models[1], args=args, train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]))
+        if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
+            models[0].gradient_checkpointing_enable()
+        trainer.create_optimizer()
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index] for index in range(len(rows))]))
+        items = torch.tensor(batch["input_ids"].numel() * args.gradient_accumulation_steps, device=args.device)
+        models[0].train()
+
+        def step(parts: int) -> None:
+            for _ in range(parts):
+                trainer.compute_loss(models[0], batch, num_items_in_batch=items).backward()
+            assert trainer.optimizer is not None
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            _wait()
+
+        kept: dict[int, int] = {}
+        own = {parameter.untyped_storage().data_ptr() for model in models for parameter in model.parameters()}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            step(1)
+        times = []
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            step(args.gradient_accumulation_steps)
+            times.append(time.perf_counter() - began)
+    return statistics.median(times), sum(kept.values()) + 2 * 64 * 2**20
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
