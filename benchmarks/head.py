@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import Peak, in_turns, medians
 from rich.console import Console
 from rich.table import Table
 
@@ -93,13 +91,6 @@ def floor(data: dict[str, torch.Tensor]) -> None:
         logits.t() @ hidden
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 def step(data: dict[str, torch.Tensor], run: Run) -> Callable[[], None]:
     """Forward and backward."""
     def call() -> None:
@@ -108,30 +99,13 @@ def step(data: dict[str, torch.Tensor], run: Run) -> Callable[[], None]:
     return call
 
 
-def anonymous() -> int:
-    """Anonymous memory of this process in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
 def peak(name: str, rows: int, vocab: int, width: int, dtype: torch.dtype, masked: float) -> float:
     """Peak MiB of one step above the inputs and the head's gradient."""
     data = inputs(rows, vocab, width, dtype, masked)
     call = step(data, contenders(data)[name])
-    before, highest, done = anonymous(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, anonymous())
-            time.sleep(0.0005)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    call()
-    done.set()
-    thread.join()
-    return (highest - before - data["head"].numel() * data["head"].element_size()) / 2**20
+    with Peak() as measured:
+        call()
+    return (measured.bytes - data["head"].numel() * data["head"].element_size()) / 2**20
 
 
 def main() -> None:
@@ -159,21 +133,16 @@ def main() -> None:
         reference = float(runs["cbd_hub"]().detach())
         if "TRL" in runs:
             assert abs(float(runs["TRL"]().detach()) / reference - 1) < 0.05
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for repeat in range(options.repeats + 1):
-            for name, call in calls.items():
-                taken = timed(call)
-                if repeat:
-                    seconds[name].append(taken)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        seconds = in_turns(calls, options.repeats)
+        middle = medians(seconds)
         memory = {}
         for name in runs:
             command = [sys.executable, __file__, "--peak", name, str(rows), str(vocab), dtype, str(masked)]
             memory[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-        results.append({"rows": rows, "vocab": vocab, "dtype": dtype, "masked": masked, "seconds": medians, "all_seconds": seconds, "peak_mib": memory})
+        results.append({"rows": rows, "vocab": vocab, "dtype": dtype, "masked": masked, "seconds": middle, "all_seconds": seconds, "peak_mib": memory})
         table = Table("", "seconds", "ratio to ours", "peak MiB", title=f"N {rows}, V {vocab:,}, H 576, {dtype}, {masked:.0%} masked", title_justify="left")
-        for name, value in medians.items():
-            table.add_row(name, f"{value:.2f}", f"{value / medians['cbd_hub']:.2f}", f"{memory[name]:.0f}" if name in memory else "")
+        for name, value in middle.items():
+            table.add_row(name, f"{value:.2f}", f"{value / middle['cbd_hub']:.2f}", f"{memory[name]:.0f}" if name in memory else "")
         Console(width=100).print(table)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({

@@ -13,18 +13,12 @@ import json
 import platform
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+from measuring import Peak
 from rich.console import Console
 from rich.table import Table
-
-
-def anonymous() -> int:
-    """Anonymous resident memory of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 
 def measure(chain: str, size: str, dtype: str) -> None:
@@ -39,26 +33,14 @@ def measure(chain: str, size: str, dtype: str) -> None:
     getattr(transformers, architecture)  # the model's module is an import too
     assert execute
     assert live
-    baseline, peak, done = anonymous(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    began = time.perf_counter()
-    model = CBDModel.from_chain(chain, size, dtype=dtype)
-    seconds = time.perf_counter() - began
-    done.set()
-    thread.join()
-    peak = max(peak, anonymous())
+    with Peak() as peak:
+        began = time.perf_counter()
+        model = CBDModel.from_chain(chain, size, dtype=dtype)
+        seconds = time.perf_counter() - began
     tensors = {id(parameter): parameter.numel() * parameter.element_size() for parameter in model.parameters()}
     print(json.dumps({
         "size": size, "dtype": dtype, "strategy": model.config.cbd["strategy"], "parameters": model.config.cbd["parameters"],
-        "seconds": seconds, "peak": peak - baseline, "model": sum(tensors.values()), "largest": max(tensors.values()),
+        "seconds": seconds, "peak": peak.bytes, "model": sum(tensors.values()), "largest": max(tensors.values()),
         "limit": sum(tensors.values()) + 2 * max(tensors.values()) + 64_000_000, "torch": torch.__version__,
     }))
 

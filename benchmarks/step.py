@@ -1,0 +1,119 @@
+"""A distillation step against TRL's: tokens a second, and peak memory above weights, gradients and optimiser state.
+
+    python benchmarks/step.py --teacher demo/chain/anchors/135M --student demo/chain/anchors/99M
+
+TRL 1.16 ``experimental.gkd.GKDTrainer`` with lmbda 0 and beta 0 (forward KL on the data), and `ChainDistiller`: same models, batches and
+optimiser (AdamW), bf16 autocast for both, the teacher in bf16 for both. A step is forward, backward and the optimiser's update; runs take turns, medians
+of seven after one round that does not count. Memory is anonymous memory, each in a process of its own. Needs trl; writes benchmarks/results/step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from measuring import Peak, in_turns, medians
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbd_hub import ChainDistiller, ChainDistillerConfig
+
+
+Step = Callable[[int, int], None]
+
+
+def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens, all kept."""
+    ids = torch.randint(10, 40_000, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def stepper(trainer: Any) -> Step:
+    """One optimiser step of a trainer on a batch of rows x length tokens."""
+    trainer.create_optimizer()
+
+    def step(rows: int, length: int) -> None:
+        batch = batch_of(rows, length)
+        items = torch.tensor(rows * (length - 1))
+        trainer.training_step(trainer.model, batch, num_items_in_batch=items)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=False)  # gradients stay allocated, so that both are measured above them
+    return step
+
+
+def ours(teacher: str, student: str, folder: str) -> Step:
+    """`ChainDistiller` with its defaults."""
+    args = ChainDistillerConfig(folder, max_steps=1, bf16=True, disable_tqdm=True, save_strategy="no")
+    trainer = ChainDistiller(
+        model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), teacher=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16),
+        args=args, train_dataset=Dataset.from_list([{"input_ids": [5] * 8}]), processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    return stepper(trainer)
+
+
+def trl(teacher: str, student: str, folder: str) -> Step:
+    """TRL's GKDTrainer."""
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    args = GKDConfig(
+        folder, max_steps=1, bf16=True, disable_tqdm=True, save_strategy="no", lmbda=0.0, beta=0.0, temperature=1.0, gradient_checkpointing=False,
+        use_cpu=not torch.accelerator.is_available(), report_to="none", learning_rate=4e-4,
+    )
+    trainer = GKDTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16),
+        args=args, train_dataset=Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    return stepper(trainer)
+
+
+MAKERS = {"cbd_hub": ours, "TRL GKDTrainer": trl}
+
+
+def main() -> None:
+    """Time and weigh both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step.json"))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.peak:
+            step = MAKERS[options.peak](options.teacher, options.student, folder)
+            step(1, 8)  # makes gradients and optimiser state
+            with Peak() as peak:
+                step(8, 512)
+            print(peak.bytes / 2**20)
+            return
+        steps = {name: make(options.teacher, options.student, folder) for name, make in MAKERS.items()}
+        seconds = in_turns({name: lambda step=step: step(8, 128) for name, step in steps.items()}, options.repeats)  # type: ignore[misc]
+    memory = {}
+    for name in MAKERS:
+        command = [sys.executable, __file__, "--teacher", options.teacher, "--student", options.student, "--peak", name]
+        memory[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    middle = medians(seconds)
+    table = Table("", "tokens/s at 8 x 128", "peak MiB at 8 x 512", title=f"speed {middle['TRL GKDTrainer'] / middle['cbd_hub']:.2f}x, memory {memory['cbd_hub'] / memory['TRL GKDTrainer']:.2f}x", title_justify="left")
+    for name, value in middle.items():
+        table.add_row(name, f"{8 * 128 / value:,.0f}", f"{memory[name]:,.0f}")
+    Console(width=100).print(table)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({
+        "command": "python benchmarks/step.py --teacher demo/chain/anchors/135M --student demo/chain/anchors/99M", "torch": torch.__version__,
+        "threads": 2, "dtype": "fp32 student and AdamW, bf16 teacher, bf16 autocast", "seconds": middle, "all_seconds": seconds, "peak_mib": memory,
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
