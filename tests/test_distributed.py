@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 def launch(folder, processes):
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     return launch(folder / "one", 1), launch(folder / "two", 2)
 
 
-@pytest.mark.parametrize("mode", ["plain", "path", "hidden"])
+@pytest.mark.parametrize("mode", ["plain", "path", "hidden", "on_policy", "minillm", "answers"])
 def test_one_process_equals_two(runs, mode):
     alone, together = (torch.load(folder / f"{mode}.pt") for folder in runs)
     log, other = (json.loads((folder / f"{mode}.json").read_text()) for folder in runs)

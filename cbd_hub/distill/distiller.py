@@ -19,9 +19,9 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import is_peft_available
 
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.on_policy import SamplingTrainer
 from cbd_hub.distill.packing import collate, packed_dataset
 from cbd_hub.distill.progress import MetricsFile
-from cbd_hub.distill.saving import AnchorTrainer
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import Between, ModelRunner, Output
@@ -35,7 +35,7 @@ from cbd_hub.shapes import shape_between, shape_of
 logger = logging.getLogger(__name__)
 
 
-class ChainDistiller(AnchorTrainer):
+class ChainDistiller(SamplingTrainer):
     """Distils a student from the anchor above it.
 
     The loss is ``kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x hidden term``, each a sum over the kept tokens of
@@ -55,6 +55,7 @@ class ChainDistiller(AnchorTrainer):
         eval_dataset: The same for evaluation, or None.
         processing_class: The tokenizer; needed unless rows have ``input_ids``.
         kept: Which units of the teacher the student was cut from; needed for ``path_fraction`` and ``hidden_weight``.
+        text_dataset: Text for MiniLLM's cross-entropy term, rows as ``train_dataset`` has them; with ``text_weight`` only.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
         peft_config: Train an adapter on the student instead of its weights; not on the output head, and not with ``path_fraction``.
         **kwargs: What ``transformers.Trainer`` takes.
@@ -76,7 +77,7 @@ class ChainDistiller(AnchorTrainer):
     def __init__(
         self, model: Any, teacher: Any, args: ChainDistillerConfig, train_dataset: Any = None, eval_dataset: Any = None,
         processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, peft_config: Any = None,
-        **kwargs: Any,
+        text_dataset: Any = None, **kwargs: Any,
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
@@ -85,12 +86,13 @@ class ChainDistiller(AnchorTrainer):
         self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
         if kept is None and (args.path_fraction or args.hidden_weight):
             raise ArgumentError("path_fraction and hidden_weight need kept=, the map from the student's layers and neurons to the teacher's")
-        student = model
+        student = self._student = model
         if peft_config is not None:
             model = _with_adapter(model, peft_config, args)
         kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
         super().__init__(
-            model=model, args=args, train_dataset=_tokenised(train_dataset, processing_class, args),
+            model=model, args=args,
+            train_dataset=self._set_up_sampling(args, *(_tokenised(rows, processing_class, args) for rows in (train_dataset, text_dataset))),
             eval_dataset=_tokenised(eval_dataset, processing_class, args), processing_class=processing_class, **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
@@ -117,7 +119,7 @@ class ChainDistiller(AnchorTrainer):
         """The loss of a batch, a sum over its kept tokens divided by ``num_items_in_batch``."""
         module = self.accelerator.unwrap_model(model)
         student = module.get_base_model() if is_peft_model(module) else module
-        loss = self._through(model, module, lambda: self._loss(student, inputs, num_items_in_batch))
+        loss = self._through(model, module, lambda: (self._policy_loss if "policy" in inputs else self._loss)(student, inputs, num_items_in_batch))
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {float(loss.detach())} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
@@ -158,7 +160,7 @@ class ChainDistiller(AnchorTrainer):
             output = (ModelRunner(student) if plan is None else self._between.run(plan))(*batch, states=want_states)
             if num_items is None:
                 num_items = keep.sum().clamp(min=1)
-            loss = self._head_loss(output, target, shifted, num_items)
+            loss = self._head_loss(output, target, shifted, num_items, 0.0 if "own" in inputs else args.ce_weight)
             if want_states:
                 hidden = hidden_loss(*self._mapped(output, target), keep, kind=args.hidden_loss, num_items=num_items)
                 loss = loss + args.hidden_weight * hidden
@@ -166,13 +168,13 @@ class ChainDistiller(AnchorTrainer):
             loss = loss * self.accelerator.num_processes  # the count is of all processes, and their gradients are averaged
         return loss
 
-    def _head_loss(self, output: Output, target: Output, labels: Tensor, num_items: Tensor | int) -> Tensor:
+    def _head_loss(self, output: Output, target: Output, labels: Tensor, num_items: Tensor | int, ce_weight: float) -> Tensor:
         args: ChainDistillerConfig = self.args
         ours, theirs = output.head, target.head
         return distillation_loss(
             output.hidden.flatten(0, 1), ours.weight, target.hidden.flatten(0, 1), theirs.weight, labels.flatten(),
             divergence=args.divergence, temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight,
-            ce_weight=args.ce_weight, num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias,
+            ce_weight=ce_weight, num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias,
             student_logit_scale=ours.logit_scale, teacher_logit_scale=theirs.logit_scale, student_softcap=ours.softcap,
             teacher_softcap=theirs.softcap, vocab_size=self._vocab_size,
         )
