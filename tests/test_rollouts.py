@@ -16,7 +16,16 @@ from cbd_hub.distill import answers, on_policy
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.on_policy import endless
 from cbd_hub.distill.packing import collate, packed_dataset
-from cbd_hub.distill.rollouts import Prompt, Sampling, batch_prompts, end_tokens, generate, prompts_of, rollout_tensors, rollouts_from
+from cbd_hub.distill.rollouts import (
+    Prompt,
+    Sampling,
+    batch_prompts,
+    end_tokens,
+    generate,
+    prompts_of,
+    rollout_tensors,
+    rollouts_from,
+)
 from cbd_hub.errors import ArgumentError, DataError, RecipeError, StorageError
 from cbd_hub.losses.divergence import reverse_kl
 
@@ -373,6 +382,21 @@ def test_the_loss_of_a_step_is_equation_7_by_loops(family, tmp_path):
     assert count == int(items)
     assert clipped
     assert value.item() == pytest.approx(total / count, rel=1e-3)
+
+
+def test_prompts_are_whole_whatever_the_block_size(tmp_path):
+    """Also without completions: pairs and chats are asked as they are, not as a training block would cut them."""
+    asked = [f"a question much longer than a block, number {index}" for index in range(16)]
+    trainer = sampler_for("llama", tmp_path, Dataset.from_dict({"prompt": asked}), **MINILLM, block_size=16)
+    assert [text_of(prompt.ids) for prompt in trainer._prompts] == asked
+    chats = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in asked])
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = CHAT
+    rows_of = on_policy.unpacked(chats, tokenizer, trainer.args)
+    assert [text_of(prompt.ids) for row in rows_of for prompt in prompts_of(row, 4, 0.5)] == [f"<user>{text}\n<assistant>" for text in asked]
+    answered = sampler_for("llama", tmp_path / "b", Dataset.from_dict({"prompt": asked}), teacher_answers=True, max_new_tokens=3, max_steps=1)
+    answered.train()
+    assert sorted(answered.train_dataset["prompt"]) == sorted(asked)
 
 
 def test_text_has_a_cross_entropy_and_a_count_of_its_own(tmp_path):

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import is_peft_available
 
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.on_policy import SamplingTrainer
+from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
 from cbd_hub.distill.packing import collate, packed_dataset
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
@@ -45,6 +45,9 @@ class ChainDistiller(SamplingTrainer):
     With ``path_fraction`` the student's place is taken in that share of the steps by a model in between student and teacher, built by the plan
     that `CBDModel.from_chain` uses, at a size drawn anew each step from seed and step alone. For whole blocks this is module replacing
     (https://huggingface.co/papers/2002.02925).
+
+    With ``on_policy_fraction``, ``objective="minillm"`` or ``teacher_answers`` the completions are the student's own, drawn from student and teacher, or the
+    teacher's; `cbd_hub.distill.sampling.SamplingArguments` says how.
 
     Args:
         model: The student; with ``path_fraction`` or ``hidden_weight`` a cut of the teacher.
@@ -92,7 +95,9 @@ class ChainDistiller(SamplingTrainer):
         kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
         super().__init__(
             model=model, args=args,
-            train_dataset=self._set_up_sampling(args, *(_tokenised(rows, processing_class, args) for rows in (train_dataset, text_dataset))),
+            train_dataset=self._set_up_sampling(
+                args, *(_tokenised(rows, processing_class, args) for rows in (unpacked(train_dataset, processing_class, args), text_dataset))
+            ),
             eval_dataset=_tokenised(eval_dataset, processing_class, args), processing_class=processing_class, **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step

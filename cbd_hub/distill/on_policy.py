@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.packing import collate
+from cbd_hub.distill.packing import collate, tokenise
 from cbd_hub.distill.rollouts import (
     Prompt,
     Rollout,
@@ -268,6 +269,25 @@ class SamplingTrainer(AnchorTrainer):
         if path.is_file():
             with safe_open(path, "pt") as file:
                 self._rollouts = int(file.metadata()["turn"]), rollouts_from({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def unpacked(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:
+    """Rows of prompts and chats tokenised each for itself where only their prompts are wanted, so that no block cuts them; else the data as it is.
+
+    A prompt needs no completion then.
+
+    Raises:
+        DataError: If a row cannot be read.
+    """
+    first = None if dataset is None or not hasattr(type(dataset), "__len__") else next(iter(dataset), None)
+    if not (args.is_minillm or args.teacher_answers) or tokenizer is None or first is None or "input_ids" in first or not {"prompt", "messages"} & set(first):
+        return dataset
+    rows = (tokenise(row if {"messages", "completion", "response"} & set(row) else {**row, "completion": _nothing(row)}, tokenizer) for row in dataset)
+    return Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in rows])
+
+
+def _nothing(row: Any) -> Any:
+    return "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}]
 
 
 def _all_prompts(dataset: Any, args: ChainDistillerConfig) -> list[Prompt]:
