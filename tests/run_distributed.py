@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 
 
-MODES = {"plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "sharded": {}, "sharded_untied": {}, "sharded_hidden": {"hidden_weight": 1.0, "hidden_balance": True}}
+MODES = {
+    "plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "on_policy": {"on_policy_fraction": 1.0, "max_new_tokens": 6},
+    "minillm": {"objective": "minillm", "rollout_batch": 16, "inner_epochs": 1, "max_new_tokens": 6, "text_weight": 0.5},
+    "answers": {"teacher_answers": True, "max_new_tokens": 6},
+    "sharded": {}, "sharded_untied": {}, "sharded_hidden": {"hidden_weight": 1.0, "hidden_balance": True},
+}
 
 
 def sharded(model, folder):
@@ -39,13 +44,17 @@ def main(folder, mode):
     teacher = tiny.llama(tied=not mode.endswith("untied"))
     student, kept = student_of(teacher)
     config = ChainDistillerConfig(
-        str(folder / "out"), max_steps=3, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, learning_rate=1e-2,
+        str(folder / "out" / mode), max_steps=3, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, learning_rate=1e-2,
         bf16=False, disable_tqdm=True, save_strategy="no", optim="sgd", lr_scheduler_type="constant", warmup_steps=0, logging_steps=1,
         ddp_backend="gloo" if processes > 1 else None, max_grad_norm=0.0, **MODES[mode],
     )
+    student.generation_config.eos_token_id = list(range(4, 60))  # so that what is sampled differs in length
     if mode.startswith("sharded"):
         teacher, student = sharded(teacher, folder / f"{mode}_teacher"), sharded(student, folder / f"{mode}_student")
-    trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=rows(48), processing_class=tiny.tokenizer(), kept=kept)
+    trainer = ChainDistiller(
+        model=student, teacher=teacher, args=config, train_dataset=rows(48), processing_class=tiny.tokenizer(), kept=kept,
+        text_dataset=rows(16) if config.text_weight else None,
+    )
     trainer.train()
     if mode.startswith("sharded") and processes > 1:
         for model in (trainer.model, trainer.teacher):

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from cbd_hub.distill.sampling import SamplingArguments, check_sampling
 from cbd_hub.errors import ArgumentError
 from cbd_hub.losses.divergence import check_options
 from cbd_hub.losses.hidden import HIDDEN_LOSSES
 
 
 @dataclass
-class ChainDistillerConfig(TrainingArguments):
+class ChainDistillerConfig(SamplingArguments, TrainingArguments):
     """Training arguments of one stage of a chain.
 
-    Everything of ``transformers.TrainingArguments``, with defaults for short distillations, and the fields below. Without an accelerator
+    Everything of ``transformers.TrainingArguments``, with defaults for short distillations, what `cbd_hub.distill.sampling.SamplingArguments` has of where
+    the student's tokens come from, and the fields below. Without an accelerator
     ``use_cpu`` is set, so that ``bf16=True`` means bf16 autocast there too.
 
     Args:
@@ -82,4 +84,5 @@ class ChainDistillerConfig(TrainingArguments):
             raise ArgumentError("hidden_balance=True but hidden_weight=0, so there is no hidden-state term to balance; set hidden_weight to 1")
         if self.block_size < 2:
             raise ArgumentError(f"block_size={self.block_size} holds no token to predict; give 2 or more")
+        check_sampling(self)
         super().__post_init__()

@@ -22,9 +22,9 @@ from transformers.utils import is_peft_available
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.hidden import Batch, HiddenTerm
+from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
 from cbd_hub.distill.packing import collate, packed_dataset
 from cbd_hub.distill.progress import MetricsFile
-from cbd_hub.distill.saving import AnchorTrainer
 from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_teacher, shards, without_compiler
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ChainDistiller(AnchorTrainer):
+class ChainDistiller(SamplingTrainer):
     """Distils a student from the anchor above it.
 
     The loss is ``kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x hidden term``, each a sum over the kept tokens of
@@ -51,6 +51,9 @@ class ChainDistiller(AnchorTrainer):
     that `CBDModel.from_chain` uses, at a size drawn anew each step from seed and step alone. For whole blocks this is module replacing
     (https://huggingface.co/papers/2002.02925).
 
+    With ``on_policy_fraction``, ``objective="minillm"`` or ``teacher_answers`` the completions are the student's own, drawn from student and teacher, or the
+    teacher's; `cbd_hub.distill.sampling.SamplingArguments` says how.
+
     Args:
         model: The student; with ``path_fraction`` a cut of the teacher.
         teacher: The model to learn from: same tokenizer. Frozen, in bf16 where ``bf16`` is set.
@@ -60,6 +63,7 @@ class ChainDistiller(AnchorTrainer):
         eval_dataset: The same for evaluation, or None.
         processing_class: The tokenizer; needed unless rows have ``input_ids``.
         kept: Which units of the teacher the student was cut from; needed for ``path_fraction``. Hidden states are matched by it, and evenly without.
+        text_dataset: Text for MiniLLM's cross-entropy term, rows as ``train_dataset`` has them; with ``text_weight`` only.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
         peft_config: Train an adapter on the student instead of its weights; not on the output head, and not with ``path_fraction``.
         **kwargs: What ``transformers.Trainer`` takes.
@@ -81,7 +85,7 @@ class ChainDistiller(AnchorTrainer):
     def __init__(
         self, model: Any, teacher: Any, args: ChainDistillerConfig, train_dataset: Any = None, eval_dataset: Any = None,
         processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, peft_config: Any = None,
-        **kwargs: Any,
+        text_dataset: Any = None, **kwargs: Any,
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
@@ -90,12 +94,15 @@ class ChainDistiller(AnchorTrainer):
         self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
         if kept is None and args.path_fraction:
             raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
-        student = model
+        student = self._student = model
         if peft_config is not None:
             model = _with_adapter(model, peft_config, args)
         kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
         super().__init__(
-            model=model, args=args, train_dataset=_tokenised(train_dataset, processing_class, args),
+            model=model, args=args,
+            train_dataset=self._set_up_sampling(
+                args, *(_tokenised(rows, processing_class, args) for rows in (unpacked(train_dataset, processing_class, args), text_dataset))
+            ),
             eval_dataset=_tokenised(eval_dataset, processing_class, args), processing_class=processing_class, **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
@@ -130,7 +137,8 @@ class ChainDistiller(AnchorTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The loss of a batch, a sum over its kept tokens divided by ``num_items_in_batch``."""
-        loss = self._beside_teacher(model, inputs, lambda student, target: self._loss(student, target, inputs, num_items_in_batch))
+        compute = self._policy_loss if "policy" in inputs else self._loss
+        loss = self._beside_teacher(model, inputs, lambda student, target: compute(student, target, inputs, num_items_in_batch))
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {float(loss.detach())} at step {self.state.global_step} on the batch that begins with tokens {inputs['input_ids'][0][:8].tolist()}; "
@@ -168,7 +176,7 @@ class ChainDistiller(AnchorTrainer):
             num_items = keep.sum().clamp(min=1)
         runner = ModelRunner(student) if plan is None else self._between.run(plan)
         output = runner(*_batch(inputs), states=hidden is not None)
-        loss = self._head_loss(output, target, labels, num_items)
+        loss = self._head_loss(output, target, labels, num_items, 0.0 if "own" in inputs else args.ce_weight)
         if hidden is not None:
             term = hidden.loss(output, target, keep, num_items)
             if training:
@@ -180,13 +188,13 @@ class ChainDistiller(AnchorTrainer):
             loss = loss * self.accelerator.num_processes  # the count is of all processes, and their gradients are averaged
         return loss
 
-    def _head_loss(self, output: Output, target: Output, labels: Tensor, num_items: Tensor | int) -> Tensor:
+    def _head_loss(self, output: Output, target: Output, labels: Tensor, num_items: Tensor | int, ce_weight: float) -> Tensor:
         args: ChainDistillerConfig = self.args
         ours, theirs = output.head, target.head
         return distillation_loss(
             output.hidden.flatten(0, 1), ours.weight, target.hidden.flatten(0, 1), theirs.weight, labels.flatten(),
             divergence=args.divergence, temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight,
-            ce_weight=args.ce_weight, num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias,
+            ce_weight=ce_weight, num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias,
             student_logit_scale=ours.logit_scale, teacher_logit_scale=theirs.logit_scale, student_softcap=ours.softcap,
             teacher_softcap=theirs.softcap, vocab_size=self._vocab_size,
         )
@@ -205,7 +213,7 @@ class ChainDistiller(AnchorTrainer):
 
                 def batch(student: Any, target: Output, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:
                     output = ModelRunner(student)(*_batch(inputs), states=True)
-                    return output, target, labels != -100, self._head_loss(output, target, labels, 1)
+                    return output, target, labels != -100, self._head_loss(output, target, labels, 1, self.args.ce_weight)
 
                 yield self._beside_teacher(self.model, inputs, batch)
 
@@ -214,6 +222,7 @@ class ChainDistiller(AnchorTrainer):
 
     def save_beside(self, folder: Path) -> None:
         """Write the hidden-state term's own tensors beside a checkpoint."""
+        super().save_beside(folder)
         if self.hidden is not None:
             self.hidden.save(folder, self.args.should_save)
 

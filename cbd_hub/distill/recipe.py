@@ -330,7 +330,7 @@ class _Run:
         rows = packed_dataset([{"text": text} for text in self.parts.train], self.tokenizer, arguments.block_size)
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
-            callbacks=[StageProgress(f"{stage.name}", arguments)],
+            text_dataset=rows if arguments.text_weight else None, callbacks=[StageProgress(f"{stage.name}", arguments)],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)

@@ -21,7 +21,10 @@ from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
 
 
-_AT_LEAST_ONE = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size")
+_AT_LEAST_ONE = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "block_size", "max_new_tokens", "generation_batch_size", "rollout_batch",
+    "inner_epochs",
+)
 # What a stage may set, and the default of each, whose kind a value must have.
 _STAGE_FIELDS = {
     field.name: field.default for field in dataclasses.fields(ChainDistillerConfig) if field.init and field.name not in ("output_dir", "seed")

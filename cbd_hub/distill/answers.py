@@ -1,0 +1,99 @@
+"""Sequence-level distillation: the teacher answers the prompts once, and its answers become an ordinary data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, List, Value, load_dataset
+
+from cbd_hub.distill.rollouts import Prompt, Sampling, generate
+from cbd_hub.errors import DataError, StorageError
+from cbd_hub.files import write_text
+
+
+_SHARD = 256  # prompts of a file, and most that a kill can lose
+_MARK = "answers.json"
+
+
+def teacher_answers(
+    teacher: Any, prompts: Sequence[Prompt], folder: Path, sampling: Sampling, *, seed: int = 0, tokenizer: Any = None,
+    process: tuple[int, int] = (0, 1), wait: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """The teacher's answers to prompts, as rows to train on.
+
+    Sequence-level distillation (https://huggingface.co/papers/1606.07947), the loss of CBD's bridge (equation 2,
+    https://huggingface.co/papers/2605.07783). The answers are kept as lines of JSON in ``folder``, which ``datasets.load_dataset`` reads: ``input_ids``, ``labels`` on the answer only, and both as text where there
+    is a tokenizer. Files that are there are not made again, so that a call that was killed is made again and goes on; the answer to a prompt depends on
+    the seed and its place alone.
+
+    Args:
+        teacher: A loaded model.
+        prompts: What it is to answer.
+        folder: Where the answers are kept.
+        sampling: How it draws; ``temperature=0`` takes the likeliest token, ``teacher_mix`` is to be 0.
+        seed: Another seed, other answers.
+        tokenizer: Writes prompts and answers as text too.
+        process: Rank and number of the processes that share the work.
+        wait: Called before all files are read, for the other processes.
+
+    Returns:
+        A row per prompt, in their order.
+
+    Raises:
+        DataError: If there is no prompt, or the folder holds the answers of another teacher, to other prompts or drawn otherwise.
+        StorageError: If the disk is full or refuses, or a file of another process is not there.
+    """
+    if not prompts:
+        raise DataError("there is no prompt to answer; give rows with a prompt, chat messages or text")
+    rank, processes = process
+    wanted = _description(teacher, prompts, sampling, seed)
+    mark = folder / _MARK
+    if mark.is_file():
+        if json.loads(mark.read_text()) != wanted:
+            raise DataError(f"{folder} holds the answers of another teacher, to other prompts, or drawn otherwise; remove it or choose another folder")
+    elif rank == 0:
+        write_text(mark, json.dumps(wanted))
+    files = [folder / f"answers-{number:05d}.jsonl" for number in range(-(-len(prompts) // _SHARD))]
+    for number, path in enumerate(files):
+        if number % processes == rank and not path.is_file():
+            write_text(path, _lines(teacher, prompts, range(number * _SHARD, min((number + 1) * _SHARD, len(prompts))), sampling, seed, tokenizer))
+    wait()
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise StorageError(f"{folder} lacks {missing[0]} after every process has answered; all processes need the same folder")
+    features = {"input_ids": List(Value("int64")), "labels": List(Value("int64"))}
+    texts = {} if tokenizer is None else {"prompt": Value("string"), "completion": Value("string")}
+    return load_dataset("json", data_files=[str(path) for path in files], split="train", features=Features({**features, **texts}))
+
+
+def _lines(teacher: Any, prompts: Sequence[Prompt], places: range, sampling: Sampling, seed: int, tokenizer: Any) -> str:
+    rollouts = generate(teacher, [prompts[place] for place in places], [f"{seed} answer {place}" for place in places], sampling)
+    rows: list[dict[str, Any]] = [dict(rollout.row) for rollout in rollouts]
+    if tokenizer is not None:
+        for row, rollout in zip(rows, rollouts):
+            row["prompt"], row["completion"] = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (rollout.prompt, rollout.response))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _description(teacher: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> dict[str, Any]:
+    """What the answers depend on; the number of prompts answered at once is not part of it."""
+    drawn = dataclasses.asdict(sampling)
+    del drawn["batch_size"]
+    said = hashlib.sha256(json.dumps([dataclasses.astuple(prompt) for prompt in prompts]).encode()).hexdigest()
+    return {"teacher": _fingerprint(teacher), "prompts": said, "seed": seed, **drawn, "ends": list(sampling.ends)}
+
+
+@torch.no_grad()
+def _fingerprint(model: Any) -> str:
+    """Hash of every parameter's name, shape and first values."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

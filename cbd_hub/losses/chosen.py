@@ -1,0 +1,100 @@
+"""Log-probabilities of given tokens with a gradient, from hidden states and an output head, never holding an N x V tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbd_hub.errors import VocabularyMismatchError
+from cbd_hub.losses.head import _block_rows, _scaled, token_losses
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What is between products and logits."""
+
+    logit_scale: float
+    softcap: float | None
+    compute: torch.dtype
+
+
+class _ChosenLogProbs(torch.autograd.Function):
+    """The logits of a block are formed in the forward pass and again in the backward pass: each row has a weight of its own there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, head: _Head) -> Tensor:
+        log_probs = -token_losses(
+            hidden.to(head.compute), weight.to(head.compute), chosen, bias=bias, logit_scale=head.logit_scale, softcap=head.softcap
+        )
+        ctx.save_for_backward(hidden, weight, bias, chosen)
+        ctx.head = head
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        hidden, weight, bias, chosen = ctx.saved_tensors
+        head: _Head = ctx.head
+        scale = grad_outputs[0]
+        accumulate = torch.float64 if head.compute == torch.float64 else torch.float32
+        d_hidden = torch.zeros_like(hidden, dtype=accumulate)
+        d_weight = torch.zeros_like(weight, dtype=accumulate)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulate)
+        matrix = weight.to(head.compute)
+        rows = _block_rows(len(weight), accumulate)
+        for start in range(0, len(hidden), rows):
+            place = slice(start, start + rows)
+            part = hidden[place].to(head.compute)
+            logits = _scaled(part @ matrix.t(), bias, head.logit_scale, head.softcap)
+            slope = logits.softmax(-1).neg_()  # of log p[chosen] in the logits: one-hot minus p
+            slope.scatter_add_(1, chosen[place, None], torch.ones_like(slope[:, :1]))
+            slope.mul_(scale[place, None])
+            if head.softcap is not None:
+                slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
+            if head.logit_scale != 1.0:
+                slope.mul_(head.logit_scale)
+            if d_bias is not None:
+                d_bias += slope.sum(0)
+            slope = slope.to(head.compute)
+            d_hidden[place] = slope @ matrix
+            d_weight += slope.t() @ part
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None if d_bias is None or bias is None else d_bias.to(bias.dtype), None, None
+
+
+def chosen_log_probs(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Log-probability of each row's label in nats, with a gradient; extra memory is one block of logits and the gradients themselves.
+
+    Args:
+        hidden: Last hidden states, shape (N, H). Receives a gradient.
+        head: Output projection, shape (V, H). Receives a gradient.
+        labels: Token of each row, shape (N,).
+        bias: Shape (V,), or None.
+        logit_scale: Factor on the logits.
+        softcap: ``cap * tanh(logits / cap)``, or None.
+        vocab_size: Rows of the head that are real tokens; None for all.
+
+    Returns:
+        Shape (N,), at most 0, in fp32 (fp64 for fp64 input).
+
+    Raises:
+        VocabularyMismatchError: If a label is outside the vocabulary.
+
+    Example:
+        >>> chosen_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 5])).exp()
+        tensor([0.1250, 0.1250])
+    """
+    size = head.shape[0] if vocab_size is None else vocab_size
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < size:
+        raise VocabularyMismatchError(f"labels run from {int(labels.min())} to {int(labels.max())} but the vocabulary has {size:,} tokens; the text needs another tokenizer")
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        log_probs: Tensor = _ChosenLogProbs.apply(
+            hidden, head[:size], None if bias is None else bias[:size], labels, _Head(logit_scale, softcap, compute)
+        )
+    return log_probs
