@@ -139,6 +139,24 @@ class CacheRecord(Data):
         return record
 
 
+    def table(self) -> dict[str, str]:
+        """What there is to know of the cache, in words."""
+        source, figures = self.source, self.figures
+        told = {
+            "tokens": f"{source.packing.tokens:,} in {source.packing.blocks:,} blocks, {source.packing.predicted:,} of them predict one that counts",
+            "listed": f"{source.top_k} of {source.vocab_size:,} tokens at {source.bits} bits",
+            "bytes per token": f"{figures.bytes_per_token:.1f}",
+            "KL of rounding": f"{figures.rounding_kl:.1e} nats per token, {figures.rounding_kl_max:.1e} at most",
+            "tail mass": f"{figures.tail_mass:.4f} of the probability is on tokens not listed, of which the sum is kept",
+        }
+        if figures.student is not None:
+            told["KL to the student"] = (
+                f"{figures.student.full:.4f} nats per token over the whole vocabulary, {figures.student.kept:.4f} over what is kept: "
+                f"{figures.student.full - figures.student.kept:.4f} less"
+            )
+        return told
+
+
 class IdentifiedBlocks:
     """Blocks of rows, packed and fingerprinted as they are drawn.
 

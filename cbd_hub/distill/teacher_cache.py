@@ -200,10 +200,10 @@ class _Asker:
         keep[:, :-1] = batch["labels"][:, 1:] != -100
         inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         target = ModelRunner(self.teacher)(*inputs)
-        head, settings = target.head, {"logit_scale": target.head.logit_scale, "softcap": target.head.softcap}
-        hidden = target.hidden[keep].float()
+        head, hidden = target.head, target.hidden[keep].float()
         ids, log_probs, log_rest = top_log_probs(
-            hidden, head.weight, self.codec.top_k, bias=head.bias, vocab_size=self.codec.vocab_size, **settings
+            hidden, head.weight, self.codec.top_k, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+            vocab_size=self.codec.vocab_size,
         )
         if not torch.isfinite(log_probs).all():
             raise DataError(f"the teacher's log-probabilities are no numbers on a batch that begins with tokens {blocks[0]['input_ids'][:8].tolist()}")
