@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-MODES = {"plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}}
+MODES = {"plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "cached": {}}
 
 
 def main(folder, mode):
@@ -16,6 +16,7 @@ def main(folder, mode):
     from test_distill import rows, student_of
 
     from cbd_hub import ChainDistiller, ChainDistillerConfig
+    from cbd_hub.distill.teacher_cache import write_cache
 
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -26,7 +27,10 @@ def main(folder, mode):
         bf16=False, disable_tqdm=True, save_strategy="no", optim="sgd", lr_scheduler_type="constant", warmup_steps=0, logging_steps=1,
         ddp_backend="gloo" if processes > 1 else None, max_grad_norm=0.0, **MODES[mode],
     )
-    trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=rows(48), processing_class=tiny.tokenizer(), kept=kept)
+    cache = write_cache(teacher, rows(48), folder / f"cache{os.environ.get('RANK', '0')}", top_k=24) if mode == "cached" else None
+    trainer = ChainDistiller(
+        model=student, teacher=teacher, args=config, train_dataset=rows(48), processing_class=tiny.tokenizer(), kept=kept, teacher_cache=cache,
+    )
     trainer.train()
     if trainer.is_world_process_zero():
         weights = {name: tensor.detach().clone() for name, tensor in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}

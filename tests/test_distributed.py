@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     return launch(folder / "one", 1), launch(folder / "two", 2)
 
 
-@pytest.mark.parametrize("mode", ["plain", "path", "hidden"])
+@pytest.mark.parametrize("mode", ["plain", "path", "hidden", "cached"])
 def test_one_process_equals_two(runs, mode):
     alone, together = (torch.load(folder / f"{mode}.pt") for folder in runs)
     log, other = (json.loads((folder / f"{mode}.json").read_text()) for folder in runs)

@@ -57,9 +57,9 @@ def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
         DataError: If no file matches, a format is unknown, a line is no row, or there is no text.
     """
     names = _files(path)
-    if all(Path(name).suffix.lower() == ".jsonl" for name in names):
+    if column == "text" and all(Path(name).suffix.lower() == ".jsonl" for name in names):
         rows = [row for name in names for _, row in _json_rows(name)]
-        if rows and ("messages" in rows[0] or "prompt" in rows[0]):
+        if rows and ("messages" in rows[0] or ("prompt" in rows[0] and ("completion" in rows[0] or "response" in rows[0]))):
             return rows
     return [{"text": text} for text in read_texts(path, column)]
 
