@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 def launch(folder, processes):
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
