@@ -57,6 +57,19 @@ def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license
     return _render("anchor.md.j2", name=name, parameters=parameters, teacher_repo=teacher_repo, license=license, facts=list(facts.items()))
 
 
+def cache_card(record: dict[str, Any]) -> str:
+    """The README of a teacher cache.
+
+    Args:
+        record: Its cache.json.
+
+    Returns:
+        Markdown with the metadata of a data set card.
+    """
+    source = record["source"]
+    return _render("teacher_cache.md.j2", teacher=source["teacher"], source=source, figures=record["figures"])
+
+
 def _loss(entry: Evaluation) -> str:
     return f"{entry.loss:.3f}" + (f" ± {entry.stderr:.3f}" if entry.stderr is not None else "")
 

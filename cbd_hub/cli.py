@@ -290,6 +290,46 @@ def evaluate(
     _table(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; loss in nats per token ± standard error", shown)
 
 
+@app.command("cache-teacher")
+def cache_teacher(
+    teacher: Annotated[str, typer.Argument(metavar="MODEL", help="The teacher: local folder or Hub id.", show_default=False)],
+    out_dir: OutOption,
+    text: Annotated[str | None, typer.Option("--text", help="A file or a pattern: text, or .jsonl rows of prompt and completion or of messages.", show_default=False)] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="The training text of a recipe instead, for its teacher_cache.", show_default=False)] = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens listed at a position; of the others only the sum is kept.")] = 128,
+    bits: Annotated[int, typer.Option("--bits", min=4, max=16, help="Precision of a log-probability: 8 costs about 0.00002 nats a token, each bit less eight times as much.")] = 8,
+    block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; the recipe's, or 128.", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Stop when so many tokens are reached; the whole text by default.", show_default=False)] = None,
+    student: Annotated[str | None, typer.Option("--student", help="A model to measure the tail's share of the divergence with.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")] = 8,
+    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
+    dtype: DtypeOption = None,
+    push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Push the cache to a data set on the Hub.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep a teacher's top tokens once, to distil from without running it.
+
+    Stop it and run the same command again: it goes on where it was. Two figures say what the cache costs. "KL of rounding": how far the kept
+    log-probabilities are from the teacher's, in nats per token. "tail mass": the probability of the tokens that are not listed, whose sum is kept but
+    not how it is shared out, so that a divergence reads smaller than over the whole vocabulary; --student measures by how much.
+    """
+    from cbd_hub.distill.cache_command import cache_text
+    _hush_bars()
+    cache, facts = cache_text(
+        teacher, out_dir, text=text, recipe=recipe, column=column, block_size=block_size, max_tokens=tokens, top_k=top_k, bits=bits,
+        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json,
+    )
+    if as_json:
+        _print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})
+        return
+    table = Table("what", "value", title=f"Teacher cache {escape(str(out_dir))}", title_justify="left")
+    for name, value in {**cache.record.table(), **facts}.items():
+        table.add_row(name, escape(_cell(value)))
+    out.print(table)
+    place = escape(shlex.quote(push or str(out_dir)))
+    out.print(f"next: teacher_cache: {place} in a stage of a recipe, or ChainDistiller(..., teacher_cache=...)")
+
+
 def _shape(text: str | None) -> dict[str, int] | None:
     """A shape from "layers=24,ffn=1192"."""
     if text is None:

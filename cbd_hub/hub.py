@@ -185,7 +185,10 @@ def is_repo_id(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)) and not Path(name).exists()
 
 
-def upload(folder: Path, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None, message: str) -> Any:
+def upload(
+    folder: Path, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None, message: str,
+    repo_type: str | None = None,
+) -> Any:
     """Put a folder's files into a repo, which is made where it is not there, in one commit.
 
     Returns:
@@ -196,8 +199,10 @@ def upload(folder: Path, repo_id: str, *, token: str | None = None, private: boo
     """
     api = HfApi(library_name="cbd-hub", library_version=version("cbd-hub"))
     try:
-        made = api.create_repo(repo_id, token=token, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=made.repo_id, folder_path=folder, token=token, revision=revision, commit_message=message)
+        made = api.create_repo(repo_id, token=token, private=private, exist_ok=True, repo_type=repo_type)
+        return api.upload_folder(
+            repo_id=made.repo_id, folder_path=folder, token=token, revision=revision, commit_message=message, repo_type=repo_type
+        )
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise StorageError(f"cannot push to {repo_id} ({reason}); check the name, log in with `hf auth login`, and push again") from error

@@ -242,7 +242,12 @@ def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _dtype(wish: Any, default: torch.dtype) -> torch.dtype:
+def weight_dtype(wish: Any, default: torch.dtype) -> torch.dtype:
+    """The dtype that a name or a dtype means; the default for None and "auto".
+
+    Raises:
+        ArgumentError: If weights cannot be made in it.
+    """
     if wish is None or wish == "auto":
         return default
     found = getattr(torch, wish.removeprefix("torch."), None) if isinstance(wish, str) else wish
@@ -393,7 +398,7 @@ class CBDModel:
         )
         plan = plan_in(files, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
         prepared = _prepare(files, plan)
-        chosen = _dtype(dtype, prepared.dtype)
+        chosen = weight_dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:
             for path in (files.checked(prepared.nearest, name) for name in TOKENIZER_FILES if name in prepared.nearest.files):
                 shutil.copyfile(path, folder / path.name)
@@ -421,7 +426,7 @@ def _generation_config(prepared: _Prepared) -> GenerationConfig | None:
 def _load(prepared: _Prepared, arguments: dict[str, Any]) -> Any:
     plain_class = model_class(prepared.config, prepared.files.name)
     want_info = arguments.pop("output_loading_info", False)
-    dtype = _dtype(arguments.pop("dtype", None), prepared.dtype)
+    dtype = weight_dtype(arguments.pop("dtype", None), prepared.dtype)
     if arguments.get("generation_config") is None:
         arguments["generation_config"] = _generation_config(prepared)
     state = lazy_state_dict(prepared.plan, prepared.read, prepared.shapes, dtype)

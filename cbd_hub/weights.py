@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import threading
@@ -240,3 +241,29 @@ def write_safetensors(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise WeightsError(f"{name} came as {tensor.dtype} {list(tensor.shape)}, planned was {dtype} {list(shape)}; report this")
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def weights_sha256(model: Any) -> str:
+    """Fingerprint of a loaded model's weights: names, shapes and values.
+
+    It is the same however the weights are spread over files, and in whatever wider dtype they are loaded; tied weights count once.
+    """
+    digest, seen = hashlib.sha256(), set()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        value = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        digest.update(f"{name} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Fingerprint of what a tokenizer makes of a text or a chat."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    for state in ("truncation", "padding"):  # of the last call
+        facts.pop(state, None)
+    facts["cbd"] = [tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 @dataclass
 class Repo:
-    """A model repo: commits, newest last, each a mapping of path to bytes."""
+    """A repo: commits, newest last, each a mapping of path to bytes."""
 
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=lambda: [("0" * 40, {})])
 
@@ -60,9 +60,14 @@ class Hub:
     def missing(self, code, status=404):
         return Response(status_code=status, headers={"X-Error-Code": code, "X-Error-Message": code})
 
+    def repo_id(self, request):
+        """A repo's key: its id, after "datasets/" where it is a data set."""
+        kind = "datasets/" if request.url.path.startswith(("/datasets/", "/api/datasets/")) else ""
+        return f"{kind}{request.path_params['owner']}/{request.path_params['name']}"
+
     def found(self, request, revision=None):
         """(repo, commit, files), or the error to answer."""
-        repo = self.repos.get(f"{request.path_params['owner']}/{request.path_params['name']}")
+        repo = self.repos.get(self.repo_id(request))
         if repo is None:
             return self.missing("RepoNotFound", 401)
         commit = repo.at(revision)
@@ -73,7 +78,7 @@ class Hub:
         if isinstance(found, Response):
             return found
         _, oid, files = found
-        repo_id = f"{request.path_params['owner']}/{request.path_params['name']}"
+        repo_id = self.repo_id(request).removeprefix("datasets/")
         return JSONResponse({
             "id": repo_id, "modelId": repo_id, "sha": oid, "private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0,
             "siblings": [{"rfilename": path} for path in sorted(files)],
@@ -112,7 +117,8 @@ class Hub:
 
     async def create(self, request):
         body = await request.json()
-        repo_id = f"{body.get('organization') or 'org'}/{body['name']}"
+        kind = "datasets/" if body.get("type") == "dataset" else ""
+        repo_id = f"{kind}{body.get('organization') or 'org'}/{body['name']}"
         status = 409 if repo_id in self.repos else 200
         self.repos.setdefault(repo_id, Repo())
         return JSONResponse({"url": f"{request.base_url}{repo_id}"}, status)
@@ -140,18 +146,20 @@ class Hub:
             if entry["key"] == "deletedFile":
                 files.pop(value["path"], None)
         oid = repo.commit(files)
-        repo_id = f"{request.path_params['owner']}/{request.path_params['name']}"
-        return JSONResponse({"commitUrl": f"{request.base_url}{repo_id}/commit/{oid}", "commitOid": oid})
+        return JSONResponse({"commitUrl": f"{request.base_url}{self.repo_id(request)}/commit/{oid}", "commitOid": oid})
 
     def app(self):
         """The ASGI application."""
-        repo = "/api/models/{owner}/{name}"
         routes = [
             Route("/api/whoami-v2", self.whoami), Route("/api/repos/create", self.create, methods=["POST"]),
-            Route("/api/validate-yaml", self.validate, methods=["POST"]), Route(repo, self.info), Route(repo + "/revision/{revision}", self.info),
-            Route(repo + "/tree/{revision}", self.tree), Route(repo + "/preupload/{revision}", self.preupload, methods=["POST"]),
-            Route(repo + "/commit/{revision}", self.commit, methods=["POST"]), Route("/{owner}/{name}/resolve/{revision}/{path:path}", self.resolve),
+            Route("/api/validate-yaml", self.validate, methods=["POST"]),
         ]
+        for repo, files in (("/api/models/{owner}/{name}", ""), ("/api/datasets/{owner}/{name}", "/datasets")):
+            routes += [
+                Route(repo, self.info), Route(repo + "/revision/{revision}", self.info), Route(repo + "/tree/{revision}", self.tree),
+                Route(repo + "/preupload/{revision}", self.preupload, methods=["POST"]), Route(repo + "/commit/{revision}", self.commit, methods=["POST"]),
+                Route(files + "/{owner}/{name}/resolve/{revision}/{path:path}", self.resolve),
+            ]
         inner = Starlette(routes=routes)
 
         async def logged(scope, receive, send):

@@ -11,7 +11,7 @@ import torch
 MODES = {
     "plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "on_policy": {"on_policy_fraction": 1.0, "max_new_tokens": 6},
     "minillm": {"objective": "minillm", "rollout_batch": 16, "inner_epochs": 1, "max_new_tokens": 6, "text_weight": 0.5},
-    "answers": {"teacher_answers": True, "max_new_tokens": 6},
+    "answers": {"teacher_answers": True, "max_new_tokens": 6}, "cached": {},
     "sharded": {}, "sharded_untied": {}, "sharded_hidden": {"hidden_weight": 1.0, "hidden_balance": True},
 }
 
@@ -38,6 +38,7 @@ def main(folder, mode):
     from test_distill import rows, student_of
 
     from cbd_hub import ChainDistiller, ChainDistillerConfig
+    from cbd_hub.distill.teacher_cache import write_cache
 
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -51,9 +52,10 @@ def main(folder, mode):
     student.generation_config.eos_token_id = list(range(4, 60))  # so that what is sampled differs in length
     if mode.startswith("sharded"):
         teacher, student = sharded(teacher, folder / f"{mode}_teacher"), sharded(student, folder / f"{mode}_student")
+    cache = write_cache(teacher, rows(48), folder / f"cache{os.environ.get('RANK', '0')}", top_k=24) if mode == "cached" else None
     trainer = ChainDistiller(
         model=student, teacher=teacher, args=config, train_dataset=rows(48), processing_class=tiny.tokenizer(), kept=kept,
-        text_dataset=rows(16) if config.text_weight else None,
+        text_dataset=rows(16) if config.text_weight else None, teacher_cache=cache,
     )
     trainer.train()
     if mode.startswith("sharded") and processes > 1:

@@ -36,6 +36,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
             measured on training text), so that ``hidden_weight`` 1 makes it weigh as much as they do.
         path_fraction: Share of the optimiser steps in which a model in between student and teacher takes the student's place, 0 to 1.
         block_size: Tokens in a packed block, for data sets with a text column.
+        teacher_cache: A folder or Hub data set made by ``cbd cache-teacher``, read instead of running the teacher: at temperature 1, without
+            ``hidden_weight`` and ``path_fraction``, which need the teacher itself.
 
     Raises:
         ArgumentError: If a field is outside its range.
@@ -66,6 +68,7 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
     hidden_balance: bool = field(default=False, metadata={"help": "Scale the hidden-state term to the size of the others."})
     path_fraction: float = field(default=0.0, metadata={"help": "Share of the steps spent on in-between models."})
     block_size: int = field(default=128, metadata={"help": "Tokens in a packed block."})
+    teacher_cache: str | None = field(default=None, metadata={"help": "Teacher cache to read instead of running the teacher."})
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -85,4 +88,24 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if self.block_size < 2:
             raise ArgumentError(f"block_size={self.block_size} holds no token to predict; give 2 or more")
         check_sampling(self)
+        if self.teacher_cache is not None:
+            self.check_cached()
         super().__post_init__()
+
+    def check_cached(self) -> None:
+        """Refuse what a teacher cache cannot give.
+
+        Raises:
+            ArgumentError: Naming the field.
+        """
+        if self.teacher_cache is not None and not isinstance(self.teacher_cache, str):
+            raise ArgumentError(f"teacher_cache={self.teacher_cache!r} is no folder and no Hub id; name what `cbd cache-teacher` made")
+        plain = {
+            "temperature": 1.0, "hidden_weight": 0.0, "path_fraction": 0.0, "on_policy_fraction": 0.0, "objective": "divergence", "teacher_answers": False,
+        }
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise ArgumentError(
+                    f"{name}={getattr(self, name)} needs the teacher itself, and a teacher cache has its top tokens at temperature 1 on its own text; "
+                    f"set {name} to {value}, or leave teacher_cache out"
+                )

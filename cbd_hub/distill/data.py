@@ -6,7 +6,7 @@ import glob
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,40 @@ def read_texts(path: str, column: str = "text") -> list[str]:
     Raises:
         DataError: If no file matches, a format is unknown, or there is no text.
     """
+    texts: list[str] = []
+    for suffix, names in itertools.groupby(_files(path), key=lambda name: Path(name).suffix.lower()):
+        if suffix not in _FORMATS:
+            raise DataError(f'"{suffix}" files are not read as text; give {", ".join(_FORMATS)}')
+        texts += _rows(_FORMATS[suffix], list(names), column)
+    return _nonempty(texts, path)
+
+
+def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
+    """Rows of local files as the trainer takes them: of .jsonl files prompts with completions and chats, else texts.
+
+    Args:
+        path: A file, or a pattern such as "text/*.txt".
+        column: Column that holds the text, where files have columns.
+
+    Raises:
+        DataError: If no file matches, a format is unknown, a line is no row, or there is no text.
+    """
+    names = _files(path)
+    if column == "text" and all(Path(name).suffix.lower() == ".jsonl" for name in names):
+        rows = [row for name in names for _, row in _json_rows(name)]
+        if rows and ("messages" in rows[0] or ("prompt" in rows[0] and ("completion" in rows[0] or "response" in rows[0]))):
+            return rows
+    return [{"text": text} for text in read_texts(path, column)]
+
+
+def _files(path: str) -> list[str]:
     literal = Path(path).expanduser()
     found = [str(literal)] if literal.is_file() else sorted(
         name for name in glob.glob(str(literal), recursive=True) if Path(name).is_file()
     )
     if not found:
         raise DataError(f'no file matches "{path}"; check the path or the pattern')
-    texts: list[str] = []
-    for suffix, names in itertools.groupby(found, key=lambda name: Path(name).suffix.lower()):
-        if suffix not in _FORMATS:
-            raise DataError(f'"{suffix}" files are not read as text; give {", ".join(_FORMATS)}')
-        texts += _rows(_FORMATS[suffix], list(names), column)
-    return _nonempty(texts, path)
+    return found
 
 
 def _rows(builder: str, names: list[str], column: str) -> list[str]:
@@ -81,6 +103,17 @@ def _read(name: str) -> str:
 def _json_lines(name: str, column: str) -> list[str]:
     """The texts of a .jsonl file."""
     texts = []
+    for number, row in _json_rows(name):
+        if column not in row:
+            raise DataError(f'{name} line {number} has no column "{column}"; it has {", ".join(row)[:100]}: name the column that holds the text')
+        if row[column] is not None and not isinstance(row[column], str):
+            raise DataError(f'{name} line {number}: "{column}" is no text but {type(row[column]).__name__}; name the column that holds the text')
+        texts.append(row[column] or "")
+    return texts
+
+
+def _json_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .jsonl file with their line numbers."""
     for number, line in enumerate(_read(name).split("\n"), 1):
         if not line.strip():
             continue
@@ -88,13 +121,9 @@ def _json_lines(name: str, column: str) -> list[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name} line {number} cannot be read as json ({error}); each line is one object") from error
-        if not isinstance(row, dict) or column not in row:
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f'{name} line {number} has no column "{column}"; it has {found[:100]}: name the column that holds the text')
-        if row[column] is not None and not isinstance(row[column], str):
-            raise DataError(f'{name} line {number}: "{column}" is no text but {type(row[column]).__name__}; name the column that holds the text')
-        texts.append(row[column] or "")
-    return texts
+        if not isinstance(row, dict):
+            raise DataError(f"{name} line {number} is no object but {type(row).__name__}; each line is one object")
+        yield number, row
 
 
 def _column(rows: Any, column: str, source: str) -> list[str]:

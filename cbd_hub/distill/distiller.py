@@ -25,6 +25,7 @@ from cbd_hub.distill.hidden import Batch, HiddenTerm
 from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
 from cbd_hub.distill.packing import collate, packed_dataset
 from cbd_hub.distill.progress import MetricsFile
+from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_teacher, shards, without_compiler
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
@@ -56,7 +57,8 @@ class ChainDistiller(SamplingTrainer):
 
     Args:
         model: The student; with ``path_fraction`` a cut of the teacher.
-        teacher: The model to learn from: same tokenizer. Frozen, in bf16 where ``bf16`` is set.
+        teacher: The model to learn from: same tokenizer. Frozen, in bf16 where ``bf16`` is set. With a teacher cache it is only compared with
+            the cache's fingerprint and may be None.
         args: A `ChainDistillerConfig`.
         train_dataset: Rows with ``input_ids`` (and where wanted ``labels``, -100 for tokens that do not count), or with ``text``, ``prompt`` and
             ``completion``, or chat ``messages``, which are packed into blocks; of prompts and chats only the answers count.
@@ -65,11 +67,14 @@ class ChainDistiller(SamplingTrainer):
         kept: Which units of the teacher the student was cut from; needed for ``path_fraction``. Hidden states are matched by it, and evenly without.
         text_dataset: Text for MiniLLM's cross-entropy term, rows as ``train_dataset`` has them; with ``text_weight`` only.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
+        teacher_cache: A `TeacherCache`, its folder or its Hub id, as ``args.teacher_cache``: its blocks are the training data and its top tokens the
+            teacher, which is not run. ``train_dataset`` may be left out; one that is given must be what the cache was made of.
         peft_config: Train an adapter on the student instead of its weights; not on the output head, and not with ``path_fraction``.
         **kwargs: What ``transformers.Trainer`` takes.
 
     Raises:
-        ArgumentError: If ``kept`` is missing where it is needed.
+        ArgumentError: If ``kept`` is missing where it is needed, or a teacher where there is no cache.
+        DataError: If the teacher cache was made for another teacher, tokenizer, text or sequence packing.
         ArchitectureError: If student and teacher have no common axis table where one is needed.
         VocabularyMismatchError: If the vocabularies differ.
 
@@ -83,15 +88,20 @@ class ChainDistiller(SamplingTrainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, model: Any, teacher: Any, args: ChainDistillerConfig, train_dataset: Any = None, eval_dataset: Any = None,
-        processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None, peft_config: Any = None,
-        text_dataset: Any = None, **kwargs: Any,
+        self, model: Any, teacher: Any = None, args: ChainDistillerConfig | None = None, train_dataset: Any = None, eval_dataset: Any = None,
+        processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None,
+        teacher_cache: TeacherCache | str | os.PathLike[str] | None = None, peft_config: Any = None, text_dataset: Any = None, **kwargs: Any,
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
-        if not isinstance(teacher, torch.nn.Module):
-            raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model")
-        self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
+        self.teacher_cache = _cached(args, teacher_cache, teacher, processing_class, train_dataset, eval_dataset)
+        if self.teacher_cache is not None:
+            teacher, train_dataset, kept = None, self.teacher_cache, None
+            self._vocab_size = _cached_vocabulary(model, self.teacher_cache)
+        elif isinstance(teacher, torch.nn.Module):
+            self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
+        else:
+            raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model, or a teacher_cache")
         if kept is None and args.path_fraction:
             raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
         student = self._student = model
@@ -106,8 +116,11 @@ class ChainDistiller(SamplingTrainer):
             eval_dataset=_tokenised(eval_dataset, processing_class, args), processing_class=processing_class, **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
-        teacher.requires_grad_(False).eval()
         self.add_callback(MetricsFile())
+        self.teacher = self._segment = self.hidden = None
+        if teacher is None:
+            return
+        teacher.requires_grad_(False).eval()
         self.kept = kept
         self._segment = None if kept is None else _segment(student, teacher, kept, order)
         self.hidden = HiddenTerm(student, teacher, kept, args) if args.hidden_weight else None
@@ -129,7 +142,7 @@ class ChainDistiller(SamplingTrainer):
         self.teacher = prepare_teacher(self.accelerator, teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels"]
+        self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels", "top_ids", "top_log_probs"]
 
     # -- the loss ------------------------------------------------------------------------------------------------------------
 
@@ -146,11 +159,16 @@ class ChainDistiller(SamplingTrainer):
             )
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _beside_teacher(self, model: Any, inputs: dict[str, Any], compute: Callable[[Any, Output], T]) -> T:
-        """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either."""
+    def _beside_teacher(self, model: Any, inputs: dict[str, Any], compute: Callable[[Any, Output | None], T]) -> T:
+        """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either; cached top tokens need no teacher."""
         model = without_compiler(model)
         module = self.accelerator.unwrap_model(model)
         student = module.get_base_model() if is_peft_model(module) else module
+        if "top_ids" in inputs:
+            with self.accelerator.autocast():
+                return inside(model, module, lambda: compute(student, None))
+        if self.teacher is None:
+            raise ArgumentError("these rows have no top tokens and there is no teacher to run on them; evaluate on a TeacherCache")
         teacher = self.accelerator.unwrap_model(self.teacher)
         grad = torch.is_grad_enabled()
         found: list[T] = []
@@ -165,7 +183,7 @@ class ChainDistiller(SamplingTrainer):
             inside(self.teacher, teacher, run, frozen=True)
         return found[0]
 
-    def _loss(self, student: Any, target: Output, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+    def _loss(self, student: Any, target: Output | None, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         args: ChainDistillerConfig = self.args
         labels = _shifted(inputs["labels"])
         keep = labels != -100
@@ -176,8 +194,9 @@ class ChainDistiller(SamplingTrainer):
             num_items = keep.sum().clamp(min=1)
         runner = ModelRunner(student) if plan is None else self._between.run(plan)
         output = runner(*_batch(inputs), states=hidden is not None)
-        loss = self._head_loss(output, target, labels, num_items, 0.0 if "own" in inputs else args.ce_weight)
-        if hidden is not None:
+        top = None if target is not None else (inputs["top_ids"].flatten(0, 1), inputs["top_log_probs"].flatten(0, 1))
+        loss = self._head_loss(output, target, labels, num_items, 0.0 if "own" in inputs else args.ce_weight, top)
+        if hidden is not None and target is not None:
             term = hidden.loss(output, target, keep, num_items)
             if training:
                 hidden.note(loss, term)
@@ -188,15 +207,20 @@ class ChainDistiller(SamplingTrainer):
             loss = loss * self.accelerator.num_processes  # the count is of all processes, and their gradients are averaged
         return loss
 
-    def _head_loss(self, output: Output, target: Output, labels: Tensor, num_items: Tensor | int, ce_weight: float) -> Tensor:
+    def _head_loss(
+        self, output: Output, target: Output | None, labels: Tensor, num_items: Tensor | int, ce_weight: float, top: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         args: ChainDistillerConfig = self.args
-        ours, theirs = output.head, target.head
+        ours = output.head
+        theirs: dict[str, Any] = {} if target is None else {
+            "teacher_bias": target.head.bias, "teacher_logit_scale": target.head.logit_scale, "teacher_softcap": target.head.softcap,
+        }
         return distillation_loss(
-            output.hidden.flatten(0, 1), ours.weight, target.hidden.flatten(0, 1), theirs.weight, labels.flatten(),
-            divergence=args.divergence, temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight,
-            ce_weight=ce_weight, num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias,
-            student_logit_scale=ours.logit_scale, teacher_logit_scale=theirs.logit_scale, student_softcap=ours.softcap,
-            teacher_softcap=theirs.softcap, vocab_size=self._vocab_size,
+            output.hidden.flatten(0, 1), ours.weight, None if target is None else target.hidden.flatten(0, 1),
+            None if target is None else target.head.weight, labels.flatten(), teacher_top=top, divergence=args.divergence,
+            temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight, ce_weight=ce_weight,
+            num_items=num_items, student_bias=ours.bias, student_logit_scale=ours.logit_scale, student_softcap=ours.softcap,
+            vocab_size=self._vocab_size, **theirs,
         )
 
     # -- the hidden term -----------------------------------------------------------------------------------------------------
@@ -211,7 +235,8 @@ class ChainDistiller(SamplingTrainer):
                 inputs = {name: value.to(self.args.device) for name, value in self.data_collator(taken).items()}
                 labels = _shifted(inputs["labels"])
 
-                def batch(student: Any, target: Output, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:
+                def batch(student: Any, target: Output | None, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:
+                    assert target is not None
                     output = ModelRunner(student)(*_batch(inputs), states=True)
                     return output, target, labels != -100, self._head_loss(output, target, labels, 1, self.args.ce_weight)
 
@@ -357,6 +382,31 @@ def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None
         )
     logger.info("heads of %d and %d rows are padded; the loss uses the tokenizer's %d tokens", ours, theirs, real)
     return real
+
+
+def _cached(
+    args: ChainDistillerConfig, cache: Any, teacher: Any, tokenizer: Any, train_dataset: Any, eval_dataset: Any
+) -> TeacherCache | None:
+    """The teacher cache to train from, found to be that of what is given; None where the teacher is to be run."""
+    if cache is None:
+        cache = train_dataset if isinstance(train_dataset, TeacherCache) else args.teacher_cache
+    if cache is None:
+        return None
+    args.check_cached()
+    if eval_dataset is not None and not isinstance(eval_dataset, TeacherCache):
+        raise ArgumentError("evaluation would run the teacher, and a teacher cache stands in its place; pass a TeacherCache as eval_dataset too, or none")
+    opened = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
+    rows = None if isinstance(train_dataset, TeacherCache) else train_dataset
+    opened.check(teacher=teacher, tokenizer=tokenizer, rows=rows, block_size=args.block_size)
+    return opened
+
+
+def _cached_vocabulary(student: Any, cache: TeacherCache) -> int | None:
+    """Rows of the student's head that the cache's tokens are; None where that is all."""
+    ours, theirs = student.config.vocab_size, cache.codec.vocab_size
+    if ours < theirs:
+        raise VocabularyMismatchError(f"the student has a vocabulary of {ours:,} and the cached teacher of {theirs:,}; models of different ones need a bridge")
+    return None if ours == theirs else theirs
 
 
 def _tokenised(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:

@@ -28,7 +28,10 @@ from cbd_hub.weights import model_class, read_config
 _DEEP = 5  # layers of the deeper trial
 _REPEATS = 3
 # What a trial leaves out: it has other layers than the teacher, and no text, prompts or cache.
-_PLAIN = {"path_fraction": 0.0, "hidden_layers": None, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False}
+_PLAIN = {
+    "path_fraction": 0.0, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence", "teacher_answers": False, "text_weight": 0.0,
+    "teacher_cache": None, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
+}
 
 
 @dataclass(frozen=True)

@@ -215,9 +215,10 @@ class SamplingTrainer(AnchorTrainer):
         self._rollouts = turn, [everyone[place] for place in range(args.rollout_batch)]
         return self._rollouts[1]
 
-    def _policy_loss(self, student: Any, target: Output, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+    def _policy_loss(self, student: Any, target: Output | None, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         """MiniLLM's loss of sampled responses, and the cross-entropy of the text that came with them."""
         args: ChainDistillerConfig = self.args
+        assert target is not None
         labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
         output = ModelRunner(student)(inputs["input_ids"], inputs.get("attention_mask"))
         ours, theirs = output.head, target.head

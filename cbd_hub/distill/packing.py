@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
@@ -168,4 +169,7 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tens
         ])
     elif any("attention_mask" in row for row in rows) or any(len(row["input_ids"]) < longest for row in rows):
         batch["attention_mask"] = torch.tensor([padded(row.get("attention_mask", [1] * len(row["input_ids"])), 0) for row in rows])
+    if "top_ids" in rows[0]:
+        for name in ("top_ids", "top_log_probs"):  # of a teacher cache, shape (length, k)
+            batch[name] = torch.stack([F.pad(torch.as_tensor(row[name]), (0, 0, 0, longest - len(row[name]))) for row in rows])
     return batch

@@ -25,9 +25,9 @@ from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importan
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import Parts, read_dataset, read_texts, split_documents
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.progress import METRICS, StageProgress
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import disk_error, staged_folder, write_text
@@ -88,7 +88,7 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
     least = shapes.count(shapes.shape_of(teacher_config).model_copy(update={"layers": 1, "ffn": 1}), teacher_config)
     source = (above, teacher, teacher_config)
     taken = [unique_name(above, [])]
-    stages = []
+    stages: list[Stage] = []
     for wish in recipe.anchors:
         shape, checkpoint = None, None
         if isinstance(wish, dict) and "checkpoint" in wish:
@@ -115,7 +115,9 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
         stage = Stage(name, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish))
         if checkpoint is not None and stage.config("unused").path_fraction:
             raise RecipeError(f"anchor {wish}: path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint")
-        stage.config("unused")
+        cache = stage.config("unused").teacher_cache
+        if cache is not None and not stages:
+            TeacherCache.open(cache)  # those of later stages may wait for their teachers
         stages.append(stage)
         taken.append(name)
         above = size
@@ -327,7 +329,7 @@ class _Run:
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
         arguments = stage.config(str(run_dir), self.recipe.seed)
-        rows = packed_dataset([{"text": text} for text in self.parts.train], self.tokenizer, arguments.block_size)
+        rows = [{"text": text} for text in self.parts.train]
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
             text_dataset=rows if arguments.text_weight else None, callbacks=[StageProgress(f"{stage.name}", arguments)],

@@ -24,6 +24,7 @@ class AnchorTrainer(Trainer):
     """A Trainer whose checkpoints are whole or not there, and whose pushes hold a model and nothing of its training."""
 
     teacher: Any
+    teacher_cache: Any = None
 
     def save_beside(self, folder: Path) -> None:
         """Write what a checkpoint holds besides the Trainer's own; every process calls it."""
@@ -79,7 +80,7 @@ class AnchorTrainer(Trainer):
     def _card(self, name: str) -> str:
         args: ChainDistillerConfig = self.args
         model = self.accelerator.unwrap_model(self.model)
-        teacher = self.teacher.config._name_or_path
+        teacher = self.teacher_cache.record.source.teacher.repo_id or "" if self.teacher_cache is not None else self.teacher.config._name_or_path
         tokens = int(self.state.num_input_tokens_seen) or self.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         facts = {

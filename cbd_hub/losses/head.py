@@ -93,8 +93,8 @@ def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options
 def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     """Per-row divergence on the teacher's top tokens and one bucket for the rest, and its gradient with respect to the student's logits.
 
-    With ``g`` the slope of the divergence in the student's log-probabilities of the k + 1 outcomes and ``G`` its sum, the logit of a listed token
-    has the slope ``g_k - q_k G``, and that of any other token ``q_v (g_rest / q_rest - G)``.
+    The k + 1 outcomes are a softmax of their own, so that the slope of a listed token's logit is that outcome's; the bucket's slope falls to its
+    tokens by their share of its probability.
 
     Args:
         logits: The student's, shape (rows, V).
@@ -103,33 +103,19 @@ def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tens
         options: The divergence and its mixture weights; temperature 1.
     """
     tiny = torch.finfo(logits.dtype).eps
-    normalised = logits - logits.logsumexp(-1, keepdim=True)
-    listed = normalised.gather(1, ids)
-    q_rest = (1 - listed.exp().sum(-1, keepdim=True)).clamp(min=tiny)
-    log_probs = log_probs.to(logits.dtype)
-    teacher = torch.cat([log_probs, (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=tiny).log()], -1)
-    with torch.enable_grad():
-        student = torch.cat([listed, q_rest.log()], -1).requires_grad_()
-        value = _outcome_divergence(student, teacher, options)
-        (slope,) = torch.autograd.grad(value.sum(), student)
-    total = slope.sum(-1, keepdim=True)
-    gradient = normalised.exp_().mul_(slope[:, -1:] / q_rest - total)
-    gradient.scatter_(1, ids, slope[:, :-1] - listed.exp() * total)
-    return value.detach(), gradient
+    largest = logits.amax(-1, keepdim=True)
+    gradient = (logits - largest).exp_()  # one exponential a logit; normalised only where it is needed
+    total = gradient.sum(-1, keepdim=True)
+    listed = logits.gather(1, ids) - (largest + total.log())
 
+    def outcomes(listed: Tensor) -> Tensor:
+        return torch.cat([listed, (1 - listed.exp().sum(-1, keepdim=True)).clamp(min=tiny).log()], -1)
 
-def _outcome_divergence(student: Tensor, teacher: Tensor, options: _Options) -> Tensor:
-    """Divergence of each row from log-probabilities of a few outcomes, by its definition."""
-    if options.divergence == "forward_kl":
-        return (teacher.exp() * (teacher - student)).sum(-1)
-    if options.divergence == "reverse_kl":
-        return (student.exp() * (student - teacher)).sum(-1)
-    weight = options.beta if options.divergence == "jensen_shannon" else options.skew
-    mixture = torch.logaddexp(teacher + math.log(weight), student + math.log1p(-weight))
-    to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
-    if options.divergence == "skew_kl":
-        return to_teacher
-    return weight * to_teacher + (1 - weight) * (student.exp() * (student - mixture)).sum(-1)
+    student = outcomes(listed)
+    rest = student[:, -1:].exp()
+    value, slope = _divergence_and_gradient(student, outcomes(log_probs.to(logits.dtype)), options)
+    gradient.mul_(slope[:, -1:] / (rest * total))
+    return value, gradient.scatter_(1, ids, slope[:, :-1])
 
 
 def _few_rows(
@@ -365,3 +351,42 @@ def token_losses(
         chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
         losses.append(logits.logsumexp(-1) - chosen)
     return torch.cat(losses) if losses else hidden.new_zeros(0)
+
+
+@torch.no_grad()
+def top_log_probs(
+    hidden: Tensor, head: Tensor, k: int, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest tokens of every row and the mass of the others, without an N x V tensor.
+
+    Args:
+        hidden: Last hidden states, shape (N, H). Their dtype is the dtype of the product.
+        head: Output projection, shape (V, H).
+        k: How many tokens, below V.
+        bias: Shape (V,), or None.
+        logit_scale: Factor on the logits.
+        softcap: ``cap * tanh(logits / cap)``, or None.
+        vocab_size: Rows of the head that are real tokens; None for all.
+
+    Returns:
+        Their ids, shape (N, k), in no order; their log-probabilities, shape (N, k); the log-probability of any other token, shape (N,).
+
+    Example:
+        >>> ids, listed, rest = top_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), 3)
+        >>> listed.exp()[0], rest.exp()
+        (tensor([0.1250, 0.1250, 0.1250]), tensor([0.6250, 0.6250]))
+    """
+    head = head[:vocab_size].to(hidden.dtype)
+    bias = None if bias is None else bias[:vocab_size]
+    rows = _block_rows(head.shape[0], torch.float32)
+    parts = []
+    for start in range(0, len(hidden), rows):
+        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
+        listed, ids = logits.topk(k, -1, sorted=False)
+        rest = logits.scatter_(1, ids, -math.inf).logsumexp(-1)
+        whole = torch.logaddexp(listed.logsumexp(-1), rest)
+        parts.append((ids, listed - whole[:, None], rest - whole))
+    if not parts:
+        return hidden.new_zeros(0, k, dtype=torch.int64), hidden.new_zeros(0, k), hidden.new_zeros(0)
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])

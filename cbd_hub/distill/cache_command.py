@@ -1,0 +1,89 @@
+"""What ``cbd cache-teacher`` does: models and rows found, a cache written with a progress bar, and pushed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from cbd_hub.chain import resolve_checkpoint
+from cbd_hub.distill.data import read_rows
+from cbd_hub.distill.recipe import read_parts
+from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.errors import ArgumentError
+from cbd_hub.hub import upload
+from cbd_hub.interpolation.live import best_device
+from cbd_hub.model import weight_dtype
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
+
+
+def cache_text(
+    teacher: str, out_dir: Path, *, text: str | None = None, recipe: Path | None = None, column: str = "text", block_size: int | None = None,
+    max_tokens: int | None = None, top_k: int = 128, bits: int = 8, student: str | None = None, batch_size: int = 8, dtype: str | None = None,
+    push: str | None = None, quiet: bool = False,
+) -> tuple[TeacherCache, dict[str, Any]]:
+    """Cache a teacher on files of text, or on the training text of a recipe.
+
+    Args:
+        teacher: Folder or Hub id.
+        out_dir: The folder to make.
+        text: A file or pattern.
+        recipe: A recipe instead, whose training documents are taken in its order and packed as its stages do.
+        column: Column that holds the text, where files have columns.
+        block_size: Tokens in a block; the recipe's, or 128, by default.
+        max_tokens: Stop when so many tokens are reached.
+        top_k: Tokens listed at a position.
+        bits: Precision of a log-probability.
+        student: Folder or Hub id of a model to measure the tail's share of the divergence with.
+        batch_size: Blocks a forward pass.
+        dtype: What the models compute in; that of their weights by default.
+        push: A Hub data set to push to.
+        quiet: Show no progress bar.
+
+    Returns:
+        The cache, and facts of this run: its seconds, where it was pushed.
+
+    Raises:
+        ArgumentError: If not one of text and recipe is given, or the dtype is none.
+        CBDError: If a model, the text or the folder cannot be used.
+    """
+    if (text is None) == (recipe is None):
+        raise ArgumentError("give either --text (files) or --recipe (the training text of a recipe)")
+    compute = None if dtype is None else weight_dtype(dtype, torch.float32)
+    if text is not None:
+        rows = read_rows(text, column)
+    else:
+        assert recipe is not None
+        read = Recipe.read(recipe)
+        block_size = block_size or read.data.block_size
+        rows = [{"text": document} for document in read_parts(read).train]
+    folder = resolve_checkpoint(teacher)
+    model, asked = _load(folder), None if student is None else _load(resolve_checkpoint(student))
+    model.config._name_or_path = teacher  # loading leaves the folder of the download there
+    if compute is not None and asked is not None:
+        asked = asked.to(compute)
+    began = time.monotonic()
+    with tqdm(desc="cache", unit="block", disable=quiet) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        cache = write_cache(
+            model, rows, out_dir, tokenizer=load_tokenizer(folder), block_size=block_size or 128, top_k=top_k, bits=bits, max_tokens=max_tokens,
+            batch_size=batch_size, dtype=compute, student=asked, progress=progress,
+        )
+    facts: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
+    if push is not None:
+        upload(out_dir, push, message="Teacher cache", repo_type="dataset")
+        facts["pushed"] = push
+    return cache, facts
+
+
+def _load(folder: Path) -> Any:
+    """A model in the dtype of its weights."""
+    return load_model(folder, Checkpoint(folder, read_config(folder)).dtype).to(best_device())

@@ -1,0 +1,401 @@
+"""A teacher's top-k log-probabilities, written once and read instead of running it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from cbd_hub.cards import cache_card
+from cbd_hub.distill.cache_record import (
+    FILE_NAME,
+    SCHEMA_VERSION,
+    CacheRecord,
+    Figures,
+    IdentifiedBlocks,
+    PackingRecord,
+    ShardRecord,
+    Source,
+    StudentFigures,
+    TeacherRecord,
+    TextRecord,
+    predicts,
+)
+from cbd_hub.distill.packing import collate
+from cbd_hub.distill.top_codec import TopCodec, rounding_kl
+from cbd_hub.errors import CBDError, DataError, StorageError, VocabularyMismatchError
+from cbd_hub.files import check_file, disk_error, sha256, write_text
+from cbd_hub.hub import download, is_repo_id
+from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.losses.head import distillation_loss, top_log_probs
+from cbd_hub.shapes import parameter_count
+from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
+
+
+SHARD_TOKENS = 2**18
+_WORK = ".work"
+_TOP = "teacher_top"
+
+
+class TeacherCache(TorchDataset[dict[str, Any]]):
+    """A teacher cache as a data set: blocks with the teacher's top tokens at every position that predicts one that counts.
+
+    A row has ``input_ids`` and, where the blocks had them, ``labels`` and ``position_ids``; ``top_ids``, int64, and ``top_log_probs``, float32,
+    each of shape (length, k), zero where nothing counts.
+
+    Example:
+        >>> cache = TeacherCache.open("./cache")  # doctest: +SKIP
+        >>> cache[0]["top_ids"].shape  # doctest: +SKIP
+        (128, 128)
+    """
+
+    def __init__(self, record: CacheRecord, rows: Any, name: str) -> None:
+        self.record, self.name = record, name
+        source = record.source
+        self.codec = TopCodec(source.top_k, source.bits, source.vocab_size)
+        self._rows = rows
+
+    @classmethod
+    def open(cls, cache: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None) -> TeacherCache:
+        """A cache from a local folder or a Hub data set.
+
+        Args:
+            cache: Folder or repo id.
+            revision: Branch, tag or commit of the repo.
+            token: Hub token; None for the stored one.
+
+        Raises:
+            DataError: If it is no cache, or its cache.json or columns are refused.
+            IntegrityError: If a file is missing or differs from its recorded hash.
+        """
+        folder = Path(cache).expanduser()
+        if not folder.is_dir() and is_repo_id(os.fspath(cache)):
+            folder = download(os.fspath(cache), revision, [FILE_NAME, "data/*"], {"repo_type": "dataset", "token": token})
+        record = CacheRecord.read(folder)
+        wanted = _features(record.source.columns)
+        parts = []
+        for shard in record.shards:
+            path = folder / shard.path
+            check_file(path, shard.sha256, shard.bytes)
+            try:
+                part = Dataset.from_file(str(path))
+            except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
+                raise DataError(f"{path} is no Arrow file ({one_line(error)}); fetch or make the cache again") from error
+            if part.features != wanted or len(part) != shard.rows:
+                raise DataError(f"{path} has {len(part):,} rows of {', '.join(part.features)}, not {shard.rows:,} of {', '.join(wanted)}; fetch or make the cache again")
+            parts.append(part)
+        return cls(record, concatenate_datasets(parts), os.fspath(cache))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[int(index)]
+        try:
+            return self._decoded(row)
+        except (DataError, OverflowError, TypeError, ValueError) as error:
+            raise DataError(f"row {index} of {self.name} is damaged: {one_line(error)}; fetch or make the cache again") from error
+
+    def _decoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        length, vocab = len(row["input_ids"]), self.codec.vocab_size
+        for name, low, high in (("input_ids", 0, vocab), ("labels", -100, vocab), ("position_ids", 0, length)):
+            if name in row:
+                values = np.asarray(row[name], np.int64)
+                if values.shape != (length,) or not length or values.min() < low or values.max() >= high:
+                    raise DataError(f"{name} are not {length} numbers from {low} to {high - 1:,}")
+        keep = predicts(row)
+        ids, log_probs = self.codec.decode(row.pop(_TOP), int(keep.sum()))
+        row["top_ids"] = np.zeros((length, self.codec.top_k), np.int64)
+        row["top_log_probs"] = np.zeros((length, self.codec.top_k), np.float32)
+        row["top_ids"][keep], row["top_log_probs"][keep] = ids, log_probs
+        return row
+
+    def check(self, *, teacher: Any = None, tokenizer: Any = None, rows: Iterable[Mapping[str, Any]] | None = None, block_size: int = 128) -> None:
+        """Refuse unless the cache was made for what is given; what is left out is not compared.
+
+        Args:
+            teacher: A loaded model.
+            tokenizer: A transformers tokenizer.
+            rows: Rows or blocks, as for `write_cache`. A cache that stopped at a limit of tokens must be made of the first ones.
+            block_size: Tokens in a block, for rows that are packed.
+
+        Raises:
+            DataError: Naming what differs.
+        """
+        source = self.record.source
+        if teacher is not None:
+            self._same("teacher", "weights", source.teacher.weights_sha256, weights_sha256(teacher))
+        if tokenizer is not None and source.tokenizer_sha256 is not None:
+            self._same("tokenizer", "tokenizer", source.tokenizer_sha256, tokenizer_sha256(tokenizer))
+        if rows is None:
+            return
+        given = IdentifiedBlocks(rows, tokenizer, block_size)
+        raw = not given.packed and source.text.sha256 is not None
+        if raw and block_size != source.packing.block_size:
+            raise DataError(f"{self.name} was made for another sequence packing: blocks of {source.packing.block_size} tokens, not {block_size}{_REMEDY}")
+        drawn = 0
+        for drawn, _ in enumerate(given, 1):
+            if drawn > source.packing.blocks or (drawn == source.packing.blocks and not source.text.complete):
+                break
+        if raw:
+            self._same("text", "documents", f"{source.text.sha256} {source.text.documents}", f"{given.text_sha256} {given.documents}")
+        what = "sequence packing" if raw else "text or sequence packing"
+        self._same(what, "blocks", f"{source.packing.sha256} {source.packing.blocks}", f"{given.packing_sha256} {drawn}")
+
+    def _same(self, what: str, of: str, recorded: str, found: str) -> None:
+        if recorded != found:
+            raise DataError(f"{self.name} was made for another {what}: its {of} are {recorded[:12]}..., these are {found[:12]}...{_REMEDY}")
+
+
+_REMEDY = "; make a cache for this one with `cbd cache-teacher`, or leave teacher_cache out"
+
+
+def _features(columns: Iterable[str]) -> Features:
+    return Features({**{name: List(Value("int32")) for name in columns}, _TOP: Value("binary")})
+
+
+@dataclass
+class _Sums:
+    """What is added up over the positions of a shard."""
+
+    positions: int = 0
+    rounding: float = 0.0
+    worst: float = 0.0
+    tail: float = 0.0
+    full: float = 0.0
+    kept: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        for name in ("positions", "rounding", "tail", "full", "kept"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.worst = max(self.worst, other.worst)
+
+
+@dataclass
+class _Asker:
+    """The teacher, and perhaps a student, asked about blocks."""
+
+    codec: TopCodec
+    teacher: Any
+    student: Any = None
+    sums: _Sums = field(default_factory=_Sums)
+
+    def __call__(self, blocks: list[dict[str, np.ndarray]]) -> list[bytes]:
+        """The encoded top tokens of each block."""
+        batch = {name: tensor.to(self.teacher.device, torch.int64) for name, tensor in collate(blocks).items()}
+        keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        keep[:, :-1] = batch["labels"][:, 1:] != -100
+        inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+        target = ModelRunner(self.teacher)(*inputs)
+        head, hidden = target.head, target.hidden[keep].float()
+        ids, log_probs, log_rest = top_log_probs(
+            hidden, head.weight, self.codec.top_k, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+            vocab_size=self.codec.vocab_size,
+        )
+        if not torch.isfinite(log_probs).all():
+            raise DataError(f"the teacher's log-probabilities are no numbers on a batch that begins with tokens {blocks[0]['input_ids'][:8].tolist()}")
+        order = ids.argsort(-1)
+        exact = (ids.gather(1, order).cpu().numpy(), log_probs.gather(1, order).cpu().numpy(), log_rest.cpu().numpy())
+        encoded, kept, start = [], np.empty_like(exact[1]), 0
+        for count in keep.sum(1).tolist():
+            here = slice(start, start + count)
+            encoded.append(self.codec.encode(*(part[here] for part in exact)))
+            kept[here] = self.codec.decode(encoded[-1], count)[1]
+            start += count
+        costs = rounding_kl(exact[1], exact[2], kept)
+        self.sums.positions += len(costs)
+        self.sums.rounding += float(costs.sum())
+        self.sums.worst = max(self.sums.worst, float(costs.max(initial=0.0)))
+        self.sums.tail += float(np.exp(exact[2], dtype=np.float64).sum())
+        if self.student is not None:
+            top = (torch.from_numpy(exact[0]).to(hidden.device), torch.from_numpy(kept).to(hidden.device))
+            full, bucketed = self._divergences(inputs, keep, hidden, head, top)
+            self.sums.full += full
+            self.sums.kept += bucketed
+        return encoded
+
+    def _divergences(self, inputs: tuple[Any, ...], keep: Tensor, hidden: Tensor, head: Any, top: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Forward KL to the student, summed over positions: over the whole vocabulary, and over what is kept."""
+        output = ModelRunner(self.student)(*inputs)
+        ours = output.head
+        full, kept = (
+            float(distillation_loss(
+                output.hidden[keep].float(), ours.weight, hidden, head.weight, torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device),
+                num_items=1, vocab_size=self.codec.vocab_size, student_bias=ours.bias, teacher_bias=head.bias,
+                student_logit_scale=ours.logit_scale, teacher_logit_scale=head.logit_scale, student_softcap=ours.softcap,
+                teacher_softcap=head.softcap, teacher_top=listed,
+            )) for listed in (None, top)
+        )
+        return full, kept
+
+
+def write_cache(
+    teacher: Any, rows: Iterable[Mapping[str, Any]], folder: str | os.PathLike[str], *, tokenizer: Any = None, block_size: int = 128,
+    top_k: int = 128, bits: int = 8, max_tokens: int | None = None, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS,
+    dtype: torch.dtype | None = None, student: Any = None, progress: Callable[[int, int], None] | None = None,
+) -> TeacherCache:
+    """Run a teacher over a text once and keep its top-k log-probabilities, as a folder that ``datasets.load_dataset`` reads.
+
+    Shards are written aside and renamed. Stopped, the same call goes on behind the last whole shard, and the folder comes out as if it had not been
+    stopped. Two figures say what the cache costs, in ``cache.json``: ``rounding_kl``, what rounding the log-probabilities moves the teacher by, and
+    ``tail_mass``, the probability of the tokens that are not listed, of which only the sum is kept; a student is not told how to share it out, so
+    that its divergence reads smaller than over the whole vocabulary, by how much ``student`` tells.
+
+    Args:
+        teacher: The model to learn from.
+        rows: Rows with ``text``, ``prompt`` and ``completion`` or ``messages``, which are packed, or blocks that have ``input_ids``.
+        folder: The folder to make: absent, empty, or this cache unfinished.
+        tokenizer: Its tokenizer; needed unless rows have ``input_ids``.
+        block_size: Tokens in a packed block.
+        top_k: Tokens listed at a position.
+        bits: Precision of a log-probability, 4 to 16; at 8 rounding costs at most 0.0005 nats at any token.
+        max_tokens: Stop with the block in which so many tokens are reached; None for the whole text.
+        batch_size: Blocks a forward pass.
+        shard_tokens: Tokens in a shard, which is what is lost at most when it is stopped.
+        dtype: What the teacher computes in; its own by default. Logits are made in fp32.
+        student: A model to measure the tail's share of the divergence with; costs a second forward pass.
+        progress: Called with the blocks done and the blocks in all.
+
+    Returns:
+        The cache.
+
+    Raises:
+        DataError: If the text does not fill one block, or a token is not in the teacher's vocabulary.
+        StorageError: If the folder is in the way, holds another cache, or the disk is full.
+    """
+    target = Path(folder)
+    rows_of_head = teacher.get_output_embeddings().weight.shape[0]
+    codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, len(tokenizer)))
+    if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:
+        raise VocabularyMismatchError(f"the student has a vocabulary of {student.config.vocab_size:,}, the cache one of {codec.vocab_size:,}; give a student of the teacher's vocabulary")
+    identified = IdentifiedBlocks(rows, tokenizer, block_size)
+    blocks, complete = [], True
+    for block in identified:
+        blocks.append(block)
+        if block.keys() != blocks[0].keys():
+            raise DataError(f"block {len(blocks) - 1:,} has {', '.join(block)} and the first one {', '.join(blocks[0])}; give all blocks the same columns")
+        if block["input_ids"].max() >= codec.vocab_size:
+            raise DataError(f"block {len(blocks) - 1:,} has the token {block['input_ids'].max():,}, not below the vocabulary's size, {codec.vocab_size:,}; give the teacher's tokenizer")
+        if max_tokens is not None and identified.tokens >= max_tokens:
+            complete = False
+            break
+    if not identified.predicted:
+        raise DataError(f"the text does not fill one block of {block_size:,} tokens; give more text or a smaller block_size")
+    name = getattr(teacher.config, "_name_or_path", "") or ""
+    source = Source(
+        teacher=TeacherRecord(
+            repo_id=name if is_repo_id(name) else None, parameters=parameter_count(teacher.config), weights_sha256=weights_sha256(teacher),
+            dtype=str(dtype or teacher.dtype).removeprefix("torch."),
+        ),
+        tokenizer_sha256=None if tokenizer is None else tokenizer_sha256(tokenizer),
+        text=TextRecord(sha256=identified.text_sha256, documents=identified.documents, complete=complete),
+        packing=PackingRecord(
+            sha256=identified.packing_sha256, block_size=None if identified.packed else block_size, blocks=identified.blocks,
+            tokens=identified.tokens, predicted=identified.predicted,
+        ),
+        columns=list(blocks[0]), top_k=top_k, bits=bits, vocab_size=codec.vocab_size,
+        shard_blocks=max(1, shard_tokens // max(len(block["input_ids"]) for block in blocks)),
+        student_sha256=None if student is None else weights_sha256(student),
+    )
+    if dtype is not None and teacher.dtype != dtype:
+        teacher = copy.deepcopy(teacher).to(dtype)
+    try:
+        with frozen(teacher, *([] if student is None else [student])):
+            _write(target, source, blocks, codec, teacher, student, batch_size, progress or (lambda done, total: None))
+    except OSError as error:
+        if isinstance(error, CBDError) or not disk_error(error):
+            raise
+        raise StorageError(f"cannot write {target}: {error.strerror or one_line(error)}; free or choose another disk and run again, it goes on") from error
+    return TeacherCache.open(target)
+
+
+def _write(
+    target: Path, source: Source, blocks: list[dict[str, np.ndarray]], codec: TopCodec, teacher: Any, student: Any, batch_size: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    work = target / _WORK
+    if _begun(target, source):
+        shutil.rmtree(work, ignore_errors=True)  # there if it was killed at its very end
+        progress(len(blocks), len(blocks))
+        return
+    count = -(-len(blocks) // source.shard_blocks)
+    total, shards = _Sums(), []
+    for index in range(count):
+        name = f"data/train-{index:05d}-of-{count:05d}.arrow"
+        first, last = index * source.shard_blocks, min((index + 1) * source.shard_blocks, len(blocks))
+        facts = _finished(work / f"{index:05d}.json", target / name)
+        if facts is None:
+            asker = _Asker(codec, teacher, student)
+            partial = work / "shard.partial"
+            with ArrowWriter(path=str(partial), features=_features(source.columns), writer_batch_size=batch_size) as writer:
+                for start in range(first, last, batch_size):
+                    part = blocks[start : min(start + batch_size, last)]
+                    for block, top in zip(part, asker(part), strict=True):
+                        writer.write({**block, _TOP: top})
+                    progress(start + len(part), len(blocks))
+                writer.finalize()
+            facts = {"bytes": partial.stat().st_size, "sha256": sha256(partial), "sums": vars(asker.sums)}
+            write_text(work / f"{index:05d}.json", json.dumps(facts))
+            (target / name).parent.mkdir(exist_ok=True)
+            os.replace(partial, target / name)
+        progress(last, len(blocks))
+        shards.append(ShardRecord(path=name, rows=last - first, bytes=facts["bytes"], sha256=facts["sha256"]))
+        total.add(_Sums(**facts["sums"]))
+    figures = Figures(
+        bytes_per_token=sum(shard.bytes for shard in shards) / source.packing.tokens, rounding_kl=total.rounding / total.positions,
+        rounding_kl_max=total.worst, tail_mass=total.tail / total.positions,
+        student=None if student is None else StudentFigures(
+            parameters=parameter_count(student.config), full=total.full / total.positions, kept=total.kept / total.positions,
+        ),
+    )
+    record = CacheRecord(schema_version=SCHEMA_VERSION, created_with=f"cbd_hub {version('cbd-hub')}", source=source, figures=figures, shards=shards)
+    write_text(target / "README.md", cache_card(record.model_dump()))
+    for path in target.glob(".*"):
+        if path != work:
+            path.unlink()  # left by a run that was killed while it wrote
+    write_text(target / FILE_NAME, record.model_dump_json(indent=1) + "\n")
+    shutil.rmtree(work)
+
+
+def _begun(target: Path, source: Source) -> bool:
+    """Whether the cache is finished already; otherwise the folder is made ready for it.
+
+    Raises:
+        StorageError: If the folder holds anything else.
+    """
+    plan = target / _WORK / "source.json"
+    found: dict[str, Any] | None = None
+    if (target / FILE_NAME).is_file():
+        found = CacheRecord.read(target).source.model_dump()
+    elif plan.is_file():
+        found = json.loads(plan.read_bytes())
+    elif target.exists() and (not target.is_dir() or any(path.name != _WORK for path in target.iterdir())):
+        raise StorageError(f"{target} already exists and is no teacher cache; choose another folder or remove it")
+    wanted = source.model_dump()
+    if found is not None and found != wanted:
+        differs = ", ".join(name for name in wanted if found.get(name) != wanted[name])
+        raise StorageError(f"{target} holds a cache of another {differs}; choose another folder or remove it")
+    if found is None:
+        write_text(plan, json.dumps(wanted))
+    return (target / FILE_NAME).is_file()
+
+
+def _finished(facts: Path, shard: Path) -> dict[str, Any] | None:
+    """What was written of a shard if it is whole, else None."""
+    if not facts.is_file() or not shard.is_file():
+        return None
+    found: dict[str, Any] = json.loads(facts.read_bytes())
+    return found if shard.stat().st_size == found["bytes"] and sha256(shard) == found["sha256"] else None
