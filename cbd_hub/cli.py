@@ -387,7 +387,7 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     from cbd_hub.distill.recipe import read_parts
     parts = read_parts(recipe)
     costs = dry_run(recipe, (lambda line: None) if as_json else lambda line: err.print(escape(line)))
-    counts = {"train": len(parts.train), "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
+    counts = {"train": len(parts.train) if isinstance(parts.train, list) else None, "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
     if as_json:
         _print_json({"stages": [{**dataclasses.asdict(cost), "shape": cost.shape.model_dump()} for cost in costs], "documents": counts})
         return
@@ -398,7 +398,7 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         }
         for cost in costs
     ])
-    out.print("documents: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    out.print("documents: " + ", ".join(f"{name} {'a stream' if count is None else f'{count:,}'}" for name, count in counts.items()))
     out.print(f"training {_duration(sum(cost.seconds for cost in costs))} in all; cutting, order, curve and steps on the path come on top")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,19 @@ class Documents:
         Raises:
             DataError: If the texts do not fill one block.
         """
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return cls.joined(([*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts), tokenizer, block_size, max_tokens)
+
+    @classmethod
+    def joined(cls, rows: Iterable[Sequence[int]], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
+        """Rows of token ids joined end to end, in blocks of one length.
+
+        Raises:
+            DataError: If they do not fill one block.
+        """
         stream: list[int] = []
-        for text in texts:
-            stream += tokenizer(text, add_special_tokens=False)["input_ids"]
-            stream += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for row in rows:
+            stream += row
             if max_tokens is not None and len(stream) >= max_tokens:
                 break
         blocks = len(stream) // block_size if max_tokens is None else min(len(stream), max(max_tokens, block_size)) // block_size

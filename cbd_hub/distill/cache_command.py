@@ -60,7 +60,7 @@ def cache_text(
         assert recipe is not None
         read = Recipe.read(recipe)
         block_size = block_size or read.data.block_size
-        rows = [{"text": document} for document in read_parts(read).train]
+        rows = read_parts(read).rows()
     folder = resolve_checkpoint(teacher)
     model, asked = _load(folder), None if student is None else _load(resolve_checkpoint(student))
     model.config._name_or_path = teacher  # loading leaves the folder of the download there

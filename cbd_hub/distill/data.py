@@ -6,7 +6,7 @@ import glob
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,29 @@ _FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", "
 
 @dataclass(frozen=True)
 class Parts:
-    """Documents split three ways; no document is in two parts."""
+    """Documents split three ways; no document is in two parts.
 
-    train: list[str]
-    calibration: list[str]
-    heldout: list[str]
+    A document is a text, or a row with ``messages`` or with ``prompt`` and ``completion``. What is trained on may be a stream of rows.
+    """
+
+    train: Any
+    calibration: list[Any]
+    heldout: list[Any]
+
+    def rows(self) -> Any:
+        """The training documents as the trainer takes them."""
+        return [as_row(document) for document in self.train] if isinstance(self.train, list) else self.train
+
+
+def as_row(document: Any) -> Mapping[str, Any]:
+    """A document as a row."""
+    return {"text": document} if isinstance(document, str) else document
+
+
+def is_conversation(columns: Iterable[str]) -> bool:
+    """Whether rows of these columns are chats, or prompts with completions."""
+    names = set(columns)
+    return "messages" in names or ("prompt" in names and bool(names & {"completion", "response"}))
 
 
 def read_texts(path: str, column: str = "text") -> list[str]:
@@ -59,7 +77,7 @@ def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
     names = _files(path)
     if column == "text" and all(Path(name).suffix.lower() == ".jsonl" for name in names):
         rows = [row for name in names for _, row in _json_rows(name)]
-        if rows and ("messages" in rows[0] or ("prompt" in rows[0] and ("completion" in rows[0] or "response" in rows[0]))):
+        if rows and is_conversation(rows[0]):
             return rows
     return [{"text": text} for text in read_texts(path, column)]
 
@@ -139,27 +157,57 @@ def _nonempty(texts: list[str], source: str) -> list[str]:
     return kept
 
 
-def read_dataset(dataset: str, split: str, column: str, name: str | None = None) -> list[str]:
-    """Documents of a Hub data set.
+def read_dataset(dataset: str, split: str, column: str, name: str | None = None) -> list[Any]:
+    """Documents of a Hub data set: its texts, or where it has no such column its chats or prompts with completions.
 
     Raises:
         DataError: If it cannot be loaded or has no such column.
     """
-    try:
-        rows = load_dataset(dataset, name, split=split)
-    except Exception as error:  # datasets and the Hub client raise many kinds
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise DataError(f'data set "{dataset}" cannot be loaded ({reason}); check its name and the network, or use path with local files') from error
+    rows = _loaded(dataset, name, split=split)
+    if column not in rows.column_names and is_conversation(rows.column_names):
+        return list(rows)
     return _nonempty(_column(rows, column, dataset), dataset)
 
 
-def split_documents(texts: Sequence[str], heldout: float, calibration: float, seed: int) -> Parts:
+def open_stream(path: str | None, dataset: str | None, split: str, column: str, name: str | None = None) -> Any:
+    """Rows of local files or a Hub data set as a stream, in a fixed order, never held as a whole.
+
+    Raises:
+        DataError: If it cannot be opened, or has neither the column nor conversations.
+    """
+    if path is not None:
+        names = _files(path)
+        formats = {Path(file).suffix.lower() for file in names}
+        if len(formats) > 1 or not formats <= _FORMATS.keys():
+            raise DataError(f"a stream reads files of one kind, and {path} matches {', '.join(sorted(formats))}; give {', '.join(_FORMATS)}")
+        builder = {"jsonl": "json"}.get(_FORMATS[formats.pop()], "text") if formats & {".jsonl", ".txt", ".md"} else _FORMATS[formats.pop()]
+        more = {"sample_by": "paragraph"} if builder == "text" else {}
+        rows = _loaded(builder, data_files=names, split="train", streaming=True, **more)
+    else:
+        rows = _loaded(str(dataset), name, split=split, streaming=True)
+    found = list(rows.column_names or next(iter(rows), {}))
+    if column in found:
+        return rows.select_columns([column]).rename_column(column, "text") if column != "text" else rows.select_columns(["text"])
+    if is_conversation(found):
+        return rows
+    raise DataError(f'{path or dataset} has no column "{column}"; it has {", ".join(found) or "no rows"}: name the column that holds the text')
+
+
+def _loaded(source: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return load_dataset(source, *args, **kwargs)
+    except Exception as error:  # datasets and the Hub client raise many kinds
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise DataError(f'data set "{source}" cannot be loaded ({reason}); check its name and the network, or use path with local files') from error
+
+
+def split_documents(texts: Sequence[Any], heldout: float, calibration: float, seed: int) -> Parts:
     """Split documents into training, calibration and held-out parts by a hash of their text.
 
     Equal documents land in one part, and the split does not depend on the order of the files.
 
     Args:
-        texts: The documents.
+        texts: The documents, texts or rows.
         heldout: Share that is never trained or calibrated on.
         calibration: Share for measuring importance, order and curves.
         seed: Another seed, another split.
@@ -167,7 +215,7 @@ def split_documents(texts: Sequence[str], heldout: float, calibration: float, se
     Raises:
         DataError: If there are fewer than three different documents.
     """
-    unique = sorted(set(texts), key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode(errors="replace")).digest())
+    unique = _shuffled(texts, seed)
     if len(unique) < 3:
         raise DataError(
             f"the text has {len(unique)} different documents, and training, calibration and held-out parts need one each; give more, "
@@ -178,3 +226,33 @@ def split_documents(texts: Sequence[str], heldout: float, calibration: float, se
     if second >= len(unique):
         raise DataError(f"heldout {heldout} and calibration {calibration} leave none of {len(unique)} documents to train on; lower them")
     return Parts(unique[second:], unique[first:second], unique[:first])
+
+
+def split_stream(rows: Any, reserve: int, heldout: float, calibration: float, seed: int) -> Parts:
+    """The first documents of a stream divided into calibration and held-out parts, and the rest of it to train on.
+
+    A document that comes again further on is not noticed.
+
+    Args:
+        rows: An ``IterableDataset`` of rows.
+        reserve: Documents that are set aside.
+        heldout: Their share for the held-out part is ``heldout / (heldout + calibration)``.
+        calibration: See ``heldout``.
+        seed: Another seed, another division.
+
+    Raises:
+        DataError: If there are fewer than two different documents.
+    """
+    first = [row["text"] if set(row) == {"text"} else row for row in itertools.islice(rows, reserve)]
+    unique = _shuffled(first, seed)
+    if len(unique) < 2:
+        raise DataError(f"the stream has {len(unique)} different documents in its first {reserve:,}, and calibration and held-out parts need one each; give more")
+    cut = min(max(1, round(len(unique) * heldout / (heldout + calibration))), len(unique) - 1)
+    return Parts(rows.skip(reserve), unique[cut:], unique[:cut])
+
+
+def _shuffled(documents: Iterable[Any], seed: int) -> list[Any]:
+    """Different documents, in an order that depends on nothing but their text and the seed."""
+    by_text = {text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str): text for text in documents}
+    order = sorted(by_text, key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode(errors="replace")).digest())
+    return [by_text[text] for text in order]

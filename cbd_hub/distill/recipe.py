@@ -23,10 +23,11 @@ from cbd_hub import shapes
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, resolve_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.data import Parts, read_dataset, read_texts, split_documents
+from cbd_hub.distill.data import Parts, as_row, open_stream, read_dataset, read_rows, split_documents, split_stream
 from cbd_hub.distill.distiller import ChainDistiller
+from cbd_hub.distill.packing import tokenise
 from cbd_hub.distill.progress import METRICS, StageProgress
-from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.schema import Recipe, RecipeData
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import Documents, document_losses
@@ -49,7 +50,8 @@ class Stage:
 
     Attributes:
         name: The anchor's name.
-        wish: As the recipe gives it.
+        anchor: As the recipe gives it.
+        wish: The same as text.
         size: Parameters wanted; None for a checkpoint.
         shape: The exact shape wanted, or None.
         checkpoint: A published checkpoint to start from, or None.
@@ -57,6 +59,7 @@ class Stage:
     """
 
     name: str
+    anchor: str | int | dict[str, Any]
     wish: str
     size: int | None
     shape: Shape | None
@@ -112,7 +115,7 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
         if size < least:
             raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
         name = unique_name(size, taken)
-        stage = Stage(name, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish))
+        stage = Stage(name, wish, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish))
         if checkpoint is not None and stage.config("unused").path_fraction:
             raise RecipeError(f"anchor {wish}: path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint")
         cache = stage.config("unused").teacher_cache
@@ -151,13 +154,25 @@ def read_parts(recipe: Recipe) -> Parts:
     Raises:
         DataError: If the text is missing, empty or too short.
     """
-    data = recipe.data
+    return split_data(recipe.data, recipe.seed)
+
+
+def split_data(data: RecipeData, seed: int) -> Parts:
+    """Documents of a data source, split.
+
+    Raises:
+        DataError: If the text is missing, empty or too short.
+    """
+    if data.streaming:
+        stream = open_stream(data.path, data.dataset, data.split, data.column, data.name)
+        return split_stream(stream, data.reserve, data.heldout, data.calibration, seed)
+    documents: list[Any]
     if data.path is not None:
-        texts = read_texts(data.path, data.column)
+        documents = [row["text"] if set(row) == {"text"} else row for row in read_rows(data.path, data.column)]
     else:
         assert data.dataset is not None
-        texts = read_dataset(data.dataset, data.split, data.column, data.name)
-    return split_documents(texts, data.heldout, data.calibration, recipe.seed)
+        documents = read_dataset(data.dataset, data.split, data.column, data.name)
+    return split_documents(documents, data.heldout, data.calibration, seed)
 
 
 def distill_chain(
@@ -215,8 +230,11 @@ class _Run:
         self.tokenizer = load_tokenizer(self.source)
         self.parts = read_parts(recipe)
         block = recipe.data.block_size
-        self.calibration = Documents.packed(self.parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
+        tokens = (tokenise(as_row(document), self.tokenizer).ids for document in self.parts.calibration)
+        self.calibration = Documents.joined(tokens, self.tokenizer, block, CALIBRATION_TOKENS)
         self.dataset = f"{recipe.data.source} (calibration)"
+        for stage in self.stages:
+            self._rows(stage, want_text=True)
         write_text(self._mark, recipe.sha256())  # all that can be checked has been: the folder is this run's
 
     @property
@@ -329,10 +347,10 @@ class _Run:
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
         arguments = stage.config(str(run_dir), self.recipe.seed)
-        rows = [{"text": text} for text in self.parts.train]
+        rows, text = self._rows(stage, bool(arguments.text_weight))
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
-            text_dataset=rows if arguments.text_weight else None, callbacks=[StageProgress(f"{stage.name}", arguments)],
+            text_dataset=text, callbacks=[StageProgress(f"{stage.name}", arguments)],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -353,6 +371,14 @@ class _Run:
             for path in staging.iterdir():
                 path.chmod(0o644)  # a chain may be shared
         shutil.rmtree(run_dir, ignore_errors=True)
+
+    def _rows(self, stage: Stage, want_text: bool) -> tuple[Any, Any]:
+        """What a stage trains on, and where wanted the text of MiniLLM's cross-entropy term."""
+        own, seed = self.recipe.stage_data(stage.anchor), self.recipe.seed
+        rows = (self.parts if own.data is None else split_data(own.data, seed)).rows()
+        if not want_text:
+            return rows, None
+        return rows, rows if own.text_data is None else split_data(own.text_data, seed).rows()
 
     def _link(
         self, stage: Stage, small: Any, large: Any, cut: Cut | None, importance: Importance | None, anchors: list[Anchor]

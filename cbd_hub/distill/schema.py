@@ -55,10 +55,13 @@ class RecipeData(_Strict):
         dataset: A Hub data set instead.
         name: Configuration of the Hub data set.
         split: Split of the Hub data set.
-        column: Column that holds the text.
+        column: Column that holds the text; files and data sets without it may have chats (``messages``) or prompts with completions instead.
         block_size: Tokens in a training block.
         heldout: Share of the documents that nothing is trained or measured on.
         calibration: Share of the documents for importance, order and curves.
+        streaming: Read the training text as a stream, never held as a whole; ``heldout`` and ``calibration`` are then shares of its first
+            ``reserve`` documents, which are not trained on.
+        reserve: Documents that a stream sets aside.
     """
 
     path: str | None = None
@@ -69,6 +72,8 @@ class RecipeData(_Strict):
     block_size: int = Field(default=128, ge=8, le=2**20)
     heldout: float = Field(default=0.05, gt=0, lt=1)
     calibration: float = Field(default=0.02, gt=0, lt=1)
+    streaming: bool = False
+    reserve: int = Field(default=2000, ge=3, le=10**6)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -82,12 +87,30 @@ class RecipeData(_Strict):
         return str(self.path or self.dataset)
 
 
+class StageData(_Strict):
+    """What one anchor's stage reads instead of the recipe's data: only its training part is used."""
+
+    data: RecipeData | None = None
+    text_data: RecipeData | None = None
+
+
 class Recipe(_Strict):
-    """A whole chain: teacher, anchors in falling size, text and training."""
+    """A whole chain: teacher, anchors in falling size, text and training.
+
+    Attributes:
+        teacher: Hub id or folder.
+        anchors: Sizes, shapes or checkpoints, in falling size.
+        data: What is trained, calibrated and evaluated on.
+        text_data: Text of MiniLLM's cross-entropy term, where ``text_weight`` is set; by default that of ``data``.
+        stage: Training arguments of every stage.
+        stages: What single anchors want otherwise, by size as listed, checkpoint, or shape such as "layers=20,ffn=1024"; ``data`` and ``text_data`` too.
+        seed: Of everything.
+    """
 
     teacher: str
     anchors: list[str | int | dict[str, Any]] = Field(min_length=1, max_length=100)
     data: RecipeData
+    text_data: RecipeData | None = None
     stage: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -102,14 +125,17 @@ class Recipe(_Strict):
                 parse_size(anchor)
         for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
             for key in fields:
-                if key in _STAGE_FIELDS:
+                if where != "stage" and key in StageData.model_fields:
+                    _check_data(f"{where}.{key}", fields[key])
+                elif key in _STAGE_FIELDS:
                     _check_value(f"{where}.{key}", fields[key], _STAGE_FIELDS[key])
                 else:
                     near = difflib.get_close_matches(key, sorted(_STAGE_FIELDS), n=1, cutoff=0.0)[0]
                     raise ValueError(f"{where}.{key} is no field of ChainDistillerConfig; did you mean {near}?")
-        unknown = sorted(self.stages.keys() - {str(anchor) for anchor in self.anchors if not isinstance(anchor, dict)})
+        known = [anchor_key(anchor) for anchor in self.anchors]
+        unknown = sorted(self.stages.keys() - set(known))
         if unknown:
-            raise ValueError(f"stages.{unknown[0]} names no anchor of this recipe; its anchors are {', '.join(str(a) for a in self.anchors)}")
+            raise ValueError(f"stages.{unknown[0]} names no anchor of this recipe; its anchors are {', '.join(known)}")
         return self
 
     @classmethod
@@ -162,8 +188,13 @@ class Recipe(_Strict):
 
     def stage_arguments(self, anchor: str | int | dict[str, Any]) -> dict[str, Any]:
         """The training arguments of one anchor's stage."""
-        own = {} if isinstance(anchor, dict) else self.stages.get(str(anchor), {})
-        return {"max_steps": 100, "bf16": True, "block_size": self.data.block_size, **self.stage, **own}
+        own = {key: value for key, value in self.stages.get(anchor_key(anchor), {}).items() if key not in StageData.model_fields}
+        return {"max_steps": 100, "bf16": True, "block_size": (self.stage_data(anchor).data or self.data).block_size, **self.stage, **own}
+
+    def stage_data(self, anchor: str | int | dict[str, Any]) -> StageData:
+        """The data of one anchor's stage, where it has its own."""
+        own = {key: value for key, value in self.stages.get(anchor_key(anchor), {}).items() if key in StageData.model_fields}
+        return StageData.model_validate({"text_data": self.text_data, **own})
 
     def sha256(self) -> str:
         """Hash of what the recipe says, however it is written."""
@@ -172,6 +203,27 @@ class Recipe(_Strict):
     def to_yaml(self) -> str:
         """The recipe as YAML."""
         return str(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
+
+
+def anchor_key(anchor: str | int | dict[str, Any]) -> str:
+    """How ``stages`` names an anchor.
+
+    Example:
+        >>> anchor_key("99M"), anchor_key({"layers": 20, "ffn": 1024}), anchor_key({"checkpoint": "openai-community/gpt2"})
+        ('99M', 'layers=20,ffn=1024', 'openai-community/gpt2')
+    """
+    if not isinstance(anchor, dict):
+        return str(anchor)
+    return str(anchor["checkpoint"]) if "checkpoint" in anchor else ",".join(f"{name}={value}" for name, value in anchor.items())
+
+
+def _check_data(where: str, value: Any) -> None:
+    """Refuse what is no data of a stage, naming the key."""
+    try:
+        RecipeData.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join((where, *map(str, first['loc'])))}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:

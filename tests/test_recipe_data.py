@@ -1,0 +1,101 @@
+"""What a recipe may train on: chats, prompts with completions, streams, and a stage's own data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import recipe as make_recipe
+from safetensors.torch import load_file
+
+from cbd_hub import CBDModel, distill_chain
+from cbd_hub.distill.recipe import read_parts
+from cbd_hub.distill.schema import Recipe
+from cbd_hub.errors import DataError, RecipeError
+
+
+SHAPE = {"layers": 2, "ffn": 24}
+
+
+def chats(path: Path, count=120):
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]} for text in tiny.texts(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(path: Path, count=120):
+    path.write_text("".join(json.dumps({"prompt": text[:20], "completion": text[20:60]}) + "\n" for text in tiny.texts(count)))
+    return str(path)
+
+
+def weights(folder):
+    return [load_file(path) for path in sorted(folder.glob("anchors/*/model.safetensors"))]
+
+
+@pytest.mark.parametrize("kind", [chats, prompts])
+@pytest.mark.parametrize("stage", [{}, {"objective": "minillm", "rollout_batch": 8, "inner_epochs": 2, "max_new_tokens": 8}])
+def test_conversations_train_calibrate_and_are_split(tmp_path, kind, stage):
+    plain = make_recipe(tmp_path, "llama", [SHAPE], stage=stage)
+    plain["data"] = {"path": kind(tmp_path / "rows.jsonl"), "block_size": 96, "heldout": 0.1, "calibration": 0.2}
+    parts = read_parts(Recipe.parse(plain))
+    assert (len(parts.heldout), len(parts.calibration), len(parts.train)) == (12, 24, 84)
+    assert not {json.dumps(row) for row in parts.train} & {json.dumps(row) for row in (*parts.heldout, *parts.calibration)}
+    chain = distill_chain(plain, tmp_path / "chain")
+    assert chain.anchors[1].training.tokens > 0
+    assert CBDModel.from_chain(tmp_path / "chain", "max") is not None
+
+
+def test_a_stage_has_its_own_data_and_loss(tmp_path):
+    """Two anchors, the second on other text with another divergence; a stage of a shape is named by it."""
+    plain = make_recipe(tmp_path, "llama", [{"layers": 3, "ffn": 24}, SHAPE])
+    (tmp_path / "other.txt").write_text("\n\n".join(tiny.texts(100, seed=7)))
+    own = {"path": str(tmp_path / "other.txt"), "heldout": 0.1, "calibration": 0.1, "block_size": 16}
+    base = distill_chain(plain, tmp_path / "base")
+    stages = {"layers=2,ffn=24": {"data": own, "divergence": "reverse_kl", "max_steps": 3}}
+    made = distill_chain({**plain, "stages": stages}, tmp_path / "own")
+    assert [anchor.training.tokens for anchor in base.anchors[1:]] == [4 * 4 * 32] * 2
+    assert [anchor.training.tokens for anchor in made.anchors[1:]] == [4 * 4 * 32, 3 * 4 * 16]
+    first, second = weights(tmp_path / "base"), weights(tmp_path / "own")
+    same = [all((one[key] == two[key]).all() for key in one) for one, two in zip(first, second)]
+    assert sorted(same) == [False, True, True]
+
+
+def test_minillms_side_text_has_its_own_data(tmp_path):
+    plain = make_recipe(tmp_path, "llama", [SHAPE], stage={"objective": "minillm", "rollout_batch": 8, "inner_epochs": 1, "max_new_tokens": 8, "text_weight": 1.0})
+    plain["text_data"] = {"path": plain["data"]["path"], "block_size": 32, "heldout": 0.1, "calibration": 0.1}
+    plain["data"] = {"path": prompts(tmp_path / "rows.jsonl"), "block_size": 96, "heldout": 0.1, "calibration": 0.2}
+    assert distill_chain(plain, tmp_path / "chain").anchors[1].training.loss is not None
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_streams_train_and_set_documents_aside(tmp_path, kind):
+    plain = make_recipe(tmp_path, "llama", [SHAPE])
+    if kind == "jsonl":
+        path = tmp_path / "text.jsonl"
+        path.write_text("".join(json.dumps({"body": text}) + "\n" for text in tiny.texts(200)))
+        plain["data"] = {**plain["data"], "path": str(path), "column": "body"}
+    plain["data"] = {**plain["data"], "streaming": True, "reserve": 40}
+    parts = read_parts(Recipe.parse(plain))
+    texts = tiny.texts(200)
+    assert set(parts.heldout) | set(parts.calibration) == set(texts[:40])
+    assert (len(parts.heldout), len(parts.calibration)) == (13, 27)
+    assert [row["text"] for row in parts.train] == texts[40:]
+    distill_chain(plain, tmp_path / "a")
+    distill_chain(plain, tmp_path / "b")
+    assert all((one[key] == two[key]).all() for one, two in zip(weights(tmp_path / "a"), weights(tmp_path / "b")) for key in one)
+
+
+def test_wrong_data_of_a_stage_is_said_before_work(tmp_path):
+    plain = make_recipe(tmp_path, "llama", [SHAPE])
+    with pytest.raises(RecipeError, match=r"stages.layers=2,ffn=24.data.colum: Extra"):
+        Recipe.parse({**plain, "stages": {"layers=2,ffn=24": {"data": {"path": "x", "colum": "y"}}}})
+    with pytest.raises(RecipeError, match="its anchors are layers=2,ffn=24"):
+        Recipe.parse({**plain, "stages": {"99M": {}}})
+    with pytest.raises(DataError, match="no file matches"):
+        distill_chain({**plain, "stages": {"layers=2,ffn=24": {"data": {"path": str(tmp_path / "none*.txt")}}}}, tmp_path / "chain")
+    assert not (tmp_path / "chain").exists()
+    (tmp_path / "one.txt").write_text("a\n")
+    with pytest.raises(DataError, match="first 2,000"):
+        distill_chain({**plain, "data": {"path": str(tmp_path / "one.txt"), "streaming": True}}, tmp_path / "chain")
+
+
