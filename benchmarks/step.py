@@ -37,17 +37,21 @@ def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
-def stepper(trainer: Any) -> Step:
-    """One optimiser step of a trainer on a batch of rows x length tokens."""
+def stepper_of_batches(trainer: Any) -> Callable[[dict[str, torch.Tensor]], None]:
+    """One optimiser step of a trainer on a batch."""
     trainer.create_optimizer()
 
-    def step(rows: int, length: int) -> None:
-        batch = batch_of(rows, length)
-        items = torch.tensor(rows * (length - 1))
-        trainer.training_step(trainer.model, batch, num_items_in_batch=items)
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        trainer.training_step(trainer.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=False)  # gradients stay allocated, so that both are measured above them
     return step
+
+
+def stepper(trainer: Any) -> Step:
+    """One optimiser step of a trainer on rows x length tokens."""
+    step = stepper_of_batches(trainer)
+    return lambda rows, length: step(batch_of(rows, length))
 
 
 def ours(teacher: str, student: str, folder: str) -> Step:

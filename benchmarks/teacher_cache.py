@@ -1,0 +1,90 @@
+"""A step from a teacher cache against a step with the live teacher, and what the cache costs in bytes and in nats.
+
+    python benchmarks/teacher_cache.py --chain demo/chain --text wikipedia.jsonl
+
+Teacher and student are the chain's first two anchors; blocks of 128 tokens, 8 a step, bf16 autocast, the student and AdamW in fp32. Steps take turns,
+medians of seven after one round that does not count; decoding the cache's rows is part of its step. Bytes and errors are those that ``cbd cache-teacher``
+prints, at k 128 and 50, with the tail's share measured with the student. Writes benchmarks/results/teacher_cache.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import in_turns, medians
+from rich.console import Console
+from rich.table import Table
+from step import stepper_of_batches
+
+from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig
+from cbd_hub.distill.data import read_rows
+from cbd_hub.distill.packing import packed_dataset
+from cbd_hub.distill.teacher_cache import write_cache
+from cbd_hub.weights import load_model
+
+
+TOP = (128, 50)
+
+
+def trainer_of(student: Any, folder: str, **source: Any) -> Callable[[], None]:
+    """Steps of a trainer on the first blocks of its data, one after the other."""
+    args = ChainDistillerConfig(folder, max_steps=1, bf16=True, disable_tqdm=True, save_strategy="no")
+    trainer = ChainDistiller(model=student, args=args, **source)
+    step = stepper_of_batches(trainer)
+    place = 0
+
+    def call() -> None:
+        nonlocal place
+        rows = [trainer.train_dataset[(place + index) % len(trainer.train_dataset)] for index in range(8)]
+        place += 8
+        step(trainer.data_collator(rows))
+    return call
+
+
+def main() -> None:
+    """Write the caches, then time both kinds of step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chain", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/teacher_cache.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    chain = Chain.from_pretrained(options.chain)
+    folders = [Path(options.chain) / "anchors" / anchor.name for anchor in chain.anchors[:2]]
+    teacher, student = (load_model(folder, torch.float32) for folder in folders)
+    tokenizer = chain.tokenizer()
+    blocks = packed_dataset(read_rows(options.text), tokenizer, 128).select(range(options.tokens // 128))
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {
+            k: write_cache(teacher, blocks, Path(folder) / f"k{k}", tokenizer=tokenizer, top_k=k, dtype=torch.bfloat16, student=student) for k in TOP
+        }
+        for k, cache in caches.items():
+            figures[k] = cache.record.figures.model_dump()
+        seconds = in_turns({
+            "live teacher": trainer_of(student, folder, teacher=teacher, train_dataset=blocks, processing_class=tokenizer),
+            "cache, k 128": trainer_of(load_model(folders[1], torch.float32), folder, teacher_cache=caches[128], processing_class=tokenizer),
+        }, options.repeats)
+    middle = medians(seconds)
+    table = Table("", "k 128", "k 50", title=f"step: {middle['live teacher'] / middle['cache, k 128']:.2f}x faster with a cache", title_justify="left")
+    for name in ("bytes_per_token", "rounding_kl", "tail_mass"):
+        table.add_row(name, *(f"{figures[k][name]:.3g}" for k in TOP))
+    table.add_row("divergence hidden by the tail", *(f"{figures[k]['student']['full'] - figures[k]['student']['kept']:.3f}" for k in TOP))
+    Console(width=100).print(table)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({
+        "command": "python benchmarks/teacher_cache.py --chain demo/chain --text wikipedia.jsonl", "torch": torch.__version__, "threads": 2,
+        "seconds": middle, "all_seconds": seconds, "figures": figures,
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
