@@ -226,7 +226,7 @@ def test_widening_preserves_the_function(family, data):
     ids = torch.randint(4, 260, (2, 9))
     between = Between({"s": small.double(), "l": large.double()}).run(plan)(ids)
     plain = ModelRunner(small)(ids)
-    torch.testing.assert_close(between.hidden @ between.head.weight.T, plain.hidden @ plain.head.weight.T, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(between.hidden @ between.head.weight.T, plain.hidden @ plain.head.weight.T, rtol=1e-5, atol=1e-6)  # RMSNorm itself works in fp32
 
 
 def test_the_ends_of_a_blend_are_the_anchors(family):
@@ -293,7 +293,7 @@ def test_a_cut_computes_what_slicing_by_hand_computes_and_loads_anywhere(family,
     importance = measure_importance(model, documents(), bf16=False)
     cut = Cut.of(model, shape, importance, "t")
     made = cut_model(model, cut.plan)
-    full = random_like(cut.kept, shape_of(model.config))
+    full = written_out(cut.kept, shape_of(model.config))
     expected = sliced(family, model, shape, full)
     ids = torch.randint(4, 260, (2, 12))
     torch.testing.assert_close(made(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
@@ -304,7 +304,25 @@ def test_a_cut_computes_what_slicing_by_hand_computes_and_loads_anywhere(family,
     assert sum(p.numel() for p in loaded.parameters()) == count(shape, model.config)
 
 
-def random_like(kept, large):
+@settings(max_examples=10, deadline=None)
+@given(alpha=st.floats(0, 1), hidden=st.integers(32, 48), ffn=st.integers(24, 40), kv_heads=st.integers(1, 6))
+def test_between_a_model_and_its_own_cut_lie_its_cuts(family, alpha, hidden, ffn, kv_heads):
+    """Untrained anchors share every number: at any alpha the blend is the cut to that shape, and path training starts from it."""
+    model = model_of(family, LARGE[family], 0).double()
+    shape = shape_of(model.config).model_copy(update={**SMALL[family], "heads": SMALL[family]["kv_heads"]})
+    importance = measure_importance(model.float(), documents(), bf16=False)
+    cut = Cut.of(model.double(), shape, importance, "t")
+    small = cut_model(model, cut.plan)
+    segment = Segment("s", "l", shape, shape_of(model.config), cut.kept, importance.order(cut.kept), model.config)
+    wide = max(min(kv_heads, LARGE[family]["kv_heads"]), SMALL[family]["kv_heads"])
+    between = shape_in(segment, family, 3, wide, 1, ffn, hidden)
+    made = live(blend_plan(segment, between, Mix(alpha=alpha)), small, model)
+    direct = live(cut_plan("l", between, model, cut.kept, importance.order(cut.kept)[:1]), small, model)
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, direct[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def written_out(kept, large):
     """The same map with the identity written out."""
     heads = np.tile(np.arange(large.heads), (large.layers, 1)) if kept.heads is None else kept.heads
     return Kept(kept.layers, kept.ffn, heads, np.arange(large.hidden) if kept.hidden is None else kept.hidden)
@@ -439,15 +457,15 @@ def test_every_size_is_realised_on_the_path(family, share, moves):
     assert shape_between(high, small, large, config) == large
 
 
-def test_more_parameters_never_move_an_axis_back_by_much(family):
-    """Along the path every axis rises with the size, but for the steps of another axis."""
+def test_along_the_path_no_axis_goes_back_more_than_a_step(family):
+    """Every axis rises with the size; where another one steps up it may give back one step."""
     small, large, config = big(family)
     low, high = count(small, config), count(large, config)
     shapes = [shape_between(size, small, large, config) for size in range(low, high, (high - low) // 40)]
-    for axis in ("layers", "hidden", "heads"):
+    for axis, step in (("layers", 1), ("hidden", 64 if family == "gpt2" else 18), ("heads", 1)):
         values = [getattr(shape, axis) for shape in shapes]
         assert np.polyfit(range(len(values)), values, 1)[0] > 0
-        assert max(first - second for first, second in zip(values, values[1:])) <= 0.15 * (max(values) - min(values))
+        assert max(first - second for first, second in zip(values, values[1:])) <= step
 
 
 def test_planning_takes_no_time(family):
@@ -536,15 +554,20 @@ def test_a_plan_of_a_wide_segment_runs_like_the_model_it_makes(wide_chain):
     torch.testing.assert_close(output.hidden @ output.head.weight.T, made(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_works_on_widths(wide_chain, tmp_path, capsys):
-    from cbd_hub.cli import main
+def test_the_command_works_on_widths(wide_chain, tmp_path, monkeypatch, capsys):
+    from test_cli import run
     chain = Chain.from_pretrained(wide_chain)
-    size = str((chain.anchors[0].parameters + chain.anchors[1].parameters) // 2)
-    for arguments in (["show", wide_chain], ["plan", wide_chain, "--size", size, "--tolerance", "0.2"], ["make", wide_chain, "--size", size, "--tolerance", "0.2", "--out", tmp_path / "m"]):
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        assert ended.value.code in (0, None), capsys.readouterr()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").num_parameters() > 0
+    size = (chain.anchors[0].parameters + chain.anchors[1].parameters) // 2
+    (tmp_path / "held.txt").write_text("\n\n".join(tiny.texts(10, seed=9)))
+    assert run(monkeypatch, capsys, "show", wide_chain)[0] == 0
+    for arguments in (
+        ["plan", wide_chain], ["make", wide_chain, "--out", tmp_path / "m"], ["generate", wide_chain, "the small", "--max-new-tokens", "2"],
+    ):
+        code, _, errors = run(monkeypatch, capsys, *arguments, "--size", size, "--tolerance", "0.2")
+        assert code == 0, errors
+    code, printed, errors = run(monkeypatch, capsys, "eval", wide_chain, "--sizes", chain.anchors[1].parameters, "--text", tmp_path / "held.txt")
+    assert code == 0, errors
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").num_parameters() == chain.plan(size, tolerance=0.2).parameters
 
 
 def test_maps_without_heads_and_channels_are_the_identity(wide_chain, tmp_path):
@@ -562,7 +585,8 @@ def test_maps_without_heads_and_channels_are_the_identity(wide_chain, tmp_path):
     chain = Chain.from_pretrained(tmp_path / "old")
     size = (chain.anchors[0].parameters + chain.anchors[1].parameters) // 2
     plan = chain.plan(size, tolerance=0.2)
-    takes = [take for terms in plan.tensors.values() for term in terms for take in term.takes if len(take.index) == plan.shape.hidden]
+    takes = [take for name in plan.tensors if name.endswith(("norm.weight", "ln_f.weight")) for term in plan.tensors[name] for take in term.takes]
+    assert takes
     assert all(take.run is not None for take in takes)
     assert chain.model(size, tolerance=0.2).num_parameters() == plan.parameters
     save_file({"kept.layers": np.arange(4, dtype=np.float32), "kept.ffn": np.zeros((4, 48), dtype=np.int32)}, path)

@@ -100,10 +100,13 @@ class _Coordinates:
         borders = [0, *(np.flatnonzero(np.diff(self.held)) + 1).tolist(), len(self.held)]
         return list(itertools.starmap(slice, itertools.pairwise(borders)))
 
-    def plain(self, alpha: float) -> bool:
-        """Whether all that is used is taken whole and in order."""
-        used = ([(self.small, self.sizes[0])] if alpha > 0 else []) + ([(self.large, self.sizes[1])] if alpha < 1 else [])
-        return all(len(index) == size and np.array_equal(index, np.arange(size)) for index, size in used)
+    @property
+    def plain(self) -> tuple[bool, bool]:
+        """Whether all of the smaller, and of the larger one is taken, in order."""
+        small, large = (
+            len(index) == size and np.array_equal(index, np.arange(size)) for index, size in zip((self.small, self.large), self.sizes)
+        )
+        return small, large
 
 
 class _Blender:
@@ -128,11 +131,13 @@ class _Blender:
         both = [replace(alone, weight=alone.weight * (1 - alpha))] if alpha < 1 else []
         if small is not None and alpha > 0:
             both.insert(0, Term(self.segment.small, small, alpha * ours))
+        dims = {dim: found for dim, axes in enumerate(spec.dims) if (found := self.coordinates(axes, layer)) is not None}
+        used = (alpha > 0, alpha < 1 or not all(coordinates.held.all() for coordinates in dims.values()))
         parts = []
-        for dim, axes in enumerate(spec.dims):
-            if (coordinates := self.coordinates(axes, layer)) is not None:
-                gain = self.gain(axes, small is not None) if writes or norm == "bias" else 1.0
-                parts.append(_parts(dim, coordinates, alpha, gain, self.family.centred and writes and axes == "hidden"))
+        for dim, coordinates in dims.items():
+            axes = spec.dims[dim]
+            gain = self.gain(axes, small is not None) if writes or norm == "bias" else 1.0
+            parts.append(_parts(dim, coordinates, used, gain, self.family.centred and writes and axes == "hidden"))
         return tuple(term for box in itertools.product(*filter(None, parts)) for term in self.box(box, both, alone))
 
     def box(self, box: tuple[_Part, ...], both: list[Term], alone: Term) -> Iterator[Term]:
@@ -193,15 +198,16 @@ class _Part:
     mean: _Part | None = None
 
 
-def _parts(dim: int, coordinates: _Coordinates, alpha: float, gain: float, carries_mean: bool) -> list[_Part]:
-    """The stretches of a dimension that are treated alike; none where it is taken whole and in order."""
+def _parts(dim: int, coordinates: _Coordinates, used: tuple[bool, bool], gain: float, carries_mean: bool) -> list[_Part]:
+    """The stretches of a dimension that are treated alike; none where all that is used (of the smaller, of the larger one) is whole and in order."""
 
     def part(stretch: slice, shared: bool) -> _Part:
         small, large = (Take(dim, stretch.start, index[stretch]) for index in (coordinates.small, coordinates.large))
         return _Part(shared, 1.0 if shared else gain, small, large)
 
-    if coordinates.held.all() or (alpha == 0.0 and gain == 1.0):
-        return [] if coordinates.plain(alpha) else [part(slice(0, len(coordinates.held)), True)]
+    if coordinates.held.all() or (not used[0] and gain == 1.0):
+        whole = all(plain for plain, wanted in zip(coordinates.plain, used) if wanted)
+        return [] if whole else [part(slice(0, len(coordinates.held)), True)]
     parts = [part(stretch, bool(coordinates.held[stretch.start])) for stretch in coordinates.stretches]
     if carries_mean and gain < 1.0:  # the stretch of a residual channel: first the shared ones, then the new ones
         shared, new = parts
