@@ -173,7 +173,7 @@ class ChainBuilder:
         """Write an anchor's map into its parent's coordinates."""
         path = self.root / "maps" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"kept.layers": kept.layers.astype(np.int32), "kept.ffn": kept.ffn.astype(np.int32)}, path)
+        save_file({f"kept.{axis}": order.astype(np.int32) for axis, order in vars(kept).items() if order is not None}, path)
         path.chmod(0o644)
         return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
 
@@ -267,15 +267,15 @@ def assemble_chain(
     checkpoints: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], *, align: str | bool = "auto",
     calibration: Sequence[str] | None = None,
 ) -> Chain:
-    """A chain from ready checkpoints of one hidden width, without training: the paper's way.
+    """A chain from ready checkpoints, without training: the paper's way.
 
-    Nothing is known of a common ancestor, so layers are mapped evenly and neurons by index; without calibration text layers come back last
+    Nothing is known of a common ancestor, so layers are mapped evenly and neurons, heads and channels by index; without calibration text layers come back last
     block first, alpha goes by size distance, and ``auto`` is ``patch`` where only layers differ, else ``blend``.
 
     Args:
         checkpoints: Two or more model folders or Hub ids, in any order.
         output_dir: The folder to make: absent or empty.
-        align: ``"auto"`` or False: the anchors' own coordinates. Anchors of unequal hidden width are not supported.
+        align: ``"auto"`` or False: the anchors' own coordinates.
         calibration: Texts on which order, road and curve of each segment are measured.
 
     Returns:
@@ -283,12 +283,12 @@ def assemble_chain(
 
     Raises:
         ArgumentError: If there are fewer than two checkpoints, two of one size, or an unknown ``align``.
-        ArchitectureError: If they differ in architecture, hidden width or heads, or a smaller one is deeper or wider than a larger one.
+        ArchitectureError: If they differ in architecture or head size, or a smaller one is deeper or wider than a larger one.
         VocabularyMismatchError: If they differ in vocabulary.
         StorageError: If ``output_dir`` is in the way or the disk is full.
     """
     if align not in ("auto", False):
-        raise ArgumentError(f'align={align!r} is not available; use align="auto" or False for anchors of one hidden width')
+        raise ArgumentError(f'align={align!r} is not available; use align="auto" or False')
     if isinstance(checkpoints, (str, os.PathLike)) or isinstance(calibration, str):
         raise ArgumentError("checkpoints and calibration are lists; put a single one in brackets")
     if len(checkpoints) < 2:
@@ -322,7 +322,7 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
 
     Raises:
         ArgumentError: If they have one size.
-        ArchitectureError: If they differ in architecture, width, heads or in what they compute.
+        ArchitectureError: If they differ in architecture, head size or in what they compute, or the smaller one is wider somewhere.
         VocabularyMismatchError: If they differ in vocabulary.
     """
     pair = f"{large_folder} ({format_size(large)}) and {small_folder} ({format_size(small)})"
@@ -335,15 +335,15 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
         raise VocabularyMismatchError(
             f"{pair} have different tokenizers (vocabularies of {big.vocab:,} and {little.vocab:,} rows); a segment needs one vocabulary"
         )
-    for name in ("hidden", "heads", "kv_heads", "head_size"):
-        if getattr(big, name) != getattr(little, name):
-            raise ArchitectureError(f"{pair} have {name} {getattr(big, name)} and {getattr(little, name)}; anchors must agree in hidden width and heads")
+    if big.head_size != little.head_size:
+        raise ArchitectureError(f"{pair} have head_size {big.head_size} and {little.head_size}; anchors must agree in the size of their heads")
     differs = shapes.other_differences(large_config, small_config)
     if differs:
-        raise ArchitectureError(f"{pair} differ in {', '.join(differs[:4])}; anchors must agree in all but layers and FFN width")
-    for name in ("layers", "ffn"):
-        if getattr(little, name) > getattr(big, name):
-            raise ArchitectureError(f"{pair}: the smaller one has more {name} ({getattr(little, name)} against {getattr(big, name)}); that is not supported")
+        raise ArchitectureError(f"{pair} differ in {', '.join(differs[:4])}; anchors must agree in all but layers and widths")
+    wider = [(name, getattr(little, name), getattr(big, name)) for name in ("layers", "hidden", "heads", "kv_heads", "ffn")]
+    for name, ours, theirs in (*wider, ("heads per kv head", little.heads // little.kv_heads, big.heads // big.kv_heads)):
+        if ours > theirs:
+            raise ArchitectureError(f"{pair}: the smaller one has more {name} ({ours} against {theirs}); that is not supported")
 
 
 def _tokenizer_hash(folder: Path) -> str | None:

@@ -99,7 +99,7 @@ def assemble(
     text: Annotated[str | None, typer.Option("--text", help="Text on which order, alpha and curve are measured.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a chain from ready checkpoints of one hidden width, without training."""
+    """Make a chain from ready checkpoints, without training."""
     from cbd_hub.chain import assemble_chain
     _hush_bars()
     calibration = None
@@ -149,9 +149,8 @@ def plan(
         "strategy": planned.strategy,
     }
     if planned.mix is not None:
-        rows["weights"] = (
-            f"alpha {planned.mix.alpha:.2f}, layer gain {planned.mix.layer_gain:.2f}, neuron gain {planned.mix.neuron_gain:.2f}"
-        )
+        weights = planned.mix.model_dump()
+        rows["weights"] = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in weights.items() if name == "alpha" or value != 1)
     rows["expected loss"] = "not measured" if planned.expected is None else f"{planned.expected:.3f} nats per token"
     rows["read"] = ", ".join(f"{format_bytes(count)} of {name}" for name, count in costs["bytes_read"].items())
     rows["in memory"] = ", ".join(f"{format_bytes(count)} in {dtype}" for dtype, count in costs["bytes_in_memory"].items())

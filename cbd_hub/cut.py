@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbd_hub.errors import ArgumentError, SizeError
+from cbd_hub.errors import SizeError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.live import Between, frozen
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan
 from cbd_hub.manifest import Mix, Shape
-from cbd_hub.shapes import config_for, count, fill_ffn, shape_of
+from cbd_hub.shapes import check_cut, count, fill_ffn, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import LOADING
 
@@ -35,15 +35,39 @@ class Importance:
         layers: Block influence of each layer, 1 - cosine of its input and output, shape (layers,)
             (ShortGPT, https://huggingface.co/papers/2403.03853).
         ffn: Mean |activation| of each FFN neuron times the norm of what it writes, shape (layers, ffn).
+        heads: Mean norm of what each head writes into the residual stream, shape (layers, heads).
+        hidden: Mean |value| of each residual channel after the norms, summed over them, shape (hidden,)
+            (Minitron, https://huggingface.co/papers/2407.14679).
+        kv_heads: Groups that the heads form.
     """
 
     layers: np.ndarray
     ffn: np.ndarray
+    heads: np.ndarray
+    hidden: np.ndarray
+    kv_heads: int
 
-    def kept(self, depth: int) -> Kept:
-        """The map to a model of so many layers: the most influential ones, neurons in falling importance."""
-        strongest = np.argsort(-self.layers, kind="stable")[:depth]
-        return Kept(np.sort(strongest), np.argsort(-self.ffn, axis=1, kind="stable"))
+    def kept(self, shape: Shape) -> Kept:
+        """The map to a model of a shape: the most influential layers, and on each axis that is cut the units in falling importance.
+
+        Heads that share a kv head stay together, ordered by the sum of their importance; an axis that is not cut keeps its order.
+        """
+        strongest = np.sort(np.argsort(-self.layers, kind="stable")[: shape.layers])
+        ffn = np.argsort(-self.ffn, axis=1, kind="stable")
+        if shape.ffn == ffn.shape[1]:
+            ffn = np.tile(np.arange(shape.ffn), (len(ffn), 1))
+        return Kept(
+            strongest, ffn, self._heads() if shape.heads < self.heads.shape[1] else None,
+            np.argsort(-self.hidden, kind="stable") if shape.hidden < len(self.hidden) else None,
+        )
+
+    def _heads(self) -> np.ndarray:
+        layers, heads = self.heads.shape
+        groups = self.heads.reshape(layers, self.kv_heads, -1)
+        within = np.argsort(-groups, axis=2, kind="stable")
+        within += np.arange(0, heads, groups.shape[2])[:, None]
+        order = np.argsort(-groups.sum(2), axis=1, kind="stable")
+        return np.take_along_axis(within, order[:, :, None], axis=1).reshape(layers, heads)
 
     def order(self, kept: Kept) -> list[int]:
         """The layers that a cut dropped, the most influential first."""
@@ -60,7 +84,7 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
 
 
 def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -> Importance:
-    """Importance of a model's layers and FFN neurons on a text.
+    """Importance of a model's layers, FFN neurons, heads and residual channels on a text.
 
     Args:
         model: A transformers model with an axis table.
@@ -70,38 +94,66 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
     Returns:
         The importance.
     """
-    family = family_of(model.config)
+    family, shape = family_of(model.config), shape_of(model.config)
     blocks = list(model.get_submodule(family.blocks))
-    spec, dim = family.output_of_ffn()
-    influence = np.zeros(len(blocks))
-    activation = [torch.zeros(()) for _ in blocks]
+    weights = dict(model.named_parameters())
+    influence = np.zeros(shape.layers)
+    ffn, heads = np.zeros((shape.layers, shape.ffn)), np.zeros((shape.layers, shape.heads))
+    hidden = np.zeros(shape.hidden)
     positions = 0
 
-    def on_block(index: int) -> Any:
+    def written(module: str, layer: int) -> Tensor:
+        """What each input of a module writes into the residual stream: shape (inputs, hidden)."""
+        spec, dim = family.input_of(module)
+        return weights[spec.name.format(layer=layer)].detach().float().movedim(dim, 0)
+
+    def on_block(layer: int) -> Any:
         def hook(_: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
             after = output[0] if isinstance(output, tuple) else output
-            influence[index] += float((1 - F.cosine_similarity(inputs[0].float(), after.float(), dim=-1)).double().sum())
+            influence[layer] += float((1 - F.cosine_similarity(inputs[0].float(), after.float(), dim=-1)).double().sum())
         return hook
 
-    def on_ffn(index: int) -> Any:
+    def on_ffn(layer: int) -> Any:
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            activation[index] = activation[index] + inputs[0].float().abs().flatten(0, -2).sum(0).double().cpu()
+            ffn[layer] += _sum(inputs[0].abs())
         return hook
 
-    handles = [block.register_forward_hook(on_block(index)) for index, block in enumerate(blocks)]
-    handles += [block.get_submodule(family.ffn_input).register_forward_pre_hook(on_ffn(index)) for index, block in enumerate(blocks)]
+    def on_heads(layer: int) -> Any:
+        output = written(family.heads_input, layer).unflatten(0, (shape.heads, shape.head_size))
+        gram = output @ output.mT  # |x W|^2 = x (W W^T) x^T, shape (heads, head_size, head_size)
+
+        def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            values = inputs[0].float().unflatten(-1, (shape.heads, shape.head_size)).transpose(-2, -3)
+            squares = ((values @ gram) * values).sum(-1)
+            heads[layer] += _sum(squares.clamp(min=0).sqrt().transpose(-1, -2))
+        return hook
+
+    def on_norm(_: Any, __: Any, output: Tensor) -> None:
+        hidden[:] += _sum(output.abs())
+
+    handles = []
+    for layer, block in enumerate(blocks):
+        handles += [
+            block.register_forward_hook(on_block(layer)),
+            block.get_submodule(family.ffn_input).register_forward_pre_hook(on_ffn(layer)),
+            block.get_submodule(family.heads_input).register_forward_pre_hook(on_heads(layer)),
+        ]
+    norms = {spec.name.removesuffix(".weight") for spec in family.tensors if family.norm_of(spec) == "weight"}
+    names = {norm.format(layer=layer) for norm in norms for layer in range(shape.layers)}
+    handles += [model.get_submodule(name).register_forward_hook(on_norm) for name in sorted(names)]
     with frozen(model), _hooks(handles):
         for ids in _equal_batches(documents):  # no padding: every position counts
             positions += ids.numel()
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    weights = dict(model.named_parameters())
-    ffn = []
-    for index, total in enumerate(activation):
-        weight = weights[spec.name.format(layer=index)].detach().double().cpu()
-        norm = weight.norm(dim=[other for other in range(weight.dim()) if other != dim])
-        ffn.append((total / positions * norm).numpy())
-    return Importance(influence / positions, np.stack(ffn))
+    norm = np.stack([written(family.ffn_input, layer).double().norm(dim=1).cpu().numpy() for layer in range(shape.layers)])
+    return Importance(influence / positions, ffn / positions * norm, heads / positions, hidden / positions, shape.kv_heads)
+
+
+def _sum(values: Tensor) -> np.ndarray:
+    """Sum over all but the last dimension."""
+    total: np.ndarray = values.float().flatten(0, -2).sum(0).double().cpu().numpy()
+    return total
 
 
 def _equal_batches(documents: Documents) -> Iterator[Tensor]:
@@ -115,22 +167,29 @@ def _equal_batches(documents: Documents) -> Iterator[Tensor]:
 
 
 def cut_plan(name: str, shape: Shape, model: Any, kept: Kept, layers: list[int] | None = None) -> Plan:
-    """The plan of a cut: kept layers and the first FFN neurons in order of importance, all from the one model.
+    """The plan of a cut: kept layers, and the first FFN neurons, heads and channels in order of importance, all from the one model.
+
+    Norm weights are multiplied by the square root of how much narrower the residual stream becomes (see `blend_plan`).
 
     Args:
         name: Name of the model in the plan's terms.
         shape: The shape to cut to.
         model: The model.
-        kept: Layers that stay, and the order of the neurons.
+        kept: Layers that stay, and the order of all other units.
         layers: Further layers that stay.
+
+    Raises:
+        ArgumentError: If the shape is no cut of the model.
+        ArchitectureError: If the architecture cannot have it.
     """
+    check_cut(shape, shape_of(model.config), model.config)
     segment = Segment("", name, shape.model_copy(update={"layers": len(kept.layers)}), shape_of(model.config), kept, layers or [], model.config)
     return blend_plan(segment, shape, Mix(alpha=0.0))
 
 
 def cut_model(model: Any, plan: Plan) -> Any:
     """A model of its own, made by a cut's plan from the model's parameters."""
-    config = config_for(plan.shape, model.config, list(plan.layers))
+    config = plan.config(model.config)
     live = {plan.large: {name: tensor.detach() for name, tensor in model.named_parameters()}}
     state = {name: combine(terms, live).clone() for name, terms in plan.tensors.items()}
     with LOADING:
@@ -179,14 +238,15 @@ class Cut:
     @classmethod
     def of(cls, model: Any, shape: Shape, importance: Importance, name: str) -> Cut:
         """The cut of a model to a shape."""
-        kept = importance.kept(shape.layers)
+        kept = importance.kept(shape)
         return cls(cut_plan(name, shape, model, kept), kept, {})
 
 
 def choose_cut(model: Any, size: int, importance: Importance, documents: Documents, *, name: str = "large", wish: Shape | None = None) -> Cut:
     """The cut to a size that loses least on calibration text, untrained.
 
-    Several depths are tried, the FFN filling the rest of the size; then the depths beside the best one.
+    Several depths are tried, the FFN filling the rest of the size; then the depths beside the best one. Hidden width and heads are cut only
+    where a wished shape says so: they cost more than as many parameters of the FFN.
 
     Args:
         model: The model to cut.
@@ -202,6 +262,7 @@ def choose_cut(model: Any, size: int, importance: Importance, documents: Documen
     Raises:
         SizeError: If no cut has that size.
         ArgumentError: If the wished shape is no cut of the model.
+        ArchitectureError: If the architecture cannot have it.
     """
     whole = shape_of(model.config)
     tried: dict[Shape, float] = {}
@@ -209,17 +270,12 @@ def choose_cut(model: Any, size: int, importance: Importance, documents: Documen
 
     def loss(shape: Shape) -> float:
         if shape not in tried:
-            plan = cut_plan(name, shape, model, importance.kept(shape.layers))
+            plan = cut_plan(name, shape, model, importance.kept(shape))
             with frozen(model):
                 tried[shape] = document_losses(between.run(plan), documents).mean
         return tried[shape]
 
     shapes = mixes(size, model, wish)
-    for shape in shapes:
-        for field in Shape.model_fields:
-            larger = getattr(shape, field) > getattr(whole, field)
-            if larger or (field not in ("layers", "ffn") and getattr(shape, field) != getattr(whole, field)):
-                raise ArgumentError(f"shape {field}={getattr(shape, field)} cannot be cut from a model with {field}={getattr(whole, field)}")
     best = min(shapes, key=loss)
     if len(shapes) > 1:
         beside = [best.model_copy(update={"layers": best.layers + step}) for step in (-1, 1)]

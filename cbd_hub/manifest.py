@@ -170,11 +170,15 @@ class Mix(Data):
         alpha: Weight of the smaller neighbour where both hold a unit.
         layer_gain: Factor on what a layer that only the larger neighbour holds adds to the residual stream.
         neuron_gain: Factor on what an FFN neuron that only the larger neighbour holds adds to the residual stream.
+        head_gain: The same for a head.
+        channel_gain: Factor on what is written into a channel of the residual stream that only the larger neighbour holds.
     """
 
     alpha: float = Field(ge=0, le=1)
     layer_gain: float = Field(default=1.0, ge=0, le=1)
     neuron_gain: float = Field(default=1.0, ge=0, le=1)
+    head_gain: float = Field(default=1.0, ge=0, le=1)
+    channel_gain: float = Field(default=1.0, ge=0, le=1)
 
 
 class RoadPoint(Mix):
@@ -183,10 +187,12 @@ class RoadPoint(Mix):
     Attributes:
         size: Where on the segment.
         layers: Layers of the in-between model there; the FFN fills the rest.
+        hidden: Its hidden width, where that was fitted; None for linear in size.
     """
 
     size: Parameters
     layers: int = Field(ge=1, le=4096)
+    hidden: int | None = Field(default=None, ge=1, le=2**17)
 
 
 class Blend(Data):

@@ -11,10 +11,10 @@ import torch
 
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at
+from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at, shape_at
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Blend, CurvePoint, Link, Mix, Patch, RoadPoint, Shape, Strategies
-from cbd_hub.shapes import count, fill_ffn, shape_between, shape_of
+from cbd_hub.shapes import count, shape_of
 
 
 SHARES = (0.25, 0.5, 0.75)  # where on a segment the curve is measured, in parameters
@@ -99,46 +99,46 @@ def greedy_order(segment: Segment, models: dict[str, Any], documents: Documents,
 
 
 def fit_road(segment: Segment, loss: Callable[[Plan], float], size: int) -> RoadPoint:
-    """Layers and mix of the blend with the least loss at a size, by a short search along one of them after the other."""
+    """Shape and mix of the blend with the least loss at a size, by a short search along one of them after the other."""
     share = (size - segment.sizes[0]) / (segment.sizes[1] - segment.sizes[0])
     seen: dict[RoadPoint, float] = {}
 
     def trial(point: RoadPoint) -> float:
         if point not in seen:
-            shape = shape_between(size, segment.small_shape, segment.large_shape, segment.config, point.layers)
+            shape = shape_at(segment, point)
             seen[point] = loss(blend_plan(segment, shape, point)) if shape.layers == point.layers else np.inf
         return seen[point]
 
     def best(point: RoadPoint, name: str, values: Sequence[float]) -> RoadPoint:
         return min((point, *(point.model_copy(update={name: value}) for value in values)), key=trial)
 
-    depths = _depths(segment, size)
-    linear = min(depths, key=lambda depth: abs(depth - road_at(segment, size).layers))
-    point = RoadPoint(size=size, layers=linear, alpha=1 - share / 2, layer_gain=(1 + share) / 2, neuron_gain=0.85)
+    small, road = segment.small_shape, road_at(segment, size)
+    depths = _depths(segment, road)
+    linear = min(depths, key=lambda depth: abs(depth - road.layers))
+    point = RoadPoint(size=size, layers=linear, hidden=road.hidden, alpha=1 - share / 2, layer_gain=(1 + share) / 2, neuron_gain=0.85)
     point = best(point, "layers", depths[:1])  # fewest layers, widest FFN
     for step in (-1, 1):
         while point.layers + step in depths and (moved := best(point, "layers", [point.layers + step])) is not point:
             point = moved
+    if small.hidden != segment.large_shape.hidden:
+        wishes = [point.model_copy(update={"hidden": hidden}) for hidden in (small.hidden, segment.large_shape.hidden)]
+        point = best(point, "hidden", sorted({shape_at(segment, wish).hidden for wish in wishes}))
     point = best(point, "alpha", _ALPHAS)
-    shape = shape_between(size, segment.small_shape, segment.large_shape, segment.config, point.layers)
-    if shape.ffn > segment.small_shape.ffn:
-        point = best(point, "neuron_gain", _GAINS)
-    if shape.layers > segment.small_shape.layers:
-        point = best(point, "layer_gain", _GAINS)
+    shape = shape_at(segment, point)
+    for axis, name in (("ffn", "neuron_gain"), ("heads", "head_gain"), ("hidden", "channel_gain"), ("layers", "layer_gain")):
+        if getattr(shape, axis) > getattr(small, axis):
+            point = best(point, name, _GAINS)
     return point
 
 
-def _depths(segment: Segment, size: int) -> list[int]:
-    """Numbers of layers, rising, at which the FFN can bring the size within 0.2%."""
-    small, large = segment.small_shape, segment.large_shape
-    narrow, wide = sorted((small.ffn, large.ffn))
+def _depths(segment: Segment, point: RoadPoint) -> list[int]:
+    """Numbers of layers, rising, at which the widths can bring the point's size within 0.2%."""
     depths = []
-    for depth in range(small.layers, large.layers + 1):
-        shape = small.model_copy(update={"layers": depth})
-        shape = shape.model_copy(update={"ffn": min(max(fill_ffn(size, shape, segment.config), narrow), wide)})
-        if abs(count(shape, segment.config) - size) <= 0.002 * size:
+    for depth in range(segment.small_shape.layers, segment.large_shape.layers + 1):
+        shape = shape_at(segment, point.model_copy(update={"layers": depth}))
+        if shape.layers == depth and abs(count(shape, segment.config) - point.size) <= 0.002 * point.size:
             depths.append(depth)
-    return depths or [shape_between(size, small, large, segment.config).layers]
+    return depths or [shape_at(segment, point).layers]
 
 
 def measure_segment(
@@ -179,13 +179,14 @@ def measure_segment(
     road = []
     for size in sizes:
         point = fit_road(segment, loss, size)
-        shape = shape_between(size, *shapes, segment.config, point.layers)
-        road.append(point.model_copy(update={"size": count(shape, segment.config)}))
+        shape = shape_at(segment, point)
+        # The shape's own numbers: asked for again, they give it again.
+        road.append(point.model_copy(update={"size": count(shape, segment.config), "layers": shape.layers, "hidden": shape.hidden}))
     unique = {point.size: point for point in road if low < point.size < high}
     segment = dataclasses.replace(segment, blend=Blend(road=[unique[size] for size in sorted(unique)], replicate=kept is None))
     curve = []
     for size, point in sorted(unique.items()):
-        shape = shape_between(size, *shapes, segment.config, point.layers)
+        shape = shape_at(segment, point)
         plans: dict[Literal["blend", "patch"], Plan] = {"blend": blend_plan(segment, shape, point)}
         if segment.patch:
             plans["patch"] = patch_plan(segment, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import os
@@ -50,6 +51,7 @@ _REFUSED = {
     "subfolder": "name the chain itself",
     "adapter_kwargs": "load an adapter onto the returned model with peft",
 }
+_KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
 _OWN = (
     "size", "shape", "strategy", "alpha", "tolerance", "revision", "token", "cache_dir", "local_files_only", "force_download",
 )
@@ -118,13 +120,12 @@ def kept_of(files: ChainFiles, small: Anchor, large: Anchor) -> Kept | None:
         return None
     path = files.side_file(small.maps)
     try:
-        arrays = load_file(path)
-        layers, ffn = arrays["kept.layers"], arrays["kept.ffn"]
-        if not np.issubdtype(layers.dtype, np.integer) or not np.issubdtype(ffn.dtype, np.integer):
-            raise KeyError("they are no integers")
-        return Kept(layers.astype(np.int64), ffn.astype(np.int64))
-    except (SafetensorError, KeyError) as error:
-        raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({error}); fetch or make the chain again") from error
+        arrays = {name.removeprefix("kept."): array for name, array in load_file(path).items() if name in _KEPT}
+        if any(not np.issubdtype(array.dtype, np.integer) for array in arrays.values()):
+            raise TypeError("they are no integers")
+        return Kept(**{name: array.astype(np.int64) for name, array in arrays.items()})
+    except (SafetensorError, TypeError) as error:
+        raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({one_line(error)}); fetch or make the chain again") from error
 
 
 def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
@@ -204,7 +205,7 @@ def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int
     error: ArgumentError | None = None
     for small, large in pairs or [(anchors[0], anchors[0])]:
         try:
-            whole = shapes.complete_shape(shape, small.shape, large.shape)
+            whole = shapes.complete_shape(shape, small.shape, large.shape, anchor_config(files, large))
         except ArgumentError as found:
             error = error or found
             continue
@@ -215,7 +216,7 @@ def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int
     assert error is not None
     if len(pairs) > 1 and isinstance(shape, Mapping) and set(shape) <= set(Shape.model_fields):
         segments = "; ".join(f"{small.name} ({small.shape.text}) to {large.name} ({large.shape.text})" for small, large in pairs)
-        raise ArgumentError(f"the shape {dict(shape)} lies in no segment of {files.manifest.name}, which has {segments}; choose layers and ffn inside one")
+        raise ArgumentError(f"the shape {dict(shape)} lies in no segment of {files.manifest.name}, which has {segments}; choose one inside")
     raise error
 
 
@@ -262,7 +263,7 @@ def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
     nearest = min(anchors.values(), key=lambda anchor: abs(anchor.parameters - plan.parameters))
     read = {name: anchor_checkpoint(files, anchor) for name, anchor in anchors.items() if name in plan.sources()}
     large = files.manifest.anchor(plan.large)
-    config = shapes.config_for(plan.shape, anchor_config(files, large), list(plan.layers))
+    config = plan.config(anchor_config(files, large))
     config.cbd = {
         "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
         "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),

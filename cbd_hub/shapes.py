@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
+
+import numpy as np
 
 from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError
 from cbd_hub.families import Family, family_of
@@ -43,15 +45,44 @@ def parameter_count(config: Any) -> int:
 
 def count(shape: Shape, config: Any) -> int:
     """Unique parameters of a model like ``config`` but of this shape."""
-    family = family_of(config)
-    return _count(family, config, {**family.sizes(config), **shape.model_dump()})
+    return int(_count_like(config, shape.model_dump()))
 
 
-def _count(family: Family, config: Any, sizes: Mapping[str, int]) -> int:
+def _count(family: Family, config: Any, sizes: Mapping[str, Any]) -> Any:
+    """Parameters; where sizes are arrays, of each of their entries."""
     return sum(
         prod(spec.shape(sizes)) * (sizes["layers"] if spec.per_layer else 1)
         for spec in family.tensors if spec.present(config)
     )
+
+
+def check_legal(shape: Shape, config: Any) -> None:
+    """Refuse a shape that no model of the architecture can have, or that transformers would not load.
+
+    Raises:
+        ArchitectureError: Naming the nearest that it can have.
+    """
+    family = family_of(config)
+    if shape.heads % shape.kv_heads:
+        near = _nearest(range(shape.kv_heads, 4097, shape.kv_heads), shape.heads)
+        raise ArchitectureError(
+            f"{family.name} cannot have the shape {shape}: its {shape.heads} heads do not share {shape.kv_heads} kv_heads evenly; the nearest are heads={near}"
+        )
+    sizes = shape.model_dump()
+    if family.legal_hidden(np.array(shape.hidden), sizes):
+        return
+    if family.hidden_is_heads:
+        near = _nearest(range(shape.head_size, 2**17, shape.head_size), shape.hidden, lambda hidden: f"{hidden} with heads={hidden // shape.head_size}")
+        rule = f"hidden is heads x head_size ({shape.heads} x {shape.head_size})"
+    else:
+        widths = np.arange(1, 2 * shape.hidden + shape.heads)
+        near = _nearest(widths[family.legal_hidden(widths, sizes)].tolist(), shape.hidden)
+        rule = f"hidden must be a multiple of {family.hidden_multiple} ({sizes[str(family.hidden_multiple)]})"
+    raise ArchitectureError(f"{family.name} cannot have the shape {shape}: {rule}; the nearest are hidden={near}")
+
+
+def _nearest(values: Iterable[int], wish: int, text: Callable[[int], str] = str) -> str:
+    return " or ".join(text(value) for value in sorted(sorted(values, key=lambda value: abs(value - wish))[:2]))
 
 
 def config_for(shape: Shape, config: Any, layers: list[int] | None = None) -> Any:
@@ -63,8 +94,9 @@ def config_for(shape: Shape, config: Any, layers: list[int] | None = None) -> An
         layers: Layer of ``config`` that each layer comes from, for what a config keeps per layer; the first ones by default.
 
     Raises:
-        ArchitectureError: If the architecture cannot have that shape.
+        ArchitectureError: If the architecture cannot have that shape, naming the nearest that it can have.
     """
+    check_legal(shape, config)
     family = family_of(config)
     made = copy.deepcopy(config)
     for axis in _FIELDS:
@@ -100,11 +132,37 @@ def other_differences(first: Any, second: Any) -> list[str]:
     return sorted(name for name in names if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))
 
 
-def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape) -> Shape:
-    """A whole shape from a partial one; what is not named is taken from the neighbours where they agree.
+def follow(wish: Mapping[str, int], like: Shape, config: Any) -> dict[str, int]:
+    """A partial shape with what follows from it: kv heads and heads from each other, hidden width from heads where it is heads x head size, and back.
+
+    Args:
+        wish: Some fields of a shape.
+        like: A shape with the query heads per kv head to keep where only one of both is named.
+        config: A transformers config of the architecture.
+    """
+    values = dict(wish)
+    group = like.heads // like.kv_heads
+    if "kv_heads" in values:
+        values.setdefault("heads", values["kv_heads"] * group)
+    if family_of(config).hidden_is_heads:
+        if "heads" in values:
+            values.setdefault("hidden", values["heads"] * like.head_size)
+        elif "hidden" in values and values["hidden"] % like.head_size == 0:
+            values["heads"] = values["hidden"] // like.head_size
+    if "heads" in values and values["heads"] % group == 0:
+        values.setdefault("kv_heads", values["heads"] // group)
+    return values
+
+
+def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, config: Any) -> Shape:
+    """A whole shape from a partial one; what is not named follows from what is, or is taken from the neighbours where they agree.
+
+    Heads, kv heads and hidden width follow from each other as in `follow`; the FFN follows the hidden width where both neighbours have the same
+    ratio of them.
 
     Raises:
         ArgumentError: If a field is unknown, missing where the neighbours differ, or outside their range.
+        ArchitectureError: If the architecture cannot have the shape.
     """
     values = wish.model_dump() if isinstance(wish, Shape) else dict(wish)
     for name, value in values.items():
@@ -113,6 +171,10 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape) 
         low, high = sorted((getattr(small, name), getattr(large, name)))
         if not isinstance(value, int) or not low <= value <= high:
             raise ArgumentError(f"shape {name}={value!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
+    if small.heads * large.kv_heads == large.heads * small.kv_heads:
+        values = follow(values, large, config)
+    if "hidden" in values and small.hidden != large.hidden and small.ffn * large.hidden == large.ffn * small.hidden:
+        values.setdefault("ffn", values["hidden"] * large.ffn // large.hidden)
     for name in _FIELDS:
         if name not in values:
             if getattr(small, name) != getattr(large, name):
@@ -120,7 +182,31 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape) 
                     f"shape gives no {name}, and the neighbours differ in it ({getattr(small, name)} and {getattr(large, name)}); name it"
                 )
             values[name] = getattr(small, name)
-    return Shape(**values)
+    shape = Shape(**values)
+    check_legal(shape, config)
+    return shape
+
+
+def check_cut(shape: Shape, whole: Shape, config: Any) -> None:
+    """Refuse a shape that cannot be cut from a model.
+
+    Raises:
+        ArgumentError: If it is larger somewhere, or of another head size or vocabulary.
+        ArchitectureError: If the architecture cannot have the shape.
+    """
+    for name in _FIELDS:
+        wanted, there = getattr(shape, name), getattr(whole, name)
+        if wanted > there or (wanted != there and name in ("head_size", "vocab")):
+            raise ArgumentError(
+                f"{name}={wanted} cannot be cut from {name}={there}; layers, hidden, heads, kv_heads and ffn can be made smaller, head_size and vocab stay"
+            )
+    check_legal(shape, config)
+    group, most = shape.heads // shape.kv_heads, whole.heads // whole.kv_heads
+    if group > most:
+        raise ArgumentError(
+            f"heads={shape.heads} with kv_heads={shape.kv_heads} asks for {group} query heads per kv head, and there are {most}; the most are "
+            f"heads={shape.kv_heads * most}"
+        )
 
 
 def fill_ffn(size: int, shape: Shape, config: Any, within: float = 0.001) -> int:
@@ -128,22 +214,31 @@ def fill_ffn(size: int, shape: Shape, config: Any, within: float = 0.001) -> int
 
     A multiple of 8, which tensor cores want, where that costs at most ``within`` of the size.
     """
-    fixed = count(shape.model_copy(update={"ffn": 0}), config)
-    step = count(shape.model_copy(update={"ffn": 1}), config) - fixed
+    return int(_fill(size, shape.model_dump(), config, within))
+
+
+def _fill(size: int, sizes: Mapping[str, Any], config: Any, within: float) -> Any:
+    fixed = _count_like(config, {**sizes, "ffn": 0})
+    step = _count_like(config, {**sizes, "ffn": 1}) - fixed
     exact = (size - fixed) / step
-    width = 8 * round(exact / 8)
-    if abs(width - exact) * step > within * size:
-        width = round(exact)
-    return max(width, 1)
+    width = 8 * np.rint(exact / 8)
+    width = np.where(np.abs(width - exact) * step > within * size, np.rint(exact), width)
+    return np.maximum(width, 1).astype(np.int64)
+
+
+def _count_like(config: Any, sizes: Mapping[str, Any]) -> Any:
+    family = family_of(config)
+    return _count(family, config, {**family.sizes(config), **sizes})
 
 
 def shape_between(
-    size: int, small: Shape, large: Shape, config: Any, layers: int | None = None, tolerance: float = 0.002
+    size: int, small: Shape, large: Shape, config: Any, layers: int | None = None, tolerance: float = 0.002, hidden: int | None = None
 ) -> Shape:
-    """The shape of a size between two neighbours of one hidden width.
+    """The shape of a size between two neighbours.
 
-    Layers go linearly with size (or are given), the FFN fills the rest within the neighbours' range; where it cannot, the
-    next nearest number of layers is taken.
+    The path: layers, hidden width, kv heads and query heads per kv head each go linearly with size (or as given) to the nearest that the
+    architecture can have, and the FFN fills the rest within the neighbours' range. Where it cannot, the next nearest number of layers is
+    taken, and at each the nearest widths that can.
 
     Args:
         size: Parameters wanted.
@@ -151,32 +246,75 @@ def shape_between(
         large: Shape of the larger neighbour.
         config: Config of either neighbour.
         layers: Layers wished for; by default linear in size.
-        tolerance: Distance from the size, as a share of it, that counts as meeting it; more than 0.2% never does where another depth is nearer.
+        tolerance: Distance from the size, as a share of it, that counts as meeting it; more than 0.2% (1% where widths move and the FFN does
+            not) never does where another shape is nearer.
+        hidden: Hidden width wished for; by default linear in size.
 
     Returns:
-        The shape nearest in layers of those that meet the size, else the nearest in size; the caller checks how near it is.
+        The shape nearest to the path of those that meet the size, else the nearest in size; the caller checks how near it is.
     """
     low, high = count(small, config), count(large, config)
     share = (size - low) / max(high - low, 1)
     wish = small.layers + share * (large.layers - small.layers) if layers is None else layers
-    accept = min(tolerance, 0.002)
-    candidates = [
-        (abs(shape.layers - wish), abs(count(shape, config) - size), shape) for shape in _depths_at(size, small, large, config, accept / 2)
-    ]
-    fitting = [entry for entry in candidates if entry[1] <= accept * size]
-    if fitting:
-        return min(fitting, key=lambda entry: entry[:2])[2]
-    return min(candidates, key=lambda entry: (entry[1], entry[0]))[2]
+    accept = min(tolerance, 0.002 if small.ffn != large.ffn or small.hidden == large.hidden else 0.01)
+    nearest: tuple[tuple[float, float], Shape] | None = None
+    candidates = _Candidates(small, large, config)
+    off = candidates.distance(share, hidden)
+    for depth in sorted(_span(small.layers, large.layers), key=lambda depth: (abs(depth - wish), depth)):
+        ffn, sizes = candidates.at(size, depth, accept / 2)
+        errors = np.abs(sizes - size)
+        fitting = errors <= accept * size
+        best = int(np.lexsort((errors, off, ~fitting) if fitting.any() else (off, errors))[0])
+        if fitting[best]:
+            return candidates.shape(best, depth, ffn)
+        if nearest is None or (errors[best], abs(depth - wish)) < nearest[0]:
+            nearest = (float(errors[best]), abs(depth - wish)), candidates.shape(best, depth, ffn)
+    assert nearest is not None
+    return nearest[1]
 
 
-def _depths_at(size: int, small: Shape, large: Shape, config: Any, within: float) -> list[Shape]:
-    """For every number of layers between two neighbours, the shape nearest to a size."""
-    narrow, wide = sorted((small.ffn, large.ffn))
-    found = []
-    for depth in range(min(small.layers, large.layers), max(small.layers, large.layers) + 1):
-        shape = small.model_copy(update={"layers": depth})
-        found.append(shape.model_copy(update={"ffn": min(max(fill_ffn(size, shape, config, within), narrow), wide)}))
-    return found
+def _span(first: int, second: int) -> range:
+    return range(min(first, second), max(first, second) + 1)
+
+
+class _Candidates:
+    """The widths between two shapes that an architecture can have: kv heads, heads and hidden width, one row each."""
+
+    def __init__(self, small: Shape, large: Shape, config: Any) -> None:
+        self.small, self.large, self.config = small, large, config
+        family = family_of(config)
+        hidden = np.arange(min(small.hidden, large.hidden), max(small.hidden, large.hidden) + 1)
+        rows = []
+        for kv_heads in _span(small.kv_heads, large.kv_heads):
+            for group in _span(small.heads // small.kv_heads, large.heads // large.kv_heads):
+                heads = kv_heads * group
+                legal = hidden[family.legal_hidden(hidden, {**small.model_dump(), "heads": heads, "kv_heads": kv_heads})]
+                rows.append(np.stack([np.full_like(legal, kv_heads), np.full_like(legal, heads), legal]))
+        self.kv_heads, self.heads, self.hidden = np.concatenate(rows, axis=1)
+
+    def distance(self, share: float, hidden: int | None) -> np.ndarray:
+        """How far each row is from the path at a share of the size, each axis in units of its range."""
+        total = np.zeros(len(self.hidden))
+        groups = (self.small.heads // self.small.kv_heads, self.large.heads // self.large.kv_heads)
+        for values, low, high, wish in (
+            (self.hidden, self.small.hidden, self.large.hidden, hidden), (self.kv_heads, self.small.kv_heads, self.large.kv_heads, None),
+            (self.heads // self.kv_heads, *groups, None),
+        ):
+            if low != high:
+                total += np.abs(values - (low + share * (high - low) if wish is None else wish)) / abs(high - low)
+        return total
+
+    def at(self, size: int, depth: int, within: float) -> tuple[np.ndarray, np.ndarray]:
+        """At a depth, the FFN width with which each row comes nearest to a size, and the sizes that come out."""
+        sizes = {"layers": depth, "hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads}
+        narrow, wide = sorted((self.small.ffn, self.large.ffn))
+        ffn = np.clip(_fill(size, sizes, self.config, within), narrow, wide)
+        return ffn, _count_like(self.config, {**sizes, "ffn": ffn})
+
+    def shape(self, row: int, depth: int, ffn: np.ndarray) -> Shape:
+        """The shape of a row."""
+        widths = {"hidden": self.hidden, "heads": self.heads, "kv_heads": self.kv_heads, "ffn": ffn}
+        return self.small.model_copy(update={"layers": depth, **{name: int(values[row]) for name, values in widths.items()}})
 
 
 def check_tolerance(size: int, shape: Shape, small: Shape, large: Shape, config: Any, tolerance: float) -> None:
@@ -188,10 +326,15 @@ def check_tolerance(size: int, shape: Shape, small: Shape, large: Shape, config:
     found = count(shape, config)
     if abs(found - size) <= tolerance * size:
         return
-    sizes = {count(shape, config) for shape in _depths_at(size, small, large, config, 0.0)}
+    candidates = _Candidates(small, large, config)
+    sizes = {int(parameters) for depth in _span(small.layers, large.layers) for parameters in _near(candidates.at(size, depth, 0.0)[1], size)}
     real = sorted(sizes, key=lambda real: abs(real - size))[:2]
     near = " or ".join(f"{format_size(parameters)} ({parameters:,})" for parameters in sorted(real))
     raise SizeError(
         f"no shape between the neighbours has {size:,} parameters within {tolerance:.1%}; the nearest have {near}: "
         "ask for one of these, or raise tolerance"
     )
+
+
+def _near(sizes: np.ndarray, size: int) -> np.ndarray:
+    return sizes[np.argsort(np.abs(sizes - size), kind="stable")[:2]]

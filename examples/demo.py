@@ -128,7 +128,7 @@ def measure(chain_folder: Path, documents: Documents, calibration: Documents) ->
         return losses
 
     def cut(plan: Plan) -> Losses:
-        cut_to = cut_plan("teacher", plan.shape, teacher, importance.kept(plan.shape.layers))
+        cut_to = cut_plan("teacher", plan.shape, teacher, importance.kept(plan.shape))
         with torch.no_grad():
             return document_losses(between.run(cut_to), documents)
 

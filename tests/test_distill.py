@@ -242,7 +242,7 @@ def test_cut_keeps_the_most_important_units(family):
     teacher = tiny.FAMILIES[family]()
     documents = Documents.packed(tiny.texts(30), tiny.tokenizer(), 32, 512)
     importance = measure_importance(teacher, documents, bf16=False)
-    kept = importance.kept(2)
+    kept = importance.kept(shape_of(teacher.config).model_copy(update={"layers": 2, "ffn": 24}))
     assert set(kept.layers) == set(np.argsort(-importance.layers)[:2])
     for layer in range(4):
         assert np.all(np.diff(importance.ffn[layer][kept.ffn[layer]]) <= 0)

@@ -83,11 +83,15 @@ def test_an_architecture_without_a_table_is_an_error_that_says_how_to_add_one():
         family_named("nope")
 
 
-def test_every_family_names_its_ffn_output():
+def test_every_family_names_what_writes_and_what_normalises():
     for family in FAMILIES:
-        spec, dim = family.output_of_ffn()
-        assert spec.dims[dim] == "ffn"
-        assert any(spec.name.endswith("." + name) for name in family.residual)
+        for module, axis in ((family.ffn_input, "ffn"), (family.heads_input, ("heads", "head_size"))):
+            spec, dim = family.input_of(module)
+            assert spec.dims[dim] == axis
+            assert family.writes(spec)
+        norms = [spec for spec in family.tensors if family.norm_of(spec) == "weight"]
+        assert len(norms) == len(family.norms)
+        assert all(spec.dims == ("hidden",) and not family.writes(spec) for spec in norms)
 
 
 def test_counting_allocates_nothing():

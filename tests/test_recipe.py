@@ -228,7 +228,7 @@ def test_stages_may_differ():
 
 @pytest.mark.parametrize(("more", "message"), [
     ({"stage": {"max_steps": 2, "temperature": 0}}, "stage of anchor .*temperature=0"), ({"stage": {"max_steps": 2, "divergence": "kl"}}, "divergence='kl'"),
-    ({"stage": {"max_steps": 2, "optim": "foo"}}, "stage of anchor"), ({"anchors": [{"hidden": 16}]}, "hidden=16 cannot be cut"),
+    ({"stage": {"max_steps": 2, "optim": "foo"}}, "stage of anchor"), ({"anchors": [{"hidden": 64}]}, "hidden=64 cannot be cut"),
     ({"anchors": [{"layers": 0}]}, "layers"), ({"anchors": ["1K"]}, "smaller than the embeddings"), ({"anchors": ["39.3K"]}, "falling size"),
     ({"anchors": ["30K", {"layers": 1}]}, "name both layers and ffn"),
 ])

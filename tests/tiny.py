@@ -35,8 +35,8 @@ def texts(count=60, seed=0):
 def llama(layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, tied=True, seed=0, **more):
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=256, tie_word_embeddings=tied,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
+        num_key_value_heads=kv_heads, max_position_embeddings=256, tie_word_embeddings=tied,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **{"head_dim": hidden // heads, **more},
     )
     return _made(config, seed)
 

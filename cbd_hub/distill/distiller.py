@@ -30,10 +30,10 @@ from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_t
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at
+from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at, shape_at
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Shape
-from cbd_hub.shapes import shape_between, shape_of
+from cbd_hub.shapes import shape_of
 
 
 logger = logging.getLogger(__name__)
@@ -322,7 +322,7 @@ def _shifted(labels: Tensor) -> Tensor:
 def path_plan(segment: Segment, size: int) -> Plan:
     """The plan of an in-between model as path training uses it: a patch where only layers differ, else the blend at its road."""
     point = road_at(segment, size)
-    shape = shape_between(size, segment.small_shape, segment.large_shape, segment.config, point.layers)
+    shape = shape_at(segment, point)
     if segment.patch:
         return patch_plan(segment, shape)
     return blend_plan(segment, shape, point)

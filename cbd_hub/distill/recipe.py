@@ -87,8 +87,7 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
         CBDError: If a stage's arguments or a checkpoint cannot be used.
     """
     above: int = shapes.parameter_count(teacher_config)
-    whole: Shape | None = shapes.shape_of(teacher_config)  # None once a size was asked for, whose shape is chosen later
-    least = shapes.count(shapes.shape_of(teacher_config).model_copy(update={"layers": 1, "ffn": 1}), teacher_config)
+    whole, exact = shapes.shape_of(teacher_config), True  # not exact once a size was asked for, whose layers and FFN are chosen later
     source = (above, teacher, teacher_config)
     taken = [unique_name(above, [])]
     stages: list[Stage] = []
@@ -101,17 +100,18 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
             Checkpoint(folder, config)
             size = shapes.parameter_count(config)
             check_pair(*source, size, folder, config)
-            source, whole = (size, folder, config), shapes.shape_of(config)
+            source, whole, exact = (size, folder, config), shapes.shape_of(config), True
         elif isinstance(wish, dict):
-            shape = whole = _wished_shape(wish, whole, teacher_config)
-            size = shapes.count(shape, teacher_config)
+            shape = whole = _wished_shape(wish, whole, exact, teacher_config)
+            size, exact = shapes.count(shape, teacher_config), True
         else:
-            size, whole = parse_size(wish), None
+            size, exact = parse_size(wish), False
         if size >= above or (isinstance(wish, str) and matches(wish, above)):
             raise RecipeError(
                 f"anchor {wish} has {format_size(size)} but the one above it has {format_size(above)}; list anchors in falling size, all smaller "
                 "than the teacher"
             )
+        least = shapes.count(whole.model_copy(update={"layers": 1, "ffn": 1}), teacher_config)
         if size < least:
             raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
         name = unique_name(size, taken)
@@ -127,24 +127,29 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
     return stages
 
 
-def _wished_shape(wish: Mapping[str, Any], whole: Shape | None, teacher_config: Any) -> Shape:
-    """The whole shape that a recipe's partial one means, cut from the anchor above.
+def _wished_shape(wish: Mapping[str, Any], above: Shape, exact: bool, teacher_config: Any) -> Shape:
+    """The whole shape that a recipe's partial one means, cut from the anchor above; heads, kv heads and tied hidden width follow from each other.
+
+    Args:
+        wish: The recipe's words.
+        above: Shape of the anchor above.
+        exact: Whether its layers and FFN are known; not where a size was asked for.
+        teacher_config: The teacher's config.
 
     Raises:
         RecipeError: If it names less than is needed, or more than can be cut.
     """
-    if whole is None and not {"layers", "ffn"} <= set(wish):
+    if not exact and not {"layers", "ffn"} <= set(wish):
         raise RecipeError(f"anchor {dict(wish)} comes after a size, whose layers and ffn are chosen by measuring; name both layers and ffn")
-    above = whole or shapes.shape_of(teacher_config)
     try:
-        shape = Shape.model_validate({**above.model_dump(), **wish}, strict=True)
+        named = Shape.model_validate({**above.model_dump(), **wish}, strict=True).model_dump(include=set(wish))
+        shape = Shape.model_validate({**above.model_dump(), **shapes.follow(named, above, teacher_config)})
+        shapes.check_cut(shape, above, teacher_config)
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(f"anchor {dict(wish)}: {first['loc'][0]}: {first['msg'].lower()}") from error
-    for name in Shape.model_fields:
-        wanted, there = getattr(shape, name), getattr(above, name)
-        if wanted > there or (wanted != there and name not in ("layers", "ffn")):
-            raise RecipeError(f"anchor {dict(wish)}: {name}={wanted} cannot be cut from {name}={there}; layers and ffn can be made smaller")
+    except CBDError as error:
+        raise RecipeError(f"anchor {dict(wish)}: {error}") from error
     return shape
 
 

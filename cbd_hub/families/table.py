@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import numpy as np
+
 
 # One dimension of a stored tensor: an axis name, a number, or a tuple of them whose product is the dimension
 # (outermost first), such as ("heads", "head_size") or (3, "heads", "head_size") for a fused q, k, v.
@@ -73,11 +75,16 @@ class Family:
         tensors: Every stored tensor.
         blocks: Path of the module list of layers.
         ffn_input: Module within a block whose input is the FFN's activations.
-        norm: Path of the final norm, for readers of the residual stream.
+        heads_input: Module within a block whose input is the heads' outputs.
+        norms: Modules that normalise over the hidden width: paths within a block, and the final one's whole path.
+        norm_eps: Config attribute with their eps.
+        centred: Whether they subtract the mean (LayerNorm).
+        hidden_multiple: Axis of whose size the hidden width must be a multiple, or None.
+        hidden_is_heads: Whether the hidden width is heads x head size.
         embedding: Key of the token embedding.
         head: Key of the output head, which shares the embedding where ``tied`` is true.
         tied: Config attribute that ties head and embedding.
-        residual: Tensors of a block that write into the residual stream.
+        residual: Tensors of a block that write into the residual stream; embeddings of tokens and positions do too.
         base_prefix: Prefix that published checkpoints may leave out.
         buffers: Pattern of stored keys that are no parameters and are passed over.
         single_layer_fields: Config lists with one entry per layer.
@@ -89,8 +96,14 @@ class Family:
     tensors: tuple[TensorSpec, ...]
     blocks: str
     ffn_input: str
+    heads_input: str
+    norms: tuple[str, ...]
+    norm_eps: str
     embedding: str
     residual: tuple[str, ...]
+    centred: bool = False
+    hidden_multiple: str | None = None
+    hidden_is_heads: bool = False
     head: str = "lm_head.weight"
     tied: str = "tie_word_embeddings"
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -127,10 +140,22 @@ class Family:
             key = self.base_prefix + key
         return None if self.buffers is not None and re.fullmatch(self.buffers, key) else key
 
-    def ffn_tensors(self) -> list[tuple[TensorSpec, int]]:
-        """The tensors with an FFN axis, and which dimension it is."""
-        return [(spec, spec.dims.index("ffn")) for spec in self.tensors if "ffn" in spec.dims]
+    def writes(self, spec: TensorSpec) -> bool:
+        """Whether a tensor's values are added to the residual stream."""
+        return spec.name == self.embedding or "positions" in spec.dims or spec.name.endswith(tuple(f".{name}" for name in self.residual))
 
-    def output_of_ffn(self) -> tuple[TensorSpec, int]:
-        """The FFN's output projection, and which dimension is the FFN axis."""
-        return next((spec, dim) for spec, dim in self.ffn_tensors() if f".{self.ffn_input}.weight" in spec.name)
+    def norm_of(self, spec: TensorSpec) -> str | None:
+        """``weight`` or ``bias`` where a tensor is that of a norm over the hidden width."""
+        module, _, leaf = spec.name.rpartition(".")
+        return leaf if module in self.norms or module.partition("{layer}.")[2] in self.norms else None
+
+    def input_of(self, module: str) -> tuple[TensorSpec, int]:
+        """The weight of a linear module of a block, and which dimension its input is: ``ffn_input`` or ``heads_input``."""
+        spec = next(spec for spec in self.tensors if spec.name.endswith(f".{module}.weight"))
+        return spec, next(dim for dim, axes in enumerate(spec.dims) if axes != "hidden")
+
+    def legal_hidden(self, hidden: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        """Which hidden widths the architecture can have with the other axes of these sizes; a mask."""
+        if self.hidden_is_heads:
+            return hidden == sizes["heads"] * sizes["head_size"]
+        return hidden % (sizes[self.hidden_multiple] if self.hidden_multiple is not None else 1) == 0

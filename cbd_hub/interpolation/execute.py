@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cbd_hub.interpolation.planner import Plan, Take, Term
+from cbd_hub.interpolation.plan import Plan, Take, Term
 
 
 _CHUNK_ELEMENTS = 2**21  # 8 MiB in fp32
@@ -20,12 +21,17 @@ def _select(source: Tensor, takes: tuple[Take, ...]) -> Tensor:
             source = source.narrow(take.dim, run.start, run.stop - run.start)
         else:
             source = source.index_select(take.dim, torch.from_numpy(take.index).to(source.device))
+        if take.spread:
+            source = source.mean(take.dim, keepdim=True).expand([take.spread if dim == take.dim else -1 for dim in range(source.dim())])
     return source
 
 
-def _boxes(terms: tuple[Term, ...]) -> dict[tuple[tuple[int, int], ...], list[Term]]:
-    """Terms grouped by the part of the target they add into: ((dim, start), ...)."""
-    boxes: dict[tuple[tuple[int, int], ...], list[Term]] = {}
+Box = tuple[tuple[int, int], ...]  # a part of the target: (dim, start) for each dimension that is split
+
+
+def _boxes(terms: tuple[Term, ...]) -> dict[Box, list[Term]]:
+    """Terms grouped by the part of the target they add into."""
+    boxes: dict[Box, list[Term]] = {}
     for term in terms:
         boxes.setdefault(tuple((take.dim, take.start) for take in term.takes), []).append(term)
     return boxes
@@ -41,8 +47,7 @@ def combine(terms: tuple[Term, ...], parameters: Mapping[str, Mapping[str, Tenso
     Returns:
         The weighted sum; the very parameter where a single whole term has weight 1.
     """
-    parts: list[tuple[int, int, Tensor]] = []
-    dim = 0
+    pieces: dict[Box, Tensor] = {}
     for box, group in _boxes(terms).items():
         total: Tensor | None = None
         for term in group:
@@ -50,11 +55,15 @@ def combine(terms: tuple[Term, ...], parameters: Mapping[str, Mapping[str, Tenso
             piece = piece if term.weight == 1.0 else piece * term.weight
             total = piece if total is None else total + piece
         assert total is not None
-        dim, start = box[0] if box else (0, 0)
-        parts.append((dim, start, total))
-    # A box is a stretch along one dimension; together they fill the target without overlap.
-    ordered = [part for _, _, part in sorted(parts, key=lambda entry: entry[1])]
-    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim)
+        pieces[box] = total
+    # Boxes are products of stretches: they are joined along the last dimension, then along the one before it.
+    while any(pieces):
+        rows: dict[Box, list[Tensor]] = {}
+        dim = next(iter(pieces))[-1][0]
+        for box in sorted(pieces):
+            rows.setdefault(box[:-1], []).append(pieces[box])
+        pieces = {box: row[0] if len(row) == 1 else torch.cat(row, dim) for box, row in rows.items()}
+    return pieces[()]
 
 
 def materialise(
@@ -78,9 +87,9 @@ def materialise(
     for box, group in _boxes(terms).items():
         view = target
         for (dim, start), take in zip(box, group[0].takes):
-            view = view.narrow(dim, start, len(take.index))
+            view = view.narrow(dim, start, take.length)
         sources = [read(term.anchor, term.tensor) for term in group]
-        rows = max(1, _CHUNK_ELEMENTS * len(view) // max(view.numel(), 1))
+        rows = max(1, _CHUNK_ELEMENTS // max(source[0].numel() for source in (view, *sources)))
         for first in range(0, len(view), rows):
             part = view[first : first + rows]
             pieces = [_rows(source, term.takes, first, len(part)) for source, term in zip(sources, group)]
@@ -99,9 +108,14 @@ def _rows(source: Tensor, takes: tuple[Take, ...], first: int, length: int) -> T
     along_rows = next((take for take in takes if take.dim == 0), None)
     if along_rows is None:
         source = source[first : first + length]
+    elif along_rows.spread:
+        takes = (replace(along_rows, spread=length), *(take for take in takes if take.dim != 0))
     else:
-        source = source[torch.from_numpy(along_rows.index[first : first + length])]
-    return _select(source, tuple(take for take in takes if take.dim != 0))
+        source = _select(source, (replace(along_rows, index=along_rows.index[first : first + length]),))
+        takes = tuple(take for take in takes if take.dim != 0)
+    if source.dtype.itemsize < 4 and any(take.spread for take in takes):
+        source = source.float()
+    return _select(source, takes)
 
 
 class LazyTensor:

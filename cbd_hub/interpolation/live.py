@@ -16,9 +16,8 @@ from torch.func import functional_call
 
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.execute import combine
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Shape
-from cbd_hub.shapes import config_for
 
 
 _SHELLS = 16  # kept at once; they hold no weights
@@ -124,7 +123,7 @@ class Between:
 
     def __init__(self, models: Mapping[str, Any]) -> None:
         self._models = dict(models)
-        self._shells: dict[Shape, Any] = {}
+        self._shells: dict[tuple[Shape, float], Any] = {}
 
     def run(self, plan: Plan) -> PlanRunner:
         """The plan's model as a `Runner`; its tensors are made once, now."""
@@ -135,8 +134,9 @@ class Between:
     def _shell(self, plan: Plan) -> Any:
         """A model of the plan's shape without parameters of its own: functional_call brings them."""
         model = self._models[plan.large]
-        if plan.shape not in self._shells:
-            config = config_for(plan.shape, model.config, list(plan.layers))
+        key = (plan.shape, plan.eps)
+        if key not in self._shells:
+            config = plan.config(model.config)
             config._attn_implementation = model.config._attn_implementation
             with init_empty_weights(include_buffers=False):
                 shell = type(model)(config)
@@ -145,8 +145,8 @@ class Between:
                 shell.get_submodule(owner)._buffers[leaf] = buffer.to(model.device)
             if len(self._shells) >= _SHELLS:
                 self._shells.clear()
-            self._shells[plan.shape] = shell
-        shell = self._shells[plan.shape]
+            self._shells[key] = shell
+        shell = self._shells[key]
         shell.train(model.training or any(other.training for other in self._models.values()))
         return shell
 

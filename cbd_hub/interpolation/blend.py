@@ -1,0 +1,221 @@
+"""Parameters of two neighbours averaged in shared coordinates, on every axis by one rule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cbd_hub.families import Family, TensorSpec, family_of
+from cbd_hub.families.table import Dimension
+from cbd_hub.interpolation.plan import Plan, Segment, Take, Term
+from cbd_hub.manifest import Mix, Shape
+from cbd_hub.shapes import count
+
+
+def blend_plan(
+    segment: Segment, shape: Shape, mix: Mix, *, chain: str = "", asked: int | None = None, expected: float | None = None
+) -> Plan:
+    """Parameters of both neighbours averaged in shared coordinates, with the larger one's next units added.
+
+    Paper, Eq. 3 (https://huggingface.co/papers/2605.07783): ``alpha Trans(small) + (1 - alpha) Trans(large)``, with ``Trans`` decided so:
+
+    - Coordinate i of an axis (FFN neurons, heads, residual channels) is the smaller neighbour's unit i and the larger one's unit ``kept[i]``. A
+      tensor is the product of its dimensions' stretches: where the smaller neighbour holds all of a part's coordinates, that part is the
+      average; the rest is the larger one's, the most important units first.
+    - What a unit that only the larger one holds writes into the residual stream is multiplied by its gain (``layer_gain``, ``neuron_gain``,
+      ``head_gain``, and ``channel_gain`` on all that is written into a new channel). With alpha 1 and gains of 0 the model computes what the
+      smaller neighbour computes: function-preserving zero-padding.
+    - The weights of norms are averaged times the square root of the hidden width: a model of width h normalises by the mean over h channels, so
+      a weight w of width h is ``w sqrt(h / h_target)`` at the target's width. New channels that are 0 thus change nothing under RMSNorm, where
+      eps becomes ``eps (1 - alpha + alpha h_small / h_target)``, and a cut keeps the scale of what it keeps.
+    - Where norms subtract the mean (LayerNorm) a new channel is ``channel_gain`` times the larger one's plus ``1 - channel_gain`` times the
+      mean of the shared channels, and the norm's bias there is multiplied by the gain; so that at gain 0 neither mean nor output move
+      (LEMON, https://huggingface.co/papers/2310.07999).
+    - With ``Blend.replicate`` a layer that only the larger one holds is the average with the smaller one's layer before it (layer replication).
+
+    Args:
+        segment: The two neighbours.
+        shape: The shape wanted, between theirs.
+        mix: The weights.
+        chain: Name of the chain.
+        asked: Size asked for; the shape's own by default.
+        expected: Loss expected at this size.
+    """
+    config, kept = segment.config, segment.kept
+    blender = _Blender(segment, shape, mix)
+    held = [int(layer) for layer in kept.layers]
+    layers = sorted({*held, *segment.order[: shape.layers - len(held)]})
+    replicate = segment.blend is not None and segment.blend.replicate
+    tensors: dict[str, tuple[Term, ...]] = {}
+    for spec in family_of(config).tensors:
+        if not spec.present(config):
+            continue
+        if not spec.per_layer:
+            tensors[spec.name] = blender.terms(spec, spec.name, spec.name)
+            continue
+        for position, layer in enumerate(layers):
+            source = held.index(layer) if layer in held else None
+            if source is None and replicate:
+                source = max((index for index, other in enumerate(held) if other < layer), default=0)
+            small = None if source is None else spec.name.format(layer=source)
+            tensors[spec.name.format(layer=position)] = blender.terms(spec, small, spec.name.format(layer=layer), layer)
+    found, ratio = count(shape, config), segment.small_shape.hidden / shape.hidden
+    return Plan(
+        chain, found if asked is None else asked, found, shape, segment.small, segment.large, "blend", mix, tuple(layers), tensors, expected,
+        eps=1 + mix.alpha * (ratio - 1),
+    )
+
+
+@dataclass(frozen=True)
+class _Coordinates:
+    """One dimension of a target tensor in the neighbours' coordinates.
+
+    Attributes:
+        large: The larger one's index of each entry.
+        small: The smaller one's, where it holds the entry.
+        held: Whether it does.
+        sizes: Lengths in the smaller and the larger one.
+    """
+
+    large: np.ndarray
+    small: np.ndarray
+    held: np.ndarray
+    sizes: tuple[int, int]
+
+    def within(self, inner: _Coordinates) -> _Coordinates:
+        """The coordinates of a dimension whose outer part is this and whose inner part is ``inner``."""
+        small, large = inner.sizes
+        return _Coordinates(
+            (self.large[:, None] * large + inner.large).ravel(), (self.small[:, None] * small + inner.small).ravel(),
+            (self.held[:, None] & inner.held).ravel(), (self.sizes[0] * small, self.sizes[1] * large),
+        )
+
+    @property
+    def stretches(self) -> list[slice]:
+        """Where the smaller one holds all, or nothing."""
+        borders = [0, *(np.flatnonzero(np.diff(self.held)) + 1).tolist(), len(self.held)]
+        return list(itertools.starmap(slice, itertools.pairwise(borders)))
+
+    @property
+    def plain(self) -> tuple[bool, bool]:
+        """Whether all of the smaller, and of the larger one is taken, in order."""
+        small, large = (
+            len(index) == size and np.array_equal(index, np.arange(size)) for index, size in zip((self.small, self.large), self.sizes)
+        )
+        return small, large
+
+
+class _Blender:
+    """The terms of a segment's tensors at one shape and mix."""
+
+    def __init__(self, segment: Segment, shape: Shape, mix: Mix) -> None:
+        self.segment, self.shape, self.mix = segment, shape, mix
+        self.family: Family = family_of(segment.config)
+        self.sizes = {**self.family.sizes(segment.config), **shape.model_dump()}
+        self.gains = {"hidden": mix.channel_gain, "ffn": mix.neuron_gain, "heads": mix.head_gain, "kv_heads": mix.head_gain}
+        self._found: dict[tuple[Dimension, int], _Coordinates | None] = {}
+
+    def terms(self, spec: TensorSpec, small: str | None, large: str, layer: int = 0) -> tuple[Term, ...]:
+        """The terms of one tensor: ``small`` is None where the smaller neighbour has no such layer."""
+        alpha = self.mix.alpha if small is not None else 0.0
+        writes, norm = self.family.writes(spec), self.family.norm_of(spec)
+        # Norm weights in the currency of the target's width; exactly 1 where widths agree.
+        ours, theirs = (
+            math.sqrt(shape.hidden / self.shape.hidden) if norm == "weight" else 1.0 for shape in (self.segment.small_shape, self.segment.large_shape)
+        )
+        alone = Term(self.segment.large, large, theirs * (self.mix.layer_gain if small is None and writes else 1.0))
+        both = [replace(alone, weight=alone.weight * (1 - alpha))] if alpha < 1 else []
+        if small is not None and alpha > 0:
+            both.insert(0, Term(self.segment.small, small, alpha * ours))
+        dims = {dim: found for dim, axes in enumerate(spec.dims) if (found := self.coordinates(axes, layer)) is not None}
+        used = (alpha > 0, alpha < 1 or not all(coordinates.held.all() for coordinates in dims.values()))
+        parts = []
+        for dim, coordinates in dims.items():
+            axes = spec.dims[dim]
+            gain = self.gain(axes, small is not None) if writes or norm == "bias" else 1.0
+            parts.append(_parts(dim, coordinates, used, gain, self.family.centred and writes and axes == "hidden"))
+        return tuple(term for box in itertools.product(*filter(None, parts)) for term in self.box(box, both, alone))
+
+    def box(self, box: tuple[_Part, ...], both: list[Term], alone: Term) -> Iterator[Term]:
+        """The terms of a product of parts: the average where both hold all of it, else the larger one's; and the means that it carries."""
+        weight = math.prod(part.gain for part in box)
+        for term in both if all(part.shared for part in box) else [alone]:
+            takes = tuple(part.large if term.anchor == self.segment.large else part.small for part in box)
+            yield replace(term, weight=term.weight * weight, takes=takes)
+        for index, part in enumerate(box):
+            if part.mean is not None:
+                yield from self.box((*box[:index], part.mean, *box[index + 1 :]), both, alone)
+
+    def gain(self, axes: Dimension, held: bool) -> float:
+        """The gain on what a dimension's new coordinates write; a layer that is new itself has its own for neurons and heads."""
+        names = axes if isinstance(axes, tuple) else (axes,)
+        return math.prod(self.gains.get(name, 1.0) for name in names if isinstance(name, str) and (held or name == "hidden"))
+
+    def coordinates(self, axes: Dimension, layer: int) -> _Coordinates | None:
+        """A stored dimension's coordinates; None where it is the same in every shape."""
+        names = axes if isinstance(axes, tuple) else (axes,)
+        if not self.gains.keys() & set(names):
+            return None
+        key = (axes, 0 if axes == "hidden" else layer)
+        if key not in self._found:
+            found = self._axis(names[0], layer)
+            for name in names[1:]:
+                found = found.within(self._axis(name, layer))
+            self._found[key] = found
+        return self._found[key]
+
+    def _axis(self, name: str | int, layer: int) -> _Coordinates:
+        small, large, kept = self.segment.small_shape, self.segment.large_shape, self.segment.kept
+        if name == "hidden":
+            order = np.arange(large.hidden) if kept.hidden is None else kept.hidden
+            return _prefix(order[: self.shape.hidden], small.hidden, large.hidden)
+        if name == "ffn":
+            return _prefix(kept.ffn[layer][: self.shape.ffn], small.ffn, large.ffn)
+        if name in ("heads", "kv_heads"):
+            groups = (np.arange(large.heads) if kept.heads is None else kept.heads[layer]).reshape(large.kv_heads, -1)
+            if name == "kv_heads":
+                return _prefix(groups[: self.shape.kv_heads, 0] // groups.shape[1], small.kv_heads, large.kv_heads)
+            outer = _prefix(np.arange(self.shape.kv_heads), small.kv_heads, large.kv_heads)
+            inner = _prefix(np.arange(self.shape.heads // self.shape.kv_heads), small.heads // small.kv_heads, groups.shape[1])
+            found = outer.within(inner)
+            return replace(found, large=groups.ravel()[found.large])
+        size = name if isinstance(name, int) else self.sizes[name]
+        return _prefix(np.arange(size), size, size)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of a dimension: whether both neighbours hold it, the gain on it, where it comes from, and the mean that it carries."""
+
+    shared: bool
+    gain: float
+    small: Take
+    large: Take
+    mean: _Part | None = None
+
+
+def _parts(dim: int, coordinates: _Coordinates, used: tuple[bool, bool], gain: float, carries_mean: bool) -> list[_Part]:
+    """The stretches of a dimension that are treated alike; none where all that is used (of the smaller, of the larger one) is whole and in order."""
+
+    def part(stretch: slice, shared: bool) -> _Part:
+        small, large = (Take(dim, stretch.start, index[stretch]) for index in (coordinates.small, coordinates.large))
+        return _Part(shared, 1.0 if shared else gain, small, large)
+
+    if coordinates.held.all() or (not used[0] and gain == 1.0):
+        whole = all(plain for plain, wanted in zip(coordinates.plain, used) if wanted)
+        return [] if whole else [part(slice(0, len(coordinates.held)), True)]
+    parts = [part(stretch, bool(coordinates.held[stretch.start])) for stretch in coordinates.stretches]
+    if carries_mean and gain < 1.0:  # the stretch of a residual channel: first the shared ones, then the new ones
+        shared, new = parts
+        small, large = (replace(take, start=new.large.start, spread=new.large.length) for take in (shared.small, shared.large))
+        parts = [shared, replace(new, mean=_Part(True, 1.0 - gain, small, large))]
+    return parts
+
+
+def _prefix(order: np.ndarray, small: int, large: int) -> _Coordinates:
+    index = np.arange(len(order))
+    return _Coordinates(order, index, index < small, (small, large))

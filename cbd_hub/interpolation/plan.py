@@ -1,0 +1,236 @@
+"""What a plan is made of: pure data, no weight touched.
+
+A plan says for every tensor of the wanted model which slices of which anchors it is made of, and with which weights. Training on
+the path between two anchors and `from_chain` use the same plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cbd_hub.errors import ManifestError
+from cbd_hub.families import family_of
+from cbd_hub.manifest import Blend, CurvePoint, Mix, Shape
+from cbd_hub.shapes import config_for, count
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which units of the larger neighbour the smaller one was cut from: its coordinates.
+
+    On every axis the smaller one holds a prefix of an order of the larger one's units, so that any width in between is a longer prefix, and
+    coordinate i stands for the same unit everywhere.
+
+    Attributes:
+        layers: For each layer of the smaller one, the larger one's layer it came from, rising; shape (layers_small,).
+        ffn: For each layer of the larger one, its FFN neurons in falling importance; shape (layers_large, ffn_large).
+        heads: For each layer of the larger one, its query heads: whole groups that share a kv head in falling importance, and within a group the
+            heads in falling importance; shape (layers_large, heads_large). A smaller model holds the first heads of the first groups; without
+            grouped queries each head is a group. None: by index.
+        hidden: Channels of the residual stream in falling importance, one order for the whole model; shape (hidden_large,). None: by index.
+    """
+
+    layers: np.ndarray
+    ffn: np.ndarray
+    heads: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+
+    @classmethod
+    def even(cls, small: Shape, large: Shape) -> Kept:
+        """The map for anchors that were not cut from each other: layers evenly, all else by index."""
+        layers = np.rint(np.linspace(0, large.layers - 1, small.layers)).astype(np.int64)
+        return cls(layers, np.tile(np.arange(large.ffn), (large.layers, 1)))
+
+    @property
+    def dropped(self) -> list[int]:
+        """Layers of the larger one that the smaller one lacks, rising."""
+        return sorted(set(range(len(self.ffn))) - {int(layer) for layer in self.layers})
+
+    def check(self, small: Shape, large: Shape) -> None:
+        """Refuse a map that does not fit its two anchors.
+
+        Raises:
+            ManifestError: Saying what does not fit.
+        """
+        wider = [name for name in ("layers", "hidden", "heads", "kv_heads", "ffn") if getattr(small, name) > getattr(large, name)]
+        other = [name for name in ("head_size", "vocab") if getattr(small, name) != getattr(large, name)]
+        if small.heads * large.kv_heads > large.heads * small.kv_heads:
+            wider.append("heads per kv head")
+        if wider or other:
+            what = f"more {wider[0]}" if wider else f"another {other[0]}"
+            raise ManifestError(f"the smaller anchor ({small}) has {what} than the larger one ({large}); nothing can be interpolated between them")
+        rising = self.layers.shape == (small.layers,) and bool(np.all(np.diff(self.layers) > 0))
+        if not rising or self.layers[0] < 0 or self.layers[-1] >= large.layers:
+            raise ManifestError(f"kept layers must be {small.layers} rising layers below {large.layers}; fetch or make the chain again")
+        if self.ffn.shape != (large.layers, large.ffn) or not _orders(self.ffn):
+            raise ManifestError(f"kept FFN neurons must be orders of {large.ffn} in {large.layers} layers; fetch or make the chain again")
+        if self.heads is not None:
+            group = large.heads // large.kv_heads
+            orders = self.heads.shape == (large.layers, large.heads) and _orders(self.heads)
+            if not orders or np.any(np.ptp(self.heads.reshape(large.layers, large.kv_heads, group) // group, axis=2)):
+                raise ManifestError(
+                    f"kept heads must be orders of {large.heads} in {large.layers} layers, whole groups of {group} together; fetch or make the chain again"
+                )
+        if self.hidden is not None and (self.hidden.shape != (large.hidden,) or not _orders(self.hidden[None])):
+            raise ManifestError(f"kept hidden channels must be an order of {large.hidden}; fetch or make the chain again")
+
+
+def _orders(rows: np.ndarray) -> bool:
+    """Whether every row holds each of its indices once."""
+    return np.array_equal(np.sort(rows, axis=1), np.broadcast_to(np.arange(rows.shape[1]), rows.shape))
+
+
+@dataclass(frozen=True)
+class Take:
+    """A selection along one dimension: target[start : start + length] comes from source[index].
+
+    With ``spread`` it is the mean of source[index], repeated so many times.
+    """
+
+    dim: int
+    start: int
+    index: np.ndarray
+    spread: int = 0
+
+    @property
+    def length(self) -> int:
+        """How much of the target it fills."""
+        return self.spread or len(self.index)
+
+    @property
+    def run(self) -> slice | None:
+        """The selection as a slice, where it is one."""
+        first = int(self.index[0]) if len(self.index) else 0
+        return slice(first, first + len(self.index)) if np.array_equal(self.index, np.arange(first, first + len(self.index))) else None
+
+
+@dataclass(frozen=True)
+class Term:
+    """A weighted slice of an anchor's tensor, added into a target tensor.
+
+    Attributes:
+        anchor: Name of the anchor.
+        tensor: Key of its tensor.
+        weight: Factor.
+        takes: Selections; a dimension without one is taken whole.
+    """
+
+    anchor: str
+    tensor: str
+    weight: float
+    takes: tuple[Take, ...] = ()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Two neighbours and what is known about the road between them.
+
+    Attributes:
+        small: Name of the smaller anchor.
+        large: Name of the larger anchor.
+        small_shape: Shape of the smaller anchor.
+        large_shape: Shape of the larger anchor.
+        kept: Units of the larger one that the smaller one holds.
+        order: Layers of the larger one that the smaller one lacks, in the order in which they come back.
+        config: transformers config of the larger anchor.
+        blend: Settings of the blend, or None where it does not apply.
+        patch: Whether patching applies: only layers differ.
+        curve: Measured points.
+    """
+
+    small: str
+    large: str
+    small_shape: Shape
+    large_shape: Shape
+    kept: Kept
+    order: Sequence[int]
+    config: Any
+    blend: Blend | None = field(default_factory=Blend)
+    patch: bool = False
+    curve: Sequence[CurvePoint] = ()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Parameters of the smaller and of the larger anchor."""
+        return count(self.small_shape, self.config), count(self.large_shape, self.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a model of a size is made.
+
+    Attributes:
+        chain: Name of the chain.
+        asked: The size asked for.
+        parameters: The size that comes out, in unique parameters.
+        shape: The shape that comes out.
+        small: Name of the smaller neighbour.
+        large: Name of the larger neighbour; the same at an anchor's own size.
+        strategy: ``anchor``, ``blend`` or ``patch``.
+        mix: Weights of the blend; None elsewhere.
+        layers: For each layer, the larger neighbour's layer in whose place it stands.
+        tensors: For every checkpoint key, the terms it is the sum of.
+        expected: Measured or interpolated loss in nats per token at this size, where the chain has a curve.
+        eps: Factor on the eps of the larger neighbour's norms.
+    """
+
+    chain: str
+    asked: int
+    parameters: int
+    shape: Shape
+    small: str
+    large: str
+    strategy: str
+    mix: Mix | None
+    layers: tuple[int, ...]
+    tensors: Mapping[str, tuple[Term, ...]]
+    expected: float | None = None
+    eps: float = 1.0
+
+    def config(self, large: Any) -> Any:
+        """The config of the model that comes out, from the larger neighbour's."""
+        config = config_for(self.shape, large, list(self.layers))
+        if self.eps != 1.0:
+            name = family_of(large).norm_eps
+            setattr(config, name, getattr(large, name) * self.eps)
+        return config
+
+    def sources(self) -> dict[str, set[str]]:
+        """For each anchor, the tensors that are read."""
+        read: dict[str, set[str]] = {}
+        for terms in self.tensors.values():
+            for term in terms:
+                read.setdefault(term.anchor, set()).add(term.tensor)
+        return read
+
+    def summary(self) -> dict[str, Any]:
+        """The plan without its tensors, as plain data."""
+        return {
+            "chain": self.chain, "asked": self.asked, "parameters": self.parameters, "shape": self.shape.model_dump(),
+            "small": self.small, "large": self.large, "strategy": self.strategy, **({} if self.mix is None else self.mix.model_dump()),
+            "expected_loss": self.expected,
+            "tensors_read": {anchor: len(names) for anchor, names in sorted(self.sources().items())},
+        }
+
+    def __str__(self) -> str:
+        rows = []
+        for name, value in self.summary().items():
+            if value is None:
+                continue
+            if isinstance(value, Mapping):
+                value = ", ".join(f"{key} {part}" for key, part in value.items())
+            rows.append((name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)))
+        return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def anchor_plan(chain: str, asked: int, anchor: str, shape: Shape, config: Any, expected: float | None = None) -> Plan:
+    """The plan of an anchor's own size: every tensor is the anchor's, bit for bit."""
+    own = config_for(shape, config)
+    tensors = {name: (Term(anchor, name, 1.0),) for _, _, name in family_of(own).stored(own)}
+    return Plan(
+        chain, asked, count(shape, config), shape, anchor, anchor, "anchor", None, tuple(range(shape.layers)), tensors, expected
+    )
