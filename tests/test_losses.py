@@ -238,3 +238,13 @@ def test_least_squares_is_the_minimum_of_the_mse():
     few = LeastSquares(6, 9)
     few.add(ours[0, :2], theirs[0, :2])
     assert all(torch.isfinite(tensor).all() for tensor in few.solve())
+
+
+def test_gradients_are_given_away_once():
+    hidden, head, teacher_hidden, teacher_head, labels = tensors(0)
+    value = distillation_loss(hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, labels)
+    value.backward(retain_graph=True)
+    first = head.grad.clone()
+    with pytest.raises(RuntimeError, match="compute it anew"):
+        value.backward()
+    assert torch.equal(head.grad, first)

@@ -18,8 +18,9 @@ from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses.divergence import check_options
 
 
-_BLOCK_BYTES = 64 * 2**20  # logits of a block, per model
+_BLOCK_BYTES = 48 * 2**20  # logits of a block, per model
 _CACHE_ELEMENTS = 2**19  # logits worked on at once
+_SLICE_ROWS = 8192  # of the head's gradient, made at once
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,28 @@ def _block_rows(size: int, dtype: torch.dtype) -> int:
     return max(1, _BLOCK_BYTES // (size * dtype.itemsize))
 
 
-def _scaled(logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+class _Desk:
+    """Room to work on a few rows of logits, taken once: fresh tensors for every few rows would cost more than the arithmetic.
+
+    Args:
+        rows: Rows at once.
+        size: Logits of a row.
+        like: Gives dtype and device.
+    """
+
+    def __init__(self, rows: int, size: int, like: Tensor) -> None:
+        self._rooms = [torch.empty(rows, size, dtype=like.dtype, device=like.device) for _ in range(5)]
+
+    def take(self, rows: int) -> list[Tensor]:
+        """Five tensors of so many rows, holding whatever was there."""
+        return [room[:rows] for room in self._rooms]
+
+
+def _scaled(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None, out: Tensor | None = None) -> Tensor:
     """Products of a few rows turned into logits, in fp32 (fp64 for fp64 input), shape (rows, V)."""
-    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
+    if out is None:
+        out = torch.empty_like(products, dtype=torch.float64 if products.dtype == torch.float64 else torch.float32)
+    logits = out.copy_(products)
     if bias is not None:
         logits += bias
     if scale != 1.0:
@@ -90,6 +110,29 @@ def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options
     return to_teacher, p_student.mul_(pull.sum(-1, keepdim=True)).sub_(pull)
 
 
+def _kl_and_gradient(student: Tensor, teacher: Tensor, reverse: bool, desk: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Per-row forward or reverse KL, and its gradient with respect to the student's logits at the loss temperature: one exponential a logit.
+
+    With ``d`` the difference of the logits and ``z`` their log-sum-exp, forward ``sum p_T (t - s) - z_T + z_S`` and ``p_S - p_T``; reverse
+    ``sum p_S e`` with ``e = s - t - z_S + z_T``, and ``p_S (e - value)``.
+
+    Args:
+        student: Logits of the student at the loss temperature, shape (rows, V).
+        teacher: The same of the teacher. Overwritten.
+        reverse: Whether it is the reverse KL.
+        desk: Two tensors to work in.
+    """
+    p_student = torch.softmax(student, -1, out=desk[0])
+    p_teacher = torch.softmax(teacher, -1, out=desk[1])
+    shift = (student.amax(-1) - p_student.amax(-1).log()) - (teacher.amax(-1) - p_teacher.amax(-1).log())  # z_S - z_T
+    if reverse:
+        difference = torch.sub(student, teacher, out=teacher).sub_(shift[:, None])
+        value = torch.linalg.vecdot(p_student, difference)
+        return value, difference.sub_(value[:, None]).mul_(p_student)
+    value = torch.linalg.vecdot(p_teacher, teacher.sub_(student)).add_(shift)
+    return value, p_student.sub_(p_teacher)
+
+
 def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     """Per-row divergence on the teacher's top tokens and one bucket for the rest, and its gradient with respect to the student's logits.
 
@@ -120,19 +163,24 @@ def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tens
 
 def _few_rows(
     product: Tensor, teacher_product: Tensor | None, top: tuple[Tensor, Tensor] | None, labels: Tensor,
-    biases: tuple[Tensor | None, Tensor | None], options: _Options, want_gradient: bool,
+    biases: tuple[Tensor | None, Tensor | None], options: _Options, want_gradient: bool, desk: list[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a few rows, and its gradient with respect to the student's product of hidden states and head."""
-    raw = _scaled(product, biases[0], options.student_logit_scale, options.student_softcap)
+    raw = _scaled(product, biases[0], options.student_logit_scale, options.student_softcap, desk[0])
     total = raw.new_zeros((), dtype=torch.float64)
     gradient: Tensor | None = None
     if teacher_product is not None:
-        teacher = _scaled(teacher_product, biases[1], options.teacher_logit_scale, options.teacher_softcap)
+        teacher = _scaled(teacher_product, biases[1], options.teacher_logit_scale, options.teacher_softcap, desk[1])
         temperature = options.temperature
+        student = raw
         if temperature != 1.0:
             teacher /= temperature
-        student_log = (raw / temperature if temperature != 1.0 else raw).log_softmax(-1)
-        value, slope = _divergence_and_gradient(student_log, teacher.log_softmax(-1), options)
+            student = torch.div(raw, temperature, out=desk[2])
+        if options.divergence in ("forward_kl", "reverse_kl"):
+            value, slope = _kl_and_gradient(student, teacher, options.divergence == "reverse_kl", desk[3:])
+        else:
+            logs = (torch.log_softmax(logits, -1, out=room) for logits, room in zip((student, teacher), desk[3:]))
+            value, slope = _divergence_and_gradient(*logs, options)
         total += options.kd_weight * temperature**2 * value.sum(dtype=torch.float64)
         if want_gradient:
             weight = options.kd_weight * temperature
@@ -177,11 +225,14 @@ class _HeadLoss(torch.autograd.Function):
             None if bias is None else bias[:size].to(accumulate), None if teacher_bias is None else teacher_bias[:size].to(accumulate)
         )
         d_hidden = torch.empty_like(hidden, dtype=accumulate) if wants[0] else None
-        d_head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if wants[1] else None
+        d_head = torch.empty(head.shape, dtype=accumulate, device=head.device) if wants[1] else None
+        if d_head is not None:
+            d_head[0 if rows == 0 else size :] = 0  # the first block fills the rest
         d_bias = torch.zeros(bias.shape, dtype=accumulate, device=head.device) if bias is not None and wants[2] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         block, few = max(1, min(_block_rows(size, compute), rows)), max(1, _CACHE_ELEMENTS // size)
         products = torch.empty(block, size, dtype=compute, device=hidden.device)
+        desk = _Desk(min(few, block), size, total.new_empty((), dtype=accumulate))
         teacher_products = None if teacher_hidden is None else torch.empty_like(products)
         for start in range(0, rows, block):
             part = hidden[start : start + block].to(compute)
@@ -196,7 +247,8 @@ class _HeadLoss(torch.autograd.Function):
                 rows_here = slice(start + first, start + min(first + few, len(part)))
                 top = None if top_ids is None or top_log_probs is None else (top_ids[rows_here], top_log_probs[rows_here])
                 value, slope = _few_rows(
-                    ours[place], None if theirs is None else theirs[place], top, labels[rows_here], biases, options, any(wants[:3])
+                    ours[place], None if theirs is None else theirs[place], top, labels[rows_here], biases, options, any(wants[:3]),
+                    desk.take(len(labels[rows_here])),
                 )
                 total += value
                 if slope is not None:
@@ -206,18 +258,23 @@ class _HeadLoss(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[start : start + block] = ours @ weight
             if d_head is not None:
-                d_head[:size] += ours.t() @ part
-        # Each gradient leaves in its input's dtype, as autograd wants it.
-        ctx.save_for_backward(*(
-            None if gradient is None else gradient.to(like.dtype)
-            for gradient, like in ((d_hidden, hidden), (d_head, head), (d_bias, bias if bias is not None else head))
-        ))
+                for low in range(0, size, _SLICE_ROWS):
+                    rows_of_head = slice(low, min(low + _SLICE_ROWS, size))
+                    product = ours[:, rows_of_head].t() @ part
+                    d_head[rows_of_head] = product if start == 0 else d_head[rows_of_head].add_(product)
+        del products, teacher_products, desk
+        ctx.gradients = [d_hidden, d_head, d_bias]
+        ctx.dtypes = [hidden.dtype, head.dtype, None if bias is None else bias.dtype]
         return total.to(accumulate)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (scale,) = grad_outputs
-        scaled = (None if gradient is None else gradient * scale.to(gradient.dtype) for gradient in ctx.saved_tensors)
+        gradients, ctx.gradients = ctx.gradients, None  # given away and not copied: the head's is as large as the head
+        if gradients is None:
+            raise RuntimeError("this loss has been walked backward already, and its gradients are given away; compute it anew")
+        # Each leaves in its input's dtype, as autograd wants it.
+        scaled = (None if gradient is None else gradient.mul_(scale).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes))
         return (*scaled, *(None,) * 8)
 
 
@@ -249,7 +306,7 @@ def distillation_loss(
     ``kd_weight x divergence + ce_weight x cross-entropy``, each a sum over kept tokens divided by ``num_items``. The
     divergences are those of `cbd_hub.losses.divergence` (times temperature^2); the cross-entropy is at temperature 1.
     Under autocast the products run in its dtype; logits, losses and the head's gradient are kept in fp32. Rows that are not
-    kept are dropped before any product. Extra memory is one block of logits a model, 64 MiB each, and the gradients themselves.
+    kept are dropped before any product. Extra memory is one block of logits a model, 48 MiB each, and the gradients themselves.
 
     Args:
         student_hidden: Last hidden states (after the final norm), shape (N, H). Receives a gradient.
