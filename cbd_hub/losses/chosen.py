@@ -43,7 +43,7 @@ class _ChosenLogProbs(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=accumulate)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulate)
         matrix = weight.to(head.compute)
-        rows = _block_rows(len(weight), accumulate)
+        rows = _block_rows(hidden.device)
         for start in range(0, len(hidden), rows):
             place = slice(start, start + rows)
             part = hidden[place].to(head.compute)
