@@ -134,7 +134,7 @@ def _kl_and_gradient(student: Tensor, teacher: Tensor, reverse: bool, desk: list
     return value, p_student.sub_(p_teacher)
 
 
-def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, options: _Options, room: Tensor) -> tuple[Tensor, Tensor]:
     """Per-row divergence on the teacher's top tokens and one bucket for the rest, and its gradient with respect to the student's logits.
 
     The k + 1 outcomes are a softmax of their own, so that the slope of a listed token's logit is that outcome's; the bucket's slope falls to its
@@ -145,12 +145,11 @@ def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tens
         ids: The teacher's top tokens, shape (rows, k).
         log_probs: Their log-probabilities, shape (rows, k).
         options: The divergence and its mixture weights; temperature 1.
+        room: Shape (rows, V), to work in.
     """
     tiny = torch.finfo(logits.dtype).eps
-    largest = logits.amax(-1, keepdim=True)
-    gradient = (logits - largest).exp_()  # one exponential a logit; normalised only where it is needed
-    total = gradient.sum(-1, keepdim=True)
-    listed = logits.gather(1, ids) - (largest + total.log())
+    gradient = torch.softmax(logits, -1, out=room)
+    listed = logits.gather(1, ids) - (logits.amax(-1, keepdim=True) - gradient.amax(-1, keepdim=True).log())
 
     def outcomes(listed: Tensor) -> Tensor:
         return torch.cat([listed, (1 - listed.exp().sum(-1, keepdim=True)).clamp(min=tiny).log()], -1)
@@ -158,7 +157,7 @@ def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tens
     student = outcomes(listed)
     rest = student[:, -1:].exp()
     value, slope = _divergence_and_gradient(student, outcomes(log_probs.to(logits.dtype)), options)
-    gradient.mul_(slope[:, -1:] / (rest * total))
+    gradient.mul_(slope[:, -1:] / rest)
     return value, gradient.scatter_(1, ids, slope[:, :-1])
 
 
@@ -180,17 +179,17 @@ def _few_rows(
         if options.divergence in ("forward_kl", "reverse_kl"):
             value, slope = _kl_and_gradient(student, teacher, options.divergence == "reverse_kl", desk[3:])
         else:
-            logs = (torch.log_softmax(logits, -1, out=room) for logits, room in zip((student, teacher), desk[3:]))
-            value, slope = _divergence_and_gradient(*logs, options)
+            ours, theirs = (torch.log_softmax(logits, -1, out=room) for logits, room in zip((student, teacher), desk[3:]))
+            value, slope = _divergence_and_gradient(ours, theirs, options)
         total += options.kd_weight * temperature**2 * value.sum(dtype=torch.float64)
         if want_gradient:
             weight = options.kd_weight * temperature
             gradient = slope if weight == 1.0 else slope.mul_(weight)
     if top is not None:
-        value, slope = _sparse_divergence_and_gradient(raw, *top, options)
+        value, slope = _sparse_divergence_and_gradient(raw, *top, options, desk[1])
         total += options.kd_weight * value.sum(dtype=torch.float64)
         if want_gradient:
-            gradient = slope.mul_(options.kd_weight)
+            gradient = slope if options.kd_weight == 1.0 else slope.mul_(options.kd_weight)
     if options.ce_weight:
         log_probs = raw.log_softmax(-1)
         chosen = log_probs.gather(1, labels[:, None])
