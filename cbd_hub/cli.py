@@ -398,7 +398,7 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         for cost in costs
     ])
     out.print("documents: " + ", ".join(f"{name} {'a stream' if count is None else f'{count:,}'}" for name, count in counts.items()))
-    out.print(f"training {_duration(sum(cost.seconds for cost in costs))} in all; cutting, order, curve and steps on the path come on top")
+    out.print(f"training {_duration(sum(cost.seconds for cost in costs))} in all; cutting, order, curve, sampling, hidden states and steps on the path come on top")
 
 
 def _duration(seconds: float) -> str:

@@ -19,14 +19,14 @@ from cbd_hub.losses.hidden import hidden_loss
 STUDENTS = {"llama": lambda: tiny.llama(layers=2, hidden=16, heads=2, kv_heads=1, ffn=24, seed=3), "gpt2": lambda: tiny.gpt2(layers=2, hidden=16, heads=2, ffn=24, seed=3)}
 
 
-def trainer_of(family, folder, peft_config=None, **options):
+def trainer_of(family, folder, peft_config=None, eval_dataset=None, **options):
     arguments = {
         "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "bf16": False, "disable_tqdm": True,
         "save_strategy": "no", "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, "hidden_weight": 1.0,
         "hidden_loss": "mse", **options,
     }
     return ChainDistiller(
-        model=STUDENTS[family](), teacher=tiny.FAMILIES[family](), args=ChainDistillerConfig(**arguments), train_dataset=rows(32),
+        model=STUDENTS[family](), teacher=tiny.FAMILIES[family](), args=ChainDistillerConfig(**arguments), train_dataset=rows(32), eval_dataset=eval_dataset,
         processing_class=tiny.tokenizer(), peft_config=peft_config,
     )
 
@@ -133,3 +133,25 @@ def test_wrong_options_are_named(tmp_path):
         trainer_of("llama", tmp_path, hidden_layers=[2])
     with pytest.raises(ArgumentError, match="hidden_balance=True but hidden_weight=0"):
         trainer_of("llama", tmp_path, hidden_weight=0.0, hidden_balance=True)
+
+
+def test_evaluation_before_training_leaves_the_term_out(tmp_path):
+    """Projectors that have had no start say nothing."""
+    trainer, plain = trainer_of("llama", tmp_path / "a"), trainer_of("llama", tmp_path / "b", hidden_weight=0.0)
+    assert trainer.evaluate(rows(4))["eval_loss"] == plain.evaluate(rows(4))["eval_loss"]
+
+
+def test_paths_and_epochs_resume_right(tmp_path, monkeypatch):
+    """A checkpoint given as a path is the last one too; more epochs go on; the best checkpoint is found by a relative output folder."""
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_of("llama", "./out", save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, save_total_limit=1, hidden_weight=0.0, learning_rate=30.0, eval_dataset=rows(4))
+    trainer.train()
+    assert "checkpoint-1" in trainer.state.best_model_checkpoint
+    assert ".saving" not in trainer.state.best_model_checkpoint
+    again = trainer_of("llama", "./out", save_strategy="no")
+    last = tmp_path / get_last_checkpoint("./out")
+    assert again.train(resume_from_checkpoint=last).global_step == 2
+    few = trainer_of("llama", "few", max_steps=-1, num_train_epochs=1, save_strategy="epoch")
+    few.train()
+    more = trainer_of("llama", "few", max_steps=-1, num_train_epochs=2, save_strategy="epoch")
+    assert more.train(resume_from_checkpoint=True).global_step == 2 * few.state.global_step

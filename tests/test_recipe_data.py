@@ -99,3 +99,22 @@ def test_wrong_data_of_a_stage_is_said_before_work(tmp_path):
         distill_chain({**plain, "data": {"path": str(tmp_path / "one.txt"), "streaming": True}}, tmp_path / "chain")
 
 
+
+
+def test_what_is_set_aside_is_in_no_stages_training_text(tmp_path):
+    """A stage's own data may overlap the recipe's; its calibration and held-out documents are left out of it."""
+    from cbd_hub.distill.recipe import _Run
+
+    plain = make_recipe(tmp_path, "llama", [SHAPE])
+    own = {"path": plain["data"]["path"], "heldout": 0.01, "calibration": 0.01}
+    run = _Run(Recipe.parse({**plain, "stages": {"layers=2,ffn=24": {"data": own}}}), tmp_path / "chain", print)
+    rows, _ = run._rows(run.stages[0], want_text=False)
+    aside = {*run.parts.calibration, *run.parts.heldout}
+    assert len(rows) > 100
+    assert not aside & {row["text"] for row in rows}
+
+
+def test_a_stream_that_is_all_set_aside_is_said(tmp_path):
+    plain = make_recipe(tmp_path, "llama", [SHAPE])
+    with pytest.raises(DataError, match="none is left to train on"):
+        distill_chain({**plain, "data": {**plain["data"], "streaming": True}}, tmp_path / "chain")

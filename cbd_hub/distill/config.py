@@ -83,6 +83,9 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
             raise ArgumentError(f"path_fraction={self.path_fraction} is outside 0 to 1; it is a share of the steps")
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ArgumentError(f"hidden_loss={self.hidden_loss!r} is not known; choose one of {', '.join(HIDDEN_LOSSES)}")
+        layers = self.hidden_layers
+        if layers is not None and not (isinstance(layers, (list, tuple)) and layers and all(isinstance(layer, int) for layer in layers)):
+            raise ArgumentError(f"hidden_layers={layers!r} is no list of layers; give some such as [3, 7, 11], or leave it out for all")
         if self.hidden_balance and not self.hidden_weight:
             raise ArgumentError("hidden_balance=True but hidden_weight=0, so there is no hidden-state term to balance; set hidden_weight to 1")
         if self.block_size < 2:

@@ -247,6 +247,8 @@ def split_stream(rows: Any, reserve: int, heldout: float, calibration: float, se
     unique = _shuffled(first, seed)
     if len(unique) < 2:
         raise DataError(f"the stream has {len(unique)} different documents in its first {reserve:,}, and calibration and held-out parts need one each; give more")
+    if next(iter(rows.skip(reserve)), None) is None:
+        raise DataError(f"the stream ends within the {reserve:,} documents that are set aside, and none is left to train on; lower reserve, or leave streaming out")
     cut = min(max(1, round(len(unique) * heldout / (heldout + calibration))), len(unique) - 1)
     return Parts(rows.skip(reserve), unique[cut:], unique[:cut])
 

@@ -189,7 +189,7 @@ class ChainDistiller(SamplingTrainer):
         keep = labels != -100
         training = student.training
         plan = self._path_plan() if training else None
-        hidden = self.hidden if plan is None else None
+        hidden = self.hidden if plan is None and self.hidden is not None and self.hidden.usable else None
         if num_items is None:
             num_items = keep.sum().clamp(min=1)
         runner = ModelRunner(student) if plan is None else self._between.run(plan)
@@ -201,6 +201,8 @@ class ChainDistiller(SamplingTrainer):
             if training:
                 hidden.note(loss, term)
             loss = loss + hidden.scale * term
+        elif training and self.hidden is not None and self.hidden.projectors:
+            loss = loss + self.hidden.untouched()
         if output.router_logits is not None and training:
             loss = loss + router_loss(student, output.router_logits, inputs.get("attention_mask")) * keep.sum() / num_items
         if training and args.average_tokens_across_devices and self.accelerator.num_processes > 1:
@@ -274,12 +276,14 @@ class ChainDistiller(SamplingTrainer):
         low, high = self._segment.sizes
         return path_plan(self._segment, round(low + draw.random() * (high - low)))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, as ``transformers.Trainer.train``; a checkpoint of the last step is loaded and no step is taken from it."""
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if isinstance(last, str):
             state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
-            if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):  # the Trainer would take one step too many
+            if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one step too many
                 self._load_from_checkpoint(last)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
@@ -287,6 +291,7 @@ class ChainDistiller(SamplingTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if not isinstance(last, str):
+            self._draw_answers()
             self._start_hidden()
         self.hidden.attach(student)
         try:

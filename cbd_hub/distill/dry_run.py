@@ -29,7 +29,7 @@ _DEEP = 5  # layers of the deeper trial
 _REPEATS = 3
 # What a trial leaves out: it has other layers than the teacher, and no text, prompts or cache.
 _PLAIN = {
-    "path_fraction": 0.0, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence", "teacher_answers": False, "text_weight": 0.0,
+    "path_fraction": 0.0, "hidden_weight": 0.0, "hidden_balance": False, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence", "teacher_answers": False, "text_weight": 0.0,
     "teacher_cache": None, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
 }
 
@@ -61,7 +61,7 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None)
     """Estimate every stage of a recipe without training.
 
     A step of the stage's own kind and batch is timed with models of its width, random weights and one or five layers, on this machine; time
-    and activations grow linearly in layers from there. Steps on the path, generation and saving are not counted.
+    and activations grow linearly in layers from there. Steps on the path, the hidden-state term, generation and saving are not counted.
 
     Args:
         recipe: The recipe.

@@ -81,6 +81,15 @@ class HiddenTerm:
         """Factor on the hidden loss."""
         return self.weight * self._balance[0] / self._balance[1] if self.balanced else self.weight
 
+    @property
+    def usable(self) -> bool:
+        """Whether the term means anything: projectors have had their start."""
+        return self.ready or not self.projectors
+
+    def untouched(self) -> Tensor:
+        """Nothing, with a graph to the projectors: what distributes training waits for every parameter's gradient."""
+        return torch.stack([0.0 * parameter.sum() for parameter in self._parameters().values()]).sum()
+
     # -- while training --------------------------------------------------------------------------------------------------
 
     def attach(self, student: Any) -> None:

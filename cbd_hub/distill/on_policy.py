@@ -103,12 +103,18 @@ class SamplingTrainer(AnchorTrainer):
         self._prompts, self._text = _all_prompts(dataset, args), text
         return Ticks(max(1, len(self._prompts) // args.rollout_batch) * args.inner_epochs * args.rollout_batch)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, on the teacher's answers where they are wanted."""
         config: ChainDistillerConfig = self.args
         samples = config.is_minillm or config.on_policy_fraction or config.teacher_answers
         if samples and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ArgumentError("sampling from a model that is sharded by FSDP or ZeRO-3 is not supported; train on one process, with DDP or with ZeRO-2")
+        self._draw_answers()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _draw_answers(self) -> None:
+        """Put the teacher's answers in the place of the data, where they are wanted."""
+        config: ChainDistillerConfig = self.args
         if config.teacher_answers and not self._answered:
             teacher = self.accelerator.unwrap_model(self.teacher)
             with self.accelerator.autocast():
@@ -117,7 +123,6 @@ class SamplingTrainer(AnchorTrainer):
                     tokenizer=self.processing_class, process=(config.process_index, config.world_size), wait=self.accelerator.wait_for_everyone,
                 )
             self._answered = True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _sampling(self, teacher_mix: float, *models: Any) -> Sampling:
         args: ChainDistillerConfig = self.args

@@ -18,6 +18,14 @@ METRICS = "metrics.jsonl"
 _OF_THIS_PROCESS = ("_runtime", "_per_second", "train_loss", "total_flos")  # of the part since the last resume
 
 
+def _step(line: str) -> float:
+    """The step of a line; of one that was cut off while it was written, later than all."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log line to ``metrics.jsonl`` in the output folder, whatever ``report_to`` names.
 
@@ -29,7 +37,7 @@ class MetricsFile(TrainerCallback):
         """Drop what comes after the checkpoint."""
         path = Path(args.output_dir) / METRICS
         if state.is_world_process_zero and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= state.global_step]
             write_text(path, "".join(f"{line}\n" for line in lines) if state.global_step else "")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

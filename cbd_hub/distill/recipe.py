@@ -369,7 +369,7 @@ class _Run:
             "tokens": tokens, "loss": losses[-1] if losses else None, "seconds": time.monotonic() - started,
         }))
         student = trainer.accelerator.unwrap_model(trainer.model)
-        write_text(self.builder.anchor_folder(f"{stage.name}.{METRICS}"), (run_dir / METRICS).read_text())
+        write_text(self.builder.anchor_folder(f"{stage.name}.{METRICS}"), (run_dir / METRICS).read_text() if (run_dir / METRICS).is_file() else "")
         with staged_folder(folder) as staging:
             student.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
@@ -380,10 +380,15 @@ class _Run:
     def _rows(self, stage: Stage, want_text: bool) -> tuple[Any, Any]:
         """What a stage trains on, and where wanted the text of MiniLLM's cross-entropy term."""
         own, seed = self.recipe.stage_data(stage.anchor), self.recipe.seed
-        rows = (self.parts if own.data is None else split_data(own.data, seed)).rows()
+        rows = self.parts.rows() if own.data is None else self._apart(split_data(own.data, seed))
         if not want_text:
             return rows, None
-        return rows, rows if own.text_data is None else split_data(own.text_data, seed).rows()
+        return rows, rows if own.text_data is None else self._apart(split_data(own.text_data, seed))
+
+    def _apart(self, parts: Parts) -> Any:
+        """Rows of other data without the documents that the recipe sets aside; a stream is taken as it is."""
+        aside = [as_row(document) for document in (*self.parts.calibration, *self.parts.heldout)]
+        return [row for row in parts.rows() if row not in aside] if isinstance(parts.train, list) else parts.rows()
 
     def _link(
         self, stage: Stage, small: Any, large: Any, cut: Cut | None, importance: Importance | None, anchors: list[Anchor]

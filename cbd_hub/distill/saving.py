@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -13,9 +14,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 
 from cbd_hub.cards import anchor_card
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.errors import StorageError
 from cbd_hub.files import write_text
 from cbd_hub.hub import is_repo_id, upload
 
+
+logger = logging.getLogger(__name__)
 
 _STAGING = ".saving"
 
@@ -75,7 +79,10 @@ class AnchorTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.hub_strategy != HubStrategy.END:
-            self.push_to_hub(commit_message=f"Training in progress, step {self.state.global_step}")
+            try:
+                self.push_to_hub(commit_message=f"Training in progress, step {self.state.global_step}")
+            except StorageError as error:  # the checkpoint is worth more than its push, and the next one comes
+                logger.warning("the push at step %d failed, training goes on: %s", self.state.global_step, error)
 
     def _card(self, name: str) -> str:
         args: ChainDistillerConfig = self.args
@@ -91,7 +98,7 @@ class AnchorTrainer(Trainer):
             **({"last training loss": f"{losses[-1]:.3f}"} if losses else {}),
         }
         return anchor_card(
-            name, sum(parameter.numel() for parameter in model.parameters()), teacher_repo=teacher if is_repo_id(teacher) else None, license=None, facts=facts
+            name, sum(parameter.numel() for key, parameter in model.named_parameters() if not key.startswith("cbd_projectors.")), teacher_repo=teacher if is_repo_id(teacher) else None, license=None, facts=facts
         )
 
     # -- saving --------------------------------------------------------------------------------------------------------------
@@ -116,7 +123,7 @@ class AnchorTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             final = run_dir / name
-            if self.state.best_model_checkpoint == str(staging / name):
+            if self.state.best_model_checkpoint is not None and Path(self.state.best_model_checkpoint) == staging / name:
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             shutil.rmtree(final, ignore_errors=True)

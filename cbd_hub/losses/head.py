@@ -345,6 +345,8 @@ def distillation_loss(
         0.0
     """
     check_options(divergence, temperature, beta, skew)
+    if not kd_weight and not ce_weight:
+        raise ArgumentError("kd_weight and ce_weight are both 0, so there is nothing to learn from; set one of them")
     rows = student_head.shape[0]
     if teacher_top is not None and temperature != 1.0:
         raise ArgumentError(f"temperature={temperature} needs the teacher's whole distribution, and teacher_top has its top tokens; use temperature 1")
