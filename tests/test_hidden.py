@@ -149,7 +149,7 @@ def test_paths_and_epochs_resume_right(tmp_path, monkeypatch):
     trainer.train()
     assert Path(trainer.state.best_model_checkpoint).is_dir()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
-    again = trainer_of("llama", "./out", save_strategy="no")
+    again = trainer_of("llama", "./out", save_strategy="no", hidden_weight=0.0)
     last = tmp_path / get_last_checkpoint("./out")
     assert again.train(resume_from_checkpoint=last).global_step == 2
     few = trainer_of("llama", "few", max_steps=-1, num_train_epochs=1, save_strategy="epoch")

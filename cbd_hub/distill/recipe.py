@@ -307,6 +307,9 @@ class _Run:
         cut = importance = None
         maps: PathRecord | None = None
         folder = self.builder.anchor_folder(stage.name)
+        if stage.checkpoint is not None and stage.size is not None:  # only now is the shape above it known for sure
+            source = resolve_checkpoint(stage.checkpoint)
+            check_pair(parent.parameters, self.builder.anchor_folder(parent.name), large.config, stage.size, source, read_config(source))
         if stage.checkpoint is None:
             importance = measure_importance(large, self.calibration)
             cut = self._cut(stage, large, importance, parent)
