@@ -296,7 +296,7 @@ def cache_teacher(
     text: Annotated[str | None, typer.Option("--text", help="A file or a pattern: text, or .jsonl rows of prompt and completion or of messages.", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="The training text of a recipe instead, for its teacher_cache.", show_default=False)] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens listed at a position; of the others only the sum is kept.")] = 128,
-    bits: Annotated[int, typer.Option("--bits", min=4, max=16, help="Precision of a log-probability: 8 costs about 0.00002 nats a token, each bit less eight times as much.")] = 8,
+    bits: Annotated[int, typer.Option("--bits", min=4, max=16, help="Precision of a log-probability: 8 costs about 0.00008 nats a token, each bit less four times as much.")] = 8,
     block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; the recipe's, or 128.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Stop when so many tokens are reached; the whole text by default.", show_default=False)] = None,
     student: Annotated[str | None, typer.Option("--student", help="A model to measure the tail's share of the divergence with.", show_default=False)] = None,

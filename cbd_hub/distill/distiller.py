@@ -166,7 +166,7 @@ class ChainDistiller(SamplingTrainer):
         student = module.get_base_model() if is_peft_model(module) else module
         if "top_ids" in inputs:
             with self.accelerator.autocast():
-                return inside(model, module, lambda: compute(student, None))
+                return inside(model, module, lambda: compute(student, None), frozen=not torch.is_grad_enabled())
         if self.teacher is None:
             raise ArgumentError("these rows have no top tokens and there is no teacher to run on them; evaluate on a TeacherCache")
         teacher = self.accelerator.unwrap_model(self.teacher)
