@@ -35,7 +35,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 ChainArgument = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id.", show_default=False)]
 SizeOption = Annotated[str | None, typer.Option("--size", help='Parameters wanted: "138M", "1.1B", "min" or "max".', show_default=False)]
-ShapeOption = Annotated[str | None, typer.Option("--shape", help='The exact shape instead, such as "layers=24,ffn=1192".', show_default=False)]
+ShapeOption = Annotated[str | None, typer.Option("--shape", help='The exact shape instead, such as "layers=24,ffn=1192" or "hidden=540".', show_default=False)]
 StrategyOption = Annotated[str, typer.Option("--strategy", help="How the gap is filled: blend, patch, or auto for what measured best.")]
 AlphaOption = Annotated[float | None, typer.Option("--alpha", help="Weight of the smaller neighbour in a blend, 0 to 1; fitted by default.", show_default=False)]
 ToleranceOption = Annotated[float, typer.Option("--tolerance", help="Largest accepted distance from the size, as a share of it.")]

@@ -29,7 +29,8 @@ class Kept:
         layers: For each layer of the smaller one, the larger one's layer it came from, rising; shape (layers_small,).
         ffn: For each layer of the larger one, its FFN neurons in falling importance; shape (layers_large, ffn_large).
         heads: For each layer of the larger one, its query heads: whole groups that share a kv head in falling importance, and within a group the
-            heads in falling importance; shape (layers_large, heads_large). A smaller model holds the first heads of the first groups; without
+            heads in falling importance; shape (layers_large, heads_large). A smaller model holds the first heads of the first groups: a shape
+            that names heads alone drops whole groups, one that names kv_heads too may thin the groups out, all to the same number. Without
             grouped queries each head is a group. None: by index.
         hidden: Channels of the residual stream in falling importance, one order for the whole model; shape (hidden_large,). None: by index.
     """
