@@ -86,7 +86,7 @@ def main() -> None:
     def nearest(size: int) -> int:
         return min(depths, key=lambda depth: abs(count(shape.model_copy(update={"layers": depth}), teacher.config) - size))
 
-    student, kept = train(teacher, recipe, packed_dataset([{"text": text} for text in parts.train], tokenizer, recipe.data.block_size), tokenizer, nearest(small.parameters))
+    student, kept = train(teacher, recipe, packed_dataset(parts.rows(), tokenizer, recipe.data.block_size), tokenizer, nearest(small.parameters))
     middle = nearest((small.parameters + large.parameters) // 2)
     size = count(shape.model_copy(update={"layers": middle}), teacher.config)
     rivals = patched(student, teacher, kept, middle, documents)

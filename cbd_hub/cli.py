@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -10,28 +9,21 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cbd_hub.errors import ArgumentError, CBDError, DataError
+from cbd_hub.printing import cell, err, middle, out, print_json, show_chain, show_costs, table_of, with_error
 from cbd_hub.sizes import format_bytes, format_size
-
-
-if TYPE_CHECKING:
-    from cbd_hub.distill.schema import Recipe
 
 
 app = typer.Typer(
     name="cbd", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     help="A language model in any size you want: distil a chain of anchors once, then make every size in between in seconds.",
 )
-# Into a file or a pipe a table is printed whole, whatever the width.
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 ChainArgument = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id.", show_default=False)]
 SizeOption = Annotated[str | None, typer.Option("--size", help='Parameters wanted: "138M", "1.1B", "min" or "max".', show_default=False)]
@@ -76,7 +68,11 @@ def distill(
     _hush_bars()
     read = Recipe.read(recipe)
     if dry_run:
-        _dry_run(read, as_json)
+        from cbd_hub.distill.dry_run import dry_run as estimate
+        from cbd_hub.distill.recipe import read_parts
+        parts = read_parts(read)
+        costs = estimate(read, (lambda line: None) if as_json else lambda line: err.print(escape(line)))
+        show_costs(costs, parts, as_json)
         return
     if out_dir is None:
         raise typer.BadParameter("give --out, the chain's folder", param_hint="--out")
@@ -86,10 +82,10 @@ def distill(
         err.print("\nstopped; run the same command again, it goes on from its last checkpoint")
         raise typer.Exit(1) from None
     if as_json:
-        _print_json(json.loads(chain.manifest.to_json()))
+        print_json(json.loads(chain.manifest.to_json()))
         return
-    _show(chain)
-    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {_middle(chain)} --out ./model")
+    show_chain(chain)
+    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {middle(chain)} --out ./model")
 
 
 @app.command()
@@ -108,10 +104,10 @@ def assemble(
         calibration = read_texts(text)
     chain = assemble_chain(checkpoints, out_dir, calibration=calibration)
     if as_json:
-        _print_json(json.loads(chain.manifest.to_json()))
+        print_json(json.loads(chain.manifest.to_json()))
         return
-    _show(chain)
-    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {_middle(chain)} --out ./model")
+    show_chain(chain)
+    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {middle(chain)} --out ./model")
 
 
 @app.command()
@@ -120,9 +116,9 @@ def show(chain: ChainArgument, revision: RevisionOption = None, as_json: JsonOpt
     from cbd_hub.chain import Chain
     opened = Chain.from_pretrained(chain, revision=revision)
     if as_json:
-        _print_json(json.loads(opened.manifest.to_json()))
+        print_json(json.loads(opened.manifest.to_json()))
         return
-    _show(opened)
+    show_chain(opened)
 
 
 @app.command()
@@ -137,7 +133,7 @@ def plan(
     planned = plan_in(files, size, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
     costs = plan_costs(files, planned)
     if as_json:
-        _print_json({**planned.summary(), **costs})
+        print_json({**planned.summary(), **costs})
         return
     table = Table("what", "value", title=f"{planned.chain} at {format_size(planned.parameters)}", title_justify="left")
     whole = planned.shape
@@ -172,7 +168,7 @@ def make(
         chain, size, output_dir=out_dir, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype, revision=revision
     )
     if as_json:
-        _print_json({**made.summary(), "output_dir": str(out_dir)})
+        print_json({**made.summary(), "output_dir": str(out_dir)})
         return
     out.print(f"{made.parameters:,} parameters ({made.shape.text}, {made.strategy}) in {escape(str(out_dir))}")
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
@@ -216,7 +212,7 @@ def generate(
     )
     if as_json:
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
-        _print_json({"prompt": prompt, "text": text, "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1], **model.config.cbd})
+        print_json({"prompt": prompt, "text": text, "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1], **model.config.cbd})
 
 
 @app.command("eval")
@@ -267,13 +263,13 @@ def evaluate(
         })
     if as_json:
         counts = {"documents": len(documents.ids), "tokens": documents.tokens} if documents is not None else {}
-        _print_json({"chain": opened.name, "text": text, **counts, "results": rows, "tasks": answers})
+        print_json({"chain": opened.name, "text": text, **counts, "results": rows, "tasks": answers})
         return
     if answers:
-        _table(f"{opened.name}: share of right answers ± standard error; norm: by bytes of the choice", [
+        table_of(f"{opened.name}: share of right answers ± standard error; norm: by bytes of the choice", [
             {
-                "size": row["size"], "task": row["task"], "questions": row["questions"], "accuracy": _with_error(row["accuracy"], row["accuracy_stderr"]),
-                "norm": _with_error(row["accuracy_norm"], row["accuracy_norm_stderr"]),
+                "size": row["size"], "task": row["task"], "questions": row["questions"], "accuracy": with_error(row["accuracy"], row["accuracy_stderr"]),
+                "norm": with_error(row["accuracy_norm"], row["accuracy_norm_stderr"]),
             }
             for row in answers
         ])
@@ -281,12 +277,12 @@ def evaluate(
         return
     shown = [
         {
-            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"], "loss": _with_error(row["loss"], row["stderr"]),
+            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"], "loss": with_error(row["loss"], row["stderr"]),
             "perplexity": row["perplexity"], "bits/byte": row["bits_per_byte"],
         }
         for row in rows
     ]
-    _table(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; loss in nats per token ± standard error", shown)
+    table_of(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; loss in nats per token ± standard error", shown)
 
 
 @app.command("cache-teacher")
@@ -319,11 +315,11 @@ def cache_teacher(
         student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json,
     )
     if as_json:
-        _print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})
+        print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})
         return
     table = Table("what", "value", title=f"Teacher cache {escape(str(out_dir))}", title_justify="left")
     for name, value in {**cache.record.table(), **facts}.items():
-        table.add_row(name, escape(_cell(value)))
+        table.add_row(name, escape(cell(value)))
     out.print(table)
     place = escape(shlex.quote(push or str(out_dir)))
     out.print(f"next: teacher_cache: {place} in a stage of a recipe, or ChainDistiller(..., teacher_cache=...)")
@@ -340,89 +336,6 @@ def _shape(text: str | None) -> dict[str, int] | None:
         return dict(pairs)
     except ValueError as error:
         raise ArgumentError(f'shape "{text}" cannot be read; write it as "layers=24,ffn=1192"') from error
-
-
-def _middle(chain: Any) -> str:
-    small, large = chain.anchors[1], chain.anchors[0]
-    return format_size((small.parameters + large.parameters) // 2)
-
-
-def _show(chain: Any) -> None:
-    """The tables of a chain."""
-    anchors = []
-    for anchor in chain.anchors:
-        row = {
-            "anchor": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape.text, "origin": anchor.origin,
-            "tokens": anchor.training.tokens if anchor.training else 0,
-        }
-        if anchor.evaluations:
-            last = anchor.evaluations[-1]
-            row["loss"] = _with_error(last.loss, last.stderr)
-        anchors.append(row)
-    _table(f"Chain {chain.name}: {len(anchors)} anchors of the {chain.anchors[0].family} family", anchors)
-    for link in chain.manifest.links:
-        names = f"{link.kind} {link.small} to {link.large}"
-        if link.curve:
-            rows = [
-                {"size": format_size(point.size), "parameters": point.size, "strategy": point.strategy, "loss": _with_error(point.loss, point.stderr)}
-                for point in link.curve
-            ]
-            _table(names, rows)
-        else:
-            out.print(f"{names}: not measured")
-    measured = [anchor.evaluations[-1] for anchor in chain.anchors if anchor.evaluations]
-    if measured:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(f"loss: nats per token ± standard error on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}")
-
-
-def _with_error(loss: float, stderr: float | None) -> str:
-    return f"{loss:.3f}" if stderr is None else f"{loss:.3f} ± {stderr:.3f}"
-
-
-def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    """Print what a recipe's stages would take."""
-    from cbd_hub.distill.dry_run import dry_run
-    from cbd_hub.distill.recipe import read_parts
-    parts = read_parts(recipe)
-    costs = dry_run(recipe, (lambda line: None) if as_json else lambda line: err.print(escape(line)))
-    counts = {"train": len(parts.train) if isinstance(parts.train, list) else None, "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
-    if as_json:
-        _print_json({"stages": [{**dataclasses.asdict(cost), "shape": cost.shape.model_dump()} for cost in costs], "documents": counts})
-        return
-    _table("Stages, reckoned from steps timed on a few layers", [
-        {
-            "anchor": cost.anchor, "shape": cost.shape.text, "size": cost.size, "steps": cost.steps, "tokens": cost.tokens,
-            "memory": format_bytes(cost.memory), "time": _duration(cost.seconds),
-        }
-        for cost in costs
-    ])
-    out.print("documents: " + ", ".join(f"{name} {'a stream' if count is None else f'{count:,}'}" for name, count in counts.items()))
-    out.print(f"training {_duration(sum(cost.seconds for cost in costs))} in all; cutting, order, curve, sampling, hidden states and steps on the path come on top")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=escape(title), title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(_cell(row.get(name, ""))) for name in rows[0]))
-    out.print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def _quiet() -> None:

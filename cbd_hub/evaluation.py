@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Runner
-from cbd_hub.losses.head import token_losses
+from cbd_hub.losses.log_probs import token_losses
 
 
 _BATCH_TOKENS = 2048

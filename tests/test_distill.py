@@ -172,20 +172,7 @@ def test_the_teacher_is_left_as_it_was(tmp_path):
 def resumed(family, folder, stop, **options):
     """Weights after six steps, stopped after ``stop`` and resumed from the last checkpoint."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "cosine", "per_device_train_batch_size": 3, **options}
-    trainer = trainer_for(family, folder, **options)
-    if stop:
-        from transformers import TrainerCallback
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == stop:
-                    raise KeyboardInterrupt
-        trainer.add_callback(Stop())
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-        trainer = trainer_for(family, folder, **options)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if stop else None)
-    return weights(trainer)
+    return weights(tiny.stopped_and_resumed(lambda: trainer_for(family, folder, **options), folder, stop))
 
 
 @pytest.mark.parametrize("stop", [3, 5])

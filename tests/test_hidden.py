@@ -8,7 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_distill import lora, rows, weights
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
@@ -94,17 +94,7 @@ def test_balance_weighs_the_terms_alike(tmp_path):
 def test_stopped_and_resumed_equals_never_stopped(family, tmp_path, balance):
     def run(folder, stop):
         options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "hidden_balance": balance, "per_device_train_batch_size": 3, "logging_steps": 3}
-        trainer = trainer_of(family, folder, **options)
-        if stop:
-            class Stop(TrainerCallback):
-                def on_step_end(self, args, state, control, **kwargs):
-                    if state.global_step == stop:
-                        raise KeyboardInterrupt
-            trainer.add_callback(Stop())
-            with pytest.raises(KeyboardInterrupt):
-                trainer.train()
-            trainer = trainer_of(family, folder, **options)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if stop else None)
+        trainer = tiny.stopped_and_resumed(lambda: trainer_of(family, folder, **options), folder, stop)
         return weights(trainer), [projector.weight.clone() for projector in trainer.hidden.projectors], (folder / "metrics.jsonl").read_text()
 
     (whole, maps, log), (again, other, same) = run(tmp_path / "a", 0), run(tmp_path / "b", 5)

@@ -10,8 +10,9 @@ import cbd_hub.losses.head as head_module
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses import divergence
 from cbd_hub.losses.divergence import DIVERGENCES
-from cbd_hub.losses.head import distillation_loss, token_losses
+from cbd_hub.losses.head import distillation_loss
 from cbd_hub.losses.hidden import LeastSquares, hidden_loss
+from cbd_hub.losses.log_probs import token_losses
 
 
 def reference(name, student, teacher, temperature, beta=0.5, skew=0.1):

@@ -94,24 +94,14 @@ def stream(seed):
     return source.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=16)
 
 
-def weights_after(folder, dataset, stop=None, **more):
-    config = ChainDistillerConfig(
-        str(folder), max_steps=6, save_steps=2, per_device_train_batch_size=2, bf16=False, disable_tqdm=True, block_size=24, logging_steps=1, **more
-    )
-    trainer = ChainDistiller(model=tiny.llama(layers=2, seed=5), teacher=tiny.llama(), args=config, train_dataset=dataset, processing_class=tokenizer())
-    if stop:
-        from transformers import TrainerCallback
+def weights_after(folder, dataset, stop=0):
+    def make():
+        config = ChainDistillerConfig(
+            str(folder), max_steps=6, save_steps=2, per_device_train_batch_size=2, bf16=False, disable_tqdm=True, block_size=24, logging_steps=1
+        )
+        return ChainDistiller(model=tiny.llama(layers=2, seed=5), teacher=tiny.llama(), args=config, train_dataset=dataset, processing_class=tokenizer())
 
-        class Stop(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                if state.global_step == stop:
-                    raise KeyboardInterrupt
-        trainer.add_callback(Stop())
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-        return weights_after(folder, dataset, resume_from_checkpoint=True)
-    trainer.train(resume_from_checkpoint=more.get("resume_from_checkpoint"))
-    return dict(trainer.model.named_parameters())
+    return dict(tiny.stopped_and_resumed(make, folder, stop).model.named_parameters())
 
 
 @pytest.mark.parametrize("kind", ["stream", "prompts"])

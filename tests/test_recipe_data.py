@@ -108,7 +108,7 @@ def test_what_is_set_aside_is_in_no_stages_training_text(tmp_path):
     plain = make_recipe(tmp_path, "llama", [SHAPE])
     own = {"path": plain["data"]["path"], "heldout": 0.01, "calibration": 0.01}
     run = _Run(Recipe.parse({**plain, "stages": {"layers=2,ffn=24": {"data": own}}}), tmp_path / "chain", print)
-    rows, _ = run._rows(run.stages[0], want_text=False)
+    rows, _ = run.rows[run.stages[0].name]
     aside = {*run.parts.calibration, *run.parts.heldout}
     assert len(rows) > 100
     assert not aside & {row["text"] for row in rows}

@@ -9,7 +9,6 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from test_distill import rows, trainer_for, weights
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig, distill_chain
 from cbd_hub.distill import answers, on_policy
@@ -311,17 +310,8 @@ def test_eight_by_one_is_one_by_eight(family, tmp_path, mode):
 
 def resumed(family, folder, stop, **options):
     options = {"max_steps": 7, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, **options}
-    trainer = sampler_for(family, folder, **options)
-    if stop:
-        def kill(*_, **__):
-            if trainer.state.global_step == stop:
-                raise KeyboardInterrupt
-        trainer.callback_handler.callbacks[-1].on_step_begin = kill
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train()
-        trainer = sampler_for(family, folder, **options)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if stop else None)
-    return weights(trainer)
+    # killed at the end of the step after, before that one's checkpoint
+    return weights(tiny.stopped_and_resumed(lambda: sampler_for(family, folder, **options), folder, stop and stop + 1))
 
 
 @pytest.mark.parametrize(("mode", "stop"), [("on_policy", 3), ("minillm", 3), ("minillm", 4), ("minillm_text", 5)])
@@ -436,7 +426,7 @@ def test_minillm_lowers_the_reverse_kl(tmp_path):
 def test_dense_logits_are_never_formed(tmp_path, monkeypatch, normalised):
     """No tensor of the loss has more elements than a block: with blocks of 4 rows the largest has 4 x V."""
     monkeypatch.setattr("cbd_hub.losses.head._block_rows", lambda *_: 4)
-    monkeypatch.setattr("cbd_hub.losses.chosen._block_rows", lambda *_: 4)
+    monkeypatch.setattr("cbd_hub.losses.log_probs._block_rows", lambda *_: 4)
     trainer = sampler_for("llama", tmp_path, **{**MINILLM, "max_new_tokens": 24}, length_normalised=normalised, per_device_train_batch_size=16)
     (batch,), items = batches_of(trainer)
     widest = 0

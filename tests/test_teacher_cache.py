@@ -33,7 +33,8 @@ from cbd_hub.errors import ArgumentError, DataError, IntegrityError, StorageErro
 from cbd_hub.files import sha256
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.losses.divergence import forward_kl
-from cbd_hub.losses.head import distillation_loss, top_log_probs
+from cbd_hub.losses.head import distillation_loss
+from cbd_hub.losses.log_probs import top_log_probs
 
 
 K, BLOCK = 24, 32

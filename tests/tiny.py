@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 
 VOCAB = 260
@@ -66,3 +67,27 @@ def save(model, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+class Killed(Exception):
+    """Instead of a signal: the run ends at once."""
+
+
+def stopped_and_resumed(make, folder, stop):
+    """The trainer after its run, which was killed at the end of step ``stop`` and made anew from its last checkpoint; never killed with 0."""
+    trainer = make()
+    if stop:
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == stop:
+                    raise Killed
+
+        trainer.add_callback(Stop())
+        try:
+            trainer.train()
+        except Killed:
+            trainer = make()
+        else:
+            raise AssertionError(f"the run ended before step {stop}")
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if stop else None)
+    return trainer

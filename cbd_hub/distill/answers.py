@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from cbd_hub.distill.rollouts import Prompt, Sampling, generate
 from cbd_hub.errors import DataError, StorageError
 from cbd_hub.files import write_text
+from cbd_hub.weights import weights_sha256
 
 
 _SHARD = 256  # prompts of a file, and most that a kill can lose
@@ -86,14 +86,4 @@ def _description(teacher: Any, prompts: Sequence[Prompt], sampling: Sampling, se
     drawn = dataclasses.asdict(sampling)
     del drawn["batch_size"]
     said = hashlib.sha256(json.dumps([dataclasses.astuple(prompt) for prompt in prompts]).encode()).hexdigest()
-    return {"teacher": _fingerprint(teacher), "prompts": said, "seed": seed, **drawn, "ends": list(sampling.ends)}
-
-
-@torch.no_grad()
-def _fingerprint(model: Any) -> str:
-    """Hash of every parameter's name, shape and first values."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(parameter.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return {"teacher": weights_sha256(teacher), "prompts": said, "seed": seed, **drawn, "ends": list(sampling.ends)}

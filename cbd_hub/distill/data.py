@@ -30,14 +30,31 @@ class Parts:
     calibration: list[Any]
     heldout: list[Any]
 
-    def rows(self) -> Any:
-        """The training documents as the trainer takes them."""
-        return [as_row(document) for document in self.train] if isinstance(self.train, list) else self.train
+    def rows(self, without: Parts | None = None) -> Any:
+        """The training documents as the trainer takes them.
+
+        Args:
+            without: Parts whose calibration and held-out documents are left out; a stream is taken as it is.
+        """
+        if not isinstance(self.train, list):
+            return self.train
+        aside = set() if without is None else {_text(document) for document in (*without.calibration, *without.heldout)}
+        return [as_row(document) for document in self.train if _text(document) not in aside]
 
 
 def as_row(document: Any) -> Mapping[str, Any]:
     """A document as a row."""
     return {"text": document} if isinstance(document, str) else document
+
+
+def as_document(row: Mapping[str, Any]) -> Any:
+    """A row as a document: its text where it has nothing else."""
+    return row["text"] if set(row) == {"text"} else row
+
+
+def _text(document: Any) -> str:
+    """What makes a document the same as another."""
+    return document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
 
 
 def is_conversation(columns: Iterable[str]) -> bool:
@@ -177,17 +194,19 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
     """
     if path is not None:
         names = _files(path)
-        formats = {Path(file).suffix.lower() for file in names}
-        if len(formats) > 1 or not formats <= _FORMATS.keys():
-            raise DataError(f"a stream reads files of one kind, and {path} matches {', '.join(sorted(formats))}; give {', '.join(_FORMATS)}")
-        builder = {"jsonl": "json"}.get(_FORMATS[formats.pop()], "text") if formats & {".jsonl", ".txt", ".md"} else _FORMATS[formats.pop()]
+        suffixes = sorted({Path(file).suffix.lower() for file in names})
+        builders = {"json" if _FORMATS.get(suffix) == "jsonl" else _FORMATS.get(suffix) for suffix in suffixes}
+        builder = builders.pop()
+        if builders or builder is None:
+            raise DataError(f"a stream reads files of one kind, and {path} matches {', '.join(suffixes)}; give {', '.join(_FORMATS)}")
         more = {"sample_by": "paragraph"} if builder == "text" else {}
         rows = _loaded(builder, data_files=names, split="train", streaming=True, **more)
     else:
         rows = _loaded(str(dataset), name, split=split, streaming=True)
     found = list(rows.column_names or next(iter(rows), {}))
     if column in found:
-        return rows.select_columns([column]).rename_column(column, "text") if column != "text" else rows.select_columns(["text"])
+        chosen = rows.select_columns([column])
+        return chosen if column == "text" else chosen.rename_column(column, "text")
     if is_conversation(found):
         return rows
     raise DataError(f'{path or dataset} has no column "{column}"; it has {", ".join(found) or "no rows"}: name the column that holds the text')
@@ -243,7 +262,7 @@ def split_stream(rows: Any, reserve: int, heldout: float, calibration: float, se
     Raises:
         DataError: If there are fewer than two different documents.
     """
-    first = [row["text"] if set(row) == {"text"} else row for row in itertools.islice(rows, reserve)]
+    first = [as_document(row) for row in itertools.islice(rows, reserve)]
     unique = _shuffled(first, seed)
     if len(unique) < 2:
         raise DataError(f"the stream has {len(unique)} different documents in its first {reserve:,}, and calibration and held-out parts need one each; give more")
@@ -255,6 +274,6 @@ def split_stream(rows: Any, reserve: int, heldout: float, calibration: float, se
 
 def _shuffled(documents: Iterable[Any], seed: int) -> list[Any]:
     """Different documents, in an order that depends on nothing but their text and the seed."""
-    by_text = {text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str): text for text in documents}
+    by_text = {_text(document): document for document in documents}
     order = sorted(by_text, key=lambda text: hashlib.sha256(f"{seed}\0{text}".encode(errors="replace")).digest())
     return [by_text[text] for text in order]

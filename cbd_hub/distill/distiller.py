@@ -23,7 +23,7 @@ from transformers.utils import is_peft_available
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.hidden import Batch, HiddenTerm
 from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
-from cbd_hub.distill.packing import collate, packed_dataset
+from cbd_hub.distill.packing import collate, next_tokens, packed_dataset
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_teacher, shards, without_compiler
@@ -117,11 +117,11 @@ class ChainDistiller(SamplingTrainer):
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
         self.add_callback(MetricsFile())
+        self.kept = kept
         self.teacher = self._segment = self.hidden = None
         if teacher is None:
             return
         teacher.requires_grad_(False).eval()
-        self.kept = kept
         self._segment = None if kept is None else _segment(student, teacher, kept, order)
         self.hidden = HiddenTerm(student, teacher, kept, args) if args.hidden_weight else None
         if self.hidden is not None:
@@ -185,7 +185,7 @@ class ChainDistiller(SamplingTrainer):
 
     def _loss(self, student: Any, target: Output | None, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         args: ChainDistillerConfig = self.args
-        labels = _shifted(inputs["labels"])
+        labels = next_tokens(inputs["labels"])
         keep = labels != -100
         training = student.training
         plan = self._path_plan() if training else None
@@ -235,7 +235,7 @@ class ChainDistiller(SamplingTrainer):
             rows = iter(self.train_dataset)
             while taken := list(itertools.islice(rows, self.args.train_batch_size)):
                 inputs = {name: value.to(self.args.device) for name, value in self.data_collator(taken).items()}
-                labels = _shifted(inputs["labels"])
+                labels = next_tokens(inputs["labels"])
 
                 def batch(student: Any, target: Output | None, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:
                     assert target is not None
@@ -315,13 +315,6 @@ class _Settle(TrainerCallback):
 
 def _batch(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
-
-
-def _shifted(labels: Tensor) -> Tensor:
-    """The token that each position predicts, -100 where none counts, shape (B, T)."""
-    shifted = torch.full_like(labels, -100)
-    shifted[:, :-1] = labels[:, 1:]
-    return shifted
 
 
 def path_plan(segment: Segment, size: int) -> Plan:

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.recipe import Stage, plan_stages
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.interpolation.live import best_device
+from cbd_hub.losses.head import block_bytes
 from cbd_hub.manifest import Shape
 from cbd_hub.weights import model_class, read_config
 
@@ -29,8 +29,8 @@ _DEEP = 5  # layers of the deeper trial
 _REPEATS = 3
 # What a trial leaves out: it has other layers than the teacher, and no text, prompts or cache.
 _PLAIN = {
-    "path_fraction": 0.0, "hidden_weight": 0.0, "hidden_balance": False, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence", "teacher_answers": False, "text_weight": 0.0,
-    "teacher_cache": None, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
+    "path_fraction": 0.0, "hidden_weight": 0.0, "hidden_balance": False, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence",
+    "teacher_answers": False, "text_weight": 0.0, "teacher_cache": None, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
 }
 
 
@@ -132,7 +132,7 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
         small = shapes.config_for(shapes.shape_of(config).model_copy(update={"layers": depth}), config)
         models.append(model_class(small, "the recipe")(small).to(best_device()))
     with tempfile.TemporaryDirectory() as folder:
-        args = stage.config(str(Path(folder)))
+        args = stage.config(folder)
         rows = torch.randint(0, student.vocab_size, (args.train_batch_size, args.block_size)).tolist()
         trainer = ChainDistiller(model=models[0], teacher=models[1], args=args, train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]))
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
@@ -166,7 +166,7 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
             began = time.perf_counter()
             step(args.gradient_accumulation_steps)
             times.append(time.perf_counter() - began)
-    return statistics.median(times), sum(kept.values()) + 2 * 64 * 2**20
+    return statistics.median(times), sum(kept.values()) + block_bytes(student.vocab_size, models[0].device, torch.bfloat16 if args.bf16 else torch.float32)
 
 
 def _wait() -> None:

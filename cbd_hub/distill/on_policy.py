@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.packing import collate, tokenise
+from cbd_hub.distill.packing import collate, next_tokens, tokenise
 from cbd_hub.distill.rollouts import (
     Prompt,
     Rollout,
@@ -224,7 +224,7 @@ class SamplingTrainer(AnchorTrainer):
         """MiniLLM's loss of sampled responses, and the cross-entropy of the text that came with them."""
         args: ChainDistillerConfig = self.args
         assert target is not None
-        labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        labels = next_tokens(inputs["labels"])
         output = ModelRunner(student)(inputs["input_ids"], inputs.get("attention_mask"))
         ours, theirs = output.head, target.head
         own: dict[str, Any] = {
@@ -238,7 +238,7 @@ class SamplingTrainer(AnchorTrainer):
         if "text" in inputs:
             text = inputs["text"]
             output = ModelRunner(student)(text["input_ids"], text.get("attention_mask"), text.get("position_ids"))
-            labels = torch.nn.functional.pad(text["labels"][:, 1:], (0, 1), value=-100)
+            labels = next_tokens(text["labels"])
             loss = loss + distillation_loss(
                 output.hidden.flatten(0, 1), ours.weight, None, None, labels.flatten(), kd_weight=0.0, ce_weight=args.text_weight,
                 num_items=text["items"], **own,

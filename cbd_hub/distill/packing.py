@@ -148,6 +148,16 @@ def packed_dataset(dataset: Any, tokenizer: Any, block_size: int) -> Any:
     return Dataset.from_list(blocks)
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """The token that each position predicts, -100 where none counts: labels moved one to the left, shape (B, T).
+
+    Example:
+        >>> next_tokens(torch.tensor([[-100, 7, 8]])).tolist()
+        [[7, 8, -100]]
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
     """A batch: ids, labels and what else the rows have, padded to the longest row.
 

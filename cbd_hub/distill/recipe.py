@@ -23,7 +23,16 @@ from cbd_hub import shapes
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, resolve_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.data import Parts, as_row, open_stream, read_dataset, read_rows, split_documents, split_stream
+from cbd_hub.distill.data import (
+    Parts,
+    as_document,
+    as_row,
+    open_stream,
+    read_dataset,
+    read_rows,
+    split_documents,
+    split_stream,
+)
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import tokenise
 from cbd_hub.distill.progress import METRICS, StageProgress
@@ -116,11 +125,11 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
             raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
         name = unique_name(size, taken)
         stage = Stage(name, wish, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish))
-        if checkpoint is not None and stage.config("unused").path_fraction:
+        arguments = stage.config("unused")
+        if checkpoint is not None and arguments.path_fraction:
             raise RecipeError(f"anchor {wish}: path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint")
-        cache = stage.config("unused").teacher_cache
-        if cache is not None and not stages:
-            TeacherCache.open(cache)  # those of later stages may wait for their teachers
+        if arguments.teacher_cache is not None and not stages:
+            TeacherCache.open(arguments.teacher_cache)  # those of later stages may wait for their teachers
         stages.append(stage)
         taken.append(name)
         above = size
@@ -173,7 +182,7 @@ def split_data(data: RecipeData, seed: int) -> Parts:
         return split_stream(stream, data.reserve, data.heldout, data.calibration, seed)
     documents: list[Any]
     if data.path is not None:
-        documents = [row["text"] if set(row) == {"text"} else row for row in read_rows(data.path, data.column)]
+        documents = [as_document(row) for row in read_rows(data.path, data.column)]
     else:
         assert data.dataset is not None
         documents = read_dataset(data.dataset, data.split, data.column, data.name)
@@ -238,8 +247,7 @@ class _Run:
         tokens = (tokenise(as_row(document), self.tokenizer).ids for document in self.parts.calibration)
         self.calibration = Documents.joined(tokens, self.tokenizer, block, CALIBRATION_TOKENS)
         self.dataset = f"{recipe.data.source} (calibration)"
-        for stage in self.stages:
-            self._rows(stage, want_text=True)
+        self.rows = {stage.name: self._rows(stage) for stage in self.stages}
         write_text(self._mark, recipe.sha256())  # all that can be checked has been: the folder is this run's
 
     @property
@@ -355,7 +363,7 @@ class _Run:
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
         arguments = stage.config(str(run_dir), self.recipe.seed)
-        rows, text = self._rows(stage, bool(arguments.text_weight))
+        rows, text = self.rows[stage.name]
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
             text_dataset=text, callbacks=[StageProgress(f"{stage.name}", arguments)],
@@ -380,18 +388,13 @@ class _Run:
                 path.chmod(0o644)  # a chain may be shared
         shutil.rmtree(run_dir, ignore_errors=True)
 
-    def _rows(self, stage: Stage, want_text: bool) -> tuple[Any, Any]:
-        """What a stage trains on, and where wanted the text of MiniLLM's cross-entropy term."""
+    def _rows(self, stage: Stage) -> tuple[Any, Any]:
+        """What a stage trains on, and where wanted the text of MiniLLM's cross-entropy term; nothing that the recipe sets aside."""
         own, seed = self.recipe.stage_data(stage.anchor), self.recipe.seed
-        rows = self.parts.rows() if own.data is None else self._apart(split_data(own.data, seed))
-        if not want_text:
+        rows = (self.parts if own.data is None else split_data(own.data, seed)).rows(without=self.parts)
+        if not stage.config("unused").text_weight:
             return rows, None
-        return rows, rows if own.text_data is None else self._apart(split_data(own.text_data, seed))
-
-    def _apart(self, parts: Parts) -> Any:
-        """Rows of other data without the documents that the recipe sets aside; a stream is taken as it is."""
-        aside = [as_row(document) for document in (*self.parts.calibration, *self.parts.heldout)]
-        return [row for row in parts.rows() if row not in aside] if isinstance(parts.train, list) else parts.rows()
+        return rows, rows if own.text_data is None else split_data(own.text_data, seed).rows(without=self.parts)
 
     def _link(
         self, stage: Stage, small: Any, large: Any, cut: Cut | None, importance: Importance | None, anchors: list[Anchor]

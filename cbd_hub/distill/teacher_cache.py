@@ -34,13 +34,14 @@ from cbd_hub.distill.cache_record import (
     TextRecord,
     predicts,
 )
-from cbd_hub.distill.packing import collate
+from cbd_hub.distill.packing import IGNORED, collate, next_tokens
 from cbd_hub.distill.top_codec import TopCodec, rounding_kl
 from cbd_hub.errors import CBDError, DataError, StorageError, VocabularyMismatchError
 from cbd_hub.files import check_file, disk_error, sha256, write_text
 from cbd_hub.hub import download, is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
-from cbd_hub.losses.head import distillation_loss, top_log_probs
+from cbd_hub.losses.head import distillation_loss
+from cbd_hub.losses.log_probs import top_log_probs
 from cbd_hub.shapes import parameter_count
 from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
 
@@ -196,8 +197,7 @@ class _Asker:
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> list[bytes]:
         """The encoded top tokens of each block."""
         batch = {name: tensor.to(self.teacher.device, torch.int64) for name, tensor in collate(blocks).items()}
-        keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        keep[:, :-1] = batch["labels"][:, 1:] != -100
+        keep = next_tokens(batch["labels"]) != IGNORED
         inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         target = ModelRunner(self.teacher)(*inputs)
         head, hidden = target.head, target.hidden[keep].float()

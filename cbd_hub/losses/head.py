@@ -8,6 +8,7 @@ elementwise work goes by few rows at a time, so that it stays in the cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,21 +46,14 @@ def _block_rows(device: torch.device) -> int:
     return _BLOCK_ROWS["cpu" if device.type == "cpu" else "other"]
 
 
-class _Desk:
-    """Room to work on a few rows of logits, taken once: fresh tensors for every few rows would cost more than the arithmetic.
+def block_bytes(vocab_size: int, device: torch.device, compute: torch.dtype) -> int:
+    """Bytes of the logits that `distillation_loss` holds at once, of student and teacher.
 
-    Args:
-        rows: Rows at once.
-        size: Logits of a row.
-        like: Gives dtype and device.
+    Example:
+        >>> block_bytes(50_000, torch.device("cpu"), torch.bfloat16)
+        51200000
     """
-
-    def __init__(self, rows: int, size: int, like: Tensor) -> None:
-        self._rooms = [torch.empty(rows, size, dtype=like.dtype, device=like.device) for _ in range(5)]
-
-    def take(self, rows: int) -> list[Tensor]:
-        """Five tensors of so many rows, holding whatever was there."""
-        return [room[:rows] for room in self._rooms]
+    return 2 * _block_rows(device) * vocab_size * compute.itemsize
 
 
 def _scaled(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None, out: Tensor | None = None) -> Tensor:
@@ -76,62 +70,50 @@ def _scaled(products: Tensor, bias: Tensor | None, scale: float, softcap: float 
     return logits
 
 
-def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Per-row divergence and its gradient with respect to the student's scaled logits.
-
-    Args:
-        student: Log-probabilities of the student at the loss temperature, shape (rows, V). Overwritten.
-        teacher: The same of the teacher. Overwritten.
-        options: The divergence and its mixture weights.
-
-    Returns:
-        The divergence, shape (rows,), and the gradient, shape (rows, V).
-    """
-    if options.divergence == "forward_kl":
-        difference = teacher - student
-        p_teacher = teacher.exp_()
-        value = difference.mul_(p_teacher).sum(-1)
-        return value, student.exp_().sub_(p_teacher)
-    if options.divergence == "reverse_kl":
-        difference = student - teacher
-        p_student = student.exp_()
-        value = torch.einsum("nv,nv->n", p_student, difference)
-        return value, difference.sub_(value[:, None]).mul_(p_student)
-    weight = options.beta if options.divergence == "jensen_shannon" else options.skew
-    mixture = torch.logaddexp(teacher + math.log(weight), student + math.log1p(-weight))
-    p_teacher, p_student = teacher.exp(), student.exp()
-    to_teacher = torch.einsum("nv,nv->n", p_teacher, teacher - mixture)
-    if options.divergence == "jensen_shannon":
-        slope = student - mixture
-        to_student = torch.einsum("nv,nv->n", p_student, slope)
-        value = weight * to_teacher + (1 - weight) * to_student
-        return value, slope.sub_(to_student[:, None]).mul_(p_student).mul_(1 - weight)
-    # dKL/dp_S = -(1 - skew) p_T / mixture, pushed through the softmax
-    pull = (teacher + student - mixture).exp_().mul_(1 - weight)
-    return to_teacher, p_student.mul_(pull.sum(-1, keepdim=True)).sub_(pull)
+def _through_scaling(gradient: Tensor, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """The gradient with respect to logits turned into that with respect to their products, in place; the logits are overwritten."""
+    if softcap is not None:
+        gradient.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
+    return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
-def _kl_and_gradient(student: Tensor, teacher: Tensor, reverse: bool, desk: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Per-row forward or reverse KL, and its gradient with respect to the student's logits at the loss temperature: one exponential a logit.
+def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options, desk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Per-row divergence and its gradient with respect to the student's logits at the loss temperature.
 
-    With ``d`` the difference of the logits and ``z`` their log-sum-exp, forward ``sum p_T (t - s) - z_T + z_S`` and ``p_S - p_T``; reverse
-    ``sum p_S e`` with ``e = s - t - z_S + z_T``, and ``p_S (e - value)``.
+    With ``z`` the log-sum-exp of logits, forward ``sum p_T (t - s) - z_T + z_S`` and ``p_S - p_T``; reverse ``sum p_S e`` with
+    ``e = s - t - z_S + z_T``, and ``p_S (e - value)``: one exponential a logit.
 
     Args:
         student: Logits of the student at the loss temperature, shape (rows, V).
         teacher: The same of the teacher. Overwritten.
-        reverse: Whether it is the reverse KL.
-        desk: Two tensors to work in.
+        options: The divergence and its mixture weights.
+        desk: Two tensors of that shape to work in.
+
+    Returns:
+        The divergence, shape (rows,), and the gradient, shape (rows, V).
     """
-    p_student = torch.softmax(student, -1, out=desk[0])
-    p_teacher = torch.softmax(teacher, -1, out=desk[1])
-    shift = (student.amax(-1) - p_student.amax(-1).log()) - (teacher.amax(-1) - p_teacher.amax(-1).log())  # z_S - z_T
-    if reverse:
+    if options.divergence in ("forward_kl", "reverse_kl"):
+        p_student, p_teacher = torch.softmax(student, -1, out=desk[0]), torch.softmax(teacher, -1, out=desk[1])
+        shift = (student.amax(-1) - p_student.amax(-1).log()) - (teacher.amax(-1) - p_teacher.amax(-1).log())  # z_S - z_T
+        if options.divergence == "forward_kl":
+            value = torch.linalg.vecdot(p_teacher, teacher.sub_(student)).add_(shift)
+            return value, p_student.sub_(p_teacher)
         difference = torch.sub(student, teacher, out=teacher).sub_(shift[:, None])
         value = torch.linalg.vecdot(p_student, difference)
         return value, difference.sub_(value[:, None]).mul_(p_student)
-    value = torch.linalg.vecdot(p_teacher, teacher.sub_(student)).add_(shift)
-    return value, p_student.sub_(p_teacher)
+    ours, theirs = torch.log_softmax(student, -1, out=desk[0]), torch.log_softmax(teacher, -1, out=desk[1])
+    weight = options.beta if options.divergence == "jensen_shannon" else options.skew
+    mixture = torch.logaddexp(theirs + math.log(weight), ours + math.log1p(-weight))
+    p_teacher, p_student = theirs.exp(), ours.exp()
+    to_teacher = torch.linalg.vecdot(p_teacher, theirs - mixture)
+    if options.divergence == "jensen_shannon":
+        slope = ours - mixture
+        to_student = torch.linalg.vecdot(p_student, slope)
+        value = weight * to_teacher + (1 - weight) * to_student
+        return value, slope.sub_(to_student[:, None]).mul_(p_student).mul_(1 - weight)
+    # dKL/dp_S = -(1 - skew) p_T / mixture, pushed through the softmax
+    pull = (theirs + ours - mixture).exp_().mul_(1 - weight)
+    return to_teacher, p_student.mul_(pull.sum(-1, keepdim=True)).sub_(pull)
 
 
 def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, options: _Options, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,14 +138,14 @@ def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tens
 
     student = outcomes(listed)
     rest = student[:, -1:].exp()
-    value, slope = _divergence_and_gradient(student, outcomes(log_probs.to(logits.dtype)), options)
+    value, slope = _divergence_and_gradient(student, outcomes(log_probs.to(logits.dtype)), options, [torch.empty_like(student) for _ in range(2)])
     gradient.mul_(slope[:, -1:] / rest)
     return value, gradient.scatter_(1, ids, slope[:, :-1])
 
 
 def _few_rows(
     product: Tensor, teacher_product: Tensor | None, top: tuple[Tensor, Tensor] | None, labels: Tensor,
-    biases: tuple[Tensor | None, Tensor | None], options: _Options, want_gradient: bool, desk: list[Tensor],
+    biases: tuple[Tensor | None, Tensor | None], options: _Options, want_gradient: bool, desk: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a few rows, and its gradient with respect to the student's product of hidden states and head."""
     raw = _scaled(product, biases[0], options.student_logit_scale, options.student_softcap, desk[0])
@@ -176,11 +158,7 @@ def _few_rows(
         if temperature != 1.0:
             teacher /= temperature
             student = torch.div(raw, temperature, out=desk[2])
-        if options.divergence in ("forward_kl", "reverse_kl"):
-            value, slope = _kl_and_gradient(student, teacher, options.divergence == "reverse_kl", desk[3:])
-        else:
-            ours, theirs = (torch.log_softmax(logits, -1, out=room) for logits, room in zip((student, teacher), desk[3:]))
-            value, slope = _divergence_and_gradient(ours, theirs, options)
+        value, slope = _divergence_and_gradient(student, teacher, options, desk[3:])
         total += options.kd_weight * temperature**2 * value.sum(dtype=torch.float64)
         if want_gradient:
             weight = options.kd_weight * temperature
@@ -200,10 +178,7 @@ def _few_rows(
             slope.mul_(options.ce_weight)
             gradient = slope if gradient is None else gradient.add_(slope)
     if gradient is not None:
-        if options.student_softcap is not None:
-            gradient.mul_(raw.div_(options.student_softcap).square_().neg_().add_(1.0))
-        if options.student_logit_scale != 1.0:
-            gradient.mul_(options.student_logit_scale)
+        gradient = _through_scaling(gradient, raw, options.student_logit_scale, options.student_softcap)
     return total, gradient
 
 
@@ -232,7 +207,8 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         block, few = max(1, min(_block_rows(hidden.device), rows)), max(1, _CACHE_ELEMENTS // size)
         products = torch.empty(block, size, dtype=compute, device=hidden.device)
-        desk = _Desk(min(few, block), size, total.new_empty((), dtype=accumulate))
+        # Room to work on a few rows, taken once: fresh tensors for every few rows would cost more than the arithmetic.
+        desk = torch.empty(5, min(few, block), size, dtype=accumulate, device=hidden.device)
         teacher_products = None if teacher_hidden is None else torch.empty_like(products)
         for start in range(0, rows, block):
             part = hidden[start : start + block].to(compute)
@@ -248,7 +224,7 @@ class _HeadLoss(torch.autograd.Function):
                 top = None if top_ids is None or top_log_probs is None else (top_ids[rows_here], top_log_probs[rows_here])
                 value, slope = _few_rows(
                     ours[place], None if theirs is None else theirs[place], top, labels[rows_here], biases, options, any(wants[:3]),
-                    desk.take(len(labels[rows_here])),
+                    desk[:, : rows_here.stop - first - start].unbind(),
                 )
                 total += value
                 if slope is not None:
@@ -382,70 +358,3 @@ def distillation_loss(
             student_hidden[kept], student_head, student_bias, teacher, teacher_head if live else None, teacher_bias, *top, chosen, options, compute
         )
     return total / (max(len(kept), 1) if num_items is None else num_items)
-
-
-@torch.no_grad()
-def token_losses(
-    hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None
-) -> Tensor:
-    """Cross-entropy of every row in nats, shape (N,), without gradient and without an N x V tensor.
-
-    Args:
-        hidden: Last hidden states, shape (N, H). Their dtype is the dtype of the product.
-        head: Output projection, shape (V, H).
-        labels: Next token of each row, shape (N,).
-        bias: Shape (V,), or None.
-        logit_scale: Factor on the logits.
-        softcap: ``cap * tanh(logits / cap)``, or None.
-
-    Example:
-        >>> token_losses(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 5])).exp().round()
-        tensor([8., 8.])
-    """
-    head = head.to(hidden.dtype)
-    rows = _block_rows(hidden.device)
-    losses = []
-    for start in range(0, len(hidden), rows):
-        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
-        chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
-        losses.append(logits.logsumexp(-1) - chosen)
-    return torch.cat(losses) if losses else hidden.new_zeros(0)
-
-
-@torch.no_grad()
-def top_log_probs(
-    hidden: Tensor, head: Tensor, k: int, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
-    vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest tokens of every row and the mass of the others, without an N x V tensor.
-
-    Args:
-        hidden: Last hidden states, shape (N, H). Their dtype is the dtype of the product.
-        head: Output projection, shape (V, H).
-        k: How many tokens, below V.
-        bias: Shape (V,), or None.
-        logit_scale: Factor on the logits.
-        softcap: ``cap * tanh(logits / cap)``, or None.
-        vocab_size: Rows of the head that are real tokens; None for all.
-
-    Returns:
-        Their ids, shape (N, k), in no order; their log-probabilities, shape (N, k); the log-probability of any other token, shape (N,).
-
-    Example:
-        >>> ids, listed, rest = top_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), 3)
-        >>> listed.exp()[0], rest.exp()
-        (tensor([0.1250, 0.1250, 0.1250]), tensor([0.6250, 0.6250]))
-    """
-    head = head[:vocab_size].to(hidden.dtype)
-    bias = None if bias is None else bias[:vocab_size]
-    rows = _block_rows(hidden.device)
-    parts = []
-    for start in range(0, len(hidden), rows):
-        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
-        listed, ids = logits.topk(k, -1, sorted=False)
-        rest = logits.scatter_(1, ids, -math.inf).logsumexp(-1)
-        whole = torch.logaddexp(listed.logsumexp(-1), rest)
-        parts.append((ids, listed - whole[:, None], rest - whole))
-    if not parts:
-        return hidden.new_zeros(0, k, dtype=torch.int64), hidden.new_zeros(0, k), hidden.new_zeros(0)
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])

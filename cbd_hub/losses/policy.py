@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbd_hub.errors import ArgumentError
-from cbd_hub.losses.chosen import chosen_log_probs
 from cbd_hub.losses.head import distillation_loss
+from cbd_hub.losses.log_probs import chosen_log_probs
 
 
 def rewards_to_go(rewards: Tensor, keep: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Log-probabilities of given tokens with a gradient, from hidden states and an output head, never holding an N x V tensor."""
+"""Log-probabilities of tokens from hidden states and an output head, never holding an N x V tensor: measured, the likeliest ones, or with a gradient."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,74 @@ import torch
 from torch import Tensor
 
 from cbd_hub.errors import VocabularyMismatchError
-from cbd_hub.losses.head import _block_rows, _scaled, token_losses
+from cbd_hub.losses.head import _block_rows, _scaled, _through_scaling
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Cross-entropy of every row in nats, shape (N,), without gradient and without an N x V tensor.
+
+    Args:
+        hidden: Last hidden states, shape (N, H). Their dtype is the dtype of the product.
+        head: Output projection, shape (V, H).
+        labels: Next token of each row, shape (N,).
+        bias: Shape (V,), or None.
+        logit_scale: Factor on the logits.
+        softcap: ``cap * tanh(logits / cap)``, or None.
+
+    Example:
+        >>> token_losses(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 5])).exp().round()
+        tensor([8., 8.])
+    """
+    head = head.to(hidden.dtype)
+    rows = _block_rows(hidden.device)
+    losses = []
+    for start in range(0, len(hidden), rows):
+        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
+        chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
+        losses.append(logits.logsumexp(-1) - chosen)
+    return torch.cat(losses) if losses else hidden.new_zeros(0)
+
+
+@torch.no_grad()
+def top_log_probs(
+    hidden: Tensor, head: Tensor, k: int, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest tokens of every row and the mass of the others, without an N x V tensor.
+
+    Args:
+        hidden: Last hidden states, shape (N, H). Their dtype is the dtype of the product.
+        head: Output projection, shape (V, H).
+        k: How many tokens, below V.
+        bias: Shape (V,), or None.
+        logit_scale: Factor on the logits.
+        softcap: ``cap * tanh(logits / cap)``, or None.
+        vocab_size: Rows of the head that are real tokens; None for all.
+
+    Returns:
+        Their ids, shape (N, k), in no order; their log-probabilities, shape (N, k); the log-probability of any other token, shape (N,).
+
+    Example:
+        >>> ids, listed, rest = top_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), 3)
+        >>> listed.exp()[0], rest.exp()
+        (tensor([0.1250, 0.1250, 0.1250]), tensor([0.6250, 0.6250]))
+    """
+    head = head[:vocab_size].to(hidden.dtype)
+    bias = None if bias is None else bias[:vocab_size]
+    rows = _block_rows(hidden.device)
+    parts = []
+    for start in range(0, len(hidden), rows):
+        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
+        listed, ids = logits.topk(k, -1, sorted=False)
+        rest = logits.scatter_(1, ids, -math.inf).logsumexp(-1)
+        whole = torch.logaddexp(listed.logsumexp(-1), rest)
+        parts.append((ids, listed - whole[:, None], rest - whole))
+    if not parts:
+        return hidden.new_zeros(0, k, dtype=torch.int64), hidden.new_zeros(0, k), hidden.new_zeros(0)
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
 
 
 @dataclass(frozen=True)
@@ -51,10 +119,7 @@ class _ChosenLogProbs(torch.autograd.Function):
             slope = logits.softmax(-1).neg_()  # of log p[chosen] in the logits: one-hot minus p
             slope.scatter_add_(1, chosen[place, None], torch.ones_like(slope[:, :1]))
             slope.mul_(scale[place, None])
-            if head.softcap is not None:
-                slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
-            if head.logit_scale != 1.0:
-                slope.mul_(head.logit_scale)
+            slope = _through_scaling(slope, logits, head.logit_scale, head.softcap)
             if d_bias is not None:
                 d_bias += slope.sum(0)
             slope = slope.to(head.compute)

@@ -1,0 +1,104 @@
+"""What the command ``cbd`` prints: tables, and JSON for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cbd_hub.sizes import format_bytes, format_size
+
+
+# Into a file or a pipe a table is printed whole, whatever the width.
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def middle(chain: Any) -> str:
+    """A size in the middle of a chain's larger segment."""
+    small, large = chain.anchors[1], chain.anchors[0]
+    return format_size((small.parameters + large.parameters) // 2)
+
+
+def show_chain(chain: Any) -> None:
+    """The tables of a chain."""
+    anchors = []
+    for anchor in chain.anchors:
+        row = {
+            "anchor": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape.text, "origin": anchor.origin,
+            "tokens": anchor.training.tokens if anchor.training else 0,
+        }
+        if anchor.evaluations:
+            last = anchor.evaluations[-1]
+            row["loss"] = with_error(last.loss, last.stderr)
+        anchors.append(row)
+    table_of(f"Chain {chain.name}: {len(anchors)} anchors of the {chain.anchors[0].family} family", anchors)
+    for link in chain.manifest.links:
+        names = f"{link.kind} {link.small} to {link.large}"
+        if link.curve:
+            rows = [
+                {"size": format_size(point.size), "parameters": point.size, "strategy": point.strategy, "loss": with_error(point.loss, point.stderr)}
+                for point in link.curve
+            ]
+            table_of(names, rows)
+        else:
+            out.print(f"{names}: not measured")
+    measured = [anchor.evaluations[-1] for anchor in chain.anchors if anchor.evaluations]
+    if measured:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(f"loss: nats per token ± standard error on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}")
+
+
+def with_error(loss: float, stderr: float | None) -> str:
+    """A figure with its standard error, where it has one."""
+    return f"{loss:.3f}" if stderr is None else f"{loss:.3f} ± {stderr:.3f}"
+
+
+def show_costs(costs: list[Any], parts: Any, as_json: bool) -> None:
+    """What a recipe's stages would take, and how its documents are split."""
+    counts = {"train": len(parts.train) if isinstance(parts.train, list) else None, "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
+    if as_json:
+        print_json({"stages": [{**dataclasses.asdict(cost), "shape": cost.shape.model_dump()} for cost in costs], "documents": counts})
+        return
+    table_of("Stages, reckoned from steps timed on a few layers", [
+        {
+            "anchor": cost.anchor, "shape": cost.shape.text, "size": cost.size, "steps": cost.steps, "tokens": cost.tokens,
+            "memory": format_bytes(cost.memory), "time": duration(cost.seconds),
+        }
+        for cost in costs
+    ])
+    out.print("documents: " + ", ".join(f"{name} {'a stream' if count is None else f'{count:,}'}" for name, count in counts.items()))
+    out.print(f"training {duration(sum(cost.seconds for cost in costs))} in all; cutting, order, curve, sampling, hidden states and steps on the path come on top")
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def table_of(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows of one kind as a table."""
+    table = Table(title=escape(title), title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="right" if isinstance(rows[0][name], (int, float)) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell(row.get(name, ""))) for name in rows[0]))
+    out.print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on a line."""
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
