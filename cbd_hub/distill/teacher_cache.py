@@ -58,9 +58,13 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
     each of shape (length, k), zero where nothing counts.
 
     Example:
-        >>> cache = TeacherCache.open("./cache")  # doctest: +SKIP
-        >>> cache[0]["top_ids"].shape  # doctest: +SKIP
-        (128, 128)
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> teacher = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = write_cache(teacher, [{"input_ids": [5, 6, 7, 8]}], folder + "/cache", top_k=3)
+        ...     print(len(cache), cache[0]["top_ids"].shape)
+        1 (4, 3)
     """
 
     def __init__(self, record: CacheRecord, rows: Any, name: str) -> None:
