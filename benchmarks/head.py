@@ -146,7 +146,7 @@ def main() -> None:
         Console(width=100).print(table)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({
-        "command": "python benchmarks/head.py", "python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor(), "cases": results,
+        "command": "python benchmarks/head.py" + (" --quick" if options.quick else ""), "python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor(), "cases": results,
     }, indent=1) + "\n")
 
 

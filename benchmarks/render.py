@@ -105,6 +105,15 @@ def head(data: dict[str, Any]) -> str:
     return f"{table(names, rows)}\n\nForward and backward of the loss head, H 576, two CPU threads; ratios of time, less is faster. `{data['command']}`"
 
 
+def anchors(data: dict[str, Any]) -> str:
+    """An anchor against students trained only for its size."""
+    others = "; ".join(f"{name} {data['losses'][name]:.3f}, {pair(difference)}" for name, difference in data["to_default"].items())
+    return (
+        f"The demo's {format_size(data['parameters'])} anchor, trained by default (plain forward KL) {data['losses']['default']:.3f} nats per token on "
+        f"{data['tokens']:,} held-out tokens; from the same cut, with the same text and steps, paired: {others}. `{data['command']}`"
+    )
+
+
 def main() -> None:
     """Fill the marked blocks."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,7 +122,7 @@ def main() -> None:
         shutil.copyfile(latest, RESULTS / "demo.json")
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     for name, render in (
-        ("demo", demo), ("boomerang", boomerang), ("step", step), ("teacher_cache", teacher_cache), ("head", head), ("memory", memory),
+        ("demo", demo), ("boomerang", boomerang), ("step", step), ("teacher_cache", teacher_cache), ("head", head), ("anchors", anchors), ("memory", memory),
     ):
         path = RESULTS / f"{name}.json"
         if path.is_file():
