@@ -187,9 +187,14 @@ class Recipe(_Strict):
             raise RecipeError(f"{source}{f' line {line}' if line else ''}: {message}") from error
 
     def stage_arguments(self, anchor: str | int | dict[str, Any]) -> dict[str, Any]:
-        """The training arguments of one anchor's stage."""
+        """The training arguments of one anchor's stage: what the recipe says, else 100 steps in bf16 on divergence and cross-entropy alike.
+
+        The teacher alone teaches less of the text than text and teacher together (benchmarks/anchors.py); MiniLLM has a term of its own for text.
+        """
         own = {key: value for key, value in self.stages.get(anchor_key(anchor), {}).items() if key not in StageData.model_fields}
-        return {"max_steps": 100, "bf16": True, "block_size": (self.stage_data(anchor).data or self.data).block_size, **self.stage, **own}
+        said = {**self.stage, **own}
+        text = {} if said.get("objective") == "minillm" else {"ce_weight": 1.0}
+        return {"max_steps": 100, "bf16": True, "block_size": (self.stage_data(anchor).data or self.data).block_size, **text, **said}
 
     def stage_data(self, anchor: str | int | dict[str, Any]) -> StageData:
         """The data of one anchor's stage, where it has its own."""

@@ -1,0 +1,240 @@
+"""How good the sizes in between are: four segments under one teacher, against everything else that gives such a model.
+
+    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--free]
+
+The teacher, text and split are those of `make demo`. Four anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
+as the least-loss cut chooses) and distilled alike; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
+its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection, boomerang distillation and a student distilled for that shape
+alone. Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
+Writes benchmarks/results/quality.json from all that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
+from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
+from cbd_hub.distill.recipe import CALIBRATION_TOKENS, read_parts
+from cbd_hub.evaluation import Documents, Losses, document_losses
+from cbd_hub.files import staged_folder
+from cbd_hub.interpolation.live import Between, ModelRunner, frozen
+from cbd_hub.interpolation.planner import Kept, Segment, patch_plan, segment_plan
+from cbd_hub.manifest import Link, Shape
+from cbd_hub.measure import SHARES, greedy_order, measure_segment
+from cbd_hub.shapes import count, shape_of
+from cbd_hub.weights import load_model
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from rivals import collapsed, selected
+
+
+SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}}
+BOOMERANG = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
+HELDOUT_TOKENS = 16000
+console = Console(width=150)
+
+
+class Bench:
+    """Models and losses of one work folder; each is made once."""
+
+    def __init__(self, demo: Path, work: Path, steps: int) -> None:
+        chain = Chain.from_pretrained(demo / "chain")
+        self.recipe, self.work, self.steps = Recipe.read(demo / "chain" / "recipe.yaml"), work, steps
+        parts, self.tokenizer = read_parts(self.recipe), chain.tokenizer()
+        self.rows, block = parts.rows(), self.recipe.data.block_size
+        self.heldout = Documents.read(parts.heldout, self.tokenizer, block, HELDOUT_TOKENS)
+        self.calibration = Documents.packed(parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
+        self.teacher = chain.model("max", dtype=torch.float32)
+        self.whole = shape_of(self.teacher.config)
+        for folder in ("models", "losses", "segments"):
+            (work / folder).mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def importance(self) -> Any:
+        """Importance of the teacher's units on calibration text."""
+        return measure_importance(self.teacher, self.calibration)
+
+    def trained(self, name: str, start: Callable[[], Any], *, steps: int | None = None, seed: int = 0, **options: Any) -> Any:
+        """A student that learned from the teacher, by the recipe's settings where ``options`` do not say otherwise."""
+        folder = self.work / "models" / name.replace("/", ", ")
+        if not folder.is_dir():
+            wired = {key: options.pop(key) for key in ("kept", "order") if key in options}
+            transformers.set_seed(seed)
+            stage = {**self.recipe.stage_arguments(self.recipe.anchors[0]), "max_steps": steps or self.steps, "save_strategy": "no", "report_to": "none", **options}
+            console.print(f"{name}: {stage['max_steps']} steps")
+            student = start()
+            with tempfile.TemporaryDirectory() as temporary:
+                arguments = ChainDistillerConfig(temporary, seed=seed, **{"disable_tqdm": True, **stage})
+                ChainDistiller(
+                    model=student, teacher=self.teacher, args=arguments, train_dataset=self.rows, processing_class=self.tokenizer, **wired
+                ).train()
+            with staged_folder(folder) as staging:
+                student.save_pretrained(staging)
+        return load_model(folder, torch.float32)
+
+    def losses(self, name: str, run: Callable[[], Any]) -> Losses:
+        """Held-out losses of what ``run`` gives: a model, or a runner."""
+        path = self.work / "losses" / f"{name.replace('/', ', ')}.npz"
+        if not path.is_file():
+            found = run()
+            with frozen(self.teacher):
+                losses = document_losses(ModelRunner(found.eval()) if isinstance(found, torch.nn.Module) else found, self.heldout)
+            np.savez(path, nats=losses.nats, tokens=losses.tokens)
+            console.print(f"{name}: {losses.mean:.4f}")
+        stored = np.load(path)
+        return Losses(stored["nats"], stored["tokens"])
+
+    def cut(self, name: str) -> Cut:
+        """The cut from the teacher that begins a segment's anchor."""
+        wish = SEGMENTS[name]
+        if isinstance(wish, int):
+            path = self.work / "segments" / f"{name}.shape.json"
+            if not path.is_file():
+                chosen = choose_cut(self.teacher, wish, self.importance, self.calibration)
+                path.write_text(chosen.plan.shape.model_dump_json())
+            shape = Shape.model_validate_json(path.read_text())
+        else:
+            shape = self.whole.model_copy(update=wish)
+        return Cut.of(self.teacher, shape, self.importance, "teacher")
+
+    def anchor(self, name: str) -> Any:
+        """A segment's smaller end."""
+        cut = self.cut(name)
+        return self.trained(f"{name}/anchor", lambda: cut_model(self.teacher, cut.plan), kept=cut.kept, order=self.importance.order(cut.kept))
+
+    def segment(self, name: str, small: Any) -> Segment:
+        """A segment as the chain's publisher measures it."""
+        path, cut = self.work / "segments" / f"{name}.link.json", self.cut(name)
+        if not path.is_file():
+            measured = measure_segment(
+                small, self.teacher, cut.kept, self.calibration, "calibration", names=("small", "large"), first=self.importance.order(cut.kept)
+            )
+            path.write_text(measured.link().model_dump_json())
+        link = Link.model_validate_json(path.read_text())
+        return Segment(
+            "small", "large", shape_of(small.config), self.whole, cut.kept, tuple(link.order), self.teacher.config, link.strategies.blend,
+            link.strategies.patch is not None, tuple(link.curve),
+        )
+
+    def nearest_depth(self, size: int) -> Shape:
+        """The teacher's shape at the depth nearest to a size."""
+        shapes = [self.whole.model_copy(update={"layers": layers}) for layers in range(1, self.whole.layers + 1)]
+        return min(shapes, key=lambda shape: abs(count(shape, self.teacher.config) - size))
+
+    def boomerang(self, size: int, name: str, kept: Kept, order: list[int]) -> Losses:
+        """Boomerang distillation patched to a size; of both embeddings the better one on the held-out text, in its favour."""
+        small = self.whole.model_copy(update={"layers": len(kept.layers)})
+        student = self.trained(f"boomerang/{name}", lambda: cut_model(self.teacher, cut_plan("teacher", small, self.teacher, kept)), kept=kept, **BOOMERANG)
+        between = Between({"small": student, "large": self.teacher})
+        segment = Segment("small", "large", small, self.whole, kept, order, self.teacher.config, patch=True)
+        if name == "influence":
+            path = self.work / "segments" / "boomerang.order.json"
+            if not path.is_file():
+                path.write_text(json.dumps(greedy_order(segment, {"small": student, "large": self.teacher}, self.calibration, order)))
+            segment = dataclasses.replace(segment, order=json.loads(path.read_text()))
+        plan = patch_plan(segment, self.nearest_depth(size))
+        tensors = plan.tensors
+        found = []
+        for end in ("small", "large"):
+            swapped = {key: tuple(dataclasses.replace(term, anchor=end) for term in terms) if "embed" in key else terms for key, terms in tensors.items()}
+            found.append(self.losses(f"boomerang/{name}/{size}/{end}", lambda swapped=swapped: between.run(dataclasses.replace(plan, tensors=swapped))))
+        return min(found, key=lambda losses: losses.mean)
+
+
+def rows_of(bench: Bench, name: str, free: bool) -> Iterator[dict[str, Any]]:
+    """The rows of one segment's table: each rival's loss, and its paired difference from the chain's model."""
+    small = bench.anchor(name)
+    segment = bench.segment(name, small)
+    between = Between({"small": small, "large": bench.teacher})
+    teacher = bench.losses("teacher", lambda: bench.teacher)
+    anchor = bench.losses(f"{name}/anchor", lambda: small)
+    low, high = segment.sizes
+    if not free:
+        cut = bench.cut(name)
+        rival = bench.losses(f"{name}/anchor by boomerang's losses", lambda: bench.trained(
+            f"{name}/anchor by boomerang's losses", lambda: cut_model(bench.teacher, cut.plan), kept=cut.kept, **BOOMERANG
+        ))
+        yield row(name, low, "anchor", segment.small_shape, anchor, {"boomerang's losses": rival})
+    for share in SHARES:
+        plan = segment_plan(segment, round(low + share * (high - low)))
+        shape, size = plan.shape, plan.parameters
+        ours = bench.losses(f"{name}/{share}/chain", lambda plan=plan: between.run(plan))
+        kept = bench.importance.kept(shape)
+        rivals = {
+            "smaller neighbour": anchor,
+            "merely cut": bench.losses(f"{name}/{share}/cut", lambda shape=shape, kept=kept: cut_model(bench.teacher, cut_plan("teacher", shape, bench.teacher, kept))),
+            "weight selection": bench.losses(f"{name}/{share}/selected", lambda shape=shape: selected(bench.teacher, shape)),
+            "LaCo, same size": bench.losses(
+                f"laco/{bench.nearest_depth(size).layers}", lambda size=size: collapsed(
+                    bench.teacher, bench.nearest_depth(size).layers, torch.stack(bench.calibration.ids[:2])
+                )
+            ),
+        }
+        if not free:
+            even = Kept.even(bench.nearest_depth(low), bench.whole)
+            strongest = bench.importance.kept(bench.nearest_depth(low))
+            rivals["boomerang"] = bench.boomerang(size, "even", even, even.dropped[::-1])
+            rivals["boomerang, improved"] = bench.boomerang(size, "influence", strongest, bench.importance.order(strongest))
+            if share == 0.5:
+                rivals["distilled alone"] = bench.losses(f"{name}/{share}/alone", lambda share=share, shape=shape, kept=kept: bench.trained(
+                    f"{name}/{share}/alone", lambda: cut_model(bench.teacher, cut_plan("teacher", shape, bench.teacher, kept))
+                ))
+        weight = math.log(high / size) / math.log(high / low)
+        chord = ours.minus((weight, anchor), (1 - weight, teacher))
+        yield {**row(name, size, plan.strategy, shape, ours, rivals), "share": share, "to_chord": chord}
+
+
+def row(segment: str, size: int, by: str, shape: Shape, ours: Losses, rivals: dict[str, Losses]) -> dict[str, Any]:
+    """One size as plain data."""
+    return {
+        "segment": segment, "parameters": size, "by": by, "shape": shape.model_dump(), "loss": ours.mean, "stderr": ours.stderr,
+        "rivals": {name: {"loss": losses.mean, "minus": losses.minus((1.0, ours))} for name, losses in rivals.items()},
+    }
+
+
+def main() -> None:
+    """Make what is missing, and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("demo"))
+    parser.add_argument("--work", type=Path, default=Path("quality"))
+    parser.add_argument("--only", action="append", choices=list(SEGMENTS), help="a segment; all by default")
+    parser.add_argument("--steps", type=int, default=195, help="of 8 x 128 tokens: 200k tokens by default")
+    parser.add_argument("--free", action="store_true", help="only rivals that need no training")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
+    options = parser.parse_args()
+    bench = Bench(options.demo, options.work, options.steps)
+    rows: list[dict[str, Any]] = []
+    for name in options.only or SEGMENTS:
+        rows += rows_of(bench, name, options.free)
+    table = Table("segment", "size", "by", "loss", "to chord", "rivals (their loss minus the chain's)", title_justify="left")
+    for entry in rows:
+        rivals = ", ".join(f"{name} {rival['minus'][0]:+.3f} ± {rival['minus'][1]:.3f}" for name, rival in entry["rivals"].items())
+        chord = "{:+.3f} ± {:.3f}".format(*entry["to_chord"]) if "to_chord" in entry else ""
+        table.add_row(entry["segment"], f"{entry['parameters']:,}", entry["by"], f"{entry['loss']:.3f} ± {entry['stderr']:.3f}", chord, rivals)
+    console.print(table)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({
+        "command": "python benchmarks/quality/run.py", "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "seed": 0, "rows": rows,
+        "torch": torch.__version__, "transformers": transformers.__version__,
+    }, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
