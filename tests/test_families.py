@@ -16,6 +16,19 @@ VARIANTS = {
     "llama biases": lambda: tiny.llama(attention_bias=True, mlp_bias=True, kv_heads=1),
     "gpt2": lambda: tiny.gpt2(),
     "gpt2 untied": lambda: tiny.gpt2(tie_word_embeddings=False),
+    "mistral": lambda: tiny.mistral(tied=False),
+    "qwen2": lambda: tiny.qwen2(),
+    "qwen2 sliding": lambda: tiny.qwen2(tied=False, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "qwen3": lambda: tiny.qwen3(head_dim=16),
+    "qwen3 biases": lambda: tiny.qwen3(attention_bias=True, tied=False),
+    "gemma3": lambda: tiny.gemma3(head_dim=16),
+    "gemma3 untied": lambda: tiny.gemma3(tied=False, attention_bias=True),
+    "gpt_neox": lambda: tiny.gpt_neox(),
+    "gpt_neox tied": lambda: tiny.gpt_neox(tied=True, attention_bias=False, use_parallel_residual=False),
+    "opt": lambda: tiny.opt(),
+    "opt untied": lambda: tiny.opt(tied=False, enable_bias=False),
+    "olmo2": lambda: tiny.olmo2(tied=False),
+    "olmo2 biases": lambda: tiny.olmo2(attention_bias=True),
 }
 
 
