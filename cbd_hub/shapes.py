@@ -134,6 +134,8 @@ def other_differences(first: Any, second: Any) -> list[str]:
     """Config fields, besides the shape's, in which two models compute differently: position bases, activations, biases, tied heads."""
     family = family_of(first)
     shape = {family.fields[axis] for axis in _FIELDS if axis in family.fields} | set(family.single_layer_fields) | set(family.requires)
+    if shape_of(first).hidden != shape_of(second).hidden and family.norm_eps is not None:
+        shape.add(family.norm_eps)  # it goes with the hidden width
     ours, theirs = first.to_dict(), second.to_dict()
     names = (ours.keys() | theirs.keys()) - shape - _NO_MATTER
     return sorted(name for name in names if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))

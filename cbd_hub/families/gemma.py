@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cbd_hub.families.llama import BLOCK, HEAD_NORMS, LLAMA, tensors
+from cbd_hub.families.llama import BLOCK, HEAD_NORMS, LLAMA, QK_NORMS, tensors
 from cbd_hub.families.table import norm
 
 
@@ -14,10 +14,11 @@ GEMMA3 = replace(
     name="gemma3_text",
     model_types=("gemma3_text",),
     tensors=tensors(
-        *HEAD_NORMS, *(spec for name in _NORMS for spec in norm(BLOCK + name)), qkv_bias="attention_bias", out_bias="attention_bias",
+        *QK_NORMS, *(spec for name in _NORMS for spec in norm(BLOCK + name)), qkv_bias="attention_bias", out_bias="attention_bias",
     ),
     norms=(*_NORMS, "model.norm"),
     norm_offset=1.0,
     post_norms=_POST_NORMS,
+    head_norms=HEAD_NORMS,
     scaled_embedding=True,
 )

@@ -28,7 +28,8 @@ def tensors(*norms: TensorSpec, qkv_bias: bool | str = False, out_bias: bool | s
 
 
 PRE_NORMS = (*norm(BLOCK + "input_layernorm"), *norm(BLOCK + "post_attention_layernorm"))
-HEAD_NORMS = (*norm(BLOCK + "self_attn.q_norm", "head_size"), *norm(BLOCK + "self_attn.k_norm", "head_size"))
+QK_NORMS = (*norm(BLOCK + "self_attn.q_norm", "head_size"), *norm(BLOCK + "self_attn.k_norm", "head_size"))
+HEAD_NORMS = {"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"}
 
 LLAMA = Family(
     name="llama",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cbd_hub.families.llama import BLOCK, KV, LLAMA, Q, tensors
+from cbd_hub.families.llama import BLOCK, HEAD_NORMS, KV, LLAMA, Q, tensors
 from cbd_hub.families.table import norm
 
 
@@ -19,6 +19,6 @@ OLMO2 = replace(
     ),
     norms=(*_POST_NORMS, "model.norm"),
     post_norms=_POST_NORMS,
-    joint_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+    head_norms=HEAD_NORMS,
     hidden_multiple=None,
 )

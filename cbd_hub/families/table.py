@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,13 @@ class TensorSpec:
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its stored shape, from the sizes of the axes."""
         return tuple(dimension_size(dim, sizes) for dim in self.dims)
+
+
+class HeadNorm(NamedTuple):
+    """A tensor's part in a norm on queries or keys: whether it feeds it or is its own, and the axis of heads that are normalised together."""
+
+    feeds: bool
+    joint: str | None
 
 
 def dimension_size(dim: Dimension, sizes: Mapping[str, int]) -> int:
@@ -109,7 +116,7 @@ class Family:
         norm_eps: Config attribute with their eps; None where it is fixed.
         norm_offset: What a norm adds to its stored weight: 1 where it multiplies by (1 + w).
         post_norms: Those of a block whose output is added to the residual stream.
-        joint_norms: Norm of a block over all heads together -> the module that feeds it.
+        head_norms: Norm of a block on queries or keys -> the module that feeds it.
         centred: Whether the norms over the hidden width subtract the mean (LayerNorm).
         scaled_embedding: Whether the token embedding is multiplied by the square root of the hidden width as it is read.
         hidden_multiple: Axis of whose size the hidden width must be a multiple, or None.
@@ -137,7 +144,7 @@ class Family:
     residual: tuple[str, ...]
     norm_offset: float = 0.0
     post_norms: tuple[str, ...] = ()
-    joint_norms: Mapping[str, str] = field(default_factory=dict)
+    head_norms: Mapping[str, str] = field(default_factory=dict)
     centred: bool = False
     scaled_embedding: bool = False
     hidden_multiple: str | None = None
@@ -207,6 +214,14 @@ class Family:
         """``weight`` or ``bias`` where a tensor is that of a norm over the hidden width."""
         module, _, leaf = spec.name.rpartition(".")
         return leaf if module in self.norms or spec.module in self.norms else None
+
+    def head_norm(self, spec: TensorSpec) -> HeadNorm | None:
+        """What a tensor is to a norm on queries or keys; None where it is nothing to any."""
+        for name, feeder in self.head_norms.items():
+            if spec.module in (name, feeder):
+                (axes,) = next(other for other in self.tensors if other.module == name).dims
+                return HeadNorm(spec.module == feeder, next((axis for axis in ("heads", "kv_heads") if axis in axes), None))
+        return None
 
     def input_of(self, module: str) -> tuple[TensorSpec, int]:
         """The weight of a linear module of a block, and which dimension its input is: ``ffn_input`` or ``heads_input``."""

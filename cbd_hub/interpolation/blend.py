@@ -30,16 +30,17 @@ def blend_plan(
       ``head_gain``, and ``channel_gain`` on all that is written into a new channel). With alpha 1 and gains of 0 the model computes what the
       smaller neighbour computes: function-preserving zero-padding.
     - The weights of norms are averaged times the square root of the hidden width: a model of width h normalises by the mean over h channels, so
-      a weight w of width h is ``w sqrt(h / h_target)`` at the target's width. New channels that are 0 thus change nothing under RMSNorm, where
-      eps becomes ``eps (1 - alpha + alpha h_small / h_target)``, and a cut keeps the scale of what it keeps.
+      a weight w of width h is ``w sqrt(h / h_target)`` at the target's width, and eps is averaged as ``eps h / h_target``. Channels that are 0
+      can thus come and go under RMSNorm without a change, and a cut keeps the scale of what it keeps.
     - Where norms subtract the mean (LayerNorm) a new channel is ``channel_gain`` times the larger one's plus ``1 - channel_gain`` times the
       mean of the shared channels, and the norm's bias there is multiplied by the gain; so that at gain 0 neither mean nor output move
       (LEMON, https://huggingface.co/papers/2310.07999).
     - Norms that multiply by (1 + w) are averaged as 1 + w. Where eps is fixed (OPT), all that is written into the residual stream is multiplied by
-      ``sqrt(h_target / h)`` in the norms' place. Where the embedding is read times ``sqrt(h)`` (Gemma), it is stored times
-      ``sqrt(h / h_target)``. Where the head is tied to an embedding that is rescaled, the final norm takes the factor back.
-    - Where a block ends in post-norms, ``layer_gain`` is on their weights. Norms over all heads together (OLMo 2) are rescaled by their heads
-      as the others by the hidden width; what feeds them is multiplied by ``head_gain`` in new heads, and by what makes up for eps.
+      ``sqrt(h_target / h)`` instead of eps. Where the embedding is read times ``sqrt(h)`` (Gemma), it is stored times ``sqrt(h / h_target)``.
+      Where the head is tied to an embedding that is rescaled, the final norm takes the factor back.
+    - Where a block ends in post-norms, ``layer_gain`` is on their weights. Norms on queries and keys share eps, so that what feeds them is
+      multiplied by its square root. Those over all heads together (OLMo 2) are rescaled by their heads as the others by the hidden width, and
+      what feeds them is multiplied by ``head_gain`` in new heads.
     - With ``Blend.replicate`` a layer that only the larger one holds is the average with the smaller one's layer of its type before it, or else
       after it (layer replication).
 
@@ -124,7 +125,7 @@ class _Blender:
         self.segment, self.shape, self.mix = segment, shape, mix
         self.family: Family = family_of(segment.config)
         self.sizes = {**self.family.sizes(segment.config), **shape.model_dump()}
-        self.eps = 1 + mix.alpha * (segment.small_shape.hidden / shape.hidden - 1)
+        self.eps = (mix.alpha * segment.small_eps * segment.small_shape.hidden + (1 - mix.alpha) * segment.large_shape.hidden) / shape.hidden
         self.gains = {"hidden": mix.channel_gain, "ffn": mix.neuron_gain, "heads": mix.head_gain, "kv_heads": mix.head_gain}
         self._found: dict[tuple[Dimension, int], _Coordinates | None] = {}
 
@@ -132,8 +133,10 @@ class _Blender:
         """The terms of one tensor: ``small`` is None where the smaller neighbour has no such layer."""
         alpha = self.mix.alpha if small is not None else 0.0
         family, norm = self.family, self.family.norm_of(spec)
-        writes, feeds = family.writes(spec), spec.module in family.joint_norms.values()
-        ours, theirs = (self.scale(spec, shape) for shape in (self.segment.small_shape, self.segment.large_shape))
+        writes, normed = family.writes(spec), family.head_norm(spec)
+        feeds = normed is not None and normed.feeds and normed.joint is not None
+        ours = self.scale(spec, self.segment.small_shape, self.segment.small_eps)
+        theirs = self.scale(spec, self.segment.large_shape, 1.0)
         leaves = spec.module in family.post_norms if family.post_norms else writes
         alone = Term(self.segment.large, large, theirs * (self.mix.layer_gain if small is None and leaves else 1.0))
         both = [replace(alone, weight=alone.weight * (1 - alpha))] if alpha < 1 else []
@@ -165,22 +168,20 @@ class _Blender:
             if part.mean is not None:
                 yield from self.box((*box[:index], part.mean, *box[index + 1 :]), both, alone)
 
-    def scale(self, spec: TensorSpec, source: Shape) -> float:
+    def scale(self, spec: TensorSpec, source: Shape, eps: float) -> float:
         """A tensor's factor from a neighbour's widths to the target's; exactly 1 where they agree."""
         family, config = self.family, self.segment.config
         ratio = math.sqrt(source.hidden / self.shape.hidden)
         stream = 1 / ratio if family.norm_eps is None else 1.0
         embedding = ratio if family.scaled_embedding else stream
         if (norm := family.norm_of(spec)) is not None:
-            scale = ratio * stream if norm == "weight" else 1.0
+            scale = ratio if norm == "weight" else 1.0
             return scale / embedding if not spec.per_layer and getattr(config, family.tied) else scale
         if family.writes(spec):
             return embedding if spec.name == family.embedding else stream
-        if spec.module in family.joint_norms or spec.module in family.joint_norms.values():
-            axes = spec.dims[0]
-            axis = str(axes[0] if isinstance(axes, tuple) else axes)
-            heads = getattr(source, axis) / self.shape.model_dump()[axis]
-            return math.sqrt(heads if spec.module in family.joint_norms else self.eps / heads)
+        if (normed := family.head_norm(spec)) is not None:
+            heads = getattr(source, normed.joint) / getattr(self.shape, normed.joint) if normed.joint is not None else 1.0
+            return math.sqrt(self.eps / eps / heads if normed.feeds else heads)
         return 1.0
 
     def gain(self, axes: Dimension, held: bool) -> float:

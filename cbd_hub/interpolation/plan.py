@@ -110,6 +110,12 @@ def layer_types(small: Any, large: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     return family.layer_types(small), family.layer_types(large)
 
 
+def small_eps(small: Any, large: Any) -> float:
+    """Eps of a smaller model's norms in units of a larger one's, from their configs."""
+    name = family_of(large).norm_eps
+    return 1.0 if name is None else float(getattr(small, name) / getattr(large, name))
+
+
 def _text(kind: Any) -> str:
     return ", ".join(map(str, kind)) if isinstance(kind, tuple) else str(kind)
 
@@ -197,6 +203,7 @@ class Segment:
         blend: Settings of the blend, or None where it does not apply.
         patch: Whether patching applies: only layers differ.
         curve: Measured points.
+        small_eps: Eps of the smaller anchor's norms, in units of the larger one's.
     """
 
     small: str
@@ -209,6 +216,7 @@ class Segment:
     blend: Blend | None = field(default_factory=Blend)
     patch: bool = False
     curve: Sequence[CurvePoint] = ()
+    small_eps: float = 1.0
 
     @property
     def sizes(self) -> tuple[int, int]:

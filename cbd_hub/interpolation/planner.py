@@ -10,14 +10,14 @@ import numpy as np
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.patch import patch_plan
-from cbd_hub.interpolation.plan import Kept, Plan, Segment, Take, Term, anchor_plan, layer_types
+from cbd_hub.interpolation.plan import Kept, Plan, Segment, Take, Term, anchor_plan, layer_types, small_eps
 from cbd_hub.manifest import Anchor, Evaluation, Link, Manifest, Mix, RoadPoint, Shape
 from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, shape_between
 
 
 __all__ = [
     "STRATEGIES", "Kept", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
-    "segment_of", "segment_plan", "shape_at", "strategy_at",
+    "segment_of", "segment_plan", "shape_at", "small_eps", "strategy_at",
 ]
 
 STRATEGIES = ("auto", "blend", "patch")
@@ -145,6 +145,7 @@ def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | No
     return Segment(
         small.name, large.name, small.shape, large.shape, kept, tuple(link.order), config,
         link.strategies.blend, link.strategies.patch is not None and differs == ["layers"], tuple(link.curve),
+        small_eps(small_config, config),
     )
 
 
