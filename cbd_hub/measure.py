@@ -11,7 +11,17 @@ import torch
 
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, layer_types, patch_plan, road_at, shape_at, small_eps
+from cbd_hub.interpolation.planner import (
+    Kept,
+    Plan,
+    Segment,
+    blend_plan,
+    layer_types,
+    patch_plan,
+    road_at,
+    shape_at,
+    small_eps,
+)
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Blend, CurvePoint, Link, Mix, Patch, RoadPoint, Shape, Strategies
 from cbd_hub.shapes import count, shape_of

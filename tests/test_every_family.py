@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from cbd_hub import Chain, assemble_chain
 from cbd_hub.cut import cut_model, cut_plan, measure_importance
+from cbd_hub.errors import ManifestError
 from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.execute import combine, materialise
@@ -95,12 +97,15 @@ def documents():
 @given(data=st.data())
 def test_widening_preserves_the_function(every, tied, data):
     """A deeper, wider model whose new units write nothing computes what the smaller neighbour computes, run live and loaded by transformers."""
-    small, large, segment = pair(every, data.draw(st.integers(0, 5)), tied=tied, **eps(every))
-    shape = shape_in(
-        every, segment, data.draw(st.integers(2, 4)), data.draw(st.integers(2, 3)), data.draw(st.integers(1, 2)), data.draw(st.integers(24, 40)),
-        data.draw(st.integers(32, 48)),
+    check_widening(
+        every, tied, data.draw(st.integers(0, 5)), data.draw(st.integers(2, 4)), data.draw(st.integers(2, 3)), data.draw(st.integers(1, 2)),
+        data.draw(st.integers(24, 40)), data.draw(st.integers(32, 48)),
     )
-    plan = blend_plan(segment, shape, NO_GAIN)
+
+
+def check_widening(name, tied, seed, layers, kv_heads, group, ffn, hidden):
+    small, large, segment = pair(name, seed, tied=tied, **eps(name))
+    plan = blend_plan(segment, shape_in(name, segment, layers, kv_heads, group, ffn, hidden), NO_GAIN)
     expected = small(IDS).logits
     torch.testing.assert_close(logits(Between({"s": small, "l": large}).run(plan)(IDS)), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(made(plan, small, large)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
@@ -195,10 +200,127 @@ def test_states_of_a_live_plan_are_those_of_the_model_it_makes(every):
     mask = torch.ones_like(IDS)
     mask[1, 9:] = 0
     live = Between({"s": small, "l": large}).run(plan)(IDS, mask, states=True)
-    whole = ModelRunner(made(plan, small, large))(IDS, mask, states=True)
-    assert len(live.states) == len(whole.states) == 3
-    for first, second in zip(live.states, whole.states):
+    model = made(plan, small, large)
+    states = []
+    for block in model.get_submodule(family_of(model.config).blocks):
+        block.register_forward_hook(lambda _, __, output: states.append(output[0] if isinstance(output, tuple) else output))
+    whole = ModelRunner(model)(IDS, mask, states=True)
+    assert len(live.states) == len(whole.states) == len(states) == 3
+    states[-1] = whole.hidden  # the last one is after the final norm
+    for first, second, third in zip(live.states, whole.states, states):
         torch.testing.assert_close(first[mask.bool()], second[mask.bool()], rtol=1e-4, atol=1e-4)
+        assert torch.equal(second, third)
+
+
+def test_norms_that_add_one_are_blended_as_what_they_multiply_by():
+    """1 + w is averaged and rescaled, not w; on channels that only the larger anchor holds it is the larger one's."""
+    small, large, segment = pair("gemma3_text")
+    shape = segment.large_shape.model_copy(update={"hidden": 42})
+    plan = blend_plan(segment, shape, Mix(alpha=0.3))
+    parameters = {"s": dict(small.named_parameters()), "l": dict(large.named_parameters())}
+    layer = int(segment.kept.layers[1])
+    value = combine(plan.tensors[f"model.layers.{layer}.input_layernorm.weight"], parameters)
+    ours = 1 + parameters["s"]["model.layers.1.input_layernorm.weight"]
+    theirs = 1 + parameters["l"][f"model.layers.{layer}.input_layernorm.weight"][torch.from_numpy(segment.kept.hidden[:42])]
+    expected = (48 / 42) ** 0.5 * theirs
+    expected[:32] = 0.3 * (32 / 42) ** 0.5 * ours + 0.7 * expected[:32]
+    torch.testing.assert_close(1 + value, expected)
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.0])
+def test_the_gain_of_a_new_layer_is_on_what_leaves_it(every, gain):
+    """Halved, a new layer adds half of what it adds, be there a norm behind attention and FFN or not."""
+    _, large, segment = pair(every)
+    one = segment.large_shape
+    new = next(layer for layer in range(one.layers) if layer not in segment.kept.layers)
+    plans = [blend_plan(replace(segment, small_shape=one.model_copy(update={"layers": 2})), one, Mix(alpha=0.0, layer_gain=value)) for value in (1.0, gain)]
+    full, scaled = (made(plan, large, large) for plan in plans)
+    added = []
+    for model in (full, scaled):
+        block = model.get_submodule(family_of(model.config).blocks)[new]
+        caught = []
+        inner = block.get_submodule((family_of(model.config).post_norms or [family_of(model.config).heads_input])[0])
+        inner.register_forward_hook(lambda _, __, output, caught=caught: caught.append(output))
+        model.get_submodule(family_of(model.config).blocks)[new].register_forward_pre_hook(
+            lambda _, inputs, caught=caught: (torch.linspace(-1, 1, inputs[0].numel()).view_as(inputs[0]), *inputs[1:])
+        )
+        model(IDS)
+        added.append(caught[0])
+    torch.testing.assert_close(added[1], gain * added[0], rtol=1e-4, atol=1e-5)
+
+
+def stack(types, **more):
+    return tiny.gemma3(layers=len(types), layer_types=[f"{name}_attention" for name in types], **more)
+
+
+S, F = "sliding", "full"
+
+
+@pytest.mark.parametrize(("small", "large", "layers"), [
+    ((S, F), (S, S, F, S), [0, 2]), ((S, S, F), (S, S, F, S, S, F), [0, 3, 5]), ((F, S), (S, F, S, S), [1, 3]), ((S, F, S), (S, S, F, S, S, F, S), [0, 2, 6]),
+])
+def test_layers_are_matched_to_layers_of_their_type(small, large, layers):
+    one, two = (stack(types).config for types in (small, large))
+    kept = Kept.even(shape_of(one), shape_of(two), layer_types(one, two))
+    assert kept.layers.tolist() == layers
+    kept.check_types(*layer_types(one, two))
+
+
+def test_layers_that_cannot_be_matched_are_refused():
+    one, two = stack((F, S)).config, stack((S, S, F)).config
+    with pytest.raises(ManifestError, match=r"do not follow each other so in the 3 of the larger one"):
+        Kept.even(shape_of(one), shape_of(two), layer_types(one, two))
+    plain = Kept.even(shape_of(one), shape_of(two))
+    with pytest.raises(ManifestError, match=r"layer 0 of the smaller anchor .full_attention. stands for layer 0 of the larger one .sliding_attention."):
+        plain.check_types(*layer_types(one, two))
+
+
+def test_a_replicated_layer_is_of_the_same_type():
+    """A new full layer is averaged with the smaller anchor's full one, though a sliding one stands before it."""
+    small, large = stack((F, S), seed=1), stack((F, S, S, F))
+    kept = Kept(np.array([0, 1]), np.tile(np.arange(48), (4, 1)))
+    segment = Segment("s", "l", shape_of(small.config), shape_of(large.config), kept, [3, 2], large.config, Blend(replicate=True))
+    plan = blend_plan(segment, segment.large_shape, Mix(alpha=0.5))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert [term.tensor for term in plan.tensors[name.format(3)]] == [name.format(0), name.format(3)]
+    assert [term.tensor for term in plan.tensors[name.format(2)]] == [name.format(1), name.format(2)]
+
+
+def test_assembled_anchors_of_mixed_stacks_match_types(tmp_path):
+    folders = [tiny.save(stack(types, seed=seed), tmp_path / str(seed)) for seed, types in enumerate(((S, S, F, S, S, F), (S, S, F)))]
+    chain = assemble_chain(folders, tmp_path / "chain")
+    large, small = chain.anchors
+    model = chain.model(shape={"layers": 5}, strategy="blend")
+    assert model.config.layer_types == [large_type for layer, large_type in enumerate(stack((S, S, F, S, S, F)).config.layer_types) if layer in chain.plan(shape={"layers": 5}, strategy="blend").layers]
+    assert torch.equal(chain.model(small.parameters)(IDS).logits, AutoModelForCausalLM.from_pretrained(folders[1]).eval()(IDS).logits)
+    tiny.save(stack((F, F, S), seed=5), tmp_path / "odd")
+    with pytest.raises(ManifestError, match="layer_types agree"):
+        assemble_chain([folders[0], tmp_path / "odd"], tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_neox"])
+def test_a_chain_is_distilled_on_its_path(name, tmp_path, monkeypatch):
+    """Cut, trained on in-between models with states matched, measured, published in a folder: every size loads, and the ends are the anchors."""
+    from conftest import recipe
+
+    from cbd_hub import distill_chain
+    monkeypatch.setitem(tiny.FAMILIES, name, tiny.EVERY[name])
+    small = {"layers": 3, "hidden": 24, "ffn": 24, **({"heads": 2} if name == "gemma3_text" else {})}
+    stage = {"path_fraction": 0.5, "hidden_weight": 0.5, "max_steps": 3}
+    distill_chain(recipe(tmp_path, name, [small], stage=stage, teacher={"layers": 5}), tmp_path / "chain")
+    chain = Chain.from_pretrained(tmp_path / "chain")
+    large, little = chain.anchors
+    types = getattr(chain.model("max").config, "layer_types", None)
+    for size in np.linspace(little.parameters, large.parameters, 4).astype(int).tolist():
+        plan, model = chain.plan(size, tolerance=0.3), chain.model(size, tolerance=0.3)
+        assert model.num_parameters() == plan.parameters
+        assert model(IDS).logits.isfinite().all()
+        if types and plan.strategy == "blend":
+            assert model.config.layer_types == [types[layer] for layer in plan.layers]
+    for anchor in chain.anchors:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "chain" / "anchors" / anchor.name).eval()
+        assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in chain.model(anchor.parameters).state_dict().items())
 
 
 def test_every_size_between_is_realised_by_a_legal_shape(every):

@@ -3,7 +3,16 @@
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    OPTConfig,
+    Qwen3MoeConfig,
+)
 
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import FAMILIES, family_named, family_of
@@ -94,6 +103,21 @@ def test_an_architecture_without_a_table_is_an_error_that_says_how_to_add_one():
         family_of(BertConfig())
     with pytest.raises(ArchitectureError, match="knows llama"):
         family_named("nope")
+
+
+def test_a_mixture_of_experts_is_refused_as_one():
+    for config in (MixtralConfig(), Qwen3MoeConfig(), OlmoeConfig()):
+        with pytest.raises(ArchitectureError, match=rf'"{config.model_type}" is a mixture of \d+ experts.*choose a dense model'):
+            family_of(config)
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"do_layer_norm_before": False}, "do_layer_norm_before=False where only True"), ({"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 where only 768"),
+    ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+])
+def test_variants_of_opt_that_the_table_is_not_for_are_refused(more, message):
+    with pytest.raises(ArchitectureError, match=message):
+        parameter_count(OPTConfig(**more))
 
 
 def test_every_family_names_what_writes_and_what_normalises():

@@ -8,8 +8,18 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, Olmo2Config, OPTConfig, PreTrainedTokenizerFast, Qwen2Config,
-    Qwen3Config, TrainerCallback,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    TrainerCallback,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -53,7 +63,7 @@ def gpt2(layers=4, hidden=32, heads=4, ffn=48, seed=0, **more):
     return _made(config, seed)
 
 
-def _plain(make, layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, tied=True, seed=0, **more):
+def plain(make, layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, tied=True, seed=0, **more):
     config = make(
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         max_position_embeddings=256, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2, head_dim=more.pop("head_dim", hidden // heads),
@@ -63,15 +73,15 @@ def _plain(make, layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, tied=True, se
 
 
 def mistral(**more):
-    return _plain(MistralConfig, **{"sliding_window": 6, **more})
+    return plain(MistralConfig, **{"sliding_window": 6, **more})
 
 
 def qwen2(**more):
-    return _plain(Qwen2Config, **more)
+    return plain(Qwen2Config, **more)
 
 
 def qwen3(**more):
-    return _plain(Qwen3Config, **more)
+    return plain(Qwen3Config, **more)
 
 
 def mixed(layers=4):
@@ -80,11 +90,11 @@ def mixed(layers=4):
 
 
 def gemma3(layers=4, **more):
-    return _plain(Gemma3TextConfig, layers=layers, **{"sliding_window": 5, "layer_types": mixed(layers), "query_pre_attn_scalar": 11, **more})
+    return plain(Gemma3TextConfig, layers=layers, **{"sliding_window": 5, "layer_types": mixed(layers), "query_pre_attn_scalar": 11, **more})
 
 
 def olmo2(**more):
-    return _plain(Olmo2Config, **more)
+    return plain(Olmo2Config, **more)
 
 
 def gpt_neox(layers=4, hidden=32, heads=4, ffn=48, tied=False, seed=0, **more):

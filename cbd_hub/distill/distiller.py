@@ -30,7 +30,17 @@ from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_t
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, layer_types, patch_plan, road_at, shape_at, small_eps
+from cbd_hub.interpolation.planner import (
+    Kept,
+    Plan,
+    Segment,
+    blend_plan,
+    layer_types,
+    patch_plan,
+    road_at,
+    shape_at,
+    small_eps,
+)
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
