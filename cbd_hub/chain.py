@@ -26,7 +26,7 @@ from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, download, open_chain
 from cbd_hub.interpolation.live import best_device
-from cbd_hub.interpolation.planner import Kept, Plan
+from cbd_hub.interpolation.planner import Kept, Plan, layer_types
 from cbd_hub.manifest import (
     FILE_NAME,
     Anchor,
@@ -310,7 +310,8 @@ def assemble_chain(
             name = unique_name(parameters, [anchor.name for anchor in anchors])
             copy_checkpoint(folder, builder.anchor_folder(name))
             anchors.append(builder.record(name, origin="published"))
-        links = [_plain_link(small, large) for large, small in zip(anchors, anchors[1:])]
+        configs = [config for *_, config in found]
+        links = [_plain_link(small, large, layer_types(*pair)) for large, small, *pair in zip(anchors, anchors[1:], configs[1:], configs)]
         if calibration is not None:
             links = _measured_links(builder, anchors, calibration)
         builder.finish(anchors, links, None)
@@ -323,6 +324,7 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
     Raises:
         ArgumentError: If they have one size.
         ArchitectureError: If they differ in architecture, head size or in what they compute, or the smaller one is wider somewhere.
+        ManifestError: If their layers' types allow no map.
         VocabularyMismatchError: If they differ in vocabulary.
     """
     pair = f"{large_folder} ({format_size(large)}) and {small_folder} ({format_size(small)})"
@@ -344,6 +346,7 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
     for name, ours, theirs in (*wider, ("heads per kv head", little.heads // little.kv_heads, big.heads // big.kv_heads)):
         if ours > theirs:
             raise ArchitectureError(f"{pair}: the smaller one has more {name} ({ours} against {theirs}); that is not supported")
+    Kept.even(little, big, layer_types(small_config, large_config))
 
 
 def _tokenizer_hash(folder: Path) -> str | None:
@@ -351,11 +354,11 @@ def _tokenizer_hash(folder: Path) -> str | None:
     return sha256(path) if path.is_file() else None
 
 
-def _plain_link(small: Anchor, large: Anchor) -> Link:
+def _plain_link(small: Anchor, large: Anchor, types: tuple[Sequence[Any], Sequence[Any]]) -> Link:
     """A link of which nothing was measured: order last block first."""
     differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
     return Link(
-        kind="segment", small=small.name, large=large.name, order=Kept.even(small.shape, large.shape).dropped[::-1],
+        kind="segment", small=small.name, large=large.name, order=Kept.even(small.shape, large.shape, types).dropped[::-1],
         strategies=Strategies(blend=Blend(replicate=True), patch=Patch() if differs == ["layers"] else None),
     )
 

@@ -96,7 +96,7 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
     """
     family, shape = family_of(model.config), shape_of(model.config)
     blocks = list(model.get_submodule(family.blocks))
-    weights = dict(model.named_parameters())
+    weights = family.parameters(model)
     influence = np.zeros(shape.layers)
     ffn, heads = np.zeros((shape.layers, shape.ffn)), np.zeros((shape.layers, shape.heads))
     hidden = np.zeros(shape.hidden)
@@ -190,7 +190,7 @@ def cut_plan(name: str, shape: Shape, model: Any, kept: Kept, layers: list[int] 
 def cut_model(model: Any, plan: Plan) -> Any:
     """A model of its own, made by a cut's plan from the model's parameters."""
     config = plan.config(model.config)
-    live = {plan.large: {name: tensor.detach() for name, tensor in model.named_parameters()}}
+    live = {plan.large: {name: tensor.detach() for name, tensor in family_of(config).parameters(model).items()}}
     state = {name: combine(terms, live).clone() for name, terms in plan.tensors.items()}
     with LOADING:
         return type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)

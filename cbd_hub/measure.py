@@ -11,7 +11,17 @@ import torch
 
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at, shape_at
+from cbd_hub.interpolation.planner import (
+    Kept,
+    Plan,
+    Segment,
+    blend_plan,
+    layer_types,
+    patch_plan,
+    road_at,
+    shape_at,
+    small_eps,
+)
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Blend, CurvePoint, Link, Mix, Patch, RoadPoint, Shape, Strategies
 from cbd_hub.shapes import count, shape_of
@@ -159,11 +169,12 @@ def measure_segment(
         What was measured.
     """
     shapes: tuple[Shape, Shape] = (shape_of(small.config), shape_of(large.config))
-    kept_map = Kept.even(*shapes) if kept is None else kept
+    kept_map = Kept.even(*shapes, layer_types(small.config, large.config)) if kept is None else kept
     differs = [name for name in Shape.model_fields if getattr(shapes[0], name) != getattr(shapes[1], name)]
     begin = list(first) if first is not None else kept_map.dropped[::-1]
     segment = Segment(
-        names[0], names[1], shapes[0], shapes[1], kept_map, begin, large.config, Blend(replicate=kept is None), differs == ["layers"]
+        names[0], names[1], shapes[0], shapes[1], kept_map, begin, large.config, Blend(replicate=kept is None), differs == ["layers"],
+        small_eps=small_eps(small.config, large.config),
     )
     models = {names[0]: small, names[1]: large}
     if len(begin) > 1:

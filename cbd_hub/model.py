@@ -134,11 +134,11 @@ def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
     Raises:
         ArchitectureError: If they compute differently in more than their shape.
     """
-    config = anchor_config(files, large)
-    differs = shapes.other_differences(config, anchor_config(files, small))
+    config, small_config = anchor_config(files, large), anchor_config(files, small)
+    differs = shapes.other_differences(config, small_config)
     if differs:
         raise ArchitectureError(f"anchors {small.name} and {large.name} differ in {', '.join(differs[:4])}; nothing can be interpolated between them")
-    return segment_of(files.manifest, small, large, kept_of(files, small, large), config)
+    return segment_of(files.manifest, small, large, kept_of(files, small, large), config, small_config)
 
 
 def plan_in(

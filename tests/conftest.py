@@ -36,6 +36,12 @@ def family(request):
     return request.param
 
 
+@pytest.fixture(scope="session", params=sorted(tiny.EVERY))
+def every(request):
+    """Each architecture that has a table."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def chain(family, tmp_path_factory):
     """A distilled chain of three anchors; its second segment moves layers alone."""

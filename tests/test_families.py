@@ -3,7 +3,16 @@
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    OPTConfig,
+    Qwen3MoeConfig,
+)
 
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import FAMILIES, family_named, family_of
@@ -16,6 +25,19 @@ VARIANTS = {
     "llama biases": lambda: tiny.llama(attention_bias=True, mlp_bias=True, kv_heads=1),
     "gpt2": lambda: tiny.gpt2(),
     "gpt2 untied": lambda: tiny.gpt2(tie_word_embeddings=False),
+    "mistral": lambda: tiny.mistral(tied=False),
+    "qwen2": lambda: tiny.qwen2(),
+    "qwen2 sliding": lambda: tiny.qwen2(tied=False, use_sliding_window=True, sliding_window=6, max_window_layers=2),
+    "qwen3": lambda: tiny.qwen3(head_dim=16),
+    "qwen3 biases": lambda: tiny.qwen3(attention_bias=True, tied=False),
+    "gemma3": lambda: tiny.gemma3(head_dim=16),
+    "gemma3 untied": lambda: tiny.gemma3(tied=False, attention_bias=True),
+    "gpt_neox": lambda: tiny.gpt_neox(),
+    "gpt_neox tied": lambda: tiny.gpt_neox(tied=True, attention_bias=False, use_parallel_residual=False),
+    "opt": lambda: tiny.opt(),
+    "opt untied": lambda: tiny.opt(tied=False, enable_bias=False),
+    "olmo2": lambda: tiny.olmo2(tied=False),
+    "olmo2 biases": lambda: tiny.olmo2(attention_bias=True),
 }
 
 
@@ -81,6 +103,21 @@ def test_an_architecture_without_a_table_is_an_error_that_says_how_to_add_one():
         family_of(BertConfig())
     with pytest.raises(ArchitectureError, match="knows llama"):
         family_named("nope")
+
+
+def test_a_mixture_of_experts_is_refused_as_one():
+    for config in (MixtralConfig(), Qwen3MoeConfig(), OlmoeConfig()):
+        with pytest.raises(ArchitectureError, match=rf'"{config.model_type}" is a mixture of \d+ experts.*choose a dense model'):
+            family_of(config)
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"do_layer_norm_before": False}, "do_layer_norm_before=False where only True"), ({"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 where only 768"),
+    ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+])
+def test_variants_of_opt_that_the_table_is_not_for_are_refused(more, message):
+    with pytest.raises(ArchitectureError, match=message):
+        parameter_count(OPTConfig(**more))
 
 
 def test_every_family_names_what_writes_and_what_normalises():

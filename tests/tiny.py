@@ -7,7 +7,20 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -50,6 +63,56 @@ def gpt2(layers=4, hidden=32, heads=4, ffn=48, seed=0, **more):
     return _made(config, seed)
 
 
+def plain(make, layers=4, hidden=32, heads=4, kv_heads=2, ffn=48, tied=True, seed=0, **more):
+    config = make(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=256, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2, head_dim=more.pop("head_dim", hidden // heads),
+        **more,
+    )
+    return _made(config, seed)
+
+
+def mistral(**more):
+    return plain(MistralConfig, **{"sliding_window": 6, **more})
+
+
+def qwen2(**more):
+    return plain(Qwen2Config, **more)
+
+
+def qwen3(**more):
+    return plain(Qwen3Config, **more)
+
+
+def mixed(layers=4):
+    """Types of a stack of sliding layers, every third one full."""
+    return ["full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(layers)]
+
+
+def gemma3(layers=4, **more):
+    return plain(Gemma3TextConfig, layers=layers, **{"sliding_window": 5, "layer_types": mixed(layers), "query_pre_attn_scalar": 11, **more})
+
+
+def olmo2(**more):
+    return plain(Olmo2Config, **more)
+
+
+def gpt_neox(layers=4, hidden=32, heads=4, ffn=48, tied=False, seed=0, **more):
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=256,
+        tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
+    )
+    return _made(config, seed)
+
+
+def opt(layers=4, hidden=32, heads=4, ffn=48, tied=True, seed=0, **more):
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=hidden, ffn_dim=ffn, num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=256,
+        tie_word_embeddings=tied, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more,
+    )
+    return _made(config, seed)
+
+
 def _made(config, seed):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -59,7 +122,10 @@ def _made(config, seed):
     return model.eval()
 
 
-FAMILIES = {"llama": llama, "gpt2": gpt2}
+FAMILIES = {"llama": llama, "gpt2": gpt2}  # one of each kind: RMSNorm and grouped queries, LayerNorm and fused heads
+EVERY = {
+    **FAMILIES, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma3_text": gemma3, "gpt_neox": gpt_neox, "opt": opt, "olmo2": olmo2,
+}
 
 
 def save(model, folder: Path) -> Path:

@@ -30,7 +30,17 @@ from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_t
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan, patch_plan, road_at, shape_at
+from cbd_hub.interpolation.planner import (
+    Kept,
+    Plan,
+    Segment,
+    blend_plan,
+    layer_types,
+    patch_plan,
+    road_at,
+    shape_at,
+    small_eps,
+)
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
@@ -331,10 +341,11 @@ def _segment(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None
         raise ArchitectureError(f"the student is a {student.config.model_type} and the teacher a {teacher.config.model_type}; kept= joins one architecture only")
     small, large = shape_of(student.config), shape_of(teacher.config)
     kept.check(small, large)
+    kept.check_types(*layer_types(student.config, teacher.config))
     differs = [name for name in Shape.model_fields if getattr(small, name) != getattr(large, name)]
     return Segment(
         "student", "teacher", small, large, kept, list(order) if order is not None else kept.dropped[::-1], teacher.config,
-        patch=differs == ["layers"],
+        patch=differs == ["layers"], small_eps=small_eps(student.config, teacher.config),
     )
 
 

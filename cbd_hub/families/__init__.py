@@ -3,29 +3,48 @@
 from typing import Any
 
 from cbd_hub.errors import ArchitectureError
+from cbd_hub.families.gemma import GEMMA3
 from cbd_hub.families.gpt2 import GPT2
-from cbd_hub.families.llama import LLAMA
-from cbd_hub.families.table import Family, TensorSpec
+from cbd_hub.families.gpt_neox import GPT_NEOX
+from cbd_hub.families.llama import LLAMA, MISTRAL
+from cbd_hub.families.olmo import OLMO2
+from cbd_hub.families.opt import OPT
+from cbd_hub.families.qwen import QWEN2, QWEN3
+from cbd_hub.families.table import Family, TensorSpec, linear, norm
 
 
-__all__ = ["FAMILIES", "Family", "TensorSpec", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Family", "TensorSpec", "family_named", "family_of", "linear", "norm", "register"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, GPT2)
+FAMILIES: list[Family] = [LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, GPT2, GPT_NEOX, OPT, OLMO2]
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+def register(family: Family) -> Family:
+    """Make a table known, in the place of one of the same name."""
+    FAMILIES[:] = [known for known in FAMILIES if known.name != family.name] + [family]
+    return family
 
 
 def family_of(config: Any) -> Family:
     """The axis table of a transformers config.
 
     Raises:
-        ArchitectureError: If the architecture has no table.
+        ArchitectureError: If the architecture has no table, or is a variant that its table is not for.
     """
     model_type = getattr(config, "model_type", None)
     for family in FAMILIES:
         if model_type in family.model_types:
+            if (unmet := family.unmet(config)) is not None:
+                raise ArchitectureError(f"this {family.name} model has {unmet} to its axis table; choose a model without it, or add a table (see CONTRIBUTING.md)")
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    experts = next((count for name in _EXPERTS if isinstance(count := getattr(config, name, None), int) and count > 1), None)
+    if experts is not None:
+        raise ArchitectureError(
+            f'architecture "{model_type}" is a mixture of {experts} experts, which cannot be cut or interpolated; choose a dense model (it can still teach one)'
+        )
     raise ArchitectureError(
-        f'architecture "{model_type}" has no axis table; cbd_hub knows {known}. A new one is a table in cbd_hub/families (see CONTRIBUTING.md)'
+        f'architecture "{model_type}" has no axis table; cbd_hub knows {_known("model_types")}. A new one is a table in cbd_hub/families (see CONTRIBUTING.md)'
     )
 
 
@@ -38,5 +57,9 @@ def family_named(name: str) -> Family:
     for family in FAMILIES:
         if family.name == name:
             return family
-    known = ", ".join(family.name for family in FAMILIES)
-    raise ArchitectureError(f'family "{name}" has no axis table; cbd_hub knows {known}')
+    raise ArchitectureError(f'family "{name}" has no axis table; cbd_hub knows {_known("name")}')
+
+
+def _known(attribute: str) -> str:
+    names = [getattr(family, attribute) for family in FAMILIES]
+    return ", ".join(name for each in names for name in ([each] if isinstance(each, str) else each))

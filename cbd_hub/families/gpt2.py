@@ -1,10 +1,8 @@
 """GPT-2: LayerNorm, learned positions, fused q, k, v and Conv1D weights stored (in, out)."""
 
-from cbd_hub.families.table import Family, TensorSpec
+from cbd_hub.families.table import Family, TensorSpec, linear, norm
 
 
-_Q = ("heads", "head_size")
-_QKV = (3, "heads", "head_size")
 _BLOCK = "transformer.h.{layer}."
 
 GPT2 = Family(
@@ -14,8 +12,6 @@ GPT2 = Family(
         "layers": "n_layer",
         "hidden": "n_embd",
         "heads": "n_head",
-        "kv_heads": "kv_heads",
-        "head_size": "head_size",
         "ffn": "n_inner",
         "vocab": "vocab_size",
         "positions": "n_positions",
@@ -28,20 +24,13 @@ GPT2 = Family(
     tensors=(
         TensorSpec("transformer.wte.weight", ("vocab", "hidden")),
         TensorSpec("transformer.wpe.weight", ("positions", "hidden")),
-        TensorSpec(_BLOCK + "ln_1.weight", ("hidden",)),
-        TensorSpec(_BLOCK + "ln_1.bias", ("hidden",)),
-        TensorSpec(_BLOCK + "attn.c_attn.weight", ("hidden", _QKV)),
-        TensorSpec(_BLOCK + "attn.c_attn.bias", (_QKV,)),
-        TensorSpec(_BLOCK + "attn.c_proj.weight", (_Q, "hidden")),
-        TensorSpec(_BLOCK + "attn.c_proj.bias", ("hidden",)),
-        TensorSpec(_BLOCK + "ln_2.weight", ("hidden",)),
-        TensorSpec(_BLOCK + "ln_2.bias", ("hidden",)),
-        TensorSpec(_BLOCK + "mlp.c_fc.weight", ("hidden", "ffn")),
-        TensorSpec(_BLOCK + "mlp.c_fc.bias", ("ffn",)),
-        TensorSpec(_BLOCK + "mlp.c_proj.weight", ("ffn", "hidden")),
-        TensorSpec(_BLOCK + "mlp.c_proj.bias", ("hidden",)),
-        TensorSpec("transformer.ln_f.weight", ("hidden",)),
-        TensorSpec("transformer.ln_f.bias", ("hidden",)),
+        *norm(_BLOCK + "ln_1", bias=True),
+        *linear(_BLOCK + "attn.c_attn", (3, "heads", "head_size"), "hidden", bias=True, transposed=True),
+        *linear(_BLOCK + "attn.c_proj", "hidden", ("heads", "head_size"), bias=True, transposed=True),
+        *norm(_BLOCK + "ln_2", bias=True),
+        *linear(_BLOCK + "mlp.c_fc", "ffn", "hidden", bias=True, transposed=True),
+        *linear(_BLOCK + "mlp.c_proj", "hidden", "ffn", bias=True, transposed=True),
+        *norm("transformer.ln_f", bias=True),
         TensorSpec("lm_head.weight", ("vocab", "hidden"), unless="tie_word_embeddings"),
     ),
     blocks="transformer.h",

@@ -30,12 +30,19 @@ def blend_plan(
       ``head_gain``, and ``channel_gain`` on all that is written into a new channel). With alpha 1 and gains of 0 the model computes what the
       smaller neighbour computes: function-preserving zero-padding.
     - The weights of norms are averaged times the square root of the hidden width: a model of width h normalises by the mean over h channels, so
-      a weight w of width h is ``w sqrt(h / h_target)`` at the target's width. New channels that are 0 thus change nothing under RMSNorm, where
-      eps becomes ``eps (1 - alpha + alpha h_small / h_target)``, and a cut keeps the scale of what it keeps.
+      a weight w of width h is ``w sqrt(h / h_target)`` at the target's width, and eps is averaged as ``eps h / h_target``. Channels that are 0
+      can thus come and go under RMSNorm without a change, and a cut keeps the scale of what it keeps.
     - Where norms subtract the mean (LayerNorm) a new channel is ``channel_gain`` times the larger one's plus ``1 - channel_gain`` times the
       mean of the shared channels, and the norm's bias there is multiplied by the gain; so that at gain 0 neither mean nor output move
       (LEMON, https://huggingface.co/papers/2310.07999).
-    - With ``Blend.replicate`` a layer that only the larger one holds is the average with the smaller one's layer before it (layer replication).
+    - Norms that multiply by (1 + w) are averaged as 1 + w. Where eps is fixed (OPT), all that is written into the residual stream is multiplied by
+      ``sqrt(h_target / h)`` instead of eps. Where the embedding is read times ``sqrt(h)`` (Gemma), it is stored times ``sqrt(h / h_target)``.
+      Where the head is tied to an embedding that is rescaled, the final norm takes the factor back.
+    - Where a block ends in post-norms, ``layer_gain`` is on their weights. Norms on queries and keys share eps, so that what feeds them is
+      multiplied by its square root. Those over all heads together (OLMo 2) are rescaled by their heads as the others by the hidden width, and
+      what feeds them is multiplied by ``head_gain`` in new heads.
+    - With ``Blend.replicate`` a layer that only the larger one holds is the average with the smaller one's layer of its type before it, or else
+      after it (layer replication).
 
     Args:
         segment: The two neighbours.
@@ -50,6 +57,7 @@ def blend_plan(
     held = [int(layer) for layer in kept.layers]
     layers = sorted({*held, *segment.order[: shape.layers - len(held)]})
     replicate = segment.blend is not None and segment.blend.replicate
+    types = family_of(config).layer_types(config)
     tensors: dict[str, tuple[Term, ...]] = {}
     for spec in family_of(config).tensors:
         if not spec.present(config):
@@ -60,13 +68,14 @@ def blend_plan(
         for position, layer in enumerate(layers):
             source = held.index(layer) if layer in held else None
             if source is None and replicate:
-                source = max((index for index, other in enumerate(held) if other < layer), default=0)
+                alike = [index for index, other in enumerate(held) if types[other] == types[layer]]
+                source = max((index for index in alike if held[index] < layer), default=alike[0] if alike else None)
             small = None if source is None else spec.name.format(layer=source)
             tensors[spec.name.format(layer=position)] = blender.terms(spec, small, spec.name.format(layer=layer), layer)
-    found, ratio = count(shape, config), segment.small_shape.hidden / shape.hidden
+    found = count(shape, config)
     return Plan(
         chain, found if asked is None else asked, found, shape, segment.small, segment.large, "blend", mix, tuple(layers), tensors, expected,
-        eps=1 + mix.alpha * (ratio - 1),
+        eps=blender.eps,
     )
 
 
@@ -116,18 +125,20 @@ class _Blender:
         self.segment, self.shape, self.mix = segment, shape, mix
         self.family: Family = family_of(segment.config)
         self.sizes = {**self.family.sizes(segment.config), **shape.model_dump()}
+        self.eps = (mix.alpha * segment.small_eps * segment.small_shape.hidden + (1 - mix.alpha) * segment.large_shape.hidden) / shape.hidden
         self.gains = {"hidden": mix.channel_gain, "ffn": mix.neuron_gain, "heads": mix.head_gain, "kv_heads": mix.head_gain}
         self._found: dict[tuple[Dimension, int], _Coordinates | None] = {}
 
     def terms(self, spec: TensorSpec, small: str | None, large: str, layer: int = 0) -> tuple[Term, ...]:
         """The terms of one tensor: ``small`` is None where the smaller neighbour has no such layer."""
         alpha = self.mix.alpha if small is not None else 0.0
-        writes, norm = self.family.writes(spec), self.family.norm_of(spec)
-        # Norm weights in the currency of the target's width; exactly 1 where widths agree.
-        ours, theirs = (
-            math.sqrt(shape.hidden / self.shape.hidden) if norm == "weight" else 1.0 for shape in (self.segment.small_shape, self.segment.large_shape)
-        )
-        alone = Term(self.segment.large, large, theirs * (self.mix.layer_gain if small is None and writes else 1.0))
+        family, norm = self.family, self.family.norm_of(spec)
+        writes, normed = family.writes(spec), family.head_norm(spec)
+        feeds = normed is not None and normed.feeds and normed.joint is not None
+        ours = self.scale(spec, self.segment.small_shape, self.segment.small_eps)
+        theirs = self.scale(spec, self.segment.large_shape, 1.0)
+        leaves = spec.module in family.post_norms if family.post_norms else writes
+        alone = Term(self.segment.large, large, theirs * (self.mix.layer_gain if small is None and leaves else 1.0))
         both = [replace(alone, weight=alone.weight * (1 - alpha))] if alpha < 1 else []
         if small is not None and alpha > 0:
             both.insert(0, Term(self.segment.small, small, alpha * ours))
@@ -136,19 +147,42 @@ class _Blender:
         parts = []
         for dim, coordinates in dims.items():
             axes = spec.dims[dim]
-            gain = self.gain(axes, small is not None) if writes or norm == "bias" else 1.0
-            parts.append(_parts(dim, coordinates, used, gain, self.family.centred and writes and axes == "hidden"))
-        return tuple(term for box in itertools.product(*filter(None, parts)) for term in self.box(box, both, alone))
+            gain = self.gain(axes, small is not None) if writes or norm == "bias" or (feeds and axes != "hidden") else 1.0
+            parts.append(_parts(dim, coordinates, used, gain, family.centred and writes and axes == "hidden"))
+        offset = family.norm_offset if norm == "weight" else 0.0
+        return tuple(term for box in itertools.product(*filter(None, parts)) for term in self.box(box, both, alone, offset))
 
-    def box(self, box: tuple[_Part, ...], both: list[Term], alone: Term) -> Iterator[Term]:
-        """The terms of a product of parts: the average where both hold all of it, else the larger one's; and the means that it carries."""
-        weight = math.prod(part.gain for part in box)
-        for term in both if all(part.shared for part in box) else [alone]:
+    def box(self, box: tuple[_Part, ...], both: list[Term], alone: Term, offset: float = 0.0) -> Iterator[Term]:
+        """The terms of a product of parts: the average where both hold all of it, else the larger one's; and the means that it carries.
+
+        What is stored without ``offset`` is summed with it: ``sum of weight (w + offset) - offset``.
+        """
+        gain = math.prod(part.gain for part in box)
+        terms = both if all(part.shared for part in box) else [alone]
+        offset *= gain * sum(term.weight for term in terms) - 1
+        for term in terms:
             takes = tuple(part.large if term.anchor == self.segment.large else part.small for part in box)
-            yield replace(term, weight=term.weight * weight, takes=takes)
+            yield replace(term, weight=term.weight * gain, takes=takes, offset=offset)
+            offset = 0.0
         for index, part in enumerate(box):
             if part.mean is not None:
                 yield from self.box((*box[:index], part.mean, *box[index + 1 :]), both, alone)
+
+    def scale(self, spec: TensorSpec, source: Shape, eps: float) -> float:
+        """A tensor's factor from a neighbour's widths to the target's; exactly 1 where they agree."""
+        family, config = self.family, self.segment.config
+        ratio = math.sqrt(source.hidden / self.shape.hidden)
+        stream = 1 / ratio if family.norm_eps is None else 1.0
+        embedding = ratio if family.scaled_embedding else stream
+        if (norm := family.norm_of(spec)) is not None:
+            scale = ratio if norm == "weight" else 1.0
+            return scale / embedding if not spec.per_layer and getattr(config, family.tied) else scale
+        if family.writes(spec):
+            return embedding if spec.name == family.embedding else stream
+        if (normed := family.head_norm(spec)) is not None:
+            heads = getattr(source, normed.joint) / getattr(self.shape, normed.joint) if normed.joint is not None else 1.0
+            return math.sqrt(self.eps / eps / heads if normed.feeds else heads)
+        return 1.0
 
     def gain(self, axes: Dimension, held: bool) -> float:
         """The gain on what a dimension's new coordinates write; a layer that is new itself has its own for neurons and heads."""

@@ -53,6 +53,7 @@ def combine(terms: tuple[Term, ...], parameters: Mapping[str, Mapping[str, Tenso
         for term in group:
             piece = _select(parameters[term.anchor][term.tensor], term.takes)
             piece = piece if term.weight == 1.0 else piece * term.weight
+            piece = piece if term.offset == 0.0 else piece + term.offset
             total = piece if total is None else total + piece
         assert total is not None
         pieces[box] = total
@@ -93,13 +94,14 @@ def materialise(
         for first in range(0, len(view), rows):
             part = view[first : first + rows]
             pieces = [_rows(source, term.takes, first, len(part)) for source, term in zip(sources, group)]
-            if len(pieces) == 1 and group[0].weight == 1.0:
+            offset = sum(term.offset for term in group)
+            if len(pieces) == 1 and group[0].weight == 1.0 and offset == 0.0:
                 part.copy_(pieces[0])
                 continue
             total = pieces[0].to(precision, copy=True).mul_(group[0].weight)
             for piece, term in zip(pieces[1:], group[1:]):
                 total.add_(piece.to(precision), alpha=term.weight)
-            part.copy_(total)
+            part.copy_(total.add_(offset) if offset else total)
     return target
 
 

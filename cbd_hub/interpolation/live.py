@@ -17,7 +17,6 @@ from torch.func import functional_call
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.plan import Plan
-from cbd_hub.manifest import Shape
 
 
 _SHELLS = 16  # kept at once; they hold no weights
@@ -123,18 +122,20 @@ class Between:
 
     def __init__(self, models: Mapping[str, Any]) -> None:
         self._models = dict(models)
-        self._shells: dict[tuple[Shape, float], Any] = {}
+        self._shells: dict[Any, Any] = {}
 
     def run(self, plan: Plan) -> PlanRunner:
         """The plan's model as a `Runner`; its tensors are made once, now."""
-        live = {name: dict(model.named_parameters()) for name, model in self._models.items()}
+        family = family_of(self._models[plan.large].config)
+        live = {name: family.parameters(model) for name, model in self._models.items()}
         parameters = {name: combine(terms, live) for name, terms in plan.tensors.items()}
-        return PlanRunner(self._shell(plan), parameters, family_of(next(iter(self._models.values())).config))
+        return PlanRunner(self._shell(plan), parameters, family)
 
     def _shell(self, plan: Plan) -> Any:
         """A model of the plan's shape without parameters of its own: functional_call brings them."""
         model = self._models[plan.large]
-        key = (plan.shape, plan.eps)
+        types = family_of(model.config).layer_types(model.config)
+        key = (plan.shape, plan.eps, tuple(types[layer] for layer in plan.layers))
         if key not in self._shells:
             config = plan.config(model.config)
             config._attn_implementation = model.config._attn_implementation

@@ -41,15 +41,39 @@ class Kept:
     hidden: np.ndarray | None = None
 
     @classmethod
-    def even(cls, small: Shape, large: Shape) -> Kept:
-        """The map for anchors that were not cut from each other: layers evenly, all else by index."""
+    def even(cls, small: Shape, large: Shape, types: tuple[Sequence[Any], Sequence[Any]] | None = None) -> Kept:
+        """The map for anchors that were not cut from each other: layers evenly, all else by index.
+
+        Args:
+            small: Shape of the smaller anchor.
+            large: Shape of the larger one.
+            types: Types of the layers of both (`Family.layer_types`): each layer is matched to one of its type, as evenly as they allow.
+
+        Raises:
+            ManifestError: If the types allow no map.
+        """
         layers = np.rint(np.linspace(0, large.layers - 1, small.layers)).astype(np.int64)
+        if types is not None and any(types[1][layer] != kind for layer, kind in zip(layers, types[0])):
+            layers = _evenly(*types)
         return cls(layers, np.tile(np.arange(large.ffn), (large.layers, 1)))
 
     @property
     def dropped(self) -> list[int]:
         """Layers of the larger one that the smaller one lacks, rising."""
         return sorted(set(range(len(self.ffn))) - {int(layer) for layer in self.layers})
+
+    def check_types(self, small: Sequence[Any], large: Sequence[Any]) -> None:
+        """Refuse a map that joins layers of two types (`Family.layer_types`), which compute differently.
+
+        Raises:
+            ManifestError: Naming the first.
+        """
+        for place, layer in enumerate(self.layers):
+            if small[place] != large[layer]:
+                raise ManifestError(
+                    f"layer {place} of the smaller anchor ({_text(small[place])}) stands for layer {layer} of the larger one ({_text(large[layer])}), and only layers of one "
+                    "type can be blended; cut the smaller one from the larger one, or choose anchors whose layer_types agree"
+                )
 
     def check(self, small: Shape, large: Shape) -> None:
         """Refuse a map that does not fit its two anchors.
@@ -78,6 +102,42 @@ class Kept:
                 )
         if self.hidden is not None and (self.hidden.shape != (large.hidden,) or not _orders(self.hidden[None])):
             raise ManifestError(f"kept hidden channels must be an order of {large.hidden}; fetch or make the chain again")
+
+
+def layer_types(small: Any, large: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The layers' types of two configs of one architecture."""
+    family = family_of(large)
+    return family.layer_types(small), family.layer_types(large)
+
+
+def small_eps(small: Any, large: Any) -> float:
+    """Eps of a smaller model's norms in units of a larger one's, from their configs."""
+    name = family_of(large).norm_eps
+    return 1.0 if name is None else float(getattr(small, name) / getattr(large, name))
+
+
+def _text(kind: Any) -> str:
+    return ", ".join(map(str, kind)) if isinstance(kind, tuple) else str(kind)
+
+
+def _evenly(small: Sequence[Any], large: Sequence[Any]) -> np.ndarray:
+    """Rising layers of the larger anchor, each of its small layer's type, with the least sum of distances from an even spread."""
+    ideal = np.linspace(0, len(large) - 1, len(small))
+    cost = np.abs(np.arange(len(large)) - ideal[:, None])
+    cost[[[kind != other for other in large] for kind in small]] = np.inf
+    for row in range(1, len(small)):
+        cost[row, 0] = np.inf
+        cost[row, 1:] += np.minimum.accumulate(cost[row - 1, :-1])
+    if not np.isfinite(cost[-1]).any():
+        raise ManifestError(
+            f"the {len(small)} layers of the smaller anchor have types ({', '.join(dict.fromkeys(map(_text, small)))}) that do not follow each other so in the "
+            f"{len(large)} of the larger one, and only layers of one type can be blended; choose anchors whose layer_types agree"
+        )
+    layers, end = [], len(large)
+    for row in reversed(cost):
+        end = int(np.argmin(row[:end]))
+        layers.append(end)
+    return np.array(layers[::-1])
 
 
 def _orders(rows: np.ndarray) -> bool:
@@ -118,12 +178,14 @@ class Term:
         tensor: Key of its tensor.
         weight: Factor.
         takes: Selections; a dimension without one is taken whole.
+        offset: What is added besides, to every entry.
     """
 
     anchor: str
     tensor: str
     weight: float
     takes: tuple[Take, ...] = ()
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +203,7 @@ class Segment:
         blend: Settings of the blend, or None where it does not apply.
         patch: Whether patching applies: only layers differ.
         curve: Measured points.
+        small_eps: Eps of the smaller anchor's norms, in units of the larger one's.
     """
 
     small: str
@@ -153,6 +216,7 @@ class Segment:
     blend: Blend | None = field(default_factory=Blend)
     patch: bool = False
     curve: Sequence[CurvePoint] = ()
+    small_eps: float = 1.0
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -195,8 +259,8 @@ class Plan:
     def config(self, large: Any) -> Any:
         """The config of the model that comes out, from the larger neighbour's."""
         config = config_for(self.shape, large, list(self.layers))
-        if self.eps != 1.0:
-            name = family_of(large).norm_eps
+        name = family_of(large).norm_eps
+        if self.eps != 1.0 and name is not None:
             setattr(config, name, getattr(large, name) * self.eps)
         return config
 

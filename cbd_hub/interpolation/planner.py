@@ -10,14 +10,14 @@ import numpy as np
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.patch import patch_plan
-from cbd_hub.interpolation.plan import Kept, Plan, Segment, Take, Term, anchor_plan
+from cbd_hub.interpolation.plan import Kept, Plan, Segment, Take, Term, anchor_plan, layer_types, small_eps
 from cbd_hub.manifest import Anchor, Evaluation, Link, Manifest, Mix, RoadPoint, Shape
 from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, shape_between
 
 
 __all__ = [
-    "STRATEGIES", "Kept", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "patch_plan", "road_at",
-    "segment_of", "segment_plan", "shape_at", "strategy_at",
+    "STRATEGIES", "Kept", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
+    "segment_of", "segment_plan", "shape_at", "small_eps", "strategy_at",
 ]
 
 STRATEGIES = ("auto", "blend", "patch")
@@ -122,19 +122,21 @@ def segment_plan(
     return blend_plan(segment, found, mix, chain=chain, asked=size, expected=expected)
 
 
-def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | None, config: Any) -> Segment:
-    """The segment between two neighbours of a chain.
+def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | None, config: Any, small_config: Any) -> Segment:
+    """The segment between two neighbours of a chain; ``config`` is the larger one's.
 
     Raises:
         SizeError: If the link is a bridge.
-        ManifestError: If the stored map does not fit.
+        ManifestError: If the stored map does not fit, or joins layers of two types.
         ArchitectureError: If an anchor has a shape that its architecture cannot have.
     """
     link: Link = manifest.link(small, large)
     if link.kind == "bridge":
         raise SizeError(f"{small.name} and {large.name} are joined by a bridge, where nothing can be interpolated; choose another size")
-    kept = Kept.even(small.shape, large.shape) if kept is None else kept
+    types = layer_types(small_config, config)
+    kept = Kept.even(small.shape, large.shape, types) if kept is None else kept
     kept.check(small.shape, large.shape)
+    kept.check_types(*types)
     for shape in (small.shape, large.shape):
         check_legal(shape, config)
     if set(link.order) != set(kept.dropped):
@@ -143,6 +145,7 @@ def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | No
     return Segment(
         small.name, large.name, small.shape, large.shape, kept, tuple(link.order), config,
         link.strategies.blend, link.strategies.patch is not None and differs == ["layers"], tuple(link.curve),
+        small_eps(small_config, config),
     )
 
 
