@@ -41,8 +41,8 @@ def chain_card(manifest: Manifest) -> str:
     )
 
 
-def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license: str | None, facts: dict[str, str]) -> str:
-    """The README of a distilled model.
+def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license: str | None, facts: dict[str, str], base: str | None = None, base_repo: str | None = None) -> str:
+    """The README of a distilled model, or of an adapter.
 
     Args:
         name: Its repo id, or its name.
@@ -50,11 +50,15 @@ def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license
         teacher_repo: Hub id of the model it learned from; None for a local one.
         license: Licence of the teacher where it is known; it is never invented.
         facts: What the table says of it.
+        base: Of an adapter, the model that it belongs on; None for a whole model.
+        base_repo: Its Hub id; None for a local one.
 
     Returns:
         Markdown with the metadata of a model card.
     """
-    return _render("anchor.md.j2", name=name, parameters=parameters, teacher_repo=teacher_repo, license=license, facts=list(facts.items()))
+    return _render(
+        "anchor.md.j2", name=name, parameters=parameters, teacher_repo=teacher_repo, license=license, facts=list(facts.items()), base=base, base_repo=base_repo
+    )
 
 
 def cache_card(record: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def distill(
         from cbd_hub.distill.dry_run import dry_run as estimate
         from cbd_hub.distill.recipe import read_parts
         parts = read_parts(read)
-        costs = estimate(read, (lambda line: None) if as_json else lambda line: err.print(escape(line)))
+        costs = estimate(read, (lambda line: None) if as_json else lambda line: err.print(escape(line)), parts=parts)
         show_costs(costs, parts, as_json)
         return
     if out_dir is None:
@@ -218,7 +218,7 @@ def generate(
 @app.command("eval")
 def evaluate(
     chain: ChainArgument,
-    text: Annotated[str | None, typer.Option("--text", help="Held-out text: a file or a pattern.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Held-out text: a file or a pattern; of prompts with completions and of chats the answers count.", show_default=False)] = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", help="Multiple-choice questions: .jsonl files, with commas between them, of query, choices, answer.", show_default=False)
     ] = None,
@@ -233,7 +233,8 @@ def evaluate(
     if text is None and tasks is None:
         raise ArgumentError("neither --text nor --tasks was given; name a text file, or a .jsonl file of questions")
     from cbd_hub.chain import Chain
-    from cbd_hub.distill.data import read_texts
+    from cbd_hub.distill.data import is_conversation, read_rows
+    from cbd_hub.distill.packing import tokenised
     from cbd_hub.evaluation import Documents, Question, bits_per_byte, choice_accuracy, document_losses
     from cbd_hub.interpolation.live import ModelRunner, best_device
     _hush_bars()
@@ -244,7 +245,11 @@ def evaluate(
     questions = {name.strip(): Question.read(name.strip()) for name in tasks.split(",")} if tasks else {}
     documents = None
     if text is not None:
-        documents = Documents.read(read_texts(text, column), tokenizer, block_size, max_tokens)
+        rows_of_text = read_rows(text, column)
+        if is_conversation(rows_of_text[0]):
+            documents = Documents.answered(((row.ids, row.labels) for row in tokenised(rows_of_text, tokenizer)), tokenizer, block_size, max_tokens)
+        else:
+            documents = Documents.read([row["text"] for row in rows_of_text], tokenizer, block_size, max_tokens)
         if documents.tokens < 2:
             raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
     rows: list[dict[str, Any]] = []
@@ -291,6 +296,7 @@ def cache_teacher(
     out_dir: OutOption,
     text: Annotated[str | None, typer.Option("--text", help="A file or a pattern: text, or .jsonl rows of prompt and completion or of messages.", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="The training text of a recipe instead, for its teacher_cache.", show_default=False)] = None,
+    anchor: Annotated[str | None, typer.Option("--anchor", help="The anchor of the recipe whose stage is meant; the first by default.", show_default=False)] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens listed at a position; of the others only the sum is kept.")] = 128,
     bits: Annotated[int, typer.Option("--bits", min=4, max=16, help="Precision of a log-probability: 8 costs about 0.00008 nats a token, each bit less four times as much.")] = 8,
     block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; the recipe's, or 128.", show_default=False)] = None,
@@ -312,7 +318,7 @@ def cache_teacher(
     _hush_bars()
     cache, facts = cache_text(
         teacher, out_dir, text=text, recipe=recipe, column=column, block_size=block_size, max_tokens=tokens, top_k=top_k, bits=bits,
-        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json,
+        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor,
     )
     if as_json:
         print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})

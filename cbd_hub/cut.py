@@ -110,7 +110,7 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
     def on_block(layer: int) -> Any:
         def hook(_: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
             after = output[0] if isinstance(output, tuple) else output
-            influence[layer] += float((1 - F.cosine_similarity(inputs[0].float(), after.float(), dim=-1)).double().sum())
+            influence[layer] += float((1 - F.cosine_similarity(inputs[0].float(), after.float(), dim=-1)).cpu().double().sum())
         return hook
 
     def on_ffn(layer: int) -> Any:
@@ -146,13 +146,13 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
             positions += ids.numel()
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    norm = np.stack([written(family.ffn_input, layer).double().norm(dim=1).cpu().numpy() for layer in range(shape.layers)])
+    norm = np.stack([written(family.ffn_input, layer).cpu().double().norm(dim=1).numpy() for layer in range(shape.layers)])
     return Importance(influence / positions, ffn / positions * norm, heads / positions, hidden / positions, shape.kv_heads)
 
 
 def _sum(values: Tensor) -> np.ndarray:
     """Sum over all but the last dimension."""
-    total: np.ndarray = values.float().flatten(0, -2).sum(0).double().cpu().numpy()
+    total: np.ndarray = values.float().flatten(0, -2).sum(0).cpu().double().numpy()
     return total
 
 

@@ -15,7 +15,11 @@ class ArgumentError(CBDError, ValueError):
 
 
 class SizeError(CBDError, ValueError):
-    """A size that cannot be read, lies outside the chain, or cannot be realised."""
+    """A size that lies outside the chain, cannot be realised, or (`SizeFormatError`) cannot be read."""
+
+
+class SizeFormatError(SizeError, ArgumentError):
+    """A size that cannot be read."""
 
 
 class ArchitectureError(CBDError, ValueError):

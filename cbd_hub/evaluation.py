@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Runner
@@ -20,6 +23,7 @@ from cbd_hub.losses.log_probs import token_losses
 
 
 _BATCH_TOKENS = 2048
+_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,31 @@ class Documents:
     Attributes:
         ids: Token ids of each document, shape (length,), cut to the block size; each at least 2.
         lengths: UTF-8 bytes that the predicted tokens of each document stand for.
+        labels: The ids once more, -100 where a token does not count, as a prompt's; None where all count. The first one is never predicted.
     """
 
     ids: tuple[Tensor, ...]
     lengths: tuple[int, ...]
+    labels: tuple[Tensor, ...] | None = None
 
     @property
     def tokens(self) -> int:
         """Predicted tokens of all documents."""
-        return sum(len(ids) - 1 for ids in self.ids)
+        return sum(int((labels[1:] != _IGNORED).sum()) for labels in self.labels or self.ids)
+
+    def first(self, tokens: int) -> Documents:
+        """As many documents as fit into so many tokens, at least one."""
+        totals = itertools.accumulate(len(ids) for ids in self.ids)
+        count = max(1, sum(total <= tokens for total in totals))
+        return Documents(self.ids[:count], self.lengths[:count], self.labels and self.labels[:count])
+
+    def batch(self, chosen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Some documents padded to one length: ids, attention mask (None without padding), and the token that each position predicts, -100 for none."""
+        input_ids = pad_sequence([self.ids[index] for index in chosen], batch_first=True)
+        mask = pad_sequence([torch.ones_like(self.ids[index]) for index in chosen], batch_first=True)
+        labels = pad_sequence([(self.labels or self.ids)[index] for index in chosen], batch_first=True, padding_value=_IGNORED)
+        targets = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+        return input_ids.to(device), None if bool(mask.all()) else mask.to(device), targets.to(device)
 
     @classmethod
     def read(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
@@ -65,6 +85,35 @@ class Documents:
         if not ids:
             raise DataError("the text has no document of two tokens or more; give a longer text")
         return cls(tuple(ids), tuple(lengths))
+
+    @classmethod
+    def answered(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
+        """Prompts with their answers, each row a document of which the answer alone counts, until ``max_tokens`` of these are reached.
+
+        Args:
+            rows: Token ids and labels, -100 where a token does not count.
+            tokenizer: A transformers tokenizer.
+            block_size: Longest row in tokens; the rest is left out.
+            max_tokens: Where to stop; None for all.
+
+        Raises:
+            DataError: If no token counts.
+        """
+        ids, lengths, kept, total = [], [], [], 0
+        for row in rows:
+            tokens, labels = (torch.tensor(values[:block_size]) for values in row)
+            counted = tokens[1:][labels[1:] != _IGNORED]
+            if not len(counted):
+                continue
+            ids.append(tokens)
+            kept.append(labels)
+            lengths.append(len(tokenizer.decode(counted).encode()))
+            total += len(counted)
+            if max_tokens is not None and total >= max_tokens:
+                break
+        if not ids:
+            raise DataError(f"no row has an answer within its first {block_size:,} tokens; give rows with answers, or a larger block_size")
+        return cls(tuple(ids), tuple(lengths), tuple(kept))
 
     @classmethod
     def packed(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
@@ -157,35 +206,25 @@ def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) 
         while stop < len(by_length) and (stop + 1 - start) * len(documents.ids[by_length[stop]]) <= _BATCH_TOKENS:
             stop += 1
         chosen = by_length[start:stop]
-        for index, (total, count) in zip(chosen, _batch_losses(runner, [documents.ids[index] for index in chosen], bf16)):
+        for index, (total, count) in zip(chosen, _batch_losses(runner, documents, chosen, bf16)):
             nats[index], tokens[index] = total, count
         start = stop
     return Losses(nats, tokens)
 
 
-def _batch_losses(runner: Runner, batch: list[Tensor], bf16: bool, starts: Sequence[int] | None = None) -> list[tuple[float, int]]:
-    """Summed loss and count of each row's tokens from its start on; the first token is never predicted."""
-    firsts = [1] * len(batch) if starts is None else starts
-    longest = max(len(ids) for ids in batch)
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros(len(batch), longest, dtype=torch.long)
-    for row, ids in enumerate(batch):
-        input_ids[row, : len(ids)] = ids
-        mask[row, : len(ids)] = 1
+def _batch_losses(runner: Runner, documents: Documents, chosen: Sequence[int], bf16: bool) -> list[tuple[float, int]]:
+    """Summed loss and count of the predicted tokens of some documents."""
     device = runner.device
+    input_ids, mask, targets = documents.batch(chosen, device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        output = runner(input_ids.to(device), None if bool(mask.all()) else mask.to(device))
-    counted = mask.clone()
-    for row, first in enumerate(firsts):
-        counted[row, :first] = 0
-    predicts = counted[:, 1:].bool().to(device)
+        output = runner(input_ids, mask)
+    predicts = targets != _IGNORED
     head = output.head
-    hidden = output.hidden[:, :-1][predicts]
+    hidden = output.hidden[predicts]
     losses = token_losses(
-        hidden.to(torch.bfloat16) if bf16 else hidden, head.weight, input_ids[:, 1:].to(device)[predicts],
-        bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-    ).double()
-    counts = [len(ids) - first for ids, first in zip(batch, firsts)]
+        hidden.to(torch.bfloat16) if bf16 else hidden, head.weight, targets[predicts], bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+    ).cpu().double()
+    counts = predicts.sum(1).tolist()
     return [(float(part.sum()), count) for part, count in zip(losses.split(counts), counts)]
 
 
@@ -240,18 +279,20 @@ def choice_accuracy(runner: Runner, questions: Sequence[Question], tokenizer: An
     Returns:
         ``accuracy`` and ``accuracy_norm``, each from 0 to 1, their standard errors over questions, and the number of questions.
     """
-    rows: list[tuple[Tensor, int]] = []
+    rows: list[tuple[Tensor, Tensor]] = []
     for question in questions:
         start = len(tokenizer(question.query)["input_ids"])
         for choice in question.choices:
             ids = torch.tensor(tokenizer(question.query + choice)["input_ids"])
-            rows.append((ids, max(1, min(start, len(ids) - 1))))
+            labels = ids.clone()
+            labels[: min(start, len(ids) - 1)] = _IGNORED
+            rows.append((ids, labels))
     nats = [0.0] * len(rows)
+    documents = Documents(tuple(ids for ids, _ in rows), (), tuple(labels for _, labels in rows))
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     for first in range(0, len(order), 16):
         chosen = order[first : first + 16]
-        losses = _batch_losses(runner, [rows[index][0] for index in chosen], bf16, [rows[index][1] for index in chosen])
-        for index, (total, _) in zip(chosen, losses):
+        for index, (total, _) in zip(chosen, _batch_losses(runner, documents, chosen, bf16)):
             nats[index] = total
     right, right_norm, at = [], [], 0
     for question in questions:

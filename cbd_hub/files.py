@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from safetensors import SafetensorError
 
@@ -67,6 +68,31 @@ def staged_folder(target: Path) -> Iterator[Path]:
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes out of a folder inside the block; a process that ends in any way lets go.
+
+    Args:
+        folder: Where the lock is kept; made where it is not there.
+        what: What to say is in use.
+
+    Raises:
+        StorageError: If another process has it, or the disk refuses.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise StorageError(f"{what} is being written by another process; wait until it ends, or choose another folder") from error
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}; free or choose another disk") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

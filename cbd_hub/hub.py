@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError
 from cbd_hub.files import check_file, sha256
@@ -183,6 +184,18 @@ def download(repo_id: str, revision: str | None, patterns: list[str], options: d
 def is_repo_id(name: str) -> bool:
     """Whether a text is a Hub id with its namespace, and no folder here."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)) and not Path(name).exists()
+
+
+def check_repo_id(name: str) -> None:
+    """Refuse a name that no repo can have, before the work is done that it is for.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ArgumentError(f'"{name}" cannot be the name of a repo; give one such as "org/name" of letters, digits, ".", "_" and "-"') from error
 
 
 def upload(

@@ -57,12 +57,10 @@ class Measured:
 
 
 def divergence_from(large: Any, plan: Plan, between: Between, documents: Documents) -> float:
-    """Mean KL(large || plan's model) in nats per token on packed documents of equal length."""
-    ids = torch.stack(documents.ids).to(large.device)
-    labels = ids.new_full(ids.shape, -100)
-    labels[:, :-1] = ids[:, 1:]
+    """Mean KL(large || plan's model) in nats per predicted token."""
+    ids, mask, labels = documents.batch(range(len(documents.ids)), large.device)
     with torch.autocast(large.device.type, dtype=torch.bfloat16):
-        teacher, student = ModelRunner(large)(ids), between.run(plan)(ids)
+        teacher, student = ModelRunner(large)(ids, mask), between.run(plan)(ids, mask)
         loss = distillation_loss(
             student.hidden.flatten(0, 1), student.head.weight, teacher.hidden.flatten(0, 1), teacher.head.weight, labels.flatten(),
             student_bias=student.head.bias, teacher_bias=teacher.head.bias,
@@ -81,10 +79,10 @@ def greedy_order(segment: Segment, models: dict[str, Any], documents: Documents,
     Args:
         segment: The segment.
         models: Its two models by name.
-        documents: Calibration text, packed.
+        documents: Calibration text.
         first: The dropped layers in an order to begin with, the most promising first.
     """
-    few = dataclasses.replace(documents, ids=documents.ids[: max(1, _ORDER_TOKENS // len(documents.ids[0]))])
+    few = documents.first(_ORDER_TOKENS)
     between = Between(models)
     breadth = max(1, _ORDER_TRIALS // len(first))
     order: list[int] = []
@@ -160,7 +158,7 @@ def measure_segment(
         small: The smaller model.
         large: The larger model.
         kept: Units of the larger one that the smaller one was cut from; None for published models.
-        documents: Calibration text, packed into blocks of equal length.
+        documents: Calibration text.
         dataset: What to call the text.
         names: Names of the two anchors, the smaller first.
         first: The dropped layers in an order to begin with; by default from the last one backwards.

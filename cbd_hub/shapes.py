@@ -196,6 +196,22 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
     return shape
 
 
+def check_positions(tokens: int, config: Any, what: str) -> None:
+    """Refuse more tokens than a model has positions.
+
+    Args:
+        tokens: Length of a row.
+        config: A transformers config; one that names no number of positions has no bound.
+        what: What to call the row.
+
+    Raises:
+        ArgumentError: If there are too many.
+    """
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and tokens > room:
+        raise ArgumentError(f"{what} is more than the model's {room:,} positions; give {room:,} or less")
+
+
 def check_cut(shape: Shape, whole: Shape, config: Any) -> None:
     """Refuse a shape that cannot be cut from a model.
 

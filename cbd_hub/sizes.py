@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import ROUND_HALF_UP, Decimal
 
-from cbd_hub.errors import SizeError
+from cbd_hub.errors import SizeFormatError
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -16,7 +16,7 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", re.IGNORECASE)
 def _split(text: str) -> tuple[Decimal, int]:
     match = _PATTERN.fullmatch(text) if len(text) <= 32 else None
     if match is None or not Decimal(match[1]):
-        raise SizeError(f'size "{text[:40]}" cannot be read; write a number and a unit, such as "138M", "1.1B", "54K" or 138000000')
+        raise SizeFormatError(f'size "{text[:40]}" cannot be read; write a number and a unit, such as "138M", "1.1B", "54K" or 138000000')
     return Decimal(match[1]), _UNITS[match[2].upper()]
 
 
@@ -24,7 +24,7 @@ def parse_size(size: str | int) -> int:
     """A count of parameters from text such as "138M" or from an int.
 
     Raises:
-        SizeError: If the text is not a positive number with the unit K, M, B or T, or the int is not positive.
+        SizeFormatError: If the text is not a positive number with the unit K, M, B or T, or the int is not positive.
 
     Example:
         >>> parse_size("1.1B"), parse_size("54K"), parse_size(138)
@@ -34,7 +34,7 @@ def parse_size(size: str | int) -> int:
         number, unit = _split(size)
         return int((number * unit).to_integral_value(ROUND_HALF_UP))
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise SizeError(f'size={size!r} is not a size; give a positive int or text such as "138M"')
+        raise SizeFormatError(f'size={size!r} is not a size; give a positive int or text such as "138M"')
     return size
 
 

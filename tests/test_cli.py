@@ -109,7 +109,7 @@ def test_distil_and_assemble(cbd, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
-    (["plan", "CHAIN", "--size", "138Q"], 1, 'size "138Q" cannot be read'),
+    (["plan", "CHAIN", "--size", "138Q"], 2, 'size "138Q" cannot be read'),
     (["plan", "CHAIN", "--size", "900M"], 1, "outside the chain"),
     (["plan", "CHAIN"], 2, "neither size nor shape"),
     (["plan", "CHAIN", "--size", "min", "--strategy", "slerp"], 2, "choose one of"),

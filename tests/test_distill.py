@@ -340,3 +340,91 @@ def test_gradient_checkpointing_changes_no_update(family, tmp_path):
     saving.train()
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(tensor, weights(saving)[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_evaluation_is_a_mean_per_kept_token(tmp_path):
+    """Of batches of unequal numbers of kept tokens, and of several sets by name."""
+    held = rows(11, seed=5)
+    trainer = trainer_for("llama", tmp_path, per_device_eval_batch_size=4)
+    batch = trainer.data_collator([held[index] for index in range(11)])
+    expected = float(dense_loss(trainer.model.eval(), trainer.teacher, batch, 1.0, 1.0, 0.0))
+    assert trainer.evaluate(held)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    found = trainer.evaluate({"a": held, "b": Dataset.from_dict({"text": tiny.texts(9)})})
+    assert found["eval_a_loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["eval_b_loss"] > 0
+    with pytest.raises(DataError, match="no token of the evaluation set counts"):
+        trainer.evaluate([{"input_ids": [5, 6], "labels": [-100, -100]}])
+
+
+def test_evaluation_sets_by_name_are_packed_like_the_training_set(tmp_path):
+    arguments = ChainDistillerConfig(str(tmp_path), max_steps=1, bf16=False, block_size=16, save_strategy="no", eval_strategy="steps", eval_steps=1, disable_tqdm=True)
+    sets = {"texts": [{"text": text} for text in tiny.texts(5)], "rows": rows(3)}
+    trainer = ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=arguments, train_dataset=rows(), eval_dataset=sets, processing_class=tiny.tokenizer())
+    trainer.train()
+    assert {"eval_texts_loss", "eval_rows_loss"} <= {key for entry in trainer.state.log_history for key in entry}
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ({"text": 5}, "row 1: text is no text but int"), ({"text": None}, "row 1: text is no text but None"), ({"words": "a"}, "row 1: a row has the columns words"),
+    ({"messages": [{"role": "user"}]}, r"row 1: messages\[0\] has no content"), ({"prompt": "a", "completion": None}, "row 1: completion is no text but None"),
+])
+def test_wrong_rows_are_named_by_number_and_column(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        trainer_for("llama", tmp_path, dataset=[{"text": "a"}, row])
+
+
+def test_rows_beyond_the_models_positions_are_refused(family, tmp_path):
+    with pytest.raises(ArgumentError, match="block_size=300 is more than the model's 256 positions"):
+        trainer_for(family, tmp_path, dataset=[{"text": "word " * 200}], block_size=300)
+    trainer = trainer_for(family, tmp_path, dataset=Dataset.from_list([{"input_ids": [5] * 260}]))
+    with pytest.raises(ArgumentError, match="a row of 260 tokens is more than the model's 256 positions"):
+        trainer.train()
+
+
+def test_what_would_never_be_called_is_refused(tmp_path):
+    for name in ("compute_loss_func", "compute_metrics"):
+        with pytest.raises(ArgumentError, match=f"{name} would never be called"):
+            ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows(), **{name: len})
+
+
+def test_without_a_checkpoint_a_resume_starts_anew(tmp_path, caplog):
+    trainer = trainer_for("llama", tmp_path / "out")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert "no whole checkpoint" in caplog.text
+
+
+def test_an_adapters_card_says_what_it_belongs_on(tmp_path):
+    from huggingface_hub import ModelCard
+
+    student = tiny.llama(layers=2, seed=3)
+    student.config._name_or_path = "org/student"
+    config = ChainDistillerConfig(str(tmp_path), max_steps=2, bf16=False, disable_tqdm=True, save_strategy="no")
+    trainer = ChainDistiller(model=student, teacher=tiny.llama(), args=config, train_dataset=rows(), peft_config=lora(target_modules=["q_proj"]))
+    card = ModelCard(trainer._card("org/adapter"))
+    assert (card.data.library_name, card.data.base_model, card.data["base_model_relation"]) == ("peft", "org/student", "adapter")
+    assert "An adapter of 512 parameters for org/student" in card.text
+    assert "ordinary" not in card.text
+    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("org/student"), "org/adapter")' in card.text
+
+
+def test_a_device_without_float64_gets_none(monkeypatch, tmp_path):
+    """The loss with fp32 as the widest type makes no float64 tensor at all."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from cbd_hub.losses import head
+
+    class Narrow(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            assert not isinstance(made, torch.Tensor) or made.dtype != torch.float64, func
+            return made
+
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8)
+    labels = torch.arange(5)
+    whole = head.distillation_loss(hidden, weight, hidden.detach() + 1, weight, labels, ce_weight=1.0)
+    monkeypatch.setattr(head, "widest", lambda device: torch.float32)
+    with Narrow():
+        narrow = head.distillation_loss(hidden, weight, hidden.detach() + 1, weight, labels, ce_weight=1.0)
+        narrow.backward()
+    torch.testing.assert_close(narrow, whole)

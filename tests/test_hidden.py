@@ -146,3 +146,24 @@ def test_paths_and_epochs_resume_right(tmp_path, monkeypatch):
     few.train()
     more = trainer_of("llama", "few", max_steps=-1, num_train_epochs=2, save_strategy="epoch")
     assert more.train(resume_from_checkpoint=True).global_step == 2 * few.state.global_step
+
+
+def test_the_best_models_projectors_come_back_with_it(tmp_path):
+    """The learning rate is so high that later steps are worse: what evaluates afterwards is the best checkpoint, projectors included."""
+    trainer = trainer_of(
+        "llama", tmp_path, eval_dataset=rows(8, seed=5), max_steps=4, learning_rate=1.0, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, save_total_limit=None,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = Path(trainer.state.best_model_checkpoint)
+    assert min(losses) < losses[-1]
+    kept = load_file(best / FILE)
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in trainer.hidden._parameters().items())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_a_resume_with_other_layers_is_refused(tmp_path):
+    trainer_of("llama", tmp_path, hidden_layers=[0], save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ArgumentError, match="matched the layers 0 to 1 and these are 0 to 1, 1 to 3"):
+        trainer_of("llama", tmp_path, max_steps=3, hidden_layers=[0, 1]).train(resume_from_checkpoint=True)

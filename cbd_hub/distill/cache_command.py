@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 
 from cbd_hub.chain import resolve_checkpoint
 from cbd_hub.distill.data import read_rows
-from cbd_hub.distill.recipe import read_parts
+from cbd_hub.distill.recipe import read_parts, stage_rows
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.errors import ArgumentError
-from cbd_hub.hub import upload
+from cbd_hub.hub import check_repo_id, upload
 from cbd_hub.interpolation.live import best_device
 from cbd_hub.model import weight_dtype
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
@@ -24,7 +24,7 @@ from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
 def cache_text(
     teacher: str, out_dir: Path, *, text: str | None = None, recipe: Path | None = None, column: str = "text", block_size: int | None = None,
     max_tokens: int | None = None, top_k: int = 128, bits: int = 8, student: str | None = None, batch_size: int = 8, dtype: str | None = None,
-    push: str | None = None, quiet: bool = False,
+    push: str | None = None, quiet: bool = False, anchor: str | None = None,
 ) -> tuple[TeacherCache, dict[str, Any]]:
     """Cache a teacher on files of text, or on the training text of a recipe.
 
@@ -32,7 +32,7 @@ def cache_text(
         teacher: Folder or Hub id.
         out_dir: The folder to make.
         text: A file or pattern.
-        recipe: A recipe instead, whose training documents are taken in its order and packed as its stages do.
+        recipe: A recipe instead: what a stage of it trains on, in its order and packed as the stage does.
         column: Column that holds the text, where files have columns.
         block_size: Tokens in a block; the recipe's, or 128, by default.
         max_tokens: Stop when so many tokens are reached.
@@ -43,24 +43,30 @@ def cache_text(
         dtype: What the models compute in; that of their weights by default.
         push: A Hub data set to push to.
         quiet: Show no progress bar.
+        anchor: The anchor whose stage is meant, as ``stages`` of the recipe names it; the first one by default.
 
     Returns:
         The cache, and facts of this run: its seconds, where it was pushed.
 
     Raises:
-        ArgumentError: If not one of text and recipe is given, or the dtype is none.
+        ArgumentError: If not one of text and recipe is given, or the dtype, the anchor or the name to push to is none.
         CBDError: If a model, the text or the folder cannot be used.
     """
     if (text is None) == (recipe is None):
         raise ArgumentError("give either --text (files) or --recipe (the training text of a recipe)")
+    if anchor is not None and recipe is None:
+        raise ArgumentError(f"anchor {anchor} names a stage of a recipe, and none was given; give --recipe too")
+    if push is not None:
+        check_repo_id(push)
     compute = None if dtype is None else weight_dtype(dtype, torch.float32)
     if text is not None:
         rows = read_rows(text, column)
     else:
         assert recipe is not None
         read = Recipe.read(recipe)
-        block_size = block_size or read.data.block_size
-        rows = read_parts(read).rows()
+        stage = read.anchor(anchor)
+        block_size = block_size or read.stage_arguments(stage)["block_size"]
+        rows, _ = stage_rows(read, stage, read_parts(read))
     folder = resolve_checkpoint(teacher)
     model, asked = _load(folder), None if student is None else _load(resolve_checkpoint(student))
     model.config._name_or_path = teacher  # loading leaves the folder of the download there

@@ -88,6 +88,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
             raise ArgumentError(f"hidden_layers={layers!r} is no list of layers; give some such as [3, 7, 11], or leave it out for all")
         if self.hidden_balance and not self.hidden_weight:
             raise ArgumentError("hidden_balance=True but hidden_weight=0, so there is no hidden-state term to balance; set hidden_weight to 1")
+        if self.label_smoothing_factor:
+            raise ArgumentError(f"label_smoothing_factor={self.label_smoothing_factor} is not part of this loss, the teacher smooths the labels; leave it at 0")
         if self.block_size < 2:
             raise ArgumentError(f"block_size={self.block_size} holds no token to predict; give 2 or more")
         check_sampling(self)

@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import load_dataset
 
+from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import DataError
 
 
@@ -60,7 +61,7 @@ def _text(document: Any) -> str:
 def is_conversation(columns: Iterable[str]) -> bool:
     """Whether rows of these columns are chats, or prompts with completions."""
     names = set(columns)
-    return "messages" in names or ("prompt" in names and bool(names & {"completion", "response"}))
+    return "messages" in names or ("prompt" in names and bool(names & {*RESPONSES}))
 
 
 def read_texts(path: str, column: str = "text") -> list[str]:
@@ -93,9 +94,11 @@ def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
     """
     names = _files(path)
     if column == "text" and all(Path(name).suffix.lower() == ".jsonl" for name in names):
-        rows = [row for name in names for _, row in _json_rows(name)]
-        if rows and is_conversation(rows[0]):
-            return rows
+        rows = [(f"{name} line {number}", row) for name in names for number, row in _json_rows(name)]
+        if rows and is_conversation(rows[0][1]):
+            for where, row in rows:
+                check_row(row, where)
+            return [row for _, row in rows]
     return [{"text": text} for text in read_texts(path, column)]
 
 
@@ -164,7 +167,12 @@ def _json_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _column(rows: Any, column: str, source: str) -> list[str]:
     if column not in rows.column_names:
         raise DataError(f'{source} has no column "{column}"; it has {", ".join(rows.column_names)}: name the column that holds the text')
-    return [str(text) for text in rows[column] if text]
+    texts = []
+    for number, text in enumerate(rows[column]):
+        if text is not None and not isinstance(text, str):
+            raise DataError(f'{source} row {number:,}: "{column}" is no text but {type(text).__name__}; name the column that holds the text')
+        texts.append(text or "")
+    return texts
 
 
 def _nonempty(texts: list[str], source: str) -> list[str]:
@@ -182,7 +190,10 @@ def read_dataset(dataset: str, split: str, column: str, name: str | None = None)
     """
     rows = _loaded(dataset, name, split=split)
     if column not in rows.column_names and is_conversation(rows.column_names):
-        return list(rows)
+        found = list(rows)
+        for number, row in enumerate(found):
+            check_row(row, f"{dataset} row {number:,}")
+        return found
     return _nonempty(_column(rows, column, dataset), dataset)
 
 
@@ -262,7 +273,10 @@ def split_stream(rows: Any, reserve: int, heldout: float, calibration: float, se
     Raises:
         DataError: If there are fewer than two different documents.
     """
-    first = [as_document(row) for row in itertools.islice(rows, reserve)]
+    first = []
+    for number, row in enumerate(itertools.islice(rows, reserve)):
+        check_row(row, f"row {number:,} of the stream")
+        first.append(as_document(row))
     unique = _shuffled(first, seed)
     if len(unique) < 2:
         raise DataError(f"the stream has {len(unique)} different documents in its first {reserve:,}, and calibration and held-out parts need one each; give more")

@@ -21,13 +21,14 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import is_peft_available
 
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.evaluating import with_tokens
 from cbd_hub.distill.hidden import Batch, HiddenTerm
 from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
-from cbd_hub.distill.packing import collate, next_tokens, packed_dataset
+from cbd_hub.distill.packing import collate, next_tokens
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.distill.wrapping import compile_base, inside, is_sharded, prepare_teacher, shards, without_compiler
-from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
+from cbd_hub.distill.wrapping import compile_base, inside, is_peft_model, is_sharded, prepare_teacher, shards, without_compiler
+from cbd_hub.errors import ArchitectureError, ArgumentError, TrainingError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
 from cbd_hub.interpolation.planner import (
@@ -72,7 +73,7 @@ class ChainDistiller(SamplingTrainer):
         args: A `ChainDistillerConfig`.
         train_dataset: Rows with ``input_ids`` (and where wanted ``labels``, -100 for tokens that do not count), or with ``text``, ``prompt`` and
             ``completion``, or chat ``messages``, which are packed into blocks; of prompts and chats only the answers count.
-        eval_dataset: The same for evaluation, or None.
+        eval_dataset: The same for evaluation, several of them by name, or None.
         processing_class: The tokenizer; needed unless rows have ``input_ids``.
         kept: Which units of the teacher the student was cut from; needed for ``path_fraction``. Hidden states are matched by it, and evenly without.
         text_dataset: Text for MiniLLM's cross-entropy term, rows as ``train_dataset`` has them; with ``text_weight`` only.
@@ -104,6 +105,9 @@ class ChainDistiller(SamplingTrainer):
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
+        for name, why in (("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", "logits are never formed")):
+            if kwargs.get(name) is not None:
+                raise ArgumentError(f"{name} would never be called: {why}; leave it out")
         self.teacher_cache = _cached(args, teacher_cache, teacher, processing_class, train_dataset, eval_dataset)
         if self.teacher_cache is not None:
             teacher, train_dataset, kept = None, self.teacher_cache, None
@@ -121,9 +125,9 @@ class ChainDistiller(SamplingTrainer):
         super().__init__(
             model=model, args=args,
             train_dataset=self._set_up_sampling(
-                args, *(_tokenised(rows, processing_class, args) for rows in (unpacked(train_dataset, processing_class, args), text_dataset))
+                args, *(with_tokens(rows, processing_class, args, model) for rows in (unpacked(train_dataset, processing_class, args), text_dataset))
             ),
-            eval_dataset=_tokenised(eval_dataset, processing_class, args), processing_class=processing_class, **kwargs,
+            eval_dataset=with_tokens(eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
         self.add_callback(MetricsFile())
@@ -268,6 +272,11 @@ class ChainDistiller(SamplingTrainer):
         if self.hidden is not None:
             self.hidden.load(Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.hidden is not None and self.state.best_model_checkpoint is not None:
+            self.hidden.load(Path(self.state.best_model_checkpoint))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the hidden-state term beside the loss."""
         if self.hidden is not None and "loss" in logs:
@@ -290,7 +299,11 @@ class ChainDistiller(SamplingTrainer):
         """Train, as ``transformers.Trainer.train``; a checkpoint of the last step is loaded and no step is taken from it."""
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            if resume_from_checkpoint is None:
+                logger.warning("%s has no whole checkpoint to go on from; training starts anew", self.args.output_dir)
+        last = resume_from_checkpoint
         if isinstance(last, str):
             state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
             if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one step too many
@@ -349,11 +362,6 @@ def _segment(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None
     )
 
 
-def is_peft_model(model: Any) -> bool:
-    """Whether a model is wrapped by peft."""
-    return is_peft_available() and isinstance(model, import_module("peft").PeftModel)
-
-
 def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:
     """The student with a fresh adapter.
 
@@ -402,7 +410,8 @@ def _cached(
     if cache is None:
         return None
     args.check_cached()
-    if eval_dataset is not None and not isinstance(eval_dataset, TeacherCache):
+    sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    if any(rows is not None and not isinstance(rows, TeacherCache) for rows in sets):
         raise ArgumentError("evaluation would run the teacher, and a teacher cache stands in its place; pass a TeacherCache as eval_dataset too, or none")
     opened = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
     rows = None if isinstance(train_dataset, TeacherCache) else train_dataset
@@ -416,13 +425,3 @@ def _cached_vocabulary(student: Any, cache: TeacherCache) -> int | None:
     if ours < theirs:
         raise VocabularyMismatchError(f"the student has a vocabulary of {ours:,} and the cached teacher of {theirs:,}; models of different ones need a bridge")
     return None if ours == theirs else theirs
-
-
-def _tokenised(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:
-    """A data set with input_ids: the given one, or its rows tokenised and packed."""
-    first = None if dataset is None else next(iter(dataset), None)
-    if first is None or "input_ids" in first:
-        return dataset
-    if tokenizer is None:
-        raise DataError(f"the data set has the columns {', '.join(first)} but no tokenizer came; pass processing_class=")
-    return packed_dataset(dataset, tokenizer, args.block_size)

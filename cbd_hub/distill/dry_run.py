@@ -16,21 +16,24 @@ from transformers import set_seed
 
 from cbd_hub import shapes
 from cbd_hub.chain import resolve_checkpoint
+from cbd_hub.distill.checks import check_stages
+from cbd_hub.distill.data import Parts
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.recipe import Stage, plan_stages
+from cbd_hub.distill.recipe import Stage, calibration_of, plan_stages, read_parts, stage_rows
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.interpolation.live import best_device
 from cbd_hub.losses.head import block_bytes
 from cbd_hub.manifest import Shape
-from cbd_hub.weights import model_class, read_config
+from cbd_hub.weights import load_tokenizer, model_class, read_config
 
 
 _DEEP = 5  # layers of the deeper trial
 _REPEATS = 3
-# What a trial leaves out: it has other layers than the teacher, and no text, prompts or cache.
+# What a trial leaves out: it has other layers than the teacher, and no text or prompts.
 _PLAIN = {
     "path_fraction": 0.0, "hidden_weight": 0.0, "hidden_balance": False, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence",
-    "teacher_answers": False, "text_weight": 0.0, "teacher_cache": None, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
+    "teacher_answers": False, "text_weight": 0.0, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
 }
 
 
@@ -57,7 +60,7 @@ class StageCost:
     seconds: float
 
 
-def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None) -> list[StageCost]:
+def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None, *, parts: Parts | None = None) -> list[StageCost]:
     """Estimate every stage of a recipe without training.
 
     A step of the stage's own kind and batch is timed with models of its width, random weights and one or five layers, on this machine; time
@@ -66,6 +69,7 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None)
     Args:
         recipe: The recipe.
         progress: Called with a line before each trial.
+        parts: The recipe's documents, where they have been read already.
 
     Raises:
         CBDError: If the recipe cannot be carried out.
@@ -73,6 +77,9 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None)
     source = resolve_checkpoint(recipe.teacher)
     config = read_config(source)
     stages = plan_stages(recipe, source, config)
+    split, tokenizer = read_parts(recipe) if parts is None else parts, load_tokenizer(source)
+    calibration_of(split, tokenizer, recipe.data.block_size)
+    check_stages(recipe, stages, config, {stage.name: stage_rows(recipe, stage.anchor, split) for stage in stages}, tokenizer)
     costs = []
     for stage in stages:
         progress(f"{stage.name}: timing steps on a few layers")
@@ -106,7 +113,8 @@ def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
     layers, above = shapes.shape_of(student).layers, shapes.shape_of(teacher).layers
     plain = dataclasses.replace(stage, arguments={**stage.arguments, **_PLAIN})
     base = _trial(plain, student, teacher, 1, 1)
-    deep, tall = min(_DEEP, layers), min(_DEEP, above)
+    cached = "teacher_cache" in stage.arguments
+    deep, tall = min(_DEEP, layers), 1 if cached else min(_DEEP, above)
     seconds, saved = base
     if deep > 1:
         further = _trial(plain, student, teacher, deep, 1)
@@ -117,7 +125,9 @@ def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
     size = shapes.parameter_count(student)
     with tempfile.TemporaryDirectory() as folder:
         args = stage.config(folder)
-    weights = 16 * size + (6 if args.bf16 else 4) * shapes.parameter_count(teacher)  # fp32 weights, gradients, two Adam moments; the teacher also in bf16
+    weights = 16 * size  # fp32 weights, gradients, two Adam moments
+    if not cached:
+        weights += (6 if args.bf16 else 4) * shapes.parameter_count(teacher)  # also in bf16
     tokens = args.train_batch_size * args.gradient_accumulation_steps * args.block_size
     return StageCost(
         stage.name, shapes.shape_of(student), size, args.max_steps, tokens * args.max_steps, weights + saved, seconds * args.max_steps
@@ -134,7 +144,10 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
     with tempfile.TemporaryDirectory() as folder:
         args = stage.config(folder)
         rows = torch.randint(0, student.vocab_size, (args.train_batch_size, args.block_size)).tolist()
-        trainer = ChainDistiller(model=models[0], teacher=models[1], args=args, train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]))
+        dataset: Any = Dataset.from_list([{"input_ids": row} for row in rows])
+        if args.teacher_cache is not None:  # one of the same width, of this teacher's
+            dataset = write_cache(models[1], dataset, f"{folder}/cache", top_k=TeacherCache.open(args.teacher_cache).codec.top_k)
+        trainer = ChainDistiller(model=models[0], teacher=models[1], args=args, train_dataset=dataset)
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
             models[0].gradient_checkpointing_enable()
         trainer.create_optimizer()

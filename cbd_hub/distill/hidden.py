@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cbd_hub.distill.config import ChainDistillerConfig
@@ -43,6 +44,17 @@ def matched_layers(student: int, teacher: int, kept: Kept | None) -> list[int]:
     return [round((layer + 1) * teacher / student) - 1 for layer in range(student)]
 
 
+def check_layers(args: ChainDistillerConfig, layers: int) -> None:
+    """Refuse ``hidden_layers`` that a student of so many layers does not have.
+
+    Raises:
+        ArgumentError: Naming the first.
+    """
+    missing = [layer for layer in args.hidden_layers or () if not 0 <= layer < layers]
+    if args.hidden_weight and missing:
+        raise ArgumentError(f"hidden_layers names layer {missing[0]}, and the student has layers 0 to {layers - 1}; name some of these")
+
+
 class HiddenTerm:
     """Hidden-state term between a student and its teacher.
 
@@ -60,9 +72,7 @@ class HiddenTerm:
         ours, theirs = student.config, teacher.config
         ends = matched_layers(ours.num_hidden_layers, theirs.num_hidden_layers, kept)
         layers = range(len(ends)) if args.hidden_layers is None else args.hidden_layers
-        missing = [layer for layer in layers if not 0 <= layer < len(ends)]
-        if missing:
-            raise ArgumentError(f"hidden_layers names layer {missing[0]}, and the student has layers 0 to {len(ends) - 1}; name some of these")
+        check_layers(args, len(ends))
         if not set(ends) <= set(range(theirs.num_hidden_layers)):
             raise ArgumentError(f"a student of {len(ends)} layers cannot be matched to a teacher of {theirs.num_hidden_layers}; leave hidden_weight at 0")
         self.pairs = [(layer, ends[layer]) for layer in layers]
@@ -75,6 +85,10 @@ class HiddenTerm:
         self._seen: list[float] = []
         if ours.hidden_size != theirs.hidden_size:
             self.projectors = [_linear(ours.hidden_size, theirs.hidden_size, student) for _ in self.pairs]
+
+    @property
+    def _layers(self) -> str:
+        return ", ".join(f"{layer} to {end}" for layer, end in self.pairs)
 
     @property
     def scale(self) -> float:
@@ -181,18 +195,22 @@ class HiddenTerm:
         tensors = {"balance": torch.tensor(self._balance, dtype=torch.float64)}
         tensors.update({name: whole(parameter) for name, parameter in self._parameters().items()})
         if write:
-            save_file(tensors, folder / FILE)
+            save_file(tensors, folder / FILE, metadata={"layers": self._layers})
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Read projectors and balance back.
 
         Raises:
-            ArgumentError: If the checkpoint is of a run without this term.
+            ArgumentError: If the checkpoint is of a run without this term, or with other layers.
         """
         if not (folder / FILE).is_file():
             raise ArgumentError(f"{folder} is a checkpoint without {FILE}, of a run without this hidden-state term; start anew, or set hidden_weight as it was")
-        tensors = load_file(folder / FILE)
+        with safe_open(folder / FILE, "pt") as file:
+            found = (file.metadata() or {}).get("layers")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if found != self._layers:
+            raise ArgumentError(f"{folder} matched the layers {found} and these are {self._layers}; resume with the same hidden_layers and teacher, or start anew")
         self._balance = tuple(tensors.pop("balance").tolist())
         for name, parameter in self._parameters().items():
             fill(parameter, tensors[name])

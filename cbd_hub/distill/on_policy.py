@@ -21,7 +21,8 @@ from transformers.trainer_utils import TrainOutput
 
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.packing import collate, next_tokens, tokenise
+from cbd_hub.distill.evaluating import EvaluatingTrainer
+from cbd_hub.distill.packing import collate, next_tokens, tokenised
 from cbd_hub.distill.rollouts import (
     Prompt,
     Rollout,
@@ -33,7 +34,7 @@ from cbd_hub.distill.rollouts import (
     rollout_tensors,
     rollouts_from,
 )
-from cbd_hub.distill.saving import AnchorTrainer
+from cbd_hub.distill.rows import RESPONSES
 from cbd_hub.errors import ArgumentError, DataError, StorageError
 from cbd_hub.interpolation.live import ModelRunner, Output
 from cbd_hub.losses.head import distillation_loss
@@ -62,7 +63,7 @@ def endless(count: int, start: int, stop: int, *key: int) -> list[int]:
     return [int(rounds[place // count][place % count]) for place in range(start, stop)]
 
 
-class SamplingTrainer(AnchorTrainer):
+class SamplingTrainer(EvaluatingTrainer):
     """A Trainer whose tokens may come from the student, the teacher or both.
 
     All draws are functions of the seed, the optimiser step and the row's place in the step's whole batch: accumulation and the number of processes
@@ -87,19 +88,9 @@ class SamplingTrainer(AnchorTrainer):
             ArgumentError: If the arguments do not go with each other or with the data.
             DataError: If the data is a stream where it cannot be, or has no prompt.
         """
-        if bool(args.text_weight) != (text is not None):
-            raise ArgumentError(f"text_weight={args.text_weight} and text_dataset is {'missing' if text is None else 'given'}; give both or neither")
-        for rows in (dataset if args.is_minillm or args.teacher_answers else None, text):
-            if rows is not None and not hasattr(type(rows), "__len__"):
-                raise DataError("a stream has no length, and its rows are needed more than once; give a data set that is there as a whole")
+        check_sources(args, dataset, text)
         if not args.is_minillm or dataset is None:
             return dataset
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.rollout_batch % batch:
-            raise ArgumentError(
-                f"rollout_batch={args.rollout_batch} is no multiple of the {batch} responses of an optimiser step (per device {args.train_batch_size} x "
-                f"accumulation {args.gradient_accumulation_steps} x processes {args.world_size}); change one of them"
-            )
         self._prompts, self._text = _all_prompts(dataset, args), text
         return Ticks(max(1, len(self._prompts) // args.rollout_batch) * args.inner_epochs * args.rollout_batch)
 
@@ -274,6 +265,32 @@ class SamplingTrainer(AnchorTrainer):
                 self._rollouts = int(file.metadata()["turn"]), rollouts_from({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
+def check_sources(args: ChainDistillerConfig, dataset: Any, text: Any) -> None:
+    """Refuse data that the student's tokens cannot come from as ``args`` say.
+
+    Args:
+        args: The arguments.
+        dataset: Training rows or blocks, or None.
+        text: Rows of MiniLLM's cross-entropy term, or None.
+
+    Raises:
+        ArgumentError: If the arguments do not go with each other or with the data.
+        DataError: If the data is a stream where it cannot be.
+    """
+    if bool(args.text_weight) != (text is not None):
+        raise ArgumentError(f"text_weight={args.text_weight} and text_dataset is {'missing' if text is None else 'given'}; give both or neither")
+    objective = "objective=minillm" if args.is_minillm else "teacher_answers=True" if args.teacher_answers else None
+    for what, rows in ((objective, dataset), ("text_weight", text)):
+        if what is not None and rows is not None and not hasattr(type(rows), "__len__"):
+            raise DataError(f"{what} needs its rows more than once, and a stream has no length; give a data set that is there as a whole")
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.is_minillm and args.rollout_batch % batch:
+        raise ArgumentError(
+            f"rollout_batch={args.rollout_batch} is no multiple of the {batch} responses of an optimiser step (per device {args.train_batch_size} x "
+            f"accumulation {args.gradient_accumulation_steps} x processes {args.world_size}); change one of them"
+        )
+
+
 def unpacked(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:
     """Rows of prompts and chats tokenised each for itself where only their prompts are wanted, so that no block cuts them; else the data as it is.
 
@@ -285,12 +302,12 @@ def unpacked(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:
     first = None if dataset is None or not hasattr(type(dataset), "__len__") else next(iter(dataset), None)
     if not (args.is_minillm or args.teacher_answers) or tokenizer is None or first is None or "input_ids" in first or not {"prompt", "messages"} & set(first):
         return dataset
-    rows = (tokenise(row if {"messages", "completion", "response"} & set(row) else {**row, "completion": _nothing(row)}, tokenizer) for row in dataset)
-    return Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in rows])
+    rows = (row if {"messages", *RESPONSES} & set(row) else {**row, "completion": _nothing(row)} for row in dataset)
+    return Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in tokenised(rows, tokenizer)])
 
 
 def _nothing(row: Any) -> Any:
-    return "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}]
+    return "" if isinstance(row.get("prompt"), (str, type(None))) else [{"role": "assistant", "content": ""}]
 
 
 def _all_prompts(dataset: Any, args: ChainDistillerConfig) -> list[Prompt]:

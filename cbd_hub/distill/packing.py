@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from torch import Tensor
 
+from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import DataError
 
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-_RESPONSES = ("completion", "response")
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
     Raises:
         DataError: If the row has none of these columns, or a chat comes without a usable chat template.
     """
+    check_row(row)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if "messages" in row:
         return _chat(row["messages"], tokenizer)
-    response = next((name for name in _RESPONSES if name in row), None)
+    response = next((name for name in RESPONSES if name in row), None)
     if "prompt" in row and response is not None:
         if not isinstance(row["prompt"], str):
             return _chat([*row["prompt"], *row[response]], tokenizer)
@@ -54,10 +56,24 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
             prompt.pop()  # a tokenizer that ends every text would end the prompt too
         answer = [*tokenizer(row[response], add_special_tokens=False)["input_ids"], *end]
         return Tokens([*prompt, *answer], [IGNORED] * len(prompt) + answer)
-    if "text" in row:
-        ids = [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], *end]
-        return Tokens(ids, list(ids))
-    raise DataError(f"a row has the columns {', '.join(row)}; give text, prompt and completion, messages, or input_ids")
+    if "text" not in row:
+        raise DataError(f"a row has the columns {', '.join(row)}; give the prompt its completion")
+    ids = [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], *end]
+    return Tokens(ids, list(ids))
+
+
+def tokenised(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[Tokens]:
+    """The tokens of each row.
+
+    Raises:
+        DataError: If a row cannot be read; the message has its number, from 0.
+    """
+    for number, row in enumerate(rows):
+        try:
+            tokens = tokenise(row, tokenizer)
+        except DataError as error:
+            raise DataError(f"row {number:,}: {error}") from error
+        yield tokens
 
 
 def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
@@ -66,8 +82,10 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
         raise DataError("the data has chat messages but the tokenizer has no chat template; set tokenizer.chat_template, or give prompt and completion")
 
     def rendered(count: int, prompt: bool) -> list[int]:
-        ids = tokenizer.apply_chat_template(list(messages[:count]), add_generation_prompt=prompt, tokenize=True, return_dict=False)
-        return list(ids)
+        try:
+            return list(tokenizer.apply_chat_template(list(messages[:count]), add_generation_prompt=prompt, tokenize=True, return_dict=False))
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses the messages ({error}); give them as it wants them, or prompt and completion") from error
 
     whole = rendered(len(messages), False)
     labels = [IGNORED] * len(whole)
@@ -119,7 +137,7 @@ def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str
 def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int) -> Iterator[dict[str, list[int]]]:
     """Blocks of rows: plain text joined end to end, anything with a prompt packed with exact borders."""
     first, rows = _peek(iter(rows))
-    tokens = (tokenise(row, tokenizer) for row in rows)
+    tokens = tokenised(rows, tokenizer)
     plain = first is not None and "text" in first and "messages" not in first and "prompt" not in first
     return joined_blocks(tokens, block_size) if plain else segment_blocks(tokens, block_size)
 

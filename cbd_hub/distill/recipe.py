@@ -22,6 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_hub import shapes
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, resolve_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
+from cbd_hub.distill.begun import Begun, dependencies
+from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import (
     Parts,
@@ -34,13 +36,12 @@ from cbd_hub.distill.data import (
     split_stream,
 )
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.packing import tokenise
+from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.progress import METRICS, StageProgress
 from cbd_hub.distill.schema import Recipe, RecipeData
-from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import Documents, document_losses
-from cbd_hub.files import disk_error, staged_folder, write_text
+from cbd_hub.files import disk_error, held, staged_folder, write_text
 from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
 from cbd_hub.interpolation.planner import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
@@ -85,7 +86,7 @@ class Stage:
         try:
             return ChainDistillerConfig(output_dir=output_dir, seed=seed, **{**defaults, **self.arguments})
         except (TypeError, ValueError, KeyError) as error:  # transformers' and our own
-            raise RecipeError(f"stage of anchor {self.wish}: {one_line(error)}") from error
+            raise RecipeError(f"{one_line(error)} (stage of anchor {self.wish})") from error
 
 
 def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stage]:
@@ -102,34 +103,33 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
     stages: list[Stage] = []
     for wish in recipe.anchors:
         shape, checkpoint = None, None
-        if isinstance(wish, dict) and "checkpoint" in wish:
-            checkpoint = str(wish["checkpoint"])
-            folder = resolve_checkpoint(checkpoint)
-            config = read_config(folder)
-            Checkpoint(folder, config)
-            size = shapes.parameter_count(config)
-            check_pair(*source, size, folder, config)
-            source, whole, exact = (size, folder, config), shapes.shape_of(config), True
-        elif isinstance(wish, dict):
-            shape = whole = _wished_shape(wish, whole, exact, teacher_config)
-            size, exact = shapes.count(shape, teacher_config), True
-        else:
-            size, exact = parse_size(wish), False
-        if size >= above or (isinstance(wish, str) and matches(wish, above)):
-            raise RecipeError(
-                f"anchor {wish} has {format_size(size)} but the one above it has {format_size(above)}; list anchors in falling size, all smaller "
-                "than the teacher"
-            )
-        least = shapes.count(whole.model_copy(update={"layers": 1, "ffn": 1}), teacher_config)
-        if size < least:
-            raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
+        with recipe.at(wish, "anchors"):
+            if isinstance(wish, dict) and "checkpoint" in wish:
+                checkpoint = str(wish["checkpoint"])
+                folder = resolve_checkpoint(checkpoint)
+                config = read_config(folder)
+                Checkpoint(folder, config)
+                size = shapes.parameter_count(config)
+                check_pair(*source, size, folder, config)
+                source, whole, exact = (size, folder, config), shapes.shape_of(config), True
+            elif isinstance(wish, dict):
+                shape = whole = _wished_shape(wish, whole, exact, teacher_config)
+                size, exact = shapes.count(shape, teacher_config), True
+            else:
+                size, exact = parse_size(wish), False
+            if size >= above or (isinstance(wish, str) and matches(wish, above)):
+                raise RecipeError(
+                    f"anchor {wish} has {format_size(size)} but the one above it has {format_size(above)}; list anchors in falling size, all smaller "
+                    "than the teacher"
+                )
+            least = shapes.count(whole.model_copy(update={"layers": 1, "ffn": 1}), teacher_config)
+            if size < least:
+                raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
         name = unique_name(size, taken)
         stage = Stage(name, wish, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish))
-        arguments = stage.config("unused")
-        if checkpoint is not None and arguments.path_fraction:
-            raise RecipeError(f"anchor {wish}: path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint")
-        if arguments.teacher_cache is not None and not stages:
-            TeacherCache.open(arguments.teacher_cache)  # those of later stages may wait for their teachers
+        with recipe.at(wish):
+            if stage.config("unused").path_fraction and checkpoint is not None:
+                raise RecipeError(f"path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint (stage of anchor {wish})")
         stages.append(stage)
         taken.append(name)
         above = size
@@ -189,6 +189,37 @@ def split_data(data: RecipeData, seed: int) -> Parts:
     return split_documents(documents, data.heldout, data.calibration, seed)
 
 
+def calibration_of(parts: Parts, tokenizer: Any, block_size: int) -> Documents:
+    """The calibration documents: texts joined into blocks; of prompts and chats the answers count alone, as in training.
+
+    Raises:
+        DataError: If there is too little.
+    """
+    if all(isinstance(document, str) for document in parts.calibration):
+        return Documents.packed(parts.calibration, tokenizer, block_size, CALIBRATION_TOKENS)
+    rows = ((tokens.ids, tokens.labels) for tokens in tokenised(map(as_row, parts.calibration), tokenizer))
+    return Documents.answered(rows, tokenizer, block_size, CALIBRATION_TOKENS)
+
+
+def stage_rows(recipe: Recipe, anchor: str | int | dict[str, Any], parts: Parts) -> tuple[Any, Any]:
+    """What an anchor's stage trains on, and where wanted the text of MiniLLM's cross-entropy term; nothing that the recipe sets aside.
+
+    Args:
+        recipe: The recipe.
+        anchor: As the recipe gives it.
+        parts: The recipe's own documents.
+
+    Raises:
+        DataError: If the text is missing, empty or too short.
+    """
+    own, seed = recipe.stage_data(anchor), recipe.seed
+    with recipe.at(anchor):
+        rows = (parts if own.data is None else split_data(own.data, seed)).rows(without=parts)
+        if not recipe.stage_arguments(anchor).get("text_weight"):
+            return rows, None
+        return rows, rows if own.text_data is None else split_data(own.text_data, seed).rows(without=parts)
+
+
 def distill_chain(
     recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], output_dir: str | os.PathLike[str], *,
     progress: Callable[[str], None] | None = None,
@@ -196,7 +227,8 @@ def distill_chain(
     """Carry out a recipe: every anchor cut from the one above it, distilled, and the segments between them measured.
 
     Finished stages are skipped and a stage goes on from its last checkpoint, so that a run that was stopped is run again with the same call.
-    The same recipe gives the same chain, bit for bit, on the same machine at a fixed number of threads.
+    The same recipe gives the same chain, bit for bit, on the same machine at a fixed number of threads. A recipe may be corrected in between: anchors that are
+    made or begun stay, as long as it asks for them as before. Every stage is checked before the first one trains.
 
     Args:
         recipe: A `Recipe`, its plain data, or a YAML file.
@@ -207,9 +239,9 @@ def distill_chain(
         The chain.
 
     Raises:
-        RecipeError: If the recipe is wrong, or the folder holds a run of another one.
+        RecipeError: If the recipe is wrong, or asks otherwise for what the folder's run has begun.
         DataError: If the text is missing, empty or too short.
-        StorageError: If the folder is in the way or the disk is full.
+        StorageError: If the folder is in the way or another process writes it, or the disk is full.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.read(recipe)
@@ -222,7 +254,10 @@ def distill_chain(
         raise RecipeError(f"{target} holds a chain made by another recipe; choose another folder")
     run = _Run(recipe, target, progress or (lambda line: None))
     try:
-        return run.carry_out()
+        with held(run.work, str(target)):
+            run.carry_out()
+        shutil.rmtree(run.work, ignore_errors=True)
+        return Chain.from_pretrained(target)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own for a full disk
         if isinstance(error, CBDError) or not disk_error(error):
             raise
@@ -241,28 +276,22 @@ class _Run:
         self.teacher_config = read_config(self.source)
         Checkpoint(self.source, self.teacher_config)
         self.stages = plan_stages(recipe, self.source, self.teacher_config)
+        self.begun = Begun(self.work, dependencies(recipe, unique_name(shapes.parameter_count(self.teacher_config), []), self.stages))
+        self.begun.check()
         self.tokenizer = load_tokenizer(self.source)
         self.parts = read_parts(recipe)
-        block = recipe.data.block_size
-        tokens = (tokenise(as_row(document), self.tokenizer).ids for document in self.parts.calibration)
-        self.calibration = Documents.joined(tokens, self.tokenizer, block, CALIBRATION_TOKENS)
+        self.calibration = calibration_of(self.parts, self.tokenizer, recipe.data.block_size)
         self.dataset = f"{recipe.data.source} (calibration)"
-        self.rows = {stage.name: self._rows(stage) for stage in self.stages}
-        write_text(self._mark, recipe.sha256())  # all that can be checked has been: the folder is this run's
-
-    @property
-    def _mark(self) -> Path:
-        return self.work / "recipe.sha256"
+        self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.stages}
+        check_stages(recipe, self.stages, self.teacher_config, self.rows, self.tokenizer)
 
     def _check_target(self) -> None:
-        """Refuse a folder that is something else, or another recipe's run."""
-        if self._mark.is_file():
-            if self._mark.read_text() != self.recipe.sha256():
-                raise RecipeError(f"{self.target} holds an unfinished run of another recipe; finish that one, remove the folder, or choose another")
-        elif self.target.exists() and (not self.target.is_dir() or any(path != self.work for path in self.target.iterdir())):
+        """Refuse a folder that is something else."""
+        if not Begun.any(self.work) and self.target.exists() and (not self.target.is_dir() or any(path != self.work for path in self.target.iterdir())):
             raise StorageError(f"{self.target} already exists and is no run of a recipe; choose another folder or remove it")
 
-    def carry_out(self) -> Chain:
+    def carry_out(self) -> None:
+        self._check_target()  # once more, now that no other process can change it
         anchors = [self._teacher()]
         links: list[Link] = []
         large = self._load(anchors[0].name)
@@ -277,8 +306,6 @@ class _Run:
         parent = anchors[0]
         repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
         self.builder.finish(anchors, links, Teacher(repo_id=repo, parameters=parent.parameters))
-        shutil.rmtree(self.work)
-        return Chain.from_pretrained(self.target)
 
     def _load(self, name: str) -> Any:
         return load_model(self.builder.anchor_folder(name), torch.float32).to(best_device())
@@ -302,6 +329,7 @@ class _Run:
     def _teacher(self) -> Anchor:
         name = unique_name(shapes.parameter_count(self.teacher_config), [])
         folder = self.builder.anchor_folder(name)
+        self.begun.note(name)
         if not folder.exists():
             self.progress(f"teacher: {self.recipe.teacher} becomes anchor {name}")
             with staged_folder(folder) as staging:
@@ -312,6 +340,7 @@ class _Run:
     def _anchor(self, stage: Stage, large: Any, anchors: list[Anchor]) -> tuple[Any, Cut | None, Importance | None]:
         """Make one anchor, or pick it up where it was; it is added to ``anchors``."""
         parent = anchors[-1]
+        self.begun.note(stage.name)
         cut = importance = None
         maps: PathRecord | None = None
         folder = self.builder.anchor_folder(stage.name)
@@ -387,14 +416,6 @@ class _Run:
             for path in staging.iterdir():
                 path.chmod(0o644)  # a chain may be shared
         shutil.rmtree(run_dir, ignore_errors=True)
-
-    def _rows(self, stage: Stage) -> tuple[Any, Any]:
-        """What a stage trains on, and where wanted the text of MiniLLM's cross-entropy term; nothing that the recipe sets aside."""
-        own, seed = self.recipe.stage_data(stage.anchor), self.recipe.seed
-        rows = (self.parts if own.data is None else split_data(own.data, seed)).rows(without=self.parts)
-        if not stage.config("unused").text_weight:
-            return rows, None
-        return rows, rows if own.text_data is None else split_data(own.text_data, seed).rows(without=self.parts)
 
     def _link(
         self, stage: Stage, small: Any, large: Any, cut: Cut | None, importance: Importance | None, anchors: list[Anchor]

@@ -18,6 +18,7 @@ from torch import Tensor
 from cbd_hub.distill.packing import IGNORED
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.interpolation.live import frozen
+from cbd_hub.losses.head import widest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +126,12 @@ def _uniforms(keys: Sequence[str], count: int, device: torch.device) -> Tensor:
     for key in keys:
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         rows.append(torch.rand(count, generator=generator, dtype=torch.float64))
-    return torch.stack(rows).to(device, _wide(device))
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's backend has no float64
+    return torch.stack(rows).to(widest(device)).to(device)
 
 
 def _drawn(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     """A token of each row by the inverse of its distribution function, shape (rows,)."""
-    cumulative = log_probs.to(_wide(log_probs.device)).exp().cumsum(-1)
+    cumulative = log_probs.to(widest(log_probs.device)).exp().cumsum(-1)
     return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(1).clamp(max=log_probs.shape[-1] - 1)
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 
 from cbd_hub.cards import anchor_card
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.wrapping import is_peft_model
 from cbd_hub.errors import StorageError
 from cbd_hub.files import write_text
 from cbd_hub.hub import is_repo_id, upload
@@ -97,8 +98,14 @@ class AnchorTrainer(Trainer):
             "optimiser steps": f"{self.state.global_step:,} ({tokens:,} tokens at most)",
             **({"last training loss": f"{losses[-1]:.3f}"} if losses else {}),
         }
+        adapter = is_peft_model(model)
+        base = getattr(model.get_base_model().config, "_name_or_path", "") if adapter else ""
+        parameters = sum(
+            parameter.numel() for key, parameter in model.named_parameters() if "cbd_projectors." not in key and (parameter.requires_grad or not adapter)
+        )
         return anchor_card(
-            name, sum(parameter.numel() for key, parameter in model.named_parameters() if not key.startswith("cbd_projectors.")), teacher_repo=teacher if is_repo_id(teacher) else None, license=None, facts=facts
+            name, parameters, teacher_repo=teacher if is_repo_id(teacher) else None, license=None, facts=facts,
+            base=(base if is_repo_id(base) else "the base model's folder") if adapter else None, base_repo=base if is_repo_id(base) else None,
         )
 
     # -- saving --------------------------------------------------------------------------------------------------------------

@@ -8,15 +8,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.errors import RecipeError
+from cbd_hub.errors import ArgumentError, CBDError, RecipeError
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
 
@@ -94,6 +95,14 @@ class StageData(_Strict):
     text_data: RecipeData | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a recipe was read, which makes it no other recipe."""
+
+    name: str = dataclasses.field(default="recipe", compare=False)
+    lines: Mapping[tuple[str, ...], int] = dataclasses.field(default_factory=dict, compare=False)
+
+
 class Recipe(_Strict):
     """A whole chain: teacher, anchors in falling size, text and training.
 
@@ -114,6 +123,7 @@ class Recipe(_Strict):
     stage: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     seed: int = Field(default=0, ge=0, lt=2**31)
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
@@ -172,7 +182,9 @@ class Recipe(_Strict):
             RecipeError: If a key or value is wrong.
         """
         try:
-            return cls.model_validate(values)
+            made = cls.model_validate(values)
+            made._origin = _Origin(source, lines or {})
+            return made
         except ValidationError as error:
             first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a typo explains a missing key
             where = tuple(str(part) for part in first["loc"])
@@ -185,6 +197,37 @@ class Recipe(_Strict):
                 message = f"{'.'.join(where)}: {message}"
             line = _line_of(lines or {}, where, message)
             raise RecipeError(f"{source}{f' line {line}' if line else ''}: {message}") from error
+
+    @contextmanager
+    def at(self, anchor: str | int | dict[str, Any] | None, key: str = "stages") -> Iterator[None]:
+        """Let an error inside the block say the line of the file: of the key that its message begins with, else of the anchor's.
+
+        Args:
+            anchor: An anchor whose stage the block is about; None for the recipe as a whole.
+            key: ``stages`` where the anchor's own fields are meant, ``anchors`` where its entry in the list is.
+        """
+        try:
+            yield
+        except CBDError as error:
+            named = (re.match(r"\w*", str(error)) or [""])[0]
+            own = () if anchor is None else ("stages", anchor_key(anchor))
+            entry = () if anchor is None else ("anchors", str(self.anchors.index(anchor)))
+            places = [(*own, named), ("stage", named), ("data", named), *((entry, own) if key == "anchors" else (own, entry)), ("stage",)]
+            line = next((self._origin.lines[place] for place in places if place in self._origin.lines), None)
+            if line is None:
+                raise
+            raise type(error)(f"{self._origin.name} line {line}: {error}") from error
+
+    def anchor(self, key: str | None = None) -> str | int | dict[str, Any]:
+        """The anchor that ``stages`` names so; the first one by default.
+
+        Raises:
+            ArgumentError: If there is none.
+        """
+        known = {anchor_key(anchor): anchor for anchor in self.anchors}
+        if key is not None and key not in known:
+            raise ArgumentError(f"anchor {key} is none of this recipe; its anchors are {', '.join(known)}")
+        return self.anchors[0] if key is None else known[key]
 
     def stage_arguments(self, anchor: str | int | dict[str, Any]) -> dict[str, Any]:
         """The training arguments of one anchor's stage: what the recipe says, else 100 steps in bf16 on divergence and cross-entropy alike.

@@ -42,7 +42,7 @@ from cbd_hub.hub import download, is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.losses.log_probs import top_log_probs
-from cbd_hub.shapes import parameter_count
+from cbd_hub.shapes import check_positions, parameter_count
 from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
 
 
@@ -277,6 +277,7 @@ def write_cache(
         The cache.
 
     Raises:
+        ArgumentError: If a block is longer than the teacher's positions.
         DataError: If the text does not fill one block, or a token is not in the teacher's vocabulary.
         StorageError: If the folder is in the way, holds another cache, or the disk is full.
     """
@@ -286,6 +287,8 @@ def write_cache(
     if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:
         raise VocabularyMismatchError(f"the student has a vocabulary of {student.config.vocab_size:,}, the cache one of {codec.vocab_size:,}; give a student of the teacher's vocabulary")
     identified = IdentifiedBlocks(rows, tokenizer, block_size)
+    if not identified.packed:
+        check_positions(block_size, teacher.config, f"block_size={block_size}")
     blocks, complete = [], True
     for block in identified:
         blocks.append(block)
@@ -293,6 +296,8 @@ def write_cache(
             raise DataError(f"block {len(blocks) - 1:,} has {', '.join(block)} and the first one {', '.join(blocks[0])}; give all blocks the same columns")
         if block["input_ids"].max() >= codec.vocab_size:
             raise DataError(f"block {len(blocks) - 1:,} has the token {block['input_ids'].max():,}, not below the vocabulary's size, {codec.vocab_size:,}; give the teacher's tokenizer")
+        if "position_ids" not in block:
+            check_positions(len(block["input_ids"]), teacher.config, f"block {len(blocks) - 1:,} of {len(block['input_ids']):,} tokens")
         if max_tokens is not None and identified.tokens >= max_tokens:
             complete = False
             break

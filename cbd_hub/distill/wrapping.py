@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import is_peft_available
 
 from cbd_hub.errors import ArgumentError
 
@@ -54,6 +55,11 @@ def inside(wrapper: Any, module: Any, compute: Callable[[], T], *, frozen: bool 
             for part in module.modules():
                 if isinstance(part, FSDPModule):
                     part.reshard()
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model is wrapped by peft."""
+    return is_peft_available() and isinstance(model, import_module("peft").PeftModel)
 
 
 def is_sharded(model: Any) -> bool:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.plan import Plan
+from cbd_hub.shapes import check_positions
 
 
 _SHELLS = 16  # kept at once; they hold no weights
@@ -71,6 +72,11 @@ def _settings(config: Any) -> dict[str, Any]:
     }
 
 
+def _check_positions(config: Any, input_ids: Tensor, position_ids: Tensor | None) -> None:
+    if position_ids is None:  # those of packed rows start anew in each
+        check_positions(input_ids.shape[1], config, f"a row of {input_ids.shape[1]:,} tokens")
+
+
 class ModelRunner:
     """A loaded causal language model as a `Runner`."""
 
@@ -87,6 +93,7 @@ class ModelRunner:
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *, states: bool = False
     ) -> Output:
         """Run a batch of token ids, shape (B, T)."""
+        _check_positions(self.config, input_ids, position_ids)
         routed = {"output_router_logits": True} if getattr(self.config, "output_router_logits", False) else {}
         output = self.model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, output_hidden_states=states, use_cache=False, **routed
@@ -172,6 +179,7 @@ class PlanRunner:
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, *, states: bool = False
     ) -> Output:
         """Run a batch of token ids, shape (B, T)."""
+        _check_positions(self.config, input_ids, position_ids)
         output = functional_call(
             self._shell.base_model, dict(self._base), (),
             {

@@ -46,6 +46,16 @@ def _block_rows(device: torch.device) -> int:
     return _BLOCK_ROWS["cpu" if device.type == "cpu" else "other"]
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: Apple's GPUs have no float64.
+
+    Example:
+        >>> widest(torch.device("mps")), widest(torch.device("cuda"))
+        (torch.float32, torch.float64)
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def block_bytes(vocab_size: int, device: torch.device, compute: torch.dtype) -> int:
     """Bytes of the logits that `distillation_loss` holds at once, of student and teacher.
 
@@ -149,7 +159,8 @@ def _few_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a few rows, and its gradient with respect to the student's product of hidden states and head."""
     raw = _scaled(product, biases[0], options.student_logit_scale, options.student_softcap, desk[0])
-    total = raw.new_zeros((), dtype=torch.float64)
+    wide = widest(raw.device)
+    total = raw.new_zeros((), dtype=wide)
     gradient: Tensor | None = None
     if teacher_product is not None:
         teacher = _scaled(teacher_product, biases[1], options.teacher_logit_scale, options.teacher_softcap, desk[1])
@@ -159,19 +170,19 @@ def _few_rows(
             teacher /= temperature
             student = torch.div(raw, temperature, out=desk[2])
         value, slope = _divergence_and_gradient(student, teacher, options, desk[3:])
-        total += options.kd_weight * temperature**2 * value.sum(dtype=torch.float64)
+        total += options.kd_weight * temperature**2 * value.sum(dtype=wide)
         if want_gradient:
             weight = options.kd_weight * temperature
             gradient = slope if weight == 1.0 else slope.mul_(weight)
     if top is not None:
         value, slope = _sparse_divergence_and_gradient(raw, *top, options, desk[1])
-        total += options.kd_weight * value.sum(dtype=torch.float64)
+        total += options.kd_weight * value.sum(dtype=wide)
         if want_gradient:
             gradient = slope if options.kd_weight == 1.0 else slope.mul_(options.kd_weight)
     if options.ce_weight:
         log_probs = raw.log_softmax(-1)
         chosen = log_probs.gather(1, labels[:, None])
-        total -= options.ce_weight * chosen.sum(dtype=torch.float64)
+        total -= options.ce_weight * chosen.sum(dtype=wide)
         if want_gradient:
             slope = log_probs.exp_()
             slope.scatter_add_(1, labels[:, None], torch.full_like(chosen, -1.0))
@@ -204,7 +215,7 @@ class _HeadLoss(torch.autograd.Function):
         if d_head is not None:
             d_head[0 if rows == 0 else size :] = 0  # the first block fills the rest
         d_bias = torch.zeros(bias.shape, dtype=accumulate, device=head.device) if bias is not None and wants[2] else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = torch.zeros((), dtype=widest(hidden.device), device=hidden.device)
         block, few = max(1, min(_block_rows(hidden.device), rows)), max(1, _CACHE_ELEMENTS // size)
         products = torch.empty(block, size, dtype=compute, device=hidden.device)
         # Room to work on a few rows, taken once: fresh tensors for every few rows would cost more than the arithmetic.

@@ -89,7 +89,7 @@ class LeastSquares:
 
     def add(self, student: Tensor, teacher: Tensor) -> None:
         """Take in states of some positions, shapes (N, width) and (N, target)."""
-        ours, theirs = student.detach().double().cpu(), teacher.detach().double().cpu()
+        ours, theirs = student.detach().cpu().double(), teacher.detach().cpu().double()
         ours = torch.cat([ours, ours.new_ones(len(ours), 1)], -1)
         weight = 1 / theirs.square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         self._inputs += ours.t() @ (weight * ours)

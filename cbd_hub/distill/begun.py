@@ -1,0 +1,82 @@
+"""What an unfinished run has begun, so that a corrected recipe goes on with all that it has not changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cbd_hub.errors import RecipeError
+from cbd_hub.files import write_text
+
+
+if TYPE_CHECKING:
+    from cbd_hub.distill.recipe import Stage
+    from cbd_hub.distill.schema import Recipe
+
+_SUFFIX = ".begun.json"
+
+
+def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """What each anchor's result depends on, beside that of the anchors above it.
+
+    Args:
+        recipe: The recipe.
+        teacher: Name of the teacher's anchor.
+        stages: The recipe's stages.
+    """
+    found: dict[str, dict[str, Any]] = {teacher: {"teacher": recipe.teacher, "data": recipe.data.model_dump(), "seed": recipe.seed}}
+    for index, stage in enumerate(stages):
+        own = recipe.stage_data(stage.anchor).model_dump()
+        if not stage.arguments.get("text_weight"):
+            del own["text_data"]
+        found[stage.name] = {"anchors": recipe.anchors[: index + 1], **own, "stage": stage.arguments}
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+class Begun:
+    """The record of the anchors that a run has begun.
+
+    Args:
+        work: The run's work folder.
+        wanted: What each anchor depends on, by the recipe as it is now.
+    """
+
+    def __init__(self, work: Path, wanted: Mapping[str, dict[str, Any]]) -> None:
+        self._work, self._wanted = work, wanted
+
+    @staticmethod
+    def any(work: Path) -> bool:
+        """Whether a folder is a run's work folder."""
+        return any(work.glob(f"*{_SUFFIX}"))
+
+    def note(self, name: str) -> None:
+        """Write down that an anchor is begun."""
+        write_text(self._work / f"{name}{_SUFFIX}", json.dumps(self._wanted[name]))
+
+    def check(self) -> None:
+        """Refuse a recipe that asks otherwise for what is begun.
+
+        Raises:
+            RecipeError: Naming the anchor and the key.
+        """
+        root = self._work.parent
+        found = {path.name.removesuffix(_SUFFIX): path for path in sorted(self._work.glob(f"*{_SUFFIX}"))}
+        for name, path in ((name, found[name]) for name in [*self._wanted, *found] if name in found):  # in the order of the chain
+            anew = f"remove {root}" if (root / "anchors" / name).exists() else f"remove {self._work / name} and {self._work / name}.* to begin it anew"
+            if name not in self._wanted:
+                raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
+            changed = _difference(json.loads(path.read_text()), self._wanted[name])
+            if changed is not None:
+                key, old, new = changed
+                raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
+
+
+def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two records differ, with both values."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (where, old, new)
+    found = (_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")) for key in {**old, **new})
+    return next((changed for changed in found if changed is not None), None)

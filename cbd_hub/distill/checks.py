@@ -1,0 +1,87 @@
+"""What can be known of a stage before any stage is trained."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from cbd_hub.chain import resolve_checkpoint
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.data import is_conversation
+from cbd_hub.distill.hidden import check_layers
+from cbd_hub.distill.on_policy import check_sources
+from cbd_hub.distill.packing import pack
+from cbd_hub.distill.teacher_cache import TeacherCache
+from cbd_hub.errors import CBDError, DataError, RecipeError
+from cbd_hub.shapes import check_positions, shape_of
+from cbd_hub.weights import one_line, read_config
+
+
+if TYPE_CHECKING:
+    from cbd_hub.distill.recipe import Stage
+    from cbd_hub.distill.schema import Recipe
+
+
+def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, rows: Mapping[str, tuple[Any, Any]], tokenizer: Any) -> None:
+    """Check every stage's arguments against its student and its data.
+
+    Of an anchor that is given as a size the number of layers is not known before it is cut, only that it is not above that of its teacher.
+
+    Args:
+        recipe: The recipe.
+        stages: Its stages.
+        teacher_config: The teacher's config.
+        rows: What each stage trains on, and its text for MiniLLM's cross-entropy term.
+        tokenizer: The teacher's tokenizer.
+
+    Raises:
+        CBDError: Naming the recipe's line, the anchor and the argument.
+    """
+    layers = shape_of(teacher_config).layers
+    with recipe.at(None):
+        check_positions(recipe.data.block_size, teacher_config, f"block_size={recipe.data.block_size}")
+    for stage in stages:
+        if stage.checkpoint is not None:
+            layers = shape_of(read_config(resolve_checkpoint(stage.checkpoint))).layers
+        elif stage.shape is not None:
+            layers = stage.shape.layers
+        with recipe.at(stage.anchor), tempfile.TemporaryDirectory() as folder:
+            args = stage.config(folder)
+            try:
+                check_layers(args, layers)
+                check_positions(args.block_size, teacher_config, f"block_size={args.block_size}")
+                check_sources(args, *rows[stage.name])
+                _check_trainer(args)
+                _check_text(args, rows[stage.name][0], tokenizer)
+            except CBDError as error:
+                raise type(error)(f"{error} (stage of anchor {stage.wish})") from error
+
+
+def _check_trainer(args: ChainDistillerConfig) -> None:
+    """Let transformers' Trainer say what it would refuse, on a model of one number.
+
+    Raises:
+        RecipeError: If it refuses.
+    """
+    if args.eval_strategy != "no":
+        raise RecipeError(f"eval_strategy={args.eval_strategy.value} needs an evaluation set, and a recipe has none; leave it out, `cbd eval` measures the chain")
+    try:
+        Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=[{}]).create_optimizer()
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise RecipeError(one_line(error)) from error
+
+
+def _check_text(args: ChainDistillerConfig, rows: Any, tokenizer: Any) -> None:
+    """Open the teacher cache and compare it with the text; without one, see that the text fills a block.
+
+    Raises:
+        DataError: If it does not, or the cache is another text's.
+    """
+    if args.teacher_cache is not None:
+        TeacherCache.open(args.teacher_cache).check(tokenizer=tokenizer, rows=rows, block_size=args.block_size)
+    elif not ((args.is_minillm or args.teacher_answers) and is_conversation(next(iter(rows), {}))) and next(pack(rows, tokenizer, args.block_size), None) is None:
+        raise DataError(f"the training text does not fill one block of {args.block_size:,} tokens; give more text or a smaller block_size")

@@ -1,0 +1,87 @@
+"""Evaluation of the student by the loss that it is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
+
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.packing import IGNORED, next_tokens, packed_dataset
+from cbd_hub.distill.saving import AnchorTrainer
+from cbd_hub.errors import DataError
+from cbd_hub.shapes import check_positions
+
+
+class EvaluatingTrainer(AnchorTrainer):
+    """A Trainer whose evaluation loss is a mean per kept token of the whole evaluation set, however it is divided into batches and processes."""
+
+    _student: Any
+    _summed: tuple[float, int] = (0.0, 0)  # loss in nats, and the tokens it is of
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of an evaluation set; rows of text are packed as the training set's are."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = with_tokens(eval_dataset, self.processing_class, self.args, self._student)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of a batch; logits are never formed."""
+        inputs = {**inputs, "labels": self._without_repeats(inputs["labels"])}
+        kept = int((next_tokens(inputs["labels"]) != IGNORED).sum())
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=1)
+        self._summed = self._summed[0] + float(loss), self._summed[1] + kept
+        return loss / max(kept, 1), None, None
+
+    def _without_repeats(self, labels: Tensor) -> Tensor:
+        """Labels of a batch without those of rows that come again, which even out the last batches of several processes."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        new = max(0, state.remainder - self.accelerator.process_index * len(labels))
+        return torch.cat([labels[:new], torch.full_like(labels[new:], IGNORED)])
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate.
+
+        Raises:
+            DataError: If no token of the evaluation set counts.
+        """
+        self._summed = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, kept = (sum(values) for values in zip(*gather_object([self._summed])))
+        if not kept:
+            raise DataError("no token of the evaluation set counts; give rows with text or answers")
+        output.metrics[f"{metric_key_prefix}_loss"] = nats / kept
+        return output
+
+
+def with_tokens(dataset: Any, tokenizer: Any, args: ChainDistillerConfig, model: Any) -> Any:
+    """A data set, or several by name, with ``input_ids``: as given, or their rows tokenised and packed into blocks.
+
+    Args:
+        dataset: Rows; None stays None.
+        tokenizer: A transformers tokenizer, or None where rows have ``input_ids``.
+        args: Says how long a block is.
+        model: Says how long it may be.
+
+    Raises:
+        ArgumentError: If a block is longer than the model's positions.
+        DataError: If a row cannot be read, or a tokenizer is missing.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: with_tokens(rows, tokenizer, args, model) for name, rows in dataset.items()}
+    first = None if dataset is None else next(iter(dataset), None)
+    if first is None or "input_ids" in first:
+        return dataset
+    if tokenizer is None:
+        raise DataError(f"the data set has the columns {', '.join(first)} but no tokenizer came; pass processing_class=")
+    check_positions(args.block_size, model.config, f"block_size={args.block_size}")
+    return packed_dataset(dataset, tokenizer, args.block_size)

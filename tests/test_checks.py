@@ -1,0 +1,171 @@
+"""A recipe checked as a whole before it trains, corrected in between, and kept to one process."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import yaml
+from conftest import recipe as make_recipe
+from safetensors.torch import load_file
+
+from cbd_hub import distill_chain
+from cbd_hub.distill import recipe as recipe_module
+from cbd_hub.distill.cache_command import cache_text
+from cbd_hub.distill.dry_run import dry_run
+from cbd_hub.distill.recipe import calibration_of, read_parts
+from cbd_hub.distill.schema import Recipe
+from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError
+from cbd_hub.evaluation import document_losses
+from cbd_hub.files import held
+from cbd_hub.interpolation.live import ModelRunner
+
+
+ANCHORS = [{"layers": 3, "ffn": 24}, {"layers": 2, "ffn": 24}]
+LAST = "layers=2,ffn=24"
+
+
+def written(tmp_path, plain):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+    return path
+
+
+def line_of(path, word):
+    return max(number for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip().startswith(word))
+
+
+@pytest.mark.parametrize(("own", "message"), [
+    ({"hidden_layers": [5], "hidden_weight": 1.0}, "hidden_layers names layer 5, and the student has layers 0 to 1"),
+    ({"rollout_batch": 7, "objective": "minillm"}, "rollout_batch=7 is no multiple of the 4 responses"),
+    ({"eval_strategy": "steps"}, "eval_strategy=steps needs an evaluation set"),
+    ({"save_strategy": "best"}, "metric_for_best_model"),
+    ({"teacher_cache": "/no/cache"}, "is no teacher cache"),
+    ({"kd_weight": 0.0}, "kd_weight and ce_weight are both 0"),
+    ({"block_size": 300}, "block_size=300 is more than the model's 256 positions"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not part"),
+])
+def test_a_later_stages_mistake_is_said_before_the_first_one_trains(tmp_path, own, message):
+    path = written(tmp_path, {**make_recipe(tmp_path, "llama", ANCHORS), "stages": {LAST: own}})
+    key = "save_strategy" if "save_strategy" in own else next(iter(own))
+    for act in (lambda: distill_chain(path, tmp_path / "chain"), lambda: dry_run(Recipe.read(path))):
+        with pytest.raises(CBDError, match=message) as caught:
+            act()
+        if key not in ("save_strategy", "teacher_cache"):  # their messages begin with a folder, or are transformers' own
+            assert f"recipe.yaml line {line_of(path, key)}: " in str(caught.value)
+        else:
+            assert f"recipe.yaml line {line_of(path, LAST)}: " in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "chain").exists()
+
+
+def test_minillm_on_a_stream_is_said_before_work(tmp_path):
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    stream = {**plain["data"], "streaming": True, "reserve": 40}
+    with pytest.raises(DataError, match="objective=minillm needs its rows more than once"):
+        distill_chain({**plain, "stages": {LAST: {"objective": "minillm", "rollout_batch": 8, "data": stream}}}, tmp_path / "chain")
+    assert not (tmp_path / "chain").exists()
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run whose first anchor is finished and whose second one is not begun; its recipe."""
+    plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"max_steps": 2})
+    real, calls = recipe_module.measure_segment, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe_module, "measure_segment", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill_chain(plain, tmp_path / "chain")
+    monkeypatch.setattr(recipe_module, "measure_segment", real)
+    return plain
+
+
+def test_a_corrected_recipe_keeps_what_is_finished(stopped, tmp_path, monkeypatch):
+    """The chain is bit for bit that of the corrected recipe run at once, and the finished anchor is not trained again."""
+    corrected = {**stopped, "stages": {LAST: {"learning_rate": 5e-4, "max_steps": 3}}}
+    whole = distill_chain(corrected, tmp_path / "whole")
+    trained, real = [], recipe_module.ChainDistiller
+    monkeypatch.setattr(recipe_module, "ChainDistiller", lambda **kwargs: trained.append(kwargs["args"].max_steps) or real(**kwargs))
+    again = distill_chain(corrected, tmp_path / "chain")
+    assert trained == [3]
+    assert {**again.manifest.model_dump(), "name": ""} == {**whole.manifest.model_dump(), "name": ""}
+    for anchor in whole.anchors:
+        one, two = (load_file(tmp_path / name / "anchors" / anchor.name / "model.safetensors") for name in ("whole", "chain"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"stage": {"learning_rate": 0.5}}, "stage.learning_rate=0.001, and the recipe has 0.5"), ({"data": {"heldout": 0.2}}, "data.heldout=0.1, and the recipe has 0.2"),
+    ({"anchors": [{"layers": 3, "ffn": 20}]}, "which the recipe does not make"),
+])
+def test_a_recipe_that_changes_what_is_begun_is_refused(stopped, tmp_path, change, message):
+    key, value = next(iter(change.items()))
+    with pytest.raises(RecipeError, match=message):
+        distill_chain({**stopped, key: {**stopped[key], **value} if isinstance(value, dict) else value}, tmp_path / "chain")
+
+
+def test_a_second_run_on_one_folder_is_refused(stopped, tmp_path):
+    with held(tmp_path / "chain" / ".work", "another"), pytest.raises(StorageError, match="is being written by another process"):
+        distill_chain(stopped, tmp_path / "chain")
+    assert (tmp_path / "chain" / ".work").is_dir()
+
+
+def test_of_chats_the_answers_are_measured_alone(tmp_path):
+    """The calibration loss is the dense cross-entropy of the answers' tokens, each in its own chat."""
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[: 3 + index % 9]}]} for index, text in enumerate(tiny.texts(90))]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    read = Recipe.parse({**plain, "data": {**plain["data"], "path": str(tmp_path / "chat.jsonl"), "block_size": 250}})
+    parts, tok, model = read_parts(read), tiny.tokenizer(), tiny.llama()
+    documents = calibration_of(parts, tok, 250)
+    nats = tokens = size = 0
+    for row in parts.calibration:
+        ids = torch.tensor([tok.apply_chat_template(row["messages"], tokenize=True, return_dict=False)])
+        start = len(tok.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=False))
+        nats += float(torch.nn.functional.cross_entropy(model(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum").detach())
+        tokens += ids.shape[1] - start
+        size += len(tok.decode(ids[0, start:]).encode())
+    losses = document_losses(ModelRunner(model), documents, bf16=False)
+    assert (documents.tokens, losses.tokens.sum(), sum(documents.lengths)) == (tokens, tokens, size)
+    assert losses.mean == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_a_cache_is_made_of_a_stages_own_text(tmp_path):
+    (tmp_path / "other.txt").write_text("\n\n".join(tiny.texts(60, seed=7)))
+    own = {"data": {"path": str(tmp_path / "other.txt"), "heldout": 0.1, "calibration": 0.1}, "block_size": 16}
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    path = written(tmp_path, {**plain, "stages": {LAST: own}})
+    cache, _ = cache_text(plain["teacher"], tmp_path / "cache", recipe=path, anchor=LAST, top_k=4, quiet=True)
+    assert cache.record.source.packing.block_size == 16
+    assert cache.record.source.text.documents == 48
+    with pytest.raises(ArgumentError, match="anchor 9M is none of this recipe"):
+        cache_text(plain["teacher"], tmp_path / "none", recipe=path, anchor="9M", quiet=True)
+    with pytest.raises(ArgumentError, match='"bad name" cannot be the name of a repo'):
+        cache_text("/no/model", tmp_path / "none", recipe=path, push="bad name", quiet=True)
+
+
+def test_a_dry_run_with_a_cache_counts_no_teacher(tmp_path):
+    plain = make_recipe(tmp_path, "llama", ANCHORS[1:])
+    live = dry_run(Recipe.parse(plain))[0]
+    cache_text(plain["teacher"], tmp_path / "cache", recipe=written(tmp_path, plain), top_k=4, quiet=True)
+    cached = dry_run(Recipe.parse({**plain, "stage": {**plain["stage"], "teacher_cache": str(tmp_path / "cache")}}))[0]
+    assert cached.memory < live.memory - 3 * 4 * 10_000
+
+
+def test_wrong_rows_are_named_by_their_line(tmp_path):
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for wrong, message in (
+        ({"messages": [{"role": "user"}]}, r"line 2: messages\[0\] has no content but None"), ({"messages": None}, "line 2: messages is no list of messages but None"),
+        ({"prompt": "a", "completion": 5}, "line 2: completion is no text but int"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(wrong) + "\n")
+        with pytest.raises(DataError, match=message):
+            distill_chain({**plain, "data": {**plain["data"], "path": str(tmp_path / "rows.jsonl")}}, tmp_path / "chain")
+    (tmp_path / "t.csv").write_text("text\n1\n2\n")
+    with pytest.raises(DataError, match='row 0: "text" is no text but int'):
+        distill_chain({**plain, "data": {**plain["data"], "path": str(tmp_path / "t.csv")}}, tmp_path / "chain")
