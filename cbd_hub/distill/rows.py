@@ -31,7 +31,7 @@ def check_row(row: Mapping[str, Any], where: str | None = None) -> None:
     if not columns:
         found: str | None = f"a row has the columns {', '.join(map(str, row))}; give text, prompt and completion, messages, or input_ids"
     else:
-        chat = columns[0] == "messages" or not isinstance(row[columns[0]], (str, type(None)))
+        chat = "messages" in columns or ("prompt" in columns and isinstance(row["prompt"], (list, tuple)))
         faults = (_chat_fault(name, row[name]) if chat else _text_fault(name, row[name]) for name in columns)
         found = next((fault for fault in faults if fault is not None), None)
     if found is not None:

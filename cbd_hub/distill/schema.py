@@ -214,9 +214,8 @@ class Recipe(_Strict):
             entry = () if anchor is None else ("anchors", str(self.anchors.index(anchor)))
             places = [(*own, named), ("stage", named), ("data", named), *((entry, own) if key == "anchors" else (own, entry)), ("stage",)]
             line = next((self._origin.lines[place] for place in places if place in self._origin.lines), None)
-            if line is None:
-                raise
-            raise type(error)(f"{self._origin.name} line {line}: {error}") from error
+            kind = RecipeError if isinstance(error, ArgumentError) else type(error)  # the call is right, the recipe is wrong
+            raise kind(f"{self._origin.name} line {line}: {error}" if line else str(error)) from error
 
     def anchor(self, key: str | None = None) -> str | int | dict[str, Any]:
         """The anchor that ``stages`` names so; the first one by default.
