@@ -169,7 +169,8 @@ def _equal_batches(documents: Documents) -> Iterator[Tensor]:
 def cut_plan(name: str, shape: Shape, model: Any, kept: Kept, layers: list[int] | None = None) -> Plan:
     """The plan of a cut: kept layers, and the first FFN neurons, heads and channels in order of importance, all from the one model.
 
-    Norm weights are multiplied by the square root of how much narrower the residual stream becomes (see `blend_plan`).
+    Norm weights are multiplied by the square root of how much narrower the residual stream becomes, and eps by as much (see `blend_plan`): channels
+    that are 0 are cut without a change.
 
     Args:
         name: Name of the model in the plan's terms.

@@ -262,6 +262,8 @@ def sliced(family, model, shape, kept):
     for name, field in zip(names[family], ("layers", "hidden", "heads", "kv_heads", "ffn")):
         if name:
             setattr(config, name, getattr(shape, field))
+    eps = {"llama": "rms_norm_eps", "gpt2": "layer_norm_epsilon"}[family]
+    setattr(config, eps, getattr(config, eps) * whole.hidden / shape.hidden)
     made = AutoModelForCausalLM.from_config(config).eval()
     state = made.state_dict()
     for key, value in model.state_dict().items():

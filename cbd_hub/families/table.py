@@ -60,7 +60,7 @@ class HeadNorm(NamedTuple):
     """A tensor's part in a norm on queries or keys: whether it feeds it or is its own, and the axis of heads that are normalised together."""
 
     feeds: bool
-    joint: str | None
+    joint: Any
 
 
 def dimension_size(dim: Dimension, sizes: Mapping[str, int]) -> int:
@@ -220,7 +220,8 @@ class Family:
         for name, feeder in self.head_norms.items():
             if spec.module in (name, feeder):
                 (axes,) = next(other for other in self.tensors if other.module == name).dims
-                return HeadNorm(spec.module == feeder, next((axis for axis in ("heads", "kv_heads") if axis in axes), None))
+                outer = axes[0] if isinstance(axes, tuple) else axes
+                return HeadNorm(spec.module == feeder, outer if outer in ("heads", "kv_heads") else None)
         return None
 
     def input_of(self, module: str) -> tuple[TensorSpec, int]:
