@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from cbd_hub.hub import is_repo_id
 from cbd_hub.manifest import Evaluation, Manifest
 from cbd_hub.sizes import format_size
 
@@ -55,6 +56,21 @@ def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license
         Markdown with the metadata of a model card.
     """
     return _render("anchor.md.j2", name=name, parameters=parameters, teacher_repo=teacher_repo, license=license, facts=list(facts.items()))
+
+
+def cut_card(name: str, summary: dict[str, Any], *, license: str | None) -> str:
+    """The README of a model that was cut from one other.
+
+    Args:
+        name: Its name.
+        summary: What `cbd_hub.single.Single.summary` says of it.
+        license: Licence of the model where it is known; it is never invented.
+
+    Returns:
+        Markdown with the metadata of a model card.
+    """
+    source = summary["model"]
+    return _render("cut.md.j2", name=name, license=license, repo=source if is_repo_id(source) else None, whole=format_size(summary["whole_parameters"]), **summary)
 
 
 def cache_card(record: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ def assemble(
     _hush_bars()
     calibration = None
     if text is not None:
-        from cbd_hub.distill.data import read_texts
+        from cbd_hub.texts import read_texts
         calibration = read_texts(text)
     chain = assemble_chain(checkpoints, out_dir, calibration=calibration)
     if as_json:
@@ -175,6 +175,42 @@ def make(
 
 
 @app.command()
+def cut(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model: local folder or Hub id.", show_default=False)],
+    out_dir: OutOption,
+    size: Annotated[str | None, typer.Option("--size", help='Parameters wanted, fewer than the model has: "120M".', show_default=False)] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help='The shape instead, such as "layers=24,ffn=1192"; with --size the FFN fills the rest.', show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text to choose and measure on; by default the model writes its own.", show_default=False)] = None,
+    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut any model to a smaller size by measured importance, without training.
+
+    The loss that it prints is measured on a part of the text on which nothing was chosen. A chain distilled from the same model is better at every size.
+    """
+    from cbd_hub.files import check_absent
+    from cbd_hub.single import cut_single
+    _hush_bars()
+    check_absent(out_dir)
+    made = cut_single(
+        model, size, shape=_shape(shape), calibration=text, column=column, revision=revision,
+        progress=None if as_json else lambda line: err.print(escape(line)),
+    )
+    made.save_pretrained(out_dir)
+    facts = made.summary()
+    if as_json:
+        print_json({**facts, "output_dir": str(out_dir)})
+        return
+    out.print(f"{made.plan.parameters:,} parameters ({made.plan.shape.text}) in {escape(str(out_dir))}")
+    out.print(
+        f"expected loss {with_error(facts['loss'], facts['stderr'])} nats per token on {facts['tokens']:,} held-out tokens of {escape(made.text)}; "
+        f"the whole model has {facts['whole_loss']:.3f} ({with_error(facts['difference'], facts['difference_stderr'])} less, paired)"
+    )
+    out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
+
+
+@app.command()
 def generate(
     chain: ChainArgument, prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
     shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
@@ -233,9 +269,9 @@ def evaluate(
     if text is None and tasks is None:
         raise ArgumentError("neither --text nor --tasks was given; name a text file, or a .jsonl file of questions")
     from cbd_hub.chain import Chain
-    from cbd_hub.distill.data import read_texts
     from cbd_hub.evaluation import Documents, Question, bits_per_byte, choice_accuracy, document_losses
     from cbd_hub.interpolation.live import ModelRunner, best_device
+    from cbd_hub.texts import read_texts
     _hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]

@@ -33,6 +33,17 @@ def disk_error(error: BaseException) -> bool:
     return any(sign in str(error) for sign in ("os error", "inline_container", "No space left", "PytorchStreamWriter"))
 
 
+def check_absent(target: Path) -> None:
+    """Refuse a folder to make that is there and not empty.
+
+    Raises:
+        StorageError: If it is in the way.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when the block ends well, and is removed when it does not.
@@ -44,8 +55,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         StorageError: If the target is in the way, or the disk is full or refuses.
     """
     target = Path(os.path.realpath(target))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
+    check_absent(target)
     staging: Path | None = None
     try:
         # A folder that is there already may be a mount point, which cannot be replaced: what is made moves into it.

@@ -15,10 +15,10 @@ from datasets import Dataset
 from transformers import set_seed
 
 from cbd_hub import shapes
-from cbd_hub.chain import resolve_checkpoint
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.recipe import Stage, plan_stages
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import best_device
 from cbd_hub.losses.head import block_bytes
 from cbd_hub.manifest import Shape
