@@ -287,7 +287,7 @@ def assemble_chain(
             anchors.append(builder.record(name, origin="published"))
         links = [_plain_link(small, large) for large, small in zip(anchors, anchors[1:])]
         if calibration is not None:
-            links = _measured_links(builder, anchors, calibration)
+            links, anchors = _measured(builder, anchors, calibration)
         builder.finish(anchors, links, None)
     return Chain.from_pretrained(target)
 
@@ -335,11 +335,13 @@ def _plain_link(small: Anchor, large: Anchor) -> Link:
     )
 
 
-def _measured_links(builder: ChainBuilder, anchors: list[Anchor], calibration: Sequence[str]) -> list[Link]:
+def _measured(builder: ChainBuilder, anchors: list[Anchor], calibration: Sequence[str]) -> tuple[list[Link], list[Anchor]]:
+    """The links as measured, and the anchors with their losses."""
     tokenizer = load_tokenizer(builder.anchor_folder(anchors[0].name))
     documents = Documents.packed(calibration, tokenizer, 128, 4096)
     models: Mapping[str, Any] = {}
-    links = []
+    links: list[Link] = []
+    losses: dict[str, Evaluation] = {}
     for large, small in zip(anchors, anchors[1:]):
         models = {
             name: models.get(name) or load_model(builder.anchor_folder(name), torch.float32).to(best_device())
@@ -349,4 +351,5 @@ def _measured_links(builder: ChainBuilder, anchors: list[Anchor], calibration: S
             models[small.name], models[large.name], None, documents, "calibration", names=(small.name, large.name)
         )
         links.append(measured.link())
-    return links
+        losses.update(zip((small.name, large.name), measured.ends))
+    return links, [anchor.model_copy(update={"evaluations": [losses[anchor.name]]}) for anchor in anchors]

@@ -153,6 +153,10 @@ def plan(
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out.print(table)
+    if planned.trough is not None:
+        links = [link for link in files.manifest.links if link.small == planned.small]
+        sizes = ", ".join(format_size(size) for link in links for size in link.recommended_sizes)
+        err.print(f"warning: {escape(planned.trough)}; {f'recommended between them: {sizes}' if sizes else 'so are all sizes measured between them'}")
 
 
 @app.command()

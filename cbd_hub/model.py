@@ -25,6 +25,7 @@ from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, Size
 from cbd_hub.families import family_named, family_of
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
+from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
 from cbd_hub.manifest import Anchor, Shape
@@ -167,8 +168,7 @@ def plan_in(
         _check_options(strategy, alpha)
         return anchor_plan(manifest.name, wanted, small.name, small.shape, anchor_config(files, small), last_loss(small.evaluations, dataset))
     segment = segment_between(files, small, large)
-    dataset = segment.curve[-1].dataset if segment.curve else None
-    ends = (last_loss(small.evaluations, dataset), last_loss(large.evaluations, dataset))
+    ends = Chord.of(manifest, manifest.link(small, large)).losses
     plan = segment_plan(
         segment, wanted, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, chain=manifest.name, ends=ends
     )
