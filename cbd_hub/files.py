@@ -195,10 +195,14 @@ class Verdicts:
             self.known: set[int] = set(json.loads(self._store.read_bytes()))
         except (OSError, ValueError, TypeError):
             self.known = set()
+        self._saved = set(self.known)
 
     def save(self) -> None:
-        """Write the verdicts; a cache that cannot be written is no reason to fail."""
+        """Write the verdicts where there are new ones; a cache that cannot be written is no reason to fail."""
+        if self.known == self._saved:
+            return
         try:
             write_text(self._store, json.dumps(sorted(self.known)))
+            self._saved = set(self.known)
         except StorageError:
             return
