@@ -14,17 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.numpy import save_file
 
 from cbd_hub import shapes
 from cbd_hub.cards import chain_card
-from cbd_hub.errors import ArchitectureError, ArgumentError, StorageError, VocabularyMismatchError, WeightsError
+from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
 from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
-from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, download, open_chain
+from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
 from cbd_hub.interpolation.live import best_device
 from cbd_hub.interpolation.planner import Kept, Plan, layer_types
 from cbd_hub.manifest import (
@@ -47,10 +45,6 @@ from cbd_hub.measure import measure_segment
 from cbd_hub.model import CBDModel, plan_in
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
-
-
-# What is taken over from a checkpoint: nothing that could be code or a pickle.
-_CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
 class Chain:
@@ -233,32 +227,13 @@ def chain_name(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:96] or "chain"
 
 
-def resolve_checkpoint(checkpoint: str | os.PathLike[str]) -> Path:
-    """The local folder of a checkpoint: a folder, or a Hub id that is fetched.
-
-    Raises:
-        StorageError: If there is neither.
-    """
-    name = os.fspath(checkpoint)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        name = ""
-    if not name or folder.exists() or os.fspath(checkpoint).startswith((".", "/", "~")):
-        raise StorageError(f"{checkpoint} is neither a model folder nor a Hub id; check the path")
-    return download(name, None, ["*.safetensors", *_CHECKPOINT_FILES], {})
-
-
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a model folder's weights, config and tokenizer, and nothing that could be code."""
     target.mkdir(parents=True, exist_ok=True)
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
         raise WeightsError(f"{source} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
-    for path in [*weights, *(source / name for name in _CHECKPOINT_FILES)]:
+    for path in [*weights, *(source / name for name in CHECKPOINT_FILES)]:
         if path.is_file():
             shutil.copyfile(path, target / path.name)
 
@@ -313,7 +288,7 @@ def assemble_chain(
         configs = [config for *_, config in found]
         links = [_plain_link(small, large, layer_types(*pair)) for large, small, *pair in zip(anchors, anchors[1:], configs[1:], configs)]
         if calibration is not None:
-            links = _measured_links(builder, anchors, calibration)
+            links, anchors = _measured(builder, anchors, calibration)
         builder.finish(anchors, links, None)
     return Chain.from_pretrained(target)
 
@@ -363,11 +338,13 @@ def _plain_link(small: Anchor, large: Anchor, types: tuple[Sequence[Any], Sequen
     )
 
 
-def _measured_links(builder: ChainBuilder, anchors: list[Anchor], calibration: Sequence[str]) -> list[Link]:
+def _measured(builder: ChainBuilder, anchors: list[Anchor], calibration: Sequence[str]) -> tuple[list[Link], list[Anchor]]:
+    """The links as measured, and the anchors with their losses."""
     tokenizer = load_tokenizer(builder.anchor_folder(anchors[0].name))
     documents = Documents.packed(calibration, tokenizer, 128, 4096)
     models: Mapping[str, Any] = {}
-    links = []
+    links: list[Link] = []
+    losses: dict[str, Evaluation] = {}
     for large, small in zip(anchors, anchors[1:]):
         models = {
             name: models.get(name) or load_model(builder.anchor_folder(name), torch.float32).to(best_device())
@@ -377,4 +354,5 @@ def _measured_links(builder: ChainBuilder, anchors: list[Anchor], calibration: S
             models[small.name], models[large.name], None, documents, "calibration", names=(small.name, large.name)
         )
         links.append(measured.link())
-    return links
+        losses.update(zip((small.name, large.name), measured.ends))
+    return links, [anchor.model_copy(update={"evaluations": [losses[anchor.name]]}) for anchor in anchors]

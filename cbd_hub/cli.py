@@ -100,7 +100,7 @@ def assemble(
     _hush_bars()
     calibration = None
     if text is not None:
-        from cbd_hub.distill.data import read_texts
+        from cbd_hub.texts import read_texts
         calibration = read_texts(text)
     chain = assemble_chain(checkpoints, out_dir, calibration=calibration)
     if as_json:
@@ -153,6 +153,10 @@ def plan(
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out.print(table)
+    if planned.trough is not None:
+        links = [link for link in files.manifest.links if link.small == planned.small]
+        sizes = ", ".join(format_size(size) for link in links for size in link.recommended_sizes)
+        err.print(f"warning: {escape(planned.trough)}; {f'recommended between them: {sizes}' if sizes else 'so are all sizes measured between them'}")
 
 
 @app.command()
@@ -171,6 +175,42 @@ def make(
         print_json({**made.summary(), "output_dir": str(out_dir)})
         return
     out.print(f"{made.parameters:,} parameters ({made.shape.text}, {made.strategy}) in {escape(str(out_dir))}")
+    out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
+
+
+@app.command()
+def cut(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model: local folder or Hub id.", show_default=False)],
+    out_dir: OutOption,
+    size: Annotated[str | None, typer.Option("--size", help='Parameters wanted, fewer than the model has: "120M".', show_default=False)] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help='The shape instead, such as "layers=24,ffn=1192"; with --size the FFN fills the rest.', show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text to choose and measure on; by default the model writes its own.", show_default=False)] = None,
+    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut any model to a smaller size by measured importance, without training.
+
+    The loss that it prints is measured on a part of the text on which nothing was chosen. A chain distilled from the same model is better at every size.
+    """
+    from cbd_hub.files import check_absent
+    from cbd_hub.single import cut_single
+    _hush_bars()
+    check_absent(out_dir)
+    made = cut_single(
+        model, size, shape=_shape(shape), calibration=text, column=column, revision=revision,
+        progress=None if as_json else lambda line: err.print(escape(line)),
+    )
+    made.save_pretrained(out_dir)
+    facts = made.summary()
+    if as_json:
+        print_json({**facts, "output_dir": str(out_dir)})
+        return
+    out.print(f"{made.plan.parameters:,} parameters ({made.plan.shape.text}) in {escape(str(out_dir))}")
+    out.print(
+        f"expected loss {with_error(facts['loss'], facts['stderr'])} nats per token on {facts['tokens']:,} held-out tokens of {escape(made.text)}; "
+        f"the whole model has {facts['whole_loss']:.3f} ({with_error(facts['difference'], facts['difference_stderr'])} less, paired)"
+    )
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 
 

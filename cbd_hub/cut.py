@@ -197,26 +197,26 @@ def cut_model(model: Any, plan: Plan) -> Any:
         return type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
 
 
-def mixes(size: int, model: Any, wish: Shape | None = None) -> list[Shape]:
+def mixes(size: int, config: Any, wish: Shape | None = None) -> list[Shape]:
     """Shapes of a size that mix fewer layers and narrower FFN; at least one.
 
     Raises:
         SizeError: If the model cannot be cut to that size in layers and FFN.
     """
-    whole = shape_of(model.config)
+    whole = shape_of(config)
     if wish is not None:
         return [wish]
     found: dict[int, Shape] = {}
     for share in _DEPTHS:
         shape = whole.model_copy(update={"layers": max(1, round(share * whole.layers))})
-        width = min(fill_ffn(size, shape, model.config), whole.ffn)
+        width = min(fill_ffn(size, shape, config), whole.ffn)
         shape = shape.model_copy(update={"ffn": width})
-        if abs(count(shape, model.config) - size) <= 0.005 * size:
+        if abs(count(shape, config) - size) <= 0.005 * size:
             found[shape.layers] = shape
     if not found:
-        smallest = count(whole.model_copy(update={"layers": 1, "ffn": 1}), model.config)
+        smallest = count(whole.model_copy(update={"layers": 1, "ffn": 1}), config)
         raise SizeError(
-            f"a model of {format_size(count(whole, model.config))} cannot be cut to {format_size(size)} in layers and FFN width; "
+            f"a model of {format_size(count(whole, config))} cannot be cut to {format_size(size)} in layers and FFN width; "
             f"its embeddings and one layer alone have {format_size(smallest)}: ask for a size well between these"
         )
     return list(found.values())
@@ -276,7 +276,7 @@ def choose_cut(model: Any, size: int, importance: Importance, documents: Documen
                 tried[shape] = document_losses(between.run(plan), documents).mean
         return tried[shape]
 
-    shapes = mixes(size, model, wish)
+    shapes = mixes(size, model.config, wish)
     best = min(shapes, key=loss)
     if len(shapes) > 1:
         beside = [best.model_copy(update={"layers": best.layers + step}) for step in (-1, 1)]

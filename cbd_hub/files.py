@@ -34,6 +34,17 @@ def disk_error(error: BaseException) -> bool:
     return any(sign in str(error) for sign in ("os error", "inline_container", "No space left", "PytorchStreamWriter"))
 
 
+def check_absent(target: Path) -> None:
+    """Refuse a folder to make that is there and not empty.
+
+    Raises:
+        StorageError: If it is in the way.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when the block ends well, and is removed when it does not.
@@ -45,8 +56,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         StorageError: If the target is in the way, or the disk is full or refuses.
     """
     target = Path(os.path.realpath(target))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
+    check_absent(target)
     staging: Path | None = None
     try:
         # A folder that is there already may be a mount point, which cannot be replaced: what is made moves into it.
@@ -211,10 +221,14 @@ class Verdicts:
             self.known: set[int] = set(json.loads(self._store.read_bytes()))
         except (OSError, ValueError, TypeError):
             self.known = set()
+        self._saved = set(self.known)
 
     def save(self) -> None:
-        """Write the verdicts; a cache that cannot be written is no reason to fail."""
+        """Write the verdicts where there are new ones; a cache that cannot be written is no reason to fail."""
+        if self.known == self._saved:
+            return
         try:
             write_text(self._store, json.dumps(sorted(self.known)))
+            self._saved = set(self.known)
         except StorageError:
             return

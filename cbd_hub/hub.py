@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt",
 )
+# What is taken over from a checkpoint: nothing that could be code or a pickle.
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,33 @@ def download(repo_id: str, revision: str | None, patterns: list[str], options: d
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise StorageError(f"{repo_id} is not in the cache and the Hub cannot be reached ({reason}); check the network or the path") from error
+
+
+def resolve_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None, options: Mapping[str, Any] | None = None) -> Path:
+    """The local folder of a checkpoint: a folder, or a Hub id that is fetched.
+
+    Args:
+        checkpoint: Folder or repo id.
+        revision: Branch, tag or commit of a repo.
+        options: ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``.
+
+    Raises:
+        ArgumentError: If a folder comes with a revision.
+        StorageError: If there is neither.
+    """
+    name = os.fspath(checkpoint)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ArgumentError(f"revision={revision!r} has no meaning for the local folder {name}; leave it out")
+        return folder
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if not name or folder.exists() or os.fspath(checkpoint).startswith((".", "/", "~")):
+        raise StorageError(f"{checkpoint} is neither a model folder nor a Hub id; check the path")
+    return download(name, revision, ["*.safetensors", "README.md", *CHECKPOINT_FILES], dict(options or {}))
 
 
 def is_repo_id(name: str) -> bool:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,22 @@ from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, Size
 from cbd_hub.families import family_named, family_of
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
+from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
 from cbd_hub.manifest import Anchor, Shape
+from cbd_hub.single import cut_single
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import LOADING, Checkpoint, model_class, one_line, read_config, write_safetensors
+from cbd_hub.weights import (
+    LOADING,
+    Checkpoint,
+    model_class,
+    one_line,
+    read_config,
+    read_generation_config,
+    stored_shapes,
+    write_safetensors,
+)
 
 
 # What transformers 5's loader takes besides what from_chain names itself. Passed through untouched.
@@ -69,12 +80,6 @@ class _Prepared:
 
     def read(self, anchor: str, tensor: str) -> Tensor:
         return self.checkpoints[anchor][tensor]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        family = family_of(self.config)
-        sizes = family.sizes(self.config)
-        return {name: spec.shape(sizes) for spec, _, name in family.stored(self.config)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,8 +168,7 @@ def plan_in(
         _check_options(strategy, alpha)
         return anchor_plan(manifest.name, wanted, small.name, small.shape, anchor_config(files, small), last_loss(small.evaluations, dataset))
     segment = segment_between(files, small, large)
-    dataset = segment.curve[-1].dataset if segment.curve else None
-    ends = (last_loss(small.evaluations, dataset), last_loss(large.evaluations, dataset))
+    ends = Chord.of(manifest, manifest.link(small, large)).losses
     plan = segment_plan(
         segment, wanted, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, chain=manifest.name, ends=ends
     )
@@ -408,36 +412,88 @@ class CBDModel:
                 generation.save_pretrained(folder)
             prepared.config.dtype = chosen
             prepared.config.save_pretrained(folder)
-            layout = {name: (chosen, prepared.shapes[name]) for name in plan.tensors}
-            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, prepared.shapes, chosen))
+            stored = stored_shapes(prepared.config)
+            layout = {name: (chosen, stored[name]) for name in plan.tensors}
+            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, stored, chosen))
         prepared.remember()
         return plan
+
+    @staticmethod
+    def from_pretrained(
+        model: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, calibration: Any = None,
+        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
+    ) -> Any:
+        """Any supported model cut by measured importance to a smaller size: no chain, no training.
+
+        Several mixes of fewer layers and narrower FFN are tried on calibration text, and the one that loses least is made. Half of the text is held
+        out: ``model.config.cbd`` holds the loss there with its standard error, the whole model's loss, and what the text was.
+
+        Args:
+            model: A model folder or a Hub id.
+            size: Unique parameters wanted, fewer than the model's.
+            shape: The shape instead, in the fields that are to be smaller; with a size, the FFN fills the rest where it is not named.
+            calibration: A text file or a pattern, a list of texts, or a ``datasets.Dataset`` with a column ``text``. None: the model writes its own, at
+                temperature 1 from its first token on. That chooses nearly as well as real text, and far better than the weights alone; but its loss
+                is that of the model's own text, lower than of any other.
+            revision: Branch, tag or commit of a repo.
+            token: Hub token; None for the stored one.
+            cache_dir: Another place for the Hub's cache.
+            local_files_only: Make no request.
+            force_download: Fetch even what is cached.
+            **transformers_kwargs: As `from_chain` takes them.
+
+        Returns:
+            The model, as `from_chain` returns it.
+
+        Raises:
+            SizeError: If the size is not below the model's, or layers and FFN cannot be cut to it.
+            ArchitectureError: If the architecture has no axis table, or cannot have the shape.
+            ArgumentError: If an argument cannot be used.
+            DataError: If the text is missing, empty or too short.
+            WeightsError: If the model's files cannot be used.
+            StorageError: If there is no such model.
+
+        Example:
+            >>> model = CBDModel.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", size="120M")  # doctest: +SKIP
+            >>> model.config.cbd["loss"], model.config.cbd["stderr"]  # doctest: +SKIP
+        """
+        arguments = _check_loader_arguments(transformers_kwargs)
+        options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
+        weight_dtype(arguments.get("dtype"), torch.float32)  # refused before the work, not after it
+        cut = cut_single(model, size, shape=shape, calibration=calibration, revision=revision, options=options)
+        return _load_plan(cut.plan, cut.config, cut.read, cut.checkpoint.dtype, cut.source, cut.generation_config, arguments)
 
 
 def _generation_config(prepared: _Prepared) -> GenerationConfig | None:
     if "generation_config.json" not in prepared.nearest.files:
         return None
-    path = prepared.files.checked(prepared.nearest, "generation_config.json")
-    try:
-        return GenerationConfig.from_pretrained(path.parent, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a broken one
-        raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make the chain again") from error
+    return read_generation_config(prepared.files.checked(prepared.nearest, "generation_config.json").parent)
 
 
 def _load(prepared: _Prepared, arguments: dict[str, Any]) -> Any:
-    plain_class = model_class(prepared.config, prepared.files.name)
+    made = _load_plan(
+        prepared.plan, prepared.config, prepared.read, prepared.dtype, prepared.files.name, lambda: _generation_config(prepared), arguments
+    )
+    prepared.remember()
+    return made
+
+
+def _load_plan(
+    plan: Plan, config: Any, read: Callable[[str, str], Tensor], dtype: torch.dtype, name: str, generation: Callable[[], GenerationConfig | None],
+    arguments: dict[str, Any],
+) -> Any:
+    """The plan's model in its plain class, in ``dtype`` unless the arguments say otherwise."""
+    plain_class = model_class(config, name)
     want_info = arguments.pop("output_loading_info", False)
-    dtype = weight_dtype(arguments.pop("dtype", None), prepared.dtype)
+    dtype = weight_dtype(arguments.pop("dtype", None), dtype)
     if arguments.get("generation_config") is None:
-        arguments["generation_config"] = _generation_config(prepared)
-    state = lazy_state_dict(prepared.plan, prepared.read, prepared.shapes, dtype)
+        arguments["generation_config"] = generation()
+    state = lazy_state_dict(plan, read, stored_shapes(config), dtype)
     with LOADING:
-        model, info = plain_class.from_pretrained(
-            None, config=prepared.config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments
-        )
+        model, info = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
-            raise WeightsError(f"{prepared.files.name}: loading {format_size(prepared.plan.parameters)} left {what} {sorted(map(str, info[what]))[:3]}; report this")
-    prepared.remember()
-    model.config._name_or_path = model.name_or_path = prepared.files.name
-    return (model, {**info, "plan": prepared.plan}) if want_info else model
+            raise WeightsError(f"{name}: loading {format_size(plan.parameters)} left {what} {sorted(map(str, info[what]))[:3]}; report this")
+    model.config._name_or_path = model.name_or_path = name
+    return (model, {**info, "plan": plan}) if want_info else model

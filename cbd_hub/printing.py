@@ -27,6 +27,7 @@ def middle(chain: Any) -> str:
 
 def show_chain(chain: Any) -> None:
     """The tables of a chain."""
+    from cbd_hub.interpolation.curve import Chord
     anchors = []
     for anchor in chain.anchors:
         row = {
@@ -41,11 +42,17 @@ def show_chain(chain: Any) -> None:
     for link in chain.manifest.links:
         names = f"{link.kind} {link.small} to {link.large}"
         if link.curve:
+            chord = Chord.of(chain.manifest, link)
             rows = [
-                {"size": format_size(point.size), "parameters": point.size, "strategy": point.strategy, "loss": with_error(point.loss, point.stderr)}
+                {
+                    "size": format_size(point.size), "parameters": point.size, "strategy": point.strategy, "loss": with_error(point.loss, point.stderr),
+                    "to chord": "" if (line := chord.at(point.size)) is None else f"{point.loss - line:+.3f}",
+                }
                 for point in link.curve
             ]
             table_of(names, rows)
+            if link.recommended_sizes:
+                out.print(f"recommended: {', '.join(format_size(size) for size in link.recommended_sizes)}")
         else:
             out.print(f"{names}: not measured")
     measured = [anchor.evaluations[-1] for anchor in chain.anchors if anchor.evaluations]

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from cbd_hub.errors import IntegrityError, StorageError, WeightsError
 from cbd_hub.families import family_of
@@ -101,6 +101,28 @@ def load_tokenizer(folder: Path) -> Any:
         raise WeightsError(f"{folder} has no tokenizer that can be used ({one_line(error)}); save one there with save_pretrained") from error
 
 
+def stored_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Checkpoint key -> shape of every tensor that a model of this config stores."""
+    family = family_of(config)
+    sizes = family.sizes(config)
+    return {name: spec.shape(sizes) for spec, _, name in family.stored(config)}
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation config of a folder; None where it has none.
+
+    Raises:
+        WeightsError: If it cannot be used.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a broken one
+        raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make it again") from error
+
+
 class Checkpoint:
     """The weights of one model folder, read tensor by tensor through the page cache.
 
@@ -167,8 +189,7 @@ class Checkpoint:
                     raise WeightsError(f"{folder} ties its head to its embedding, but stores another {key}; set tie_word_embeddings to false or save it again")
 
     def _compare(self, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        sizes = self.family.sizes(config)
-        expected = {name: spec.shape(sizes) for spec, _, name in self.family.stored(config)}
+        expected = stored_shapes(config)
         for what, names in (("lacks", sorted(expected.keys() - shapes.keys())), ("has unexpected", sorted(shapes.keys() - expected.keys()))):
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""

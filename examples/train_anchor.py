@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.distill.data import read_texts
+from cbd_hub.texts import read_texts
 
 
 @dataclass

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from cbd_hub import CBDModel, Chain, Recipe, distill_chain
 from cbd_hub.distill import data
 from cbd_hub.distill import recipe as recipe_module
-from cbd_hub.distill.data import read_texts, split_documents
+from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.errors import CBDError, DataError, RecipeError, StorageError
+from cbd_hub.texts import read_texts
 
 
 ANCHORS = [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}]

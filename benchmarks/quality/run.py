@@ -36,7 +36,7 @@ from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.planner import Kept, Segment, patch_plan, segment_plan
 from cbd_hub.manifest import Link, Shape
-from cbd_hub.measure import SHARES, greedy_order, measure_segment
+from cbd_hub.measure import SHARES, best_order, measure_segment
 from cbd_hub.shapes import count, shape_of
 from cbd_hub.weights import load_model
 
@@ -46,7 +46,7 @@ from rivals import collapsed, selected
 
 
 SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}}
-BOOMERANG = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
+BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
 HELDOUT_TOKENS = 16000
 console = Console(width=150)
 
@@ -147,14 +147,14 @@ class Bench:
         if name == "influence":
             path = self.work / "segments" / "boomerang.order.json"
             if not path.is_file():
-                path.write_text(json.dumps(greedy_order(segment, {"small": student, "large": self.teacher}, self.calibration, order)))
+                path.write_text(json.dumps(best_order(segment, {"small": student, "large": self.teacher}, self.calibration, order)))
             segment = dataclasses.replace(segment, order=json.loads(path.read_text()))
         plan = patch_plan(segment, self.nearest_depth(size))
         tensors = plan.tensors
         found = []
         for end in ("small", "large"):
             swapped = {key: tuple(dataclasses.replace(term, anchor=end) for term in terms) if "embed" in key else terms for key, terms in tensors.items()}
-            found.append(self.losses(f"boomerang/{name}/{size}/{end}", lambda swapped=swapped: between.run(dataclasses.replace(plan, tensors=swapped))))
+            found.append(self.losses(f"boomerang/{name}/{size}/{end}", functools.partial(between.run, dataclasses.replace(plan, tensors=swapped))))
         return min(found, key=lambda losses: losses.mean)
 
 
@@ -166,26 +166,26 @@ def rows_of(bench: Bench, name: str, free: bool) -> Iterator[dict[str, Any]]:
     teacher = bench.losses("teacher", lambda: bench.teacher)
     anchor = bench.losses(f"{name}/anchor", lambda: small)
     low, high = segment.sizes
+    text = torch.stack(bench.calibration.ids[:2])
     if not free:
-        cut = bench.cut(name)
+        start = bench.cut(name)
         rival = bench.losses(f"{name}/anchor by boomerang's losses", lambda: bench.trained(
-            f"{name}/anchor by boomerang's losses", lambda: cut_model(bench.teacher, cut.plan), kept=cut.kept, **BOOMERANG
+            f"{name}/anchor by boomerang's losses", lambda: cut_model(bench.teacher, start.plan), kept=start.kept, **BOOMERANG
         ))
         yield row(name, low, "anchor", segment.small_shape, anchor, {"boomerang's losses": rival})
     for share in SHARES:
         plan = segment_plan(segment, round(low + share * (high - low)))
         shape, size = plan.shape, plan.parameters
-        ours = bench.losses(f"{name}/{share}/chain", lambda plan=plan: between.run(plan))
-        kept = bench.importance.kept(shape)
+        ours = bench.losses(f"{name}/{share}/chain", functools.partial(between.run, plan))
+        cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", shape, bench.teacher, bench.importance.kept(shape)))
+        depth = bench.nearest_depth(size)
         rivals = {
             "smaller neighbour": anchor,
-            "merely cut": bench.losses(f"{name}/{share}/cut", lambda shape=shape, kept=kept: cut_model(bench.teacher, cut_plan("teacher", shape, bench.teacher, kept))),
-            "weight selection": bench.losses(f"{name}/{share}/selected", lambda shape=shape: selected(bench.teacher, shape)),
-            "LaCo, same size": bench.losses(
-                f"laco/{bench.nearest_depth(size).layers}", lambda size=size: collapsed(
-                    bench.teacher, bench.nearest_depth(size).layers, torch.stack(bench.calibration.ids[:2])
-                )
-            ),
+            "merely cut": bench.losses(f"{name}/{share}/cut", cut),
+            "weight selection": bench.losses(f"{name}/{share}/selected", functools.partial(selected, bench.teacher, shape)),
+            "LaCo, same size": min((
+                bench.losses(f"laco/{merged}/{depth.layers}", functools.partial(collapsed, bench.teacher, depth.layers, text, merged)) for merged in (1, 2)
+            ), key=lambda losses: losses.mean),
         }
         if not free:
             even = Kept.even(bench.nearest_depth(low), bench.whole)
@@ -193,9 +193,7 @@ def rows_of(bench: Bench, name: str, free: bool) -> Iterator[dict[str, Any]]:
             rivals["boomerang"] = bench.boomerang(size, "even", even, even.dropped[::-1])
             rivals["boomerang, improved"] = bench.boomerang(size, "influence", strongest, bench.importance.order(strongest))
             if share == 0.5:
-                rivals["distilled alone"] = bench.losses(f"{name}/{share}/alone", lambda share=share, shape=shape, kept=kept: bench.trained(
-                    f"{name}/{share}/alone", lambda: cut_model(bench.teacher, cut_plan("teacher", shape, bench.teacher, kept))
-                ))
+                rivals["distilled alone"] = bench.losses(f"{name}/{share}/alone", functools.partial(bench.trained, f"{name}/{share}/alone", cut))
         weight = math.log(high / size) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
         yield {**row(name, size, plan.strategy, shape, ours, rivals), "share": share, "to_chord": chord}

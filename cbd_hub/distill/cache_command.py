@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from cbd_hub.chain import resolve_checkpoint
 from cbd_hub.distill.data import read_rows
 from cbd_hub.distill.recipe import read_parts, stage_rows
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.errors import ArgumentError
-from cbd_hub.hub import check_repo_id, upload
+from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
 from cbd_hub.interpolation.live import best_device
 from cbd_hub.model import weight_dtype
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config

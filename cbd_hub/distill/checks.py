@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from cbd_hub.chain import resolve_checkpoint
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import is_conversation
 from cbd_hub.distill.hidden import check_layers
@@ -17,6 +16,7 @@ from cbd_hub.distill.on_policy import check_sources
 from cbd_hub.distill.packing import pack
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import CBDError, DataError, RecipeError
+from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.shapes import check_positions, shape_of
 from cbd_hub.weights import one_line, read_config
 

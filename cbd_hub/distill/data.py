@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from datasets import load_dataset
 
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import DataError
-
-
-_FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+from cbd_hub.texts import FORMATS, column_of, files_of, json_rows, nonempty, read_texts
 
 
 @dataclass(frozen=True)
@@ -64,24 +61,6 @@ def is_conversation(columns: Iterable[str]) -> bool:
     return "messages" in names or ("prompt" in names and bool(names & {*RESPONSES}))
 
 
-def read_texts(path: str, column: str = "text") -> list[str]:
-    """Documents of local files: paragraphs of .txt files, rows of .jsonl, .csv and .parquet files.
-
-    Args:
-        path: A file, or a pattern such as "text/*.txt".
-        column: Column that holds the text, where files have columns.
-
-    Raises:
-        DataError: If no file matches, a format is unknown, or there is no text.
-    """
-    texts: list[str] = []
-    for suffix, names in itertools.groupby(_files(path), key=lambda name: Path(name).suffix.lower()):
-        if suffix not in _FORMATS:
-            raise DataError(f'"{suffix}" files are not read as text; give {", ".join(_FORMATS)}')
-        texts += _rows(_FORMATS[suffix], list(names), column)
-    return _nonempty(texts, path)
-
-
 def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
     """Rows of local files as the trainer takes them: of .jsonl files prompts with completions and chats, else texts.
 
@@ -92,94 +71,14 @@ def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
     Raises:
         DataError: If no file matches, a format is unknown, a line is no row, or there is no text.
     """
-    names = _files(path)
+    names = files_of(path)
     if column == "text" and all(Path(name).suffix.lower() == ".jsonl" for name in names):
-        rows = [(f"{name} line {number}", row) for name in names for number, row in _json_rows(name)]
+        rows = [(f"{name} line {number}", row) for name in names for number, row in json_rows(name)]
         if rows and is_conversation(rows[0][1]):
             for where, row in rows:
                 check_row(row, where)
             return [row for _, row in rows]
     return [{"text": text} for text in read_texts(path, column)]
-
-
-def _files(path: str) -> list[str]:
-    literal = Path(path).expanduser()
-    found = [str(literal)] if literal.is_file() else sorted(
-        name for name in glob.glob(str(literal), recursive=True) if Path(name).is_file()
-    )
-    if not found:
-        raise DataError(f'no file matches "{path}"; check the path or the pattern')
-    return found
-
-
-def _rows(builder: str, names: list[str], column: str) -> list[str]:
-    if builder == "text":
-        paragraphs: list[str] = []
-        for name in names:
-            lines = _read(name).splitlines()
-            groups = itertools.groupby(lines, key=lambda line: bool(line.strip()))
-            paragraphs += ["\n".join(group) for filled, group in groups if filled]
-        return paragraphs
-    if builder == "jsonl":
-        return [text for name in names for text in _json_lines(name, column)]
-    try:
-        rows = load_dataset(builder, data_files=names, split="train")
-    except Exception as error:  # datasets raises many kinds for a broken file
-        raise DataError(f"{names[0]} cannot be read as {builder} ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
-    return _column(rows, column, names[0])
-
-
-def _read(name: str) -> str:
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
-    except OSError as error:
-        raise DataError(f"{name} cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _json_lines(name: str, column: str) -> list[str]:
-    """The texts of a .jsonl file."""
-    texts = []
-    for number, row in _json_rows(name):
-        if column not in row:
-            raise DataError(f'{name} line {number} has no column "{column}"; it has {", ".join(row)[:100]}: name the column that holds the text')
-        if row[column] is not None and not isinstance(row[column], str):
-            raise DataError(f'{name} line {number}: "{column}" is no text but {type(row[column]).__name__}; name the column that holds the text')
-        texts.append(row[column] or "")
-    return texts
-
-
-def _json_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .jsonl file with their line numbers."""
-    for number, line in enumerate(_read(name).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name} line {number} cannot be read as json ({error}); each line is one object") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{name} line {number} is no object but {type(row).__name__}; each line is one object")
-        yield number, row
-
-
-def _column(rows: Any, column: str, source: str) -> list[str]:
-    if column not in rows.column_names:
-        raise DataError(f'{source} has no column "{column}"; it has {", ".join(rows.column_names)}: name the column that holds the text')
-    texts = []
-    for number, text in enumerate(rows[column]):
-        if text is not None and not isinstance(text, str):
-            raise DataError(f'{source} row {number:,}: "{column}" is no text but {type(text).__name__}; name the column that holds the text')
-        texts.append(text or "")
-    return texts
-
-
-def _nonempty(texts: list[str], source: str) -> list[str]:
-    kept = [text for text in texts if text.strip()]
-    if not kept:
-        raise DataError(f"{source} holds no text; give a file with at least a few paragraphs")
-    return kept
 
 
 def read_dataset(dataset: str, split: str, column: str, name: str | None = None) -> list[Any]:
@@ -194,7 +93,7 @@ def read_dataset(dataset: str, split: str, column: str, name: str | None = None)
         for number, row in enumerate(found):
             check_row(row, f"{dataset} row {number:,}")
         return found
-    return _nonempty(_column(rows, column, dataset), dataset)
+    return nonempty(column_of(rows, column, dataset), dataset)
 
 
 def open_stream(path: str | None, dataset: str | None, split: str, column: str, name: str | None = None) -> Any:
@@ -204,12 +103,12 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
         DataError: If it cannot be opened, or has neither the column nor conversations.
     """
     if path is not None:
-        names = _files(path)
+        names = files_of(path)
         suffixes = sorted({Path(file).suffix.lower() for file in names})
-        builders = {"json" if _FORMATS.get(suffix) == "jsonl" else _FORMATS.get(suffix) for suffix in suffixes}
+        builders = {"json" if FORMATS.get(suffix) == "jsonl" else FORMATS.get(suffix) for suffix in suffixes}
         builder = builders.pop()
         if builders or builder is None:
-            raise DataError(f"a stream reads files of one kind, and {path} matches {', '.join(suffixes)}; give {', '.join(_FORMATS)}")
+            raise DataError(f"a stream reads files of one kind, and {path} matches {', '.join(suffixes)}; give {', '.join(FORMATS)}")
         more = {"sample_by": "paragraph"} if builder == "text" else {}
         rows = _loaded(builder, data_files=names, split="train", streaming=True, **more)
     else:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import shapes
-from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, resolve_checkpoint, unique_name
+from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.begun import Begun, dependencies
 from cbd_hub.distill.checks import check_stages
@@ -42,6 +42,7 @@ from cbd_hub.distill.schema import Recipe, RecipeData
 from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import disk_error, held, staged_folder, write_text
+from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
 from cbd_hub.interpolation.planner import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training

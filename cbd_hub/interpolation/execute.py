@@ -98,10 +98,14 @@ def materialise(
             if len(pieces) == 1 and group[0].weight == 1.0 and offset == 0.0:
                 part.copy_(pieces[0])
                 continue
-            total = pieces[0].to(precision, copy=True).mul_(group[0].weight)
+            total = part if dtype == precision else torch.empty(part.shape, dtype=precision)
+            torch.mul(pieces[0].to(precision), group[0].weight, out=total)
             for piece, term in zip(pieces[1:], group[1:]):
                 total.add_(piece.to(precision), alpha=term.weight)
-            part.copy_(total.add_(offset) if offset else total)
+            if offset:
+                total.add_(offset)
+            if total is not part:
+                part.copy_(total)
     return target
 
 

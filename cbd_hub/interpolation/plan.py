@@ -241,6 +241,7 @@ class Plan:
         tensors: For every checkpoint key, the terms it is the sum of.
         expected: Measured or interpolated loss in nats per token at this size, where the chain has a curve.
         eps: Factor on the eps of the larger neighbour's norms.
+        trough: Why the measured curve says that this size is a poor choice, where it does.
     """
 
     chain: str
@@ -255,6 +256,7 @@ class Plan:
     tensors: Mapping[str, tuple[Term, ...]]
     expected: float | None = None
     eps: float = 1.0
+    trough: str | None = None
 
     def config(self, large: Any) -> Any:
         """The config of the model that comes out, from the larger neighbour's."""
@@ -277,7 +279,7 @@ class Plan:
         return {
             "chain": self.chain, "asked": self.asked, "parameters": self.parameters, "shape": self.shape.model_dump(),
             "small": self.small, "large": self.large, "strategy": self.strategy, **({} if self.mix is None else self.mix.model_dump()),
-            "expected_loss": self.expected,
+            "expected_loss": self.expected, "trough": self.trough,
             "tensors_read": {anchor: len(names) for anchor, names in sorted(self.sources().items())},
         }
 

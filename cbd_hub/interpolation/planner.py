@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
 from cbd_hub.interpolation.blend import blend_plan
+from cbd_hub.interpolation.curve import Chord, last_loss
 from cbd_hub.interpolation.patch import patch_plan
 from cbd_hub.interpolation.plan import Kept, Plan, Segment, Take, Term, anchor_plan, layer_types, small_eps
-from cbd_hub.manifest import Anchor, Evaluation, Link, Manifest, Mix, RoadPoint, Shape
+from cbd_hub.manifest import Anchor, Blend, Link, Manifest, Mix, RoadPoint, Shape
 from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, shape_between
 
 
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 STRATEGIES = ("auto", "blend", "patch")
+_PADDING = Mix(alpha=1.0, layer_gain=0.0, neuron_gain=0.0, head_gain=0.0, channel_gain=0.0)
 
 
 def road_at(segment: Segment, size: int) -> RoadPoint:
@@ -50,21 +53,16 @@ def shape_at(segment: Segment, point: RoadPoint, size: int | None = None, tolera
     return shape_between(point.size if size is None else size, small, large, segment.config, point.layers, tolerance, point.hidden)
 
 
-def strategy_at(segment: Segment, size: int) -> str:
-    """What ``auto`` means at a size: the strategy with the lower measured loss at the nearest measured sizes.
+def strategy_at(segment: Segment, size: int, ends: tuple[float | None, float | None] = (None, None)) -> str:
+    """What ``auto`` means at a size: the strategy with the lowest loss there, as `expected_loss` reads it from the measured curve.
 
     Without a curve it is ``patch`` where that applies, else ``blend``.
     """
-    measured = {point.strategy for point in segment.curve if segment.patch or point.strategy != "patch"}
-    if not measured:
-        return "patch" if segment.patch else "blend"
-    return min(sorted(measured), key=lambda strategy: _on_curve(segment, size, strategy))
-
-
-def _on_curve(segment: Segment, size: int, strategy: str) -> float:
-    points = sorted((point.size, point.loss) for point in segment.curve if point.strategy == strategy)
-    sizes, losses = zip(*points)
-    return float(np.interp(size, sizes, losses))
+    losses = {
+        strategy: loss for strategy in ("blend", "patch") if strategy != "patch" or segment.patch
+        if (loss := expected_loss(segment, size, strategy, ends)) is not None
+    }
+    return min(losses, key=losses.__getitem__) if losses else "patch" if segment.patch else "blend"
 
 
 def expected_loss(segment: Segment, size: int, strategy: str, ends: tuple[float | None, float | None]) -> float | None:
@@ -87,6 +85,9 @@ def segment_plan(
 ) -> Plan:
     """The plan of a size, or of a shape, inside a segment.
 
+    Where the curve says that every strategy loses more than the smaller neighbour, ``auto`` is that neighbour itself, padded to the size without a
+    change of what it computes: a size never loses to a smaller one.
+
     Raises:
         ArgumentError: If a strategy is unknown or does not apply, alpha is outside 0 to 1, or alpha comes with ``patch``.
         SizeError: If no shape comes within ``tolerance`` of the size.
@@ -97,7 +98,11 @@ def segment_plan(
         raise ArgumentError(f"alpha={alpha} is outside 0 to 1; it is the weight of the smaller neighbour")
     if alpha is not None and strategy == "patch":
         raise ArgumentError('alpha has no meaning for strategy="patch"; leave it out, or choose "blend"')
-    chosen = ("blend" if alpha is not None else strategy_at(segment, size)) if strategy == "auto" else strategy
+    chosen = strategy
+    if strategy == "auto":
+        # Where only layers move sizes come in steps: what counts is the one that is made.
+        real = count(shape_between(size, segment.small_shape, segment.large_shape, segment.config), segment.config) if segment.patch else size
+        chosen = "blend" if alpha is not None else strategy_at(segment, real, ends)
     if chosen == "patch" and not segment.patch:
         raise ArgumentError(
             f'strategy="patch" needs neighbours that differ in layers only, but {segment.small} is {segment.small_shape.text} and '
@@ -115,11 +120,17 @@ def segment_plan(
     for name, anchor_shape, loss in ((segment.small, segment.small_shape, ends[0]), (segment.large, segment.large_shape, ends[1])):
         if found == anchor_shape:
             return anchor_plan(chain, size, name, anchor_shape, segment.config, loss)
-    expected = None if alpha is not None or shape is not None else expected_loss(segment, count(found, segment.config), chosen, ends)
+    made = count(found, segment.config)
+    expected = None if alpha is not None or shape is not None else expected_loss(segment, made, chosen, ends)
+    trough = Chord(segment.small, segment.large, segment.sizes, ends).trough(made, expected)
+    if strategy == "auto" and expected is not None and ends[0] is not None and expected > ends[0]:
+        trough = f"{trough}; this is {segment.small} padded, which is no better than {segment.small}"
+        plain = replace(segment, blend=Blend())
+        return replace(blend_plan(plain, found, _PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
     if chosen == "patch":
-        return patch_plan(segment, found, chain=chain, asked=size, expected=expected)
+        return replace(patch_plan(segment, found, chain=chain, asked=size, expected=expected), trough=trough)
     mix = Mix(**{name: getattr(point, name) for name in Mix.model_fields}) if alpha is None else Mix(alpha=alpha)
-    return blend_plan(segment, found, mix, chain=chain, asked=size, expected=expected)
+    return replace(blend_plan(segment, found, mix, chain=chain, asked=size, expected=expected), trough=trough)
 
 
 def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | None, config: Any, small_config: Any) -> Segment:
@@ -147,9 +158,3 @@ def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | No
         link.strategies.blend, link.strategies.patch is not None and differs == ["layers"], tuple(link.curve),
         small_eps(small_config, config),
     )
-
-
-def last_loss(evaluations: Sequence[Evaluation], dataset: str | None = None) -> float | None:
-    """The latest measured loss, on that dataset if one is named."""
-    fitting = [entry for entry in evaluations if dataset is None or entry.dataset == dataset]
-    return fitting[-1].loss if fitting else None

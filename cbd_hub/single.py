@@ -1,0 +1,248 @@
+"""A chain of one: any model cut by measured importance to a smaller size, without training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import metadata_load
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import GenerationConfig
+
+from cbd_hub.cards import cut_card
+from cbd_hub.cut import choose_cut, measure_importance, mixes
+from cbd_hub.errors import ArgumentError, DataError, SizeError
+from cbd_hub.evaluation import Documents, Losses, document_losses
+from cbd_hub.files import staged_folder, write_text
+from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
+from cbd_hub.interpolation.execute import stream
+from cbd_hub.interpolation.live import Between, ModelRunner, best_device, frozen
+from cbd_hub.interpolation.planner import Plan
+from cbd_hub.manifest import Shape
+from cbd_hub.shapes import check_cut, count, fill_ffn, follow, parameter_count, shape_of
+from cbd_hub.sizes import format_size, matches, parse_size
+from cbd_hub.texts import column_of, nonempty, read_texts
+from cbd_hub.weights import (
+    Checkpoint,
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_generation_config,
+    stored_shapes,
+    write_safetensors,
+)
+
+
+OWN_TEXT = "text that the model wrote itself"
+_BLOCK = 128
+_TOKENS = (512, 4096)  # least and most tokens of a trial
+_WORK = 3e11  # parameters times tokens of a trial: what bounds the time
+_SLACK = 0.02  # how far a shape may be from the size that came with it
+
+
+@dataclass(frozen=True)
+class Single:
+    """A model cut to a smaller size, not yet made.
+
+    Attributes:
+        source: What the caller called the model.
+        folder: Where its files are.
+        plan: The cut; its only anchor is the model itself.
+        config: Config of the model that comes out, with ``cbd`` saying where it came from.
+        checkpoint: The opened weights.
+        text: What importance and losses were measured on.
+        tried: Calibration loss in nats per token of each shape that was tried.
+        whole: Losses of the whole model on the held-out part of the text.
+        losses: Losses of the cut there.
+    """
+
+    source: str
+    folder: Path
+    plan: Plan
+    config: Any
+    checkpoint: Checkpoint
+    text: str
+    tried: Mapping[Shape, float]
+    whole: Losses
+    losses: Losses
+
+    def read(self, anchor: str, tensor: str) -> Tensor:
+        """A tensor of the model."""
+        return self.checkpoint[tensor]
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The model's own, where it has one."""
+        return read_generation_config(self.folder)
+
+    def summary(self) -> dict[str, Any]:
+        """The cut as plain data; losses in nats per token."""
+        difference, stderr = self.losses.minus((1.0, self.whole))
+        return {
+            "model": self.source, "parameters": self.plan.parameters, "shape": self.plan.shape.model_dump(), "text": self.text,
+            "tokens": int(self.losses.tokens.sum()), "documents": len(self.losses.tokens), "loss": self.losses.mean, "stderr": self.losses.stderr,
+            "whole_parameters": self.config.cbd["whole_parameters"], "whole_loss": self.whole.mean,
+            "difference": difference, "difference_stderr": stderr,
+        }
+
+    def save_pretrained(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write an ordinary checkpoint tensor by tensor, with tokenizer, generation config and card.
+
+        Raises:
+            StorageError: If the folder is in the way or the disk is full.
+        """
+        dtype = self.checkpoint.dtype
+        with staged_folder(Path(output_dir)) as target:
+            for name in TOKENIZER_FILES:
+                if (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, target / name)
+            generation = self.generation_config()
+            if generation is not None:
+                generation.save_pretrained(target)
+            self.config.dtype = dtype
+            self.config.save_pretrained(target)
+            shapes = stored_shapes(self.config)
+            write_safetensors(
+                target / "model.safetensors", {name: (dtype, shapes[name]) for name in self.plan.tensors}, stream(self.plan, self.read, shapes, dtype)
+            )
+            write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), license=_license(self.folder)))
+
+
+def cut_single(
+    model: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, calibration: Any = None,
+    column: str = "text", revision: str | None = None, options: Mapping[str, Any] | None = None, progress: Callable[[str], None] | None = None,
+) -> Single:
+    """The cut of a model that loses least at a size, untrained; see `CBDModel.from_pretrained`.
+
+    Args:
+        model: Folder or Hub id.
+        size: Parameters wanted.
+        shape: The exact shape, whole or in part; with a size, the FFN fills the rest where it is not named.
+        calibration: Text, as `CBDModel.from_pretrained` takes it.
+        column: Column of the text in files and data sets that have columns.
+        revision: Branch, tag or commit of a repo.
+        options: What `resolve_checkpoint` takes for the Hub.
+        progress: Called with a line for each step of the work.
+
+    Raises:
+        CBDError: As `CBDModel.from_pretrained`.
+    """
+    say = progress or (lambda line: None)
+    texts, source = _texts(calibration, column)
+    folder = resolve_checkpoint(model, revision, options)
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder, config)
+    name, whole = os.fspath(model), parameter_count(config)
+    wanted, wish = _wish(name, size, shape, config)
+    live = load_model(folder, checkpoint.dtype).to(best_device())
+    tokens = min(max(round(_WORK / whole), _TOKENS[0]), _TOKENS[1])
+    if texts is None:
+        say(f"{name} writes {tokens:,} tokens of text")
+        documents, heldout = _own_text(live, tokens)
+    else:
+        documents, heldout = _split(texts, source, load_tokenizer(folder), tokens)
+    say(f"importance on {documents.tokens:,} tokens of {source}")
+    importance = measure_importance(live, documents)
+    cut = choose_cut(live, wanted, importance, documents, name=name, wish=wish)
+    for tried, loss in sorted(cut.tried.items(), key=lambda entry: entry[1]):
+        say(f"  {tried.text:<22}{loss:.3f} nats per token")
+    with frozen(live):
+        before = document_losses(ModelRunner(live), heldout)
+        after = document_losses(Between({name: live}).run(cut.plan), heldout)
+    made = cut.plan.config(config)
+    made.cbd = {
+        "model": name, "revision": folder.name if is_repo_id(name) else None, "strategy": "cut", "parameters": cut.plan.parameters,
+        "whole_parameters": whole, "text": source, "tokens": int(after.tokens.sum()), "loss": after.mean, "stderr": after.stderr, "whole_loss": before.mean,
+    }
+    return Single(name, folder, cut.plan, made, checkpoint, source, cut.tried, before, after)
+
+
+def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | None, config: Any) -> tuple[int, Shape | None]:
+    """The size wanted, and the exact shape where one was given."""
+    if size is None and shape is None:
+        raise ArgumentError('neither size nor shape was given; ask for a size such as size="120M"')
+    above, whole = shape_of(config), parameter_count(config)
+    wanted = None if size is None else parse_size(size)
+    if wanted is not None and (wanted >= whole or (isinstance(size, str) and matches(size, whole))):
+        raise SizeError(f"{name} has {format_size(whole)} ({whole:,} parameters), and a cut is smaller; size={size!r} is not: ask for less")
+    if shape is None:
+        assert wanted is not None
+        mixes(wanted, config)  # refused before the work, not after it
+        return wanted, None
+    values = shape.model_dump() if isinstance(shape, Shape) else dict(shape)
+    unknown = sorted(set(values) - set(Shape.model_fields))
+    if unknown:
+        raise ArgumentError(f'shape has no field "{unknown[0]}"; its fields are {", ".join(Shape.model_fields)}')
+    try:
+        named = Shape.model_validate({**above.model_dump(), **values}, strict=True).model_dump(include=set(values))
+        found = Shape.model_validate({**above.model_dump(), **follow(named, above, config)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArgumentError(f"shape {first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from error
+    if wanted is not None and "ffn" not in values:
+        found = found.model_copy(update={"ffn": min(fill_ffn(wanted, found, config), above.ffn)})
+    check_cut(found, above, config)
+    size_found = count(found, config)
+    if size_found >= whole:
+        raise SizeError(f"the shape {found.text} is all of {name} ({whole:,} parameters), and a cut is smaller; ask for less of something")
+    if wanted is not None and abs(size_found - wanted) > _SLACK * wanted:
+        raise SizeError(f"the shape {found.text} has {size_found:,} parameters but size={size!r} was asked for ({wanted:,}); leave one of them out")
+    return size_found, found
+
+
+def _texts(calibration: Any, column: str) -> tuple[list[str] | None, str]:
+    """Documents and what to call them; None where the model is to write its own."""
+    if calibration is None:
+        return None, OWN_TEXT
+    if isinstance(calibration, (str, os.PathLike)):
+        return read_texts(os.fspath(calibration), column), Path(calibration).name
+    if hasattr(calibration, "column_names"):
+        source = str(getattr(getattr(calibration, "info", None), "dataset_name", None) or "a data set")
+        return nonempty(column_of(calibration, column, source), source), source
+    if not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
+        raise ArgumentError(f"calibration is {type(calibration).__name__}; give a text file, a list of texts, a datasets.Dataset, or None")
+    return nonempty(list(calibration), "calibration"), f"{len(calibration):,} texts"
+
+
+def _split(texts: Sequence[str], source: str, tokenizer: Any, tokens: int) -> tuple[Documents, Documents]:
+    """A part to measure importance and choose on, and a part to measure the result on; no text is in both."""
+    unique = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode(errors="replace")).digest())
+    half = len(unique) // 2
+    if not half:
+        raise DataError(f"{source} has one document, and choosing and measuring need one each; give more, separated by blank lines")
+    try:
+        return Documents.packed(unique[half:], tokenizer, _BLOCK, tokens), Documents.read(unique[:half], tokenizer, _BLOCK, tokens)
+    except DataError as error:
+        raise DataError(f"{source} is too short: half of it has to fill a block of {_BLOCK} tokens; give a longer text") from error
+
+
+def _own_text(model: Any, tokens: int) -> tuple[Documents, Documents]:
+    """Text sampled from a model at temperature 1 from its first token on; the second half is held out."""
+    settings = model.config.get_text_config()
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    start = next((token for token in (settings.bos_token_id, *ends) if token is not None), 0)
+    rows = torch.full((tokens // _BLOCK, 1), start, device=model.device)
+    plain = GenerationConfig(
+        do_sample=True, top_k=0, min_new_tokens=_BLOCK - 1, max_new_tokens=_BLOCK - 1, eos_token_id=None if ends[0] is None else ends, pad_token_id=start
+    )
+    with torch.random.fork_rng(), frozen(model):
+        torch.manual_seed(0)
+        ids = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), generation_config=plain).cpu()
+    half = len(ids) // 2
+    first, second = (Documents(tuple(part), (0,) * len(part)) for part in (ids[:half], ids[half:]))
+    return first, second
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that a model's card names."""
+    try:
+        found = (metadata_load(folder / "README.md") or {}).get("license")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,127 @@
+"""Texts of local files: the documents that everything is measured and trained on."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cbd_hub.errors import DataError
+
+
+FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_texts(path: str, column: str = "text") -> list[str]:
+    """Documents of local files: paragraphs of .txt files, rows of .jsonl, .csv and .parquet files.
+
+    Args:
+        path: A file, or a pattern such as "text/*.txt".
+        column: Column that holds the text, where files have columns.
+
+    Raises:
+        DataError: If no file matches, a format is unknown, or there is no text.
+    """
+    texts: list[str] = []
+    for suffix, names in itertools.groupby(files_of(path), key=lambda name: Path(name).suffix.lower()):
+        if suffix not in FORMATS:
+            raise DataError(f'"{suffix}" files are not read as text; give {", ".join(FORMATS)}')
+        texts += _rows(FORMATS[suffix], list(names), column)
+    return nonempty(texts, path)
+
+
+def files_of(path: str) -> list[str]:
+    """The files that a path or a pattern names, sorted.
+
+    Raises:
+        DataError: If there are none.
+    """
+    literal = Path(path).expanduser()
+    found = [str(literal)] if literal.is_file() else sorted(
+        name for name in glob.glob(str(literal), recursive=True) if Path(name).is_file()
+    )
+    if not found:
+        raise DataError(f'no file matches "{path}"; check the path or the pattern')
+    return found
+
+
+def _rows(builder: str, names: list[str], column: str) -> list[str]:
+    if builder == "text":
+        paragraphs: list[str] = []
+        for name in names:
+            lines = _read(name).splitlines()
+            groups = itertools.groupby(lines, key=lambda line: bool(line.strip()))
+            paragraphs += ["\n".join(group) for filled, group in groups if filled]
+        return paragraphs
+    if builder == "jsonl":
+        return [text for name in names for text in _json_lines(name, column)]
+    from datasets import load_dataset
+    try:
+        rows = load_dataset(builder, data_files=names, split="train")
+    except Exception as error:  # datasets raises many kinds for a broken file
+        raise DataError(f"{names[0]} cannot be read as {builder} ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
+    return column_of(rows, column, names[0])
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise DataError(f"{name} cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _json_lines(name: str, column: str) -> list[str]:
+    """The texts of a .jsonl file."""
+    texts = []
+    for number, row in json_rows(name):
+        if column not in row:
+            raise DataError(f'{name} line {number} has no column "{column}"; it has {", ".join(row)[:100]}: name the column that holds the text')
+        if row[column] is not None and not isinstance(row[column], str):
+            raise DataError(f'{name} line {number}: "{column}" is no text but {type(row[column]).__name__}; name the column that holds the text')
+        texts.append(row[column] or "")
+    return texts
+
+
+def json_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .jsonl file with their line numbers."""
+    for number, line in enumerate(_read(name).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{name} line {number} cannot be read as json ({error}); each line is one object") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{name} line {number} is no object but {type(row).__name__}; each line is one object")
+        yield number, row
+
+
+def column_of(rows: Any, column: str, source: str) -> list[str]:
+    """The filled texts of a data set's column; ``source`` names it in errors.
+
+    Raises:
+        DataError: If it has no such column, or a row has something else than text there.
+    """
+    if column not in rows.column_names:
+        raise DataError(f'{source} has no column "{column}"; it has {", ".join(rows.column_names)}: name the column that holds the text')
+    for number, text in enumerate(rows[column]):
+        if text is not None and not isinstance(text, str):
+            raise DataError(f'{source} row {number:,}: "{column}" is no text but {type(text).__name__}; name the column that holds the text')
+    return [text for text in rows[column] if text]
+
+
+def nonempty(texts: list[str], source: str) -> list[str]:
+    """The texts that hold anything; ``source`` names them in errors.
+
+    Raises:
+        DataError: If there are none.
+    """
+    kept = [text for text in texts if text.strip()]
+    if not kept:
+        raise DataError(f"{source} holds no text; give a file with at least a few paragraphs")
+    return kept

@@ -1,0 +1,175 @@
+"""A chain of one: any model cut to a smaller size, with what it lost."""
+
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, BertConfig
+
+from cbd_hub import CBDModel, cli
+from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError
+from cbd_hub.shapes import parameter_count
+from cbd_hub.single import OWN_TEXT, cut_single
+
+
+TEXTS = tiny.texts(60)
+
+
+@pytest.fixture(scope="module")
+def source(family, tmp_path_factory):
+    return tiny.save(tiny.FAMILIES[family](layers=6, ffn=96), tmp_path_factory.mktemp("single") / family)
+
+
+@pytest.fixture(scope="module", params=sorted(tiny.FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def cbd(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
+        monkeypatch.setattr(cli.out, "file", None)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr()
+        return stopped.value.code, printed.out, printed.err
+    return run
+
+
+def size_of(folder):
+    return parameter_count(AutoModelForCausalLM.from_pretrained(folder).config)
+
+
+@pytest.mark.parametrize("calibration", ["file", "list", "dataset", "own"])
+def test_any_calibration_text_gives_a_model_of_the_size(source, calibration, tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    text = {"file": tmp_path / "text.jsonl", "list": TEXTS, "dataset": Dataset.from_dict({"text": TEXTS}), "own": None}[calibration]
+    wanted = int(0.8 * size_of(source))
+    model = CBDModel.from_pretrained(source, wanted, calibration=text)
+    assert abs(model.num_parameters() - wanted) <= 0.005 * wanted
+    said = model.config.cbd
+    assert said["parameters"] == model.num_parameters()
+    assert (said["text"] == OWN_TEXT) == (text is None)
+    assert said["loss"] > 0
+    assert said["stderr"] > 0
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[7, 8, 9]])
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert again.config.cbd == said
+
+
+def test_the_loss_is_that_of_the_model_on_held_out_text(source, tmp_path):
+    """What the card says can be measured again on the documents that were held out, and no text is in both parts."""
+    from cbd_hub.evaluation import document_losses
+    from cbd_hub.interpolation.live import ModelRunner
+    from cbd_hub.single import _split
+    from cbd_hub.weights import load_tokenizer
+    tokenizer = load_tokenizer(source)
+    chosen, heldout = _split(TEXTS, "texts", tokenizer, 4096)
+    joined = tokenizer.decode(torch.cat(chosen.ids))
+    assert not any(tokenizer.decode(ids) in joined for ids in heldout.ids)
+    cut = cut_single(source, int(0.8 * size_of(source)), calibration=TEXTS)
+    cut.save_pretrained(tmp_path / "made")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
+    losses = document_losses(ModelRunner(model), heldout)
+    assert losses.mean == pytest.approx(cut.losses.mean, rel=1e-4)
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert f"{losses.mean:.3f} ± {losses.stderr:.3f}" in card
+    assert "base_model" not in card  # it is a local one
+    assert "license" not in card
+
+
+def test_an_exact_shape_is_the_model_sliced(source):
+    """A cut in FFN alone holds the whole model's rows; layers that stay are untouched elsewhere."""
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    model = CBDModel.from_pretrained(source, shape={"ffn": 80}, calibration=TEXTS)
+    assert model.get_input_embeddings().weight.equal(whole.get_input_embeddings().weight)
+    rows = {"llama": "model.layers.2.mlp.up_proj.weight", "gpt2": "transformer.h.2.mlp.c_fc.bias"}[whole.config.model_type]
+    ours, theirs = model.get_parameter(rows), whole.get_parameter(rows)
+    assert len(ours) == 80
+    assert all((theirs == row).reshape(len(theirs), -1).all(1).any() for row in ours)
+    filled = CBDModel.from_pretrained(source, int(0.8 * size_of(source)), shape={"layers": 5}, calibration=TEXTS)
+    assert filled.config.num_hidden_layers == 5
+    assert abs(filled.num_parameters() - int(0.8 * size_of(source))) <= 0.005 * size_of(source)
+
+
+def test_loader_arguments_pass_through(source):
+    model, info = CBDModel.from_pretrained(source, shape={"layers": 4}, calibration=TEXTS, dtype="bfloat16", output_loading_info=True)
+    assert model.dtype == torch.bfloat16
+    assert info["plan"].shape.layers == 4
+    with pytest.raises(ArgumentError, match="did you mean device_map"):
+        CBDModel.from_pretrained(source, shape={"layers": 4}, device_mop="cpu")
+
+
+def test_the_same_call_gives_the_same_model(source):
+    size = int(0.85 * size_of(source))
+    first, second = (CBDModel.from_pretrained(source, size) for _ in range(2))
+    assert all(torch.equal(tensor, second.get_parameter(name)) for name, tensor in first.named_parameters())
+    assert first.config.cbd == second.config.cbd
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"size": "900M"}, SizeError, "a cut is smaller"),
+    ({"size": 9000}, SizeError, "cannot be cut to 9K"),
+    ({"size": "12Q"}, SizeError, "cannot be read"),
+    ({}, ArgumentError, "neither size nor shape"),
+    ({"shape": {"layers": 9}}, ArgumentError, "layers=9 cannot be cut from layers=6"),
+    ({"shape": {"layers": 0}}, ArgumentError, "shape layers=0"),
+    ({"shape": {"depth": 3}}, ArgumentError, 'no field "depth"'),
+    ({"shape": {"layers": 6}}, SizeError, "is all of"),
+    ({"shape": {"hidden": 30}}, ArchitectureError, "cannot have the shape"),
+    ({"shape": {"layers": 3, "ffn": 8}, "size": 50_000}, SizeError, "leave one of them out"),
+    ({"size": 50_000, "calibration": []}, DataError, "holds no text"),
+    ({"size": 50_000, "calibration": ["one"]}, DataError, "one document"),
+    ({"size": 50_000, "calibration": ["one", "two"]}, DataError, "too short"),
+    ({"size": 50_000, "calibration": 7}, ArgumentError, "calibration is int"),
+    ({"size": 50_000, "calibration": "/no/such.txt"}, DataError, "no file matches"),
+    ({"size": 50_000, "revision": "main"}, ArgumentError, "no meaning for the local folder"),
+])
+def test_what_cannot_be_cut_is_refused(tmp_path_factory, options, error, message):
+    source = tiny.save(tiny.llama(layers=6, ffn=96), tmp_path_factory.mktemp("refused") / "m")
+    with pytest.raises(error, match=message):
+        CBDModel.from_pretrained(source, **{"calibration": TEXTS, **options})
+
+
+def test_models_that_are_none_are_refused(tmp_path):
+    bert = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=260, is_decoder=True)
+    tiny.save(AutoModelForCausalLM.from_config(bert), tmp_path / "bert")
+    with pytest.raises(ArchitectureError, match="no axis table"):
+        CBDModel.from_pretrained(tmp_path / "bert", "1K")
+    with pytest.raises(StorageError, match="neither a model folder nor a Hub id"):
+        CBDModel.from_pretrained(tmp_path / "absent", "1K")
+
+
+def test_the_command(cbd, source, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
+    wanted = int(0.8 * size_of(source))
+    code, printed, said = cbd("cut", source, "--size", wanted, "--text", tmp_path / "text.txt", "--out", tmp_path / "made")
+    assert code == 0
+    assert "expected loss" in printed
+    assert "nats per token" in said
+    assert "±" in printed
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "made").config.cbd["strategy"] == "cut"
+    code, printed, said = cbd("cut", source, "--shape", "layers=3", "--out", tmp_path / "json", "--json")
+    assert code == 0
+    assert not said
+    facts = json.loads(printed)
+    assert (facts["shape"]["layers"], facts["text"]) == (3, OWN_TEXT)
+    assert facts["difference"] == pytest.approx(facts["loss"] - facts["whole_loss"])
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["--size", "900M"], 1, "a cut is smaller"), (["--size", "2K"], 1, "cannot be cut to 2K"), ([], 2, "neither size nor shape"),
+    (["--shape", "layers"], 2, "cannot be read"), (["--size", "40K", "--text", "/no/such.txt"], 1, "no file matches"),
+])
+def test_errors_of_the_command_are_one_line(cbd, source, arguments, code, message, tmp_path):
+    got, printed, said = cbd("cut", source, "--out", tmp_path / "x", *arguments)
+    assert (got, said.count("\n"), printed) == (code, 1, "")
+    assert said.startswith("error: ")
+    assert message in said
+    assert not list(tmp_path.iterdir())
