@@ -43,7 +43,7 @@ from cbd_hub.weights import (
 OWN_TEXT = "text that the model wrote itself"
 _BLOCK = 128
 _TOKENS = (512, 4096)  # least and most tokens of a trial
-_WORK = 6e11  # parameters times tokens of a trial: what bounds the time
+_WORK = 3e11  # parameters times tokens of a trial: what bounds the time
 _SLACK = 0.02  # how far a shape may be from the size that came with it
 
 
