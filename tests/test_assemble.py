@@ -53,7 +53,8 @@ def test_blend_of_published_anchors_is_eq_3_with_layer_replication(tmp_path):
         torch.testing.assert_close(weight, expected)
 
 
-def test_with_text_the_segments_are_measured(family, tmp_path):
+def test_with_text_the_segments_are_measured(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("cbd_hub.interpolation.align.STEPS", 3)
     chain = assemble_chain(three(family, tmp_path), tmp_path / "chain", calibration=tiny.texts(60))
     for link in chain.manifest.links:
         assert link.curve

@@ -24,7 +24,7 @@ from cbd_hub.shapes import other_differences, shape_of
 from cbd_hub.weights import LOADING
 
 
-STEPS = 40
+STEPS = 120
 _PROBE = 64  # tokens on which a fit is tried
 _MOST = 1e-2  # difference of a logit on them
 
@@ -143,11 +143,8 @@ def _distance(segment: Segment, models: dict[str, Any]) -> float:
     """Mean over tensors of 1 - cosine between the two models' values in the smaller one's shape."""
     live = {name: family_of(segment.config).parameters(model) for name, model in models.items()}
     plans = [blend_plan(segment, segment.small_shape, Mix(alpha=alpha)).tensors for alpha in (1.0, 0.0)]
-    cosines = [
-        torch.cosine_similarity(*(combine(tensors[name], live).flatten() for tensors in plans), dim=0).item()
-        for name in plans[0] if live["small"][name].dim() > 1
-    ]
-    return 1 - sum(cosines) / len(cosines)
+    pairs = [[combine(tensors[name], live).flatten() for tensors in plans] for name in plans[0] if live["small"][name].dim() > 1]
+    return 1 - sum(torch.cosine_similarity(ours, theirs, dim=0).item() for ours, theirs in pairs) / len(pairs)
 
 
 def segment_with(alignment: Alignment, model: Any, reference: Any) -> Segment:

@@ -27,15 +27,19 @@ def _select(source: Tensor, takes: tuple[Take, ...]) -> Tensor:
 
 
 def turned(source: Tensor, turns: tuple[Turn, ...]) -> Tensor:
-    """A tensor after linear maps along its dimensions, differentiable in it."""
+    """A tensor after linear maps along its dimensions, in its own precision, differentiable in it."""
     for turn in turns:
         factor = turn.factor.to(source.device, source.dtype)
         if factor.dim() == 1:
             source = source * factor.view([-1 if dim == turn.dim else 1 for dim in range(source.dim())])
-        else:
-            rows = source.movedim(turn.dim, -1)
-            blocks = rows.unflatten(-1, (len(factor), factor.shape[2])).unsqueeze(-2)  # (..., blocks, 1, in)
-            source = (blocks @ factor.mT).flatten(-3).movedim(-1, turn.dim) if len(factor) > 1 else (rows @ factor[0].T).movedim(-1, turn.dim)
+            continue
+        rows = source.movedim(turn.dim, -1)
+        with torch.autocast(source.device.type, enabled=False):
+            if len(factor) == 1:
+                rows = rows @ factor[0].T
+            else:
+                rows = (rows.unflatten(-1, (len(factor), factor.shape[2])).unsqueeze(-2) @ factor.mT).flatten(-3)  # (..., blocks, 1, in)
+        source = rows.movedim(-1, turn.dim)
     return source
 
 
