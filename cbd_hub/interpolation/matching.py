@@ -42,7 +42,7 @@ def orthogonal(cross: Tensor) -> Tensor:
 
     Example:
         >>> turn = orthogonal(torch.tensor([[0.0, -3.0], [2.0, 0.0]]))
-        >>> torch.allclose(turn, torch.tensor([[0.0, -1.0], [1.0, 0.0]]), atol=1e-6)
+        >>> torch.allclose(turn.float(), torch.tensor([[0.0, -1.0], [1.0, 0.0]]), atol=1e-6)
         True
     """
     left, _, right = torch.linalg.svd(cross.double(), full_matrices=False)
