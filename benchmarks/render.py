@@ -132,6 +132,19 @@ def loading(data: dict[str, Any]) -> str:
     return " ".join([*lines, f"`{data['command']}`"])
 
 
+def align(data: dict[str, Any]) -> str:
+    """The barrier between two models trained apart."""
+    rows = [
+        [f"{name}: {way}", f"{found['losses'][way]:.3f}", f"{found['barriers'][way]:.3f}", f"{found['gone'][way]:.0%}"]
+        for name, found in data.items() if isinstance(found, dict) for way in found["losses"]
+    ]
+    return (
+        f"{table(['coordinates', 'loss half way', 'barrier', 'gone'], rows)}\n\nByte-level {'tied' if data['tied'] else 'untied'} Llama models of 4 layers, hidden "
+        f"{' and '.join(map(str, data['widths']))}, each trained {data['steps']} steps from its own seed; barrier: loss half way less the mean of the ends', nats per byte, "
+        f"{data['tokens']:,} held-out bytes. `{data['command']}`"
+    )
+
+
 def main() -> None:
     """Fill the marked blocks."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -140,7 +153,8 @@ def main() -> None:
         shutil.copyfile(latest, RESULTS / "demo.json")
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     for name, render in (
-        ("demo", demo), ("boomerang", boomerang), ("step", step), ("teacher_cache", teacher_cache), ("head", head), ("anchors", anchors), ("memory", memory), ("loading", loading),
+        ("demo", demo), ("boomerang", boomerang), ("step", step), ("teacher_cache", teacher_cache), ("head", head), ("anchors", anchors), ("align", align), ("memory", memory),
+        ("loading", loading),
     ):
         path = RESULTS / f"{name}.json"
         if path.is_file():

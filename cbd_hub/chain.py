@@ -6,45 +6,38 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file
 
 from cbd_hub import shapes
 from cbd_hub.cards import chain_card
 from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
-from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
-from cbd_hub.interpolation.live import best_device
-from cbd_hub.interpolation.planner import Kept, Plan, layer_types
+from cbd_hub.interpolation.planner import Kept, Maps, Plan, layer_types
+from cbd_hub.links import join
 from cbd_hub.manifest import (
     FILE_NAME,
     Anchor,
-    Blend,
     Evaluation,
     FileRecord,
     Link,
     Location,
     Manifest,
-    Patch,
     PathRecord,
-    Shape,
-    Strategies,
     Teacher,
     Training,
 )
-from cbd_hub.measure import measure_segment
 from cbd_hub.model import CBDModel, plan_in
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
+from cbd_hub.weights import Checkpoint, load_tokenizer, read_config
 
 
 class Chain:
@@ -163,11 +156,12 @@ class ChainBuilder:
         """Where an anchor's files go."""
         return self.root / "anchors" / name
 
-    def save_kept(self, name: str, kept: Kept) -> PathRecord:
-        """Write an anchor's map into its parent's coordinates."""
+    def save_kept(self, name: str, kept: Kept, maps: Maps | None = None) -> PathRecord:
+        """Write an anchor's maps into its parent's coordinates."""
         path = self.root / "maps" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({f"kept.{axis}": order.astype(np.int32) for axis, order in vars(kept).items() if order is not None}, path)
+        orders = {f"kept.{axis}": order.astype(np.int32) for axis, order in vars(kept).items() if order is not None}
+        save_file({**orders, **({} if maps is None else maps.arrays())}, path)
         path.chmod(0o644)
         return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
 
@@ -244,14 +238,16 @@ def assemble_chain(
 ) -> Chain:
     """A chain from ready checkpoints, without training: the paper's way.
 
-    Nothing is known of a common ancestor, so layers are mapped evenly and neurons, heads and channels by index; without calibration text layers come back last
-    block first, alpha goes by size distance, and ``auto`` is ``patch`` where only layers differ, else ``blend``.
+    Nothing is known of a common ancestor, so the smaller anchor of each segment is brought into the larger one's coordinates (`interpolation.align`); where
+    it is not, layers are mapped evenly and neurons, heads and channels by index. The anchors themselves stay what they were, bit for bit: the maps lie beside
+    them and are part of every plan in between. Without calibration text layers come back last block first, alpha goes by size distance, and ``auto`` is
+    ``patch`` where only layers differ, else ``blend``.
 
     Args:
         checkpoints: Two or more model folders or Hub ids, in any order.
         output_dir: The folder to make: absent or empty.
-        align: ``"auto"`` or False: the anchors' own coordinates.
-        calibration: Texts on which order, road and curve of each segment are measured.
+        align: ``"auto"``: where that brings the neighbours nearer (with text: where the middle loses less). True: always. False: the anchors' own coordinates.
+        calibration: Texts on which the coordinates are fitted, and order, road and curve of each segment measured.
 
     Returns:
         The chain.
@@ -262,8 +258,8 @@ def assemble_chain(
         VocabularyMismatchError: If they differ in vocabulary.
         StorageError: If ``output_dir`` is in the way or the disk is full.
     """
-    if align not in ("auto", False):
-        raise ArgumentError(f'align={align!r} is not available; use align="auto" or False')
+    if align not in ("auto", True, False):
+        raise ArgumentError(f'align={align!r} is not known; use align="auto", True or False')
     if isinstance(checkpoints, (str, os.PathLike)) or isinstance(calibration, str):
         raise ArgumentError("checkpoints and calibration are lists; put a single one in brackets")
     if len(checkpoints) < 2:
@@ -285,10 +281,14 @@ def assemble_chain(
             name = unique_name(parameters, [anchor.name for anchor in anchors])
             copy_checkpoint(folder, builder.anchor_folder(name))
             anchors.append(builder.record(name, origin="published"))
-        configs = [config for *_, config in found]
-        links = [_plain_link(small, large, layer_types(*pair)) for large, small, *pair in zip(anchors, anchors[1:], configs[1:], configs)]
-        if calibration is not None:
-            links, anchors = _measured(builder, anchors, calibration)
+        links = []
+        for place, joined in enumerate(join(anchors, [config for *_, config in found], builder.anchor_folder, align, calibration), 1):
+            links.append(joined.link)
+            if joined.kept is not None:
+                maps = builder.save_kept(anchors[place].name, joined.kept, joined.maps)
+                anchors[place] = anchors[place].model_copy(update={"parent": anchors[place - 1].name, "maps": maps})
+            for at, entry in zip((place, place - 1), joined.ends):
+                anchors[at] = anchors[at].model_copy(update={"evaluations": [entry]})
         builder.finish(anchors, links, None)
     return Chain.from_pretrained(target)
 
@@ -327,32 +327,3 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
 def _tokenizer_hash(folder: Path) -> str | None:
     path = folder / "tokenizer.json"
     return sha256(path) if path.is_file() else None
-
-
-def _plain_link(small: Anchor, large: Anchor, types: tuple[Sequence[Any], Sequence[Any]]) -> Link:
-    """A link of which nothing was measured: order last block first."""
-    differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
-    return Link(
-        kind="segment", small=small.name, large=large.name, order=Kept.even(small.shape, large.shape, types).dropped[::-1],
-        strategies=Strategies(blend=Blend(replicate=True), patch=Patch() if differs == ["layers"] else None),
-    )
-
-
-def _measured(builder: ChainBuilder, anchors: list[Anchor], calibration: Sequence[str]) -> tuple[list[Link], list[Anchor]]:
-    """The links as measured, and the anchors with their losses."""
-    tokenizer = load_tokenizer(builder.anchor_folder(anchors[0].name))
-    documents = Documents.packed(calibration, tokenizer, 128, 4096)
-    models: Mapping[str, Any] = {}
-    links: list[Link] = []
-    losses: dict[str, Evaluation] = {}
-    for large, small in zip(anchors, anchors[1:]):
-        models = {
-            name: models.get(name) or load_model(builder.anchor_folder(name), torch.float32).to(best_device())
-            for name in (large.name, small.name)
-        }
-        measured = measure_segment(
-            models[small.name], models[large.name], None, documents, "calibration", names=(small.name, large.name)
-        )
-        links.append(measured.link())
-        losses.update(zip((small.name, large.name), measured.ends))
-    return links, [anchor.model_copy(update={"evaluations": [losses[anchor.name]]}) for anchor in anchors]

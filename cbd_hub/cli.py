@@ -92,7 +92,10 @@ def distill(
 def assemble(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT CKPT ...", help="Model folders or Hub ids.", show_default=False)],
     out_dir: OutOption,
-    text: Annotated[str | None, typer.Option("--text", help="Text on which order, alpha and curve are measured.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text on which coordinates, order, alpha and curve are measured.", show_default=False)] = None,
+    align: Annotated[
+        bool | None, typer.Option("--align/--no-align", help="Bring each anchor into the larger one's coordinates; by default where it helps.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a chain from ready checkpoints, without training."""
@@ -102,7 +105,7 @@ def assemble(
     if text is not None:
         from cbd_hub.texts import read_texts
         calibration = read_texts(text)
-    chain = assemble_chain(checkpoints, out_dir, calibration=calibration)
+    chain = assemble_chain(checkpoints, out_dir, align="auto" if align is None else align, calibration=calibration)
     if as_json:
         print_json(json.loads(chain.manifest.to_json()))
         return

@@ -195,10 +195,23 @@ class RoadPoint(Mix):
     hidden: int | None = Field(default=None, ge=1, le=2**17)
 
 
+class Aligned(Data):
+    """How the smaller anchor was brought into the larger one's coordinates; the maps themselves are in its maps file.
+
+    Attributes:
+        residual: Kind of the map of the residual stream.
+        error: Largest difference of a logit, on random tokens, between the smaller anchor and the same in those coordinates.
+    """
+
+    residual: Literal["rotation", "permutation"]
+    error: float = Field(ge=0)
+
+
 class Blend(Data):
     """Settings of the blend of a segment.
 
     Attributes:
+        align: Set where the anchors have no common ancestor and were aligned.
         road: Fitted points in rising size; empty for the default rule.
         replicate: Whether a layer that the smaller neighbour lacks is filled from below by replicating its layer before
             (paper, Eq. 3). Off where the anchors share coordinates: there the larger neighbour's layer comes back.
@@ -206,6 +219,7 @@ class Blend(Data):
 
     road: list[RoadPoint] = Field(default=[], max_length=1000)
     replicate: bool = False
+    align: Aligned | None = None
 
 
 class Patch(Data):

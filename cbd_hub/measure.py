@@ -15,6 +15,7 @@ from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner, frozen
 from cbd_hub.interpolation.planner import (
     Kept,
+    Maps,
     Plan,
     Segment,
     blend_plan,
@@ -25,7 +26,7 @@ from cbd_hub.interpolation.planner import (
     small_eps,
 )
 from cbd_hub.losses.head import distillation_loss
-from cbd_hub.manifest import Blend, CurvePoint, Evaluation, Link, Mix, Patch, RoadPoint, Shape, Strategies
+from cbd_hub.manifest import Aligned, Blend, CurvePoint, Evaluation, Link, Mix, Patch, RoadPoint, Shape, Strategies
 from cbd_hub.shapes import count, shape_of
 
 
@@ -179,7 +180,8 @@ def _depths(segment: Segment, point: RoadPoint) -> list[int]:
 
 
 def measure_segment(
-    small: Any, large: Any, kept: Kept | None, documents: Documents, dataset: str, *, names: tuple[str, str], first: Sequence[int] | None = None
+    small: Any, large: Any, kept: Kept | None, documents: Documents, dataset: str, *, names: tuple[str, str], first: Sequence[int] | None = None,
+    maps: Maps | None = None, aligned: Aligned | None = None,
 ) -> Measured:
     """Order, road and curve of the segment between two loaded models.
 
@@ -191,6 +193,8 @@ def measure_segment(
         dataset: What to call the text.
         names: Names of the two anchors, the smaller first.
         first: The dropped layers in an order to begin with; by default from the last one backwards.
+        maps: How the smaller model is turned into the larger one's coordinates, where they were aligned.
+        aligned: What is said of that in the link.
 
     Returns:
         What was measured.
@@ -200,8 +204,8 @@ def measure_segment(
     differs = [name for name in Shape.model_fields if getattr(shapes[0], name) != getattr(shapes[1], name)]
     begin = list(first) if first is not None else kept_map.dropped[::-1]
     segment = Segment(
-        names[0], names[1], shapes[0], shapes[1], kept_map, begin, large.config, Blend(replicate=kept is None), differs == ["layers"],
-        small_eps=small_eps(small.config, large.config),
+        names[0], names[1], shapes[0], shapes[1], kept_map, begin, large.config, Blend(replicate=kept is None, align=aligned), differs == ["layers"],
+        small_eps=small_eps(small.config, large.config), maps=maps,
     )
     models = {names[0]: small, names[1]: large}
     if len(begin) > 1:
@@ -226,7 +230,7 @@ def measure_segment(
         # The shape's own numbers: asked for again, they give it again.
         road.append(point.model_copy(update={"size": count(shape, segment.config), "layers": shape.layers, "hidden": shape.hidden}))
     unique = {point.size: point for point in road if low < point.size < high}
-    segment = dataclasses.replace(segment, blend=Blend(road=[unique[size] for size in sorted(unique)], replicate=kept is None))
+    segment = dataclasses.replace(segment, blend=Blend(road=[unique[size] for size in sorted(unique)], replicate=kept is None, align=aligned))
     curve = []
     for size, point in sorted(unique.items()):
         shape = shape_at(segment, point)

@@ -27,7 +27,7 @@ from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
+from cbd_hub.interpolation.planner import Kept, Maps, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
 from cbd_hub.manifest import Anchor, Shape
 from cbd_hub.single import cut_single
 from cbd_hub.sizes import format_size
@@ -133,6 +133,17 @@ def kept_of(files: ChainFiles, small: Anchor, large: Anchor) -> Kept | None:
         raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({one_line(error)}); fetch or make the chain again") from error
 
 
+def maps_of(files: ChainFiles, small: Anchor, large: Anchor) -> Maps | None:
+    """How an anchor is turned into the coordinates of its parent; None where the two were not aligned."""
+    if small.maps is None or small.parent != large.name:
+        return None
+    path = files.side_file(small.maps)
+    try:
+        return Maps.read(load_file(path))
+    except SafetensorError as error:
+        raise ManifestError(f"{path} is no safetensors file ({one_line(error)}); fetch or make the chain again") from error
+
+
 def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
     """The segment between two neighbours of a chain.
 
@@ -143,7 +154,7 @@ def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
     differs = shapes.other_differences(config, small_config)
     if differs:
         raise ArchitectureError(f"anchors {small.name} and {large.name} differ in {', '.join(differs[:4])}; nothing can be interpolated between them")
-    return segment_of(files.manifest, small, large, kept_of(files, small, large), config, small_config)
+    return segment_of(files.manifest, small, large, kept_of(files, small, large), config, small_config, maps_of(files, small, large))
 
 
 def plan_in(

@@ -11,7 +11,8 @@ import numpy as np
 
 from cbd_hub.families import Family, TensorSpec, family_of
 from cbd_hub.families.table import Dimension
-from cbd_hub.interpolation.plan import Plan, Segment, Take, Term
+from cbd_hub.interpolation.maps import stays
+from cbd_hub.interpolation.plan import Plan, Segment, Take, Term, Turn
 from cbd_hub.manifest import Mix, Shape
 from cbd_hub.shapes import count
 
@@ -53,7 +54,7 @@ def blend_plan(
         expected: Loss expected at this size.
     """
     config, kept = segment.config, segment.kept
-    blender = _Blender(segment, shape, mix)
+    blender = Blender(segment, shape, mix)
     held = [int(layer) for layer in kept.layers]
     layers = sorted({*held, *segment.order[: shape.layers - len(held)]})
     replicate = segment.blend is not None and segment.blend.replicate
@@ -118,7 +119,7 @@ class _Coordinates:
         return small, large
 
 
-class _Blender:
+class Blender:
     """The terms of a segment's tensors at one shape and mix."""
 
     def __init__(self, segment: Segment, shape: Shape, mix: Mix) -> None:
@@ -137,11 +138,15 @@ class _Blender:
         feeds = normed is not None and normed.feeds and normed.joint is not None
         ours = self.scale(spec, self.segment.small_shape, self.segment.small_eps)
         theirs = self.scale(spec, self.segment.large_shape, 1.0)
+        turns, large_turns = self.turns(spec, layer, small is not None)
+        maps = self.segment.maps
+        if norm == "weight" and maps is not None and maps.rotation is not None and not stays(self.segment.config, spec):
+            alpha = 0.0  # gains are folded into what reads the norm, in both neighbours alike
         leaves = spec.module in family.post_norms if family.post_norms else writes
-        alone = Term(self.segment.large, large, theirs * (self.mix.layer_gain if small is None and leaves else 1.0))
+        alone = Term(self.segment.large, large, theirs * (self.mix.layer_gain if small is None and leaves else 1.0), turns=large_turns)
         both = [replace(alone, weight=alone.weight * (1 - alpha))] if alpha < 1 else []
         if small is not None and alpha > 0:
-            both.insert(0, Term(self.segment.small, small, alpha * ours))
+            both.insert(0, Term(self.segment.small, small, alpha * ours, turns=turns))
         dims = {dim: found for dim, axes in enumerate(spec.dims) if (found := self.coordinates(axes, layer)) is not None}
         used = (alpha > 0, alpha < 1 or not all(coordinates.held.all() for coordinates in dims.values()))
         parts = []
@@ -183,6 +188,16 @@ class _Blender:
             heads = getattr(source, normed.joint) / getattr(self.shape, normed.joint) if normed.joint is not None else 1.0
             return math.sqrt(self.eps / eps / heads if normed.feeds else heads)
         return 1.0
+
+    def turns(self, spec: TensorSpec, layer: int, held: bool) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+        """What brings the smaller and the larger neighbour's tensor into common coordinates, where they have been aligned."""
+        segment = self.segment
+        if segment.maps is None:
+            return (), ()
+        sizes = (segment.small_shape, segment.large_shape)
+        place = int(np.searchsorted(segment.kept.layers, layer)) if spec.per_layer else 0
+        own = segment.maps.turns(segment.config, spec, (place, layer), sizes) if held else ()
+        return own, segment.maps.large_turns(segment.config, spec, layer, sizes)
 
     def gain(self, axes: Dimension, held: bool) -> float:
         """The gain on what a dimension's new coordinates write; a layer that is new itself has its own for neurons and heads."""

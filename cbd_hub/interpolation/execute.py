@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbd_hub.interpolation.plan import Plan, Take, Term
+from cbd_hub.interpolation.plan import Plan, Take, Term, Turn
 
 
 _CHUNK_ELEMENTS = 2**21  # 8 MiB in fp32
@@ -23,6 +23,23 @@ def _select(source: Tensor, takes: tuple[Take, ...]) -> Tensor:
             source = source.index_select(take.dim, torch.from_numpy(take.index).to(source.device))
         if take.spread:
             source = source.mean(take.dim, keepdim=True).expand([take.spread if dim == take.dim else -1 for dim in range(source.dim())])
+    return source
+
+
+def turned(source: Tensor, turns: tuple[Turn, ...]) -> Tensor:
+    """A tensor after linear maps along its dimensions, in its own precision, differentiable in it."""
+    for turn in turns:
+        factor = turn.factor.to(source.device, source.dtype)
+        if factor.dim() == 1:
+            source = source * factor.view([-1 if dim == turn.dim else 1 for dim in range(source.dim())])
+            continue
+        rows = source.movedim(turn.dim, -1)
+        with torch.autocast(source.device.type, enabled=False):
+            if len(factor) == 1:
+                rows = rows @ factor[0].T
+            else:
+                rows = (rows.unflatten(-1, (len(factor), factor.shape[2])).unsqueeze(-2) @ factor.mT).flatten(-3)  # (..., blocks, 1, in)
+        source = rows.movedim(-1, turn.dim)
     return source
 
 
@@ -51,7 +68,7 @@ def combine(terms: tuple[Term, ...], parameters: Mapping[str, Mapping[str, Tenso
     for box, group in _boxes(terms).items():
         total: Tensor | None = None
         for term in group:
-            piece = _select(parameters[term.anchor][term.tensor], term.takes)
+            piece = _select(turned(parameters[term.anchor][term.tensor], term.turns), term.takes)
             piece = piece if term.weight == 1.0 else piece * term.weight
             piece = piece if term.offset == 0.0 else piece + term.offset
             total = piece if total is None else total + piece
@@ -90,10 +107,13 @@ def materialise(
         for (dim, start), take in zip(box, group[0].takes):
             view = view.narrow(dim, start, take.length)
         sources = [read(term.anchor, term.tensor) for term in group]
+        across = [any(turn.dim == 0 for turn in term.turns) for term in group]
+        sources = [turned(source.to(precision), term.turns) if whole else source for source, term, whole in zip(sources, group, across)]
+        later = [() if whole else term.turns for term, whole in zip(group, across)]
         rows = max(1, _CHUNK_ELEMENTS // max(source[0].numel() for source in (view, *sources)))
         for first in range(0, len(view), rows):
             part = view[first : first + rows]
-            pieces = [_rows(source, term.takes, first, len(part)) for source, term in zip(sources, group)]
+            pieces = [_rows(source, term.takes, first, len(part), turns) for source, term, turns in zip(sources, group, later)]
             offset = sum(term.offset for term in group)
             if len(pieces) == 1 and group[0].weight == 1.0 and offset == 0.0:
                 part.copy_(pieces[0])
@@ -109,8 +129,8 @@ def materialise(
     return target
 
 
-def _rows(source: Tensor, takes: tuple[Take, ...], first: int, length: int) -> Tensor:
-    """Rows first to first + length of a source after its selections."""
+def _rows(source: Tensor, takes: tuple[Take, ...], first: int, length: int, turns: tuple[Turn, ...] = ()) -> Tensor:
+    """Rows first to first + length of a source after its turns, none of which is along its rows, and its selections."""
     along_rows = next((take for take in takes if take.dim == 0), None)
     if along_rows is None:
         source = source[first : first + length]
@@ -119,9 +139,9 @@ def _rows(source: Tensor, takes: tuple[Take, ...], first: int, length: int) -> T
     else:
         source = _select(source, (replace(along_rows, index=along_rows.index[first : first + length]),))
         takes = tuple(take for take in takes if take.dim != 0)
-    if source.dtype.itemsize < 4 and any(take.spread for take in takes):
+    if source.dtype.itemsize < 4 and (turns or any(take.spread for take in takes)):
         source = source.float()
-    return _select(source, takes)
+    return _select(turned(source, turns), takes)
 
 
 class LazyTensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from cbd_hub.families import family_of
+from cbd_hub.interpolation.blend import Blender
 from cbd_hub.interpolation.plan import Plan, Segment, Term
-from cbd_hub.manifest import Shape
+from cbd_hub.manifest import Mix, Shape
 from cbd_hub.shapes import count
 
 
@@ -36,6 +37,8 @@ def patch_plan(
             layers += [(segment.large, other, other) for other in block]
         else:
             layers.append((segment.small, position, layer))
+    if segment.maps is not None:
+        return _aligned(segment, shape, layers, chain, asked, expected)
     tensors: dict[str, tuple[Term, ...]] = {}
     for spec in family.tensors:
         if not spec.present(config):
@@ -46,6 +49,25 @@ def patch_plan(
         else:
             tensors[spec.name] = (Term(segment.small, spec.name, 1.0),)
     found = count(shape, config)
+    return Plan(
+        chain, found if asked is None else asked, found, shape, segment.small, segment.large, "patch", None,
+        tuple(place for *_, place in layers), tensors, expected,
+    )
+
+
+def _aligned(
+    segment: Segment, shape: Shape, layers: list[tuple[str, int, int]], chain: str, asked: int | None, expected: float | None
+) -> Plan:
+    """The same with all layers in common coordinates of the residual stream."""
+    blender = Blender(segment, shape, Mix(alpha=1.0))
+    tensors: dict[str, tuple[Term, ...]] = {}
+    for spec in family_of(segment.config).tensors:
+        if not spec.present(segment.config):
+            continue
+        for target, (anchor, source, place) in enumerate(layers if spec.per_layer else layers[:1]):
+            small = spec.name.format(layer=source) if anchor == segment.small or not spec.per_layer else None
+            tensors[spec.name.format(layer=target)] = blender.terms(spec, small, spec.name.format(layer=place), place)
+    found = count(shape, segment.config)
     return Plan(
         chain, found if asked is None else asked, found, shape, segment.small, segment.large, "patch", None,
         tuple(place for *_, place in layers), tensors, expected,

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from cbd_hub.errors import ManifestError
 from cbd_hub.families import family_of
 from cbd_hub.manifest import Blend, CurvePoint, Mix, Shape
 from cbd_hub.shapes import config_for, count
+
+
+if TYPE_CHECKING:
+    from cbd_hub.interpolation.maps import Maps
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,19 @@ class Take:
         return slice(first, first + len(self.index)) if np.array_equal(self.index, np.arange(first, first + len(self.index))) else None
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A linear map along one dimension of a source tensor, before anything is selected from it.
+
+    Attributes:
+        dim: The dimension.
+        factor: A factor for each entry, shape (n,); or maps of equal consecutive blocks, shape (blocks, out, in).
+    """
+
+    dim: int
+    factor: Tensor
+
+
 @dataclass(frozen=True)
 class Term:
     """A weighted slice of an anchor's tensor, added into a target tensor.
@@ -178,6 +196,7 @@ class Term:
         tensor: Key of its tensor.
         weight: Factor.
         takes: Selections; a dimension without one is taken whole.
+        turns: Linear maps of the source, in order, before the selections.
         offset: What is added besides, to every entry.
     """
 
@@ -185,6 +204,7 @@ class Term:
     tensor: str
     weight: float
     takes: tuple[Take, ...] = ()
+    turns: tuple[Turn, ...] = ()
     offset: float = 0.0
 
 
@@ -204,6 +224,7 @@ class Segment:
         patch: Whether patching applies: only layers differ.
         curve: Measured points.
         small_eps: Eps of the smaller anchor's norms, in units of the larger one's.
+        maps: How the smaller one's units are turned into the larger one's coordinates, where the anchors have been aligned.
     """
 
     small: str
@@ -217,6 +238,7 @@ class Segment:
     patch: bool = False
     curve: Sequence[CurvePoint] = ()
     small_eps: float = 1.0
+    maps: Maps | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.curve import Chord, last_loss
+from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.patch import patch_plan
 from cbd_hub.interpolation.plan import Kept, Plan, Segment, Take, Term, anchor_plan, layer_types, small_eps
 from cbd_hub.manifest import Anchor, Blend, Link, Manifest, Mix, RoadPoint, Shape
@@ -18,7 +19,7 @@ from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, 
 
 
 __all__ = [
-    "STRATEGIES", "Kept", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
+    "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
     "segment_of", "segment_plan", "shape_at", "small_eps", "strategy_at",
 ]
 
@@ -133,7 +134,9 @@ def segment_plan(
     return replace(blend_plan(segment, found, mix, chain=chain, asked=size, expected=expected), trough=trough)
 
 
-def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | None, config: Any, small_config: Any) -> Segment:
+def segment_of(
+    manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | None, config: Any, small_config: Any, maps: Maps | None = None
+) -> Segment:
     """The segment between two neighbours of a chain; ``config`` is the larger one's.
 
     Raises:
@@ -148,6 +151,8 @@ def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | No
     kept = Kept.even(small.shape, large.shape, types) if kept is None else kept
     kept.check(small.shape, large.shape)
     kept.check_types(*types)
+    if maps is not None:
+        maps.check(small.shape, large.shape, config)
     for shape in (small.shape, large.shape):
         check_legal(shape, config)
     if set(link.order) != set(kept.dropped):
@@ -156,5 +161,5 @@ def segment_of(manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | No
     return Segment(
         small.name, large.name, small.shape, large.shape, kept, tuple(link.order), config,
         link.strategies.blend, link.strategies.patch is not None and differs == ["layers"], tuple(link.curve),
-        small_eps(small_config, config),
+        small_eps(small_config, config), maps,
     )

@@ -1,0 +1,188 @@
+"""Models without a common ancestor brought into one another's coordinates, so that their parameters can be averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbd_hub.errors import ArchitectureError
+from cbd_hub.families import family_of
+from cbd_hub.interpolation.blend import blend_plan
+from cbd_hub.interpolation.execute import combine, turned
+from cbd_hub.interpolation.fitting import Fit, Residual, unit_orders
+from cbd_hub.interpolation.live import frozen
+from cbd_hub.interpolation.maps import Maps, places
+from cbd_hub.interpolation.plan import Kept, Segment, layer_types, small_eps
+from cbd_hub.interpolation.refine import middle_loss, refine
+from cbd_hub.manifest import Mix
+from cbd_hub.shapes import other_differences, shape_of
+from cbd_hub.weights import LOADING
+
+
+STEPS = 120
+_PROBE = 64  # tokens on which a fit is tried
+_MOST = 1e-2  # difference of a logit on them
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The coordinates that a smaller model shares with a larger one.
+
+    Attributes:
+        kept: The larger model's unit that each of the smaller one's stands for.
+        maps: Signs, maps within heads, and of the residual stream.
+        residual: ``rotation`` or (signed) ``permutation``.
+        error: Largest difference of a logit between the smaller model and the same in the larger one's coordinates, on random tokens.
+    """
+
+    kept: Kept
+    maps: Maps
+    residual: Residual
+    error: float
+
+
+def align(model: Any, reference: Any, calibration: Sequence[Tensor] | None = None) -> Any:
+    """The same function in the reference's coordinates: its order of channels, heads and neurons, its signs, its widths.
+
+    What leaves a transformer's function alone is used to bring one trained model as near as it goes to another: FFN neurons and heads in another
+    order (whole groups that share a kv head, then the query heads inside), the sign of a gated neuron's linear half, orthogonal maps of each head's
+    values, rotations of each frequency's pair in queries and keys (any orthogonal map without rotary positions, none under norms of queries and
+    keys), and on the residual stream an orthogonal map with the gains of norms folded into what reads them; a signed permutation where heads are
+    tied or blocks normalise what they write, and an unsigned one where norms subtract the mean (an orthogonal one that keeps the mean where widths
+    agree). Fitted on weights by assignment and Procrustes in turns; with text also on activations, and the orthogonal maps then by gradient
+    (https://huggingface.co/papers/2506.22712).
+
+    Args:
+        model: A transformers model, in no dimension larger than the reference.
+        reference: A model of the same architecture and vocabulary.
+        calibration: Token ids, equally long, shape (T,) each: text on which activations are compared.
+
+    Returns:
+        A model of the reference's widths and the model's own depth.
+
+    Raises:
+        ArchitectureError: If they differ in more than depth and widths, or the model is larger somewhere.
+
+    Example:
+        >>> aligned = align(small, large, documents.ids)  # doctest: +SKIP
+    """
+    return apply(fit(model, reference, calibration), model, reference)
+
+
+def fit(
+    model: Any, reference: Any, calibration: Sequence[Tensor] | None = None, *, residual: Residual | None = None, steps: int = STEPS
+) -> Alignment:
+    """How a model is brought into a reference's coordinates; see `align`.
+
+    Args:
+        model: The smaller model.
+        reference: The larger one.
+        calibration: Token ids, equally long.
+        residual: Kind of the map of the residual stream; by default the richest that is exact, and for tied heads what loses less half way on the text.
+        steps: Gradient steps on the text after the fit.
+    """
+    family = family_of(model.config)
+    if family is not family_of(reference.config):
+        raise ArchitectureError(f"a {family.name} and a {family_of(reference.config).name} are of two architectures; only models of one can be aligned")
+    differs = [name for name in other_differences(model.config, reference.config) if name != family.norm_eps]
+    if differs:
+        raise ArchitectureError(
+            f"the model and the reference differ in {', '.join(differs[:4])}; only models that agree in all but layers and widths can be aligned"
+        )
+    small, large = shape_of(model.config), shape_of(reference.config)
+    Kept.even(small, large, layer_types(model.config, reference.config)).check(small, large)
+    models = {"small": model, "large": reference}
+    with frozen(model, reference):
+        fitted = Fit(model, reference, calibration, residual)
+        best = _tried(fitted, model, reference)
+        if calibration is None:
+            return best
+        if residual is None and fitted.residual == "permutation" and "rotation" in fitted.choices:
+            other = _tried(Fit(model, reference, calibration, "rotation"), model, reference)
+            best = min((best, other), key=lambda one: middle_loss(segment_with(one, model, reference), models, calibration))
+        if steps:
+            maps = refine(
+                segment_with(best, model, reference), models, calibration, steps=steps, rotary_width=fitted.rotary_width, centred=fitted.family.centred
+            )
+            best = replace(best, maps=maps)
+            best = replace(best, error=_error(best, model, reference))
+    return best
+
+
+def _tried(fitted: Fit, model: Any, reference: Any) -> Alignment:
+    fitted.run()
+    found = Alignment(*fitted.result(), fitted.residual, 0.0)
+    found = replace(found, error=_error(found, model, reference))
+    if found.error > _MOST and found.maps.queries is not None:  # an architecture whose positions are of another kind
+        other = replace(found, maps=replace(found.maps, queries=None))
+        other = replace(other, error=_error(other, model, reference))
+        found = other if other.error < _MOST else found
+    return found
+
+
+def brings_nearer(alignment: Alignment, model: Any, reference: Any, calibration: Sequence[Tensor] | None = None) -> bool:
+    """Whether an alignment brings two models nearer than their own coordinates, layers mapped evenly.
+
+    With text: whether the blend half way between them loses less on it. Without: whether their weights lie nearer to each other.
+    """
+    kept = Kept.even(shape_of(model.config), shape_of(reference.config), layer_types(model.config, reference.config))
+    plain = segment_with(Alignment(kept, Maps(), "permutation", 0.0), model, reference)
+    aligned, models = segment_with(alignment, model, reference), {"small": model, "large": reference}
+    if calibration is not None:
+        return middle_loss(aligned, models, calibration) < middle_loss(plain, models, calibration)
+    return _distance(aligned, models) < _distance(plain, models)
+
+
+@torch.no_grad()
+def _distance(segment: Segment, models: dict[str, Any]) -> float:
+    """Mean over tensors of 1 - cosine between the two models' values in the smaller one's shape."""
+    live = {name: family_of(segment.config).parameters(model) for name, model in models.items()}
+    plans = [blend_plan(segment, segment.small_shape, Mix(alpha=alpha)).tensors for alpha in (1.0, 0.0)]
+    pairs = [[combine(tensors[name], live).flatten() for tensors in plans] for name in plans[0] if live["small"][name].dim() > 1]
+    return 1 - sum(torch.cosine_similarity(ours, theirs, dim=0).item() for ours, theirs in pairs) / len(pairs)
+
+
+def segment_with(alignment: Alignment, model: Any, reference: Any) -> Segment:
+    """The segment between two models, "small" and "large", in the coordinates that they share."""
+    kept = alignment.kept
+    return Segment(
+        "small", "large", shape_of(model.config), shape_of(reference.config), kept, kept.dropped[::-1], reference.config, maps=alignment.maps,
+        small_eps=small_eps(model.config, reference.config),
+    )
+
+
+def apply(alignment: Alignment, model: Any, reference: Any) -> Any:
+    """The model in the reference's coordinates, by fitted maps."""
+    family, small, large = family_of(model.config), shape_of(model.config), shape_of(reference.config)
+    kept, maps, segment = alignment.kept, alignment.maps, segment_with(alignment, model, reference)
+    widened = large.model_copy(update={"layers": small.layers})
+    plan = blend_plan(segment, widened, Mix(alpha=1.0, layer_gain=0.0, neuron_gain=0.0, head_gain=0.0, channel_gain=0.0))
+    live = {"small": family.parameters(model), "large": family.parameters(reference)}
+    config = plan.config(reference.config)
+    state: dict[str, Tensor] = {}
+    for spec, layer, name in family.stored(config):
+        tensor = combine(plan.tensors[name], live).detach()
+        place = int(kept.layers[layer]) if layer is not None else 0
+        tensor = turned(tensor, maps.large_turns(config, spec, place, (small, large), back=True))
+        for dim, axes in enumerate(spec.dims):
+            order = places(axes, unit_orders(kept, large, place), {**family.sizes(config), **large.model_dump()})
+            if order is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(np.argsort(order)).to(tensor.device))
+        state[name] = tensor.clone()
+    with LOADING:
+        made = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    return made.to(model.device).eval()
+
+
+@torch.no_grad()
+def _error(alignment: Alignment, model: Any, reference: Any) -> float:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(shape_of(model.config).vocab, (1, _PROBE), generator=draw).to(model.device)
+    return float((apply(alignment, model, reference)(input_ids=ids).logits - model(input_ids=ids).logits).abs().max())
+
+

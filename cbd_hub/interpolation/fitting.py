@@ -1,0 +1,331 @@
+"""Coordinates fitted to two models: orders, signs and orthogonal maps under which their weights, and activations on a text, agree most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cbd_hub.families import TensorSpec, family_of
+from cbd_hub.interpolation.execute import turned
+from cbd_hub.interpolation.maps import Maps, head_role, linear_half, norms, places, readers, rotates
+from cbd_hub.interpolation.matching import assign, common_layers, kernel_alignment, orthogonal, rotary
+from cbd_hub.interpolation.plan import Kept, layer_types
+from cbd_hub.manifest import Shape
+from cbd_hub.shapes import shape_of
+
+
+Residual = Literal["rotation", "permutation"]
+_ROUNDS = 4
+
+
+def unit_orders(kept: Kept, large: Shape, layer: int, small: Shape | None = None) -> dict[str, np.ndarray]:
+    """The larger one's units in the smaller one's order: all of them, or with ``small`` those that it has."""
+    chosen = {"ffn": kept.ffn[layer]}
+    if kept.hidden is not None:
+        chosen["hidden"] = kept.hidden
+    if kept.heads is not None:
+        chosen["heads"] = kept.heads[layer]
+        group = large.heads // large.kv_heads
+        chosen["kv_heads"] = kept.heads[layer][::group] // group
+    if small is not None:
+        chosen = {axis: order[: getattr(small, axis)] for axis, order in chosen.items() if axis != "heads"}
+        if kept.heads is not None:
+            chosen["heads"] = kept.heads[layer].reshape(large.kv_heads, -1)[: small.kv_heads, : small.heads // small.kv_heads].ravel()
+    return chosen
+
+
+class Fit:
+    """The alternation: heads and neurons given the residual stream's map, and the map given them."""
+
+    def __init__(self, model: Any, reference: Any, calibration: Sequence[Tensor] | None, residual: Residual | None) -> None:
+        self.models = (model, reference)
+        self.family = family = family_of(model.config)
+        self.small, self.large = shape_of(model.config), shape_of(reference.config)
+        self.weights = tuple({name: tensor.detach().float() for name, tensor in family.parameters(each).items()} for each in self.models)
+        free = rotates(family, (self.small, self.large)) and self._gains_hold()
+        self.choices: list[Residual] = ["permutation", "rotation"] if free else ["permutation"]
+        self.residual: Residual = residual or ("rotation" if free and not getattr(model.config, family.tied) else "permutation")
+        self.head_norms = bool(family.head_norms)
+        self.rotary_width = self._rotary_width()
+        types = layer_types(model.config, reference.config)
+        self.acts = None if calibration is None else tuple(_activations(each, calibration) for each in self.models)
+        layers = Kept.even(self.small, self.large, types).layers
+        if self.acts is not None and self.small.layers < self.large.layers:
+            states = [[acts[f"state.{layer}"] for layer in range(shape.layers)] for acts, shape in zip(self.acts, (self.small, self.large))]
+            layers = common_layers(np.array([[kernel_alignment(ours, theirs) for theirs in states[1]] for ours in states[0]]), types)
+        group = self.large.heads // self.large.kv_heads
+        heads = np.tile(np.arange(self.large.heads), (self.large.layers, 1)) if self.large.heads else None
+        self.kept = Kept(layers, self._by_norm("ffn"), heads, None)
+        self.group = group
+        size, kv = self.small.head_size, self.small.kv_heads
+        same = torch.eye(size).repeat(self.small.layers, kv, 1, 1)
+        self.queries, self.values = same.clone(), same.clone()
+        self.neurons = torch.ones(self.small.layers, self.small.ffn)
+        device = next(iter(self.weights[0].values())).device
+        self.stream = torch.zeros(self.large.hidden, self.small.hidden, device=device)
+        self.read: dict[tuple[str, str, int], Tensor] = {}  # similarity of what tensors make of the norms' outputs
+        self.channels = np.ones(self.small.hidden, dtype=np.float32)
+
+    def run(self) -> None:
+        """Fit all maps."""
+        self._fit_stream(self._stream_cross(first=True))
+        for _ in range(_ROUNDS):
+            for place, layer in enumerate(self.kept.layers.tolist()):
+                self._fit_heads(place, layer)
+                self._fit_neurons(place, layer)
+            self._fit_stream(self._stream_cross())
+        for place, layer in enumerate(self.kept.layers.tolist()):
+            self._fit_heads(place, layer)
+            self._fit_neurons(place, layer)
+
+    def result(self) -> tuple[Kept, Maps]:
+        """The maps as data."""
+        known = all(
+            head_role(self.family, spec, axes) is not None
+            for spec in self.family.tensors for axes in spec.dims if isinstance(axes, tuple) and "head_size" in axes
+        )
+        maps = Maps(
+            neurons=self.neurons if bool((self.neurons < 0).any()) else None, values=self.values if known else None,
+            queries=self.queries if known and not self.head_norms else None,
+        )
+        if self.residual == "permutation":
+            return self.kept, replace(maps, channels=torch.from_numpy(self.channels)) if np.any(self.channels < 0) else maps
+        stream = self.stream.double()
+        if self.small.hidden < self.large.hidden:
+            whole = torch.linalg.qr(torch.cat([stream, self._directions()], 1))[0]
+            stream = torch.cat([stream, whole[:, self.small.hidden :]], 1)
+        ours, theirs = (
+            {name: weights[name].cpu() for name, _ in norms(self.family, shape.layers)} for weights, shape in zip(self.weights, (self.small, self.large))
+        )
+        return self.kept, replace(maps, rotation=stream.float().cpu(), small_gains=ours, large_gains=theirs)
+
+    def _directions(self) -> Tensor:
+        """Directions of the larger one's residual stream beside the smaller one's, the strongest first."""
+        spec = next(spec for spec in self.family.tensors if spec.name == self.family.embedding)
+        rows = [self.weights[1][spec.name]] if self.acts is None else [self.acts[1][f"state.{layer}"] for layer in range(self.large.layers)]
+        states = torch.cat(rows).double()
+        states = states - states @ self.stream.double() @ self.stream.double().T
+        vectors = torch.linalg.eigh(states.T @ states)[1].flip(1)
+        return vectors[:, : self.large.hidden - self.small.hidden]
+
+    def _gains_hold(self) -> bool:
+        """Whether no gain of a norm is so small that it cannot be divided by."""
+        return all(
+            float(weights[name].abs().min()) > 1e-3 * float(weights[name].abs().mean())
+            for weights, shape in zip(self.weights, (self.small, self.large)) for name, _ in norms(self.family, shape.layers)
+        )
+
+    def _rotary_width(self) -> int:
+        """Channels of a head that rotary positions turn; 0 with learned positions."""
+        if any("positions" in spec.dims for spec in self.family.tensors):
+            return 0
+        settings = getattr(self.models[0].config, "rope_parameters", None)
+        share = settings.get("partial_rotary_factor", 1.0) if isinstance(settings, dict) else 1.0
+        return int(self.small.head_size * share)
+
+    def _by_norm(self, axis: str) -> np.ndarray:
+        """Neurons of each of the larger one's layers by the norm of what they write, the largest first."""
+        spec, dim = self.family.input_of(self.family.ffn_input)
+        rows = [self.weights[1][spec.name.format(layer=layer)].movedim(dim, 0).norm(dim=1).cpu().numpy() for layer in range(self.large.layers)]
+        return np.argsort(-np.stack(rows), axis=1, kind="stable")
+
+    def _pairs(self, axis: str, place: int, layer: int) -> Iterator[tuple[TensorSpec, int, Tensor, Tensor, str]]:
+        """Tensors with an axis, of the smaller and the larger model, each brought to the larger one's coordinates on its other dimensions.
+
+        Yields the spec, which dimension the axis is, both tensors with that dimension first and the others flattened, and the norm that it reads.
+        """
+        chosen = unit_orders(self.kept, self.large, layer, self.small)
+        maps = Maps(neurons=self.neurons, values=self.values, queries=None if self.head_norms else self.queries)
+        read = readers(self.family)
+        sizes = {**self.family.sizes(self.models[1].config), **self.large.model_dump()}
+        for spec in self.family.tensors:
+            if not spec.present(self.models[0].config) or self.family.norm_of(spec) is not None or spec.per_layer != (place >= 0):
+                continue
+            dims = [dim for dim, axes in enumerate(spec.dims) if axis == axes or (isinstance(axes, tuple) and axis == "heads" and "head_size" in axes)]
+            if not dims or spec.module in self.family.head_norms:
+                continue
+            ours, theirs = (self.weights[side][spec.name.format(layer=at)] for side, at in ((0, place), (1, layer)))
+            norm = read.get(spec.name, "")
+            dim = dims[0]
+            if axis == "hidden":
+                ours = turned(ours, tuple(turn for turn in maps.turns(self.models[1].config, spec, (place, layer), (self.small, self.large)) if turn.dim != dim))
+            for other, axes in enumerate(spec.dims):
+                if other == dim:
+                    continue
+                if axes == "hidden" and norm:
+                    gains = [self.weights[side][norm.format(layer=at)] for side, at in ((0, place), (1, layer))]
+                    ours, theirs = (tensor * gain.view([-1 if at == other else 1 for at in range(tensor.dim())]) for tensor, gain in zip((ours, theirs), gains))
+                index = None if axes == "hidden" else places(axes, chosen, sizes)
+                if index is not None:
+                    theirs = theirs.index_select(other, torch.from_numpy(index).to(theirs.device))
+            if axis == "hidden" and norm:
+                gains = [self.weights[side][norm.format(layer=at)] for side, at in ((0, place), (1, layer))]
+                ours, theirs = (tensor * gain.view([-1 if at == dim else 1 for at in range(tensor.dim())]) for tensor, gain in zip((ours, theirs), gains))
+            yield spec, dim, ours.movedim(dim, 0).flatten(1) if ours.dim() > 1 else ours[:, None], theirs.movedim(dim, 0).flatten(1) if theirs.dim() > 1 else theirs[:, None], norm
+
+    def _cross(self, spec: TensorSpec, ours: Tensor, theirs: Tensor, norm: str, place: int, layer: int, part: str = "") -> Tensor:
+        """Similarity of the smaller one's units (rows) and the larger one's, by what they read or write."""
+        scale = (ours.norm() * theirs.norm()).clamp(min=1e-30)
+        if ours.shape[1] == theirs.shape[1] == 1:
+            return ours @ theirs.T / scale
+        found = (ours @ self.stream.T) @ theirs.T / scale
+        if self.acts is None or not norm:
+            return found
+        if (key := (spec.name, part, place)) not in self.read:
+            states = [acts[norm.rpartition(".")[0].format(layer=at)] for acts, at in zip(self.acts, (place, layer))]
+            gains = [self.weights[side][norm.format(layer=at)] for side, at in ((0, place), (1, layer))]
+            outputs = [state @ torch.where(gain == 0, 0.0, weights / gain).T for state, weights, gain in zip(states, (ours, theirs), gains)]
+            self.read[key] = outputs[0].T @ outputs[1] / (outputs[0].norm() * outputs[1].norm()).clamp(min=1e-30)
+        return found + self.read[key]
+
+    def _fit_neurons(self, place: int, layer: int) -> None:
+        plain = torch.zeros(self.small.ffn, self.large.ffn, device=self.stream.device)
+        signed = plain.clone()
+        for spec, _, ours, theirs, norm in self._pairs("ffn", place, layer):
+            target = signed if linear_half(self.family, spec) else plain
+            target += self._cross(spec, ours, theirs, norm, place, layer)
+        if self.acts is not None:
+            ours, theirs = (acts[f"{self.family.ffn_input}.{at}"] for acts, at in zip(self.acts, (place, layer)))
+            target = signed if any(linear_half(self.family, spec) for spec in self.family.tensors) else plain
+            target += ours.T @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+        columns, signs = assign(plain, signed if bool(signed.any()) else None)
+        self.neurons[place] = torch.from_numpy(signs)
+        self.kept.ffn[layer] = _first(columns, self.kept.ffn[layer])
+
+    def _fit_heads(self, place: int, layer: int) -> None:
+        cross = self._head_cross(place, layer)
+        group, kv, size = self.small.heads // self.small.kv_heads, self.small.kv_heads, self.small.head_size
+        wide = self.group
+
+        def pairs(role: str, per: tuple[int, int]) -> Tensor:
+            """(kv small, kv large, query small, query large, d, d)."""
+            found = cross[role].view(kv, per[0], size, self.large.kv_heads, per[1], size)
+            return found.permute(0, 3, 1, 4, 2, 5)
+
+        q, o = pairs("q", (group, wide)), pairs("o", (group, wide))
+        k, v = (pairs(role, (1, 1))[:, :, 0, 0] for role in "kv")
+        scores = self._reach_qk(q) + torch.linalg.svdvals(o).sum(-1)
+        inner = np.zeros((kv, self.large.kv_heads, group), dtype=np.int64)
+        for a in range(kv):
+            for b in range(self.large.kv_heads):
+                inner[a, b] = assign(scores[a, b])[0] if wide > 1 else 0
+        index = torch.from_numpy(inner).to(q.device)[:, :, :, None, None, None].expand(-1, -1, -1, 1, size, size)
+        qk, vo = k + q.gather(3, index).sum((2, 3)), v + o.gather(3, index).sum((2, 3))
+        columns = assign(self._reach_qk(qk) + torch.linalg.svdvals(vo).sum(-1))[0]
+        rows = np.arange(kv)
+        self.values[place] = orthogonal(vo[rows, columns].mT).float().cpu()
+        if not self.head_norms:
+            self.queries[place] = self._turn_qk(qk[rows, columns])[0].float().cpu()
+        if self.kept.heads is not None:
+            order = np.stack([_first(inner[a, b], np.arange(wide)) + b * wide for a, b in enumerate(columns)])
+            rest = [b for b in range(self.large.kv_heads) if b not in columns]
+            self.kept.heads[layer] = np.concatenate([order.ravel(), *(np.arange(wide) + b * wide for b in rest)])
+
+    def _turn_qk(self, cross: Tensor) -> tuple[Tensor, Tensor]:
+        if self.head_norms:
+            return torch.eye(cross.shape[-1], device=cross.device).expand(cross.shape), cross.diagonal(0, -2, -1).sum(-1)
+        if self.rotary_width:
+            return rotary(cross, self.rotary_width)
+        return orthogonal(cross.mT), torch.linalg.svdvals(cross).sum(-1)
+
+    def _reach_qk(self, cross: Tensor) -> Tensor:
+        return self._turn_qk(cross)[1]
+
+    def _head_cross(self, place: int, layer: int) -> dict[str, Tensor]:
+        """For each role the similarity of all channels of the smaller one's heads (rows) to the larger one's, unmapped."""
+        size = self.small.head_size
+        widths = {role: [(shape.heads if role in "qo" else shape.kv_heads) * size for shape in (self.small, self.large)] for role in "qkvo"}
+        found = {role: torch.zeros(*width, device=self.stream.device) for role, width in widths.items()}
+        for spec, dim, ours, theirs, norm in self._pairs("heads", place, layer):
+            axes = spec.dims[dim]
+            assert isinstance(axes, tuple)
+            role = head_role(self.family, spec, axes)
+            if role is None:
+                continue
+            pieces = [(role, ours, theirs)]
+            if role == "qkv":
+                at = axes.index(3)
+                split = []
+                for tensor, shape in ((ours, self.small), (theirs, self.large)):
+                    parts = [part if isinstance(part, int) else getattr(shape, part) for part in axes]
+                    split.append(tensor.unflatten(0, parts).movedim(at, 0).flatten(1, len(parts) - 1))
+                pieces = list(zip("qkv", *split))
+            for name, one, other in pieces:
+                found[name] += self._cross(spec, one, other, norm, place, layer, name)
+        if self.acts is not None:
+            ours, theirs = (acts[f"{self.family.heads_input}.{at}"] for acts, at in zip(self.acts, (place, layer)))
+            found["o"] += ours.T @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+        return found
+
+    def _stream_cross(self, *, first: bool = False) -> Tensor:
+        """Similarity of the larger one's channels (rows) to the smaller one's, by all that reads or writes them and the states themselves."""
+        total = torch.zeros(self.large.hidden, self.small.hidden, device=self.stream.device)
+        for place, layer in [(-1, -1), *([] if first else enumerate(self.kept.layers.tolist()))]:
+            for _, _, ours, theirs, _ in self._pairs("hidden", place, layer):
+                total += theirs @ ours.T / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+        if self.acts is not None:
+            for place, layer in enumerate(self.kept.layers.tolist()):
+                ours, theirs = self.acts[0][f"state.{place}"], self.acts[1][f"state.{layer}"]
+                total += theirs.T @ ours / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+        return total
+
+    def _fit_stream(self, cross: Tensor) -> None:
+        if self.residual == "rotation":
+            if self.family.centred:
+                cross = cross - cross.mean(0) - cross.mean(1, keepdim=True) + cross.mean()
+                cross = cross + cross.norm() / cross.shape[1]  # so that the mean direction stays itself
+            self.stream = orthogonal(cross).float()
+            return
+        similarity = cross.T
+        columns, self.channels = assign(similarity) if self.family.centred else assign(torch.zeros_like(similarity), similarity)
+        self.stream = torch.zeros_like(self.stream)
+        self.stream[columns, np.arange(self.small.hidden)] = torch.from_numpy(self.channels).to(self.stream.device)
+        self.kept = replace(self.kept, hidden=_first(columns, np.arange(self.large.hidden)))
+
+
+def _first(chosen: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """An order that begins with the chosen ones and goes on with the others."""
+    return np.concatenate([chosen, order[~np.isin(order, chosen)]])
+
+
+def _activations(model: Any, calibration: Sequence[Tensor]) -> dict[str, Tensor]:
+    """On a text: states after each layer, outputs of the norms, and inputs of what neurons and heads write with; shape (tokens, width) each."""
+    family, shape = family_of(model.config), shape_of(model.config)
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        found.setdefault(name, []).append(value.float().flatten(0, -2))
+
+    def after(name: str) -> Any:
+        return lambda _, __, output: keep(name, output[0] if isinstance(output, tuple) else output)
+
+    def before(name: str) -> Any:
+        return lambda _, inputs: keep(name, inputs[0])
+
+    with _hooks() as handles:
+        for layer, block in enumerate(model.get_submodule(family.blocks)):
+            handles.append(block.register_forward_hook(after(f"state.{layer}")))
+            for module in (family.ffn_input, family.heads_input):
+                handles.append(block.get_submodule(module).register_forward_pre_hook(before(f"{module}.{layer}")))
+        for name, _ in norms(family, shape.layers):
+            module = name.rpartition(".")[0]
+            handles.append(model.get_submodule(module).register_forward_hook(after(module)))
+        for start in range(0, len(calibration), 8):
+            model.base_model(input_ids=torch.stack(list(calibration[start : start + 8])).to(model.device), use_cache=False)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@contextmanager
+def _hooks() -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,89 @@
+"""The segments of a chain from ready checkpoints: neighbours aligned, and measured where there is text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cbd_hub.evaluation import Documents
+from cbd_hub.interpolation.live import best_device
+from cbd_hub.interpolation.planner import Kept, Maps, layer_types
+from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Shape, Strategies
+from cbd_hub.measure import measure_segment
+from cbd_hub.weights import load_model, load_tokenizer
+
+
+_BLOCK = 128
+_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A segment between two published anchors.
+
+    Attributes:
+        link: As in chain.json.
+        kept: The larger one's units that the smaller one's stand for; None where the two were not aligned.
+        maps: How the smaller one's are turned; None where they were not.
+        ends: Losses of the smaller and of the larger one, where there is text.
+    """
+
+    link: Link
+    kept: Kept | None = None
+    maps: Maps | None = None
+    ends: tuple[Evaluation, ...] = ()
+
+
+def join(
+    anchors: Sequence[Anchor], configs: Sequence[Any], folder: Callable[[str], Path], align: str | bool, calibration: Sequence[str] | None
+) -> Iterator[Joined]:
+    """The segments of anchors in falling size.
+
+    Args:
+        anchors: The anchors.
+        configs: Their configs.
+        folder: From an anchor's name to its checkpoint.
+        align: ``"auto"``, True or False, as for `assemble_chain`.
+        calibration: Texts, or None.
+    """
+    documents = None if calibration is None else Documents.packed(calibration, load_tokenizer(folder(anchors[0].name)), _BLOCK, _TOKENS)
+    models: dict[str, Any] = {}
+    for large, small, *pair in zip(anchors, anchors[1:], configs, configs[1:]):
+        types = layer_types(pair[1], pair[0])
+        if align is not False or documents is not None:
+            models = {
+                name: models.get(name) or load_model(folder(name), torch.float32).to(best_device()) for name in (large.name, small.name)
+            }
+        kept, maps, aligned = (None, None, None) if align is False else _aligned(models[small.name], models[large.name], align, documents)
+        if documents is None:
+            yield Joined(_plain_link(small, large, Kept.even(small.shape, large.shape, types) if kept is None else kept, aligned), kept, maps)
+            continue
+        measured = measure_segment(
+            models[small.name], models[large.name], kept, documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned
+        )
+        yield Joined(measured.link(), kept, maps, measured.ends)
+
+
+def _aligned(
+    small: Any, large: Any, align: str | bool, documents: Documents | None
+) -> tuple[Kept | None, Maps | None, Aligned | None]:
+    """The shared coordinates; none where ``auto`` finds that they bring the two no nearer."""
+    from cbd_hub.interpolation.align import STEPS, brings_nearer, fit
+    ids = None if documents is None else documents.ids
+    found = fit(small, large, ids, steps=STEPS)
+    if align == "auto" and not brings_nearer(found, small, large, ids):
+        return None, None, None
+    return found.kept, found.maps, Aligned(residual=found.residual, error=found.error)
+
+
+def _plain_link(small: Anchor, large: Anchor, kept: Kept, aligned: Aligned | None) -> Link:
+    """A link of which nothing was measured: order last block first."""
+    differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
+    return Link(
+        kind="segment", small=small.name, large=large.name, order=kept.dropped[::-1],
+        strategies=Strategies(blend=Blend(replicate=aligned is None, align=aligned), patch=Patch() if differs == ["layers"] else None),
+    )

@@ -1,0 +1,307 @@
+"""Alignment: what leaves a function alone is found again, and nothing else is changed."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file, save_file
+
+from cbd_hub import CBDModel, assemble_chain
+from cbd_hub.errors import ArchitectureError, ManifestError
+from cbd_hub.evaluation import Documents
+from cbd_hub.families import family_of
+from cbd_hub.files import sha256
+from cbd_hub.interpolation.align import align, apply, fit, segment_with
+from cbd_hub.interpolation.execute import combine
+from cbd_hub.interpolation.refine import middle_loss
+from cbd_hub.shapes import shape_of
+
+
+IDS = torch.arange(3, 43).view(1, 40) % 250
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def copied(model, state):
+    """A model like another, with other values."""
+    made = type(model)(model.config).eval()
+    family = family_of(model.config)
+    with torch.no_grad():
+        for name, parameter in family.parameters(made).items():
+            parameter.copy_(state[name])
+    return made
+
+
+def permuted(model, seed=0):
+    """The same function with every permutable unit in another place."""
+    draw = np.random.default_rng(seed)
+    family, shape = family_of(model.config), shape_of(model.config)
+    group = shape.heads // shape.kv_heads
+    sizes = family.sizes(model.config)
+    hidden = draw.permutation(shape.hidden)
+    orders = []
+    for _ in range(shape.layers):
+        kv = draw.permutation(shape.kv_heads)
+        orders.append({
+            "hidden": hidden, "ffn": draw.permutation(shape.ffn), "kv_heads": kv,
+            "heads": np.concatenate([head * group + draw.permutation(group) for head in kv]),
+        })
+    state = {}
+    parameters = family.parameters(model)
+    for spec, layer, name in family.stored(model.config):
+        tensor = parameters[name].detach()
+        for dim, axes in enumerate(spec.dims):
+            parts = axes if isinstance(axes, tuple) else (axes,)
+            lengths = [part if isinstance(part, int) else sizes[part] for part in parts]
+            whole = tensor.unflatten(dim, lengths)
+            for at, part in enumerate(parts):
+                order = orders[layer or 0].get(part) if isinstance(part, str) else None
+                if order is not None:
+                    whole = whole.index_select(dim + at, torch.from_numpy(order))
+            tensor = whole.flatten(dim, dim + len(parts) - 1)
+        state[name] = tensor.clone()
+    return copied(model, state)
+
+
+def same_parameters(first, second, tolerance=1e-4):
+    for (name, ours), (_, theirs) in zip(first.named_parameters(), second.named_parameters()):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", [*sorted(tiny.EVERY), "untied llama", "untied gpt2"])
+def test_a_permuted_copy_aligns_back(name):
+    model = {"untied llama": lambda: tiny.llama(tied=False, seed=3), "untied gpt2": lambda: tiny.gpt2(tie_word_embeddings=False, seed=3)}.get(
+        name, lambda: tiny.EVERY[name](seed=3)
+    )()
+    other = permuted(model)
+    torch.testing.assert_close(logits(other), logits(model), atol=1e-4, rtol=1e-4)
+    back = align(other, model)
+    torch.testing.assert_close(logits(back), logits(model), atol=1e-3, rtol=1e-3)
+    same_parameters(back, model, 1e-3)
+
+
+def turned_llama(model, hidden, seed=0):
+    """An untied llama of another width that computes the same: states turned by a random orthogonal map, gains folded, heads turned inside."""
+    draw = torch.Generator().manual_seed(seed)
+    old, size, kv = model.config.hidden_size, model.config.head_dim, model.config.num_key_value_heads
+    config = type(model.config)(**{**model.config.to_dict(), "hidden_size": hidden, "rms_norm_eps": model.config.rms_norm_eps * old / hidden})
+    made = type(model)(config).eval()
+    turn = torch.linalg.qr(torch.randn(hidden, hidden, generator=draw, dtype=torch.float64))[0][:, :old]
+    heads = torch.linalg.qr(torch.randn(kv, size, size, generator=draw, dtype=torch.float64))[0]
+    group = model.config.num_attention_heads // kv
+    state = {name: tensor.detach().double() for name, tensor in model.named_parameters()}
+    for name in list(state):
+        if name.endswith(("layernorm.weight", "norm.weight")):
+            continue
+        value = state[name]
+        if "v_proj" in name:
+            value = (heads @ value.unflatten(0, (kv, size))).flatten(0, 1)
+        if "o_proj" in name:
+            value = (value.unflatten(1, (kv * group, size)).transpose(0, 1) @ heads.repeat_interleave(group, 0).mT).transpose(0, 1).flatten(1)
+        if "o_proj" in name or "down_proj" in name:
+            value = turn @ value
+        elif "embed" in name:
+            value = value @ turn.T
+        else:
+            norm = "model.norm.weight" if "lm_head" in name else f"model.layers.{name.split('.')[2]}." + (
+                "input_layernorm.weight" if "self_attn" in name else "post_attention_layernorm.weight"
+            )
+            value = value * state[norm] @ turn.T * (old / hidden) ** 0.5
+        state[name] = value
+    state |= {name: torch.ones(hidden) for name in state if "norm" in name}
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(state[name])
+    return made
+
+
+def test_a_rotated_and_permuted_copy_of_an_untied_llama_aligns_back():
+    model = tiny.llama(tied=False, seed=3)
+    other = permuted(turned_llama(model, model.config.hidden_size))
+    torch.testing.assert_close(logits(other), logits(model), atol=1e-4, rtol=1e-4)
+    back = align(other, model)
+    torch.testing.assert_close(logits(back), logits(model), atol=1e-3, rtol=1e-3)
+    same_parameters(back, model, 1e-3)
+
+
+def test_a_model_aligns_to_its_own_rotated_copy_in_a_larger_width():
+    model = tiny.llama(tied=False, seed=3)
+    reference = turned_llama(permuted(model), 48)
+    torch.testing.assert_close(logits(reference), logits(model), atol=1e-4, rtol=1e-4)
+    same_parameters(align(model, reference), reference, 1e-3)
+
+
+def test_a_head_tied_to_the_embedding_takes_a_signed_permutation():
+    model = tiny.llama(seed=3)
+    other = permuted(model)
+    signs = torch.where(torch.arange(32) % 3 == 0, -1.0, 1.0)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(signs[:, None] if name.endswith(("o_proj.weight", "down_proj.weight")) else signs)
+    torch.testing.assert_close(logits(other), logits(model), atol=1e-4, rtol=1e-4)
+    same_parameters(align(other, model), model, 1e-3)
+
+
+WIDER = {"hidden": 48, "heads": 6, "ffn": 72, "layers": 5}
+
+
+def two(name, **more):
+    """A smaller and a larger model of one family, each random; tiny families with kv heads share two query heads a kv head."""
+    kv = {} if name in ("gpt2", "gpt_neox", "opt") else {"kv_heads": 3, "head_dim": 8}
+    own = {"kv_heads": 2, "head_dim": 8} if kv else {}
+    return tiny.EVERY[name](layers=3, seed=5, **own, **more), tiny.EVERY[name](seed=6, **{**WIDER, **kv}, **more)
+
+
+@pytest.mark.parametrize("name", sorted(tiny.EVERY))
+def test_an_aligned_model_computes_what_it_did(name):
+    """Fitted to a stranger, wider and deeper where that can be: whatever was matched, the function is the model's own."""
+    layers = {"layer_types": tiny.mixed(3)} if name == "gemma3_text" else {}
+    small = tiny.EVERY[name](layers=3, seed=5, **layers)
+    for large in (tiny.EVERY[name](layers=3, seed=6, **layers), None):
+        if large is None:
+            small, large = two(name)
+        aligned = align(small, large)
+        assert shape_of(aligned.config) == shape_of(large.config).model_copy(update={"layers": 3})
+        torch.testing.assert_close(logits(aligned), logits(small), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_an_untied_model_computes_what_it_did(name):
+    """Orthogonal maps of the residual stream, under norms that subtract the mean too, at one width and at two."""
+    untied = {"tie_word_embeddings": False} if name == "gpt2" else {"tied": False}
+    small, large = tiny.EVERY[name](layers=3, seed=5, **untied), tiny.EVERY[name](layers=3, seed=6, **untied)
+    found = fit(small, large)
+    assert found.residual == "rotation"
+    torch.testing.assert_close(logits(apply(found, small, large)), logits(small), atol=2e-3, rtol=2e-3)
+    small, large = two(name, **untied)
+    found = fit(small, large)
+    assert found.residual == ("rotation" if name == "llama" else "permutation")
+    torch.testing.assert_close(logits(apply(found, small, large)), logits(small), atol=2e-3, rtol=2e-3)
+
+
+def test_layers_are_matched_by_their_states():
+    """A deeper model in which some layers write nothing: the others are the smaller one's."""
+    small = tiny.llama(layers=3, seed=3)
+    large = tiny.llama(layers=5, seed=4)
+    source = {0: 0, 2: 1, 4: 2}
+    with torch.no_grad():
+        ours, theirs = dict(small.named_parameters()), dict(large.named_parameters())
+        for name, parameter in theirs.items():
+            if not name.startswith("model.layers."):
+                parameter.copy_(ours[name])
+                continue
+            layer, rest = int(name.split(".")[2]), name.split(".", 3)[3]
+            if layer in source:
+                parameter.copy_(ours[f"model.layers.{source[layer]}.{rest}"])
+            elif rest.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+    ids = Documents.packed(tiny.texts(20), tiny.tokenizer(), 32).ids
+    assert fit(small, large, ids, steps=0).kept.layers.tolist() == [0, 2, 4]
+
+
+def learned(model, ids):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(30):
+        batch = torch.stack(list(ids[step % 4 * 8 : step % 4 * 8 + 8]))
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_steps_lower_the_middle_and_leave_the_function_alone(tied):
+    ids = Documents.packed(tiny.texts(40), tiny.tokenizer(), 32).ids
+    small, large = (learned(tiny.llama(layers=2, tied=tied, seed=seed), ids) for seed in (5, 6))
+    losses = []
+    for steps in (0, 8):
+        found = fit(small, large, ids, steps=steps, residual="permutation" if tied else "rotation")
+        losses.append(middle_loss(segment_with(found, small, large), {"small": small, "large": large}, ids))
+        assert found.error < 1e-3
+    assert losses[1] < losses[0]
+
+
+def chain_of(tmp_path, small, large, **options):
+    return assemble_chain([tiny.save(large, tmp_path / "l"), tiny.save(small, tmp_path / "s")], tmp_path / "chain", **options)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_chain_of_a_model_and_part_of_its_permuted_copy_is_the_models_own_cut(tmp_path, tied):
+    """In common coordinates the two are one: between them lies the larger one's own cut, whatever alpha; each anchor stays itself, bit for bit."""
+    large = tiny.llama(tied=tied, seed=3)
+    whole = permuted(large if tied else turned_llama(large, 32))
+    small = tiny.llama(layers=2, tied=tied)
+    with torch.no_grad():
+        theirs = dict(whole.named_parameters())
+        for name, parameter in small.named_parameters():
+            parameter.copy_(theirs[name.replace("layers.1.", "layers.3.")])
+    chain = chain_of(tmp_path, small, large)
+    link = chain.manifest.links[0]
+    assert link.strategies.blend.align.residual == ("permutation" if tied else "rotation")
+    assert chain.anchors[1].maps is not None
+    cut = tiny.llama(layers=3, tied=tied)
+    with torch.no_grad():
+        theirs = dict(large.named_parameters())
+        for name, parameter in cut.named_parameters():
+            layer = name.split(".")[2] if name.startswith("model.layers") else None
+            parameter.copy_(theirs[name if layer is None else name.replace(f"layers.{layer}.", f"layers.{[0, 2, 3][int(layer)]}.")])
+    for options in ({"strategy": "blend", "alpha": 0.3}, {"strategy": "blend", "alpha": 1.0}, {"strategy": "patch"}):
+        made = CBDModel.from_chain(tmp_path / "chain", shape={"layers": 3}, **options)
+        torch.testing.assert_close(logits(made), logits(cut), atol=1e-3, rtol=1e-3)
+    CBDModel.materialize(tmp_path / "chain", shape={"layers": 3}, strategy="patch", output_dir=tmp_path / "made")
+    assert torch.equal(logits(type(made).from_pretrained(tmp_path / "made")), logits(made))
+    for name, model in (("min", small), ("max", large)):
+        assert all(map(torch.equal, CBDModel.from_chain(tmp_path / "chain", name).parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_and_whole_tensors_are_turned_alike(name, tmp_path):
+    """What is streamed to disk in parts is what live parameters give, at unequal widths with rotated states too."""
+    small, large = two(name, **({"tied": False} if name == "llama" else {}))
+    chain = chain_of(tmp_path, small, large, align=True)
+    size = sum(anchor.parameters for anchor in chain.anchors) // 2
+    plan = chain.plan(size, strategy="blend", alpha=0.4)
+    family = family_of(large.config)
+    live = {anchor.name: family.parameters(model) for anchor, model in zip(chain.anchors, (large, small))}
+    made = family.parameters(chain.model(size, strategy="blend", alpha=0.4))
+    for key, terms in plan.tensors.items():
+        torch.testing.assert_close(made[key], combine(terms, live), atol=1e-5, rtol=1e-5)
+
+
+def test_auto_leaves_neighbours_alone_that_share_coordinates(tmp_path):
+    large = tiny.llama(seed=3)
+    small = tiny.llama(layers=2)
+    with torch.no_grad():
+        theirs = dict(large.named_parameters())
+        for name, parameter in small.named_parameters():
+            parameter.copy_(theirs[name.replace("layers.1.", "layers.3.")])
+    assert chain_of(tmp_path, small, large).manifest.links[0].strategies.blend.align is None
+
+
+def test_a_plan_refuses_maps_that_do_not_fit(tmp_path):
+    chain = chain_of(tmp_path, tiny.llama(layers=2, seed=1), tiny.llama(seed=2), align=True)
+    path = tmp_path / "chain" / chain.anchors[1].maps.path
+    arrays = load_file(path)
+    for key, value, message in (
+        ("align.values", arrays["align.values"][:1], "values has shape"), ("align.queries", arrays["align.queries"] * np.float32("nan"), "not finite"),
+        ("align.rotation", np.eye(32, dtype=np.float32), "gains of the small"),
+    ):
+        save_file({**arrays, key: value}, path)
+        manifest = json.loads((tmp_path / "chain" / "chain.json").read_text())
+        manifest["anchors"][1]["maps"]["sha256"] = sha256(path)
+        (tmp_path / "chain" / "chain.json").write_text(json.dumps(manifest))
+        with pytest.raises(ManifestError, match=message):
+            CBDModel.plan(tmp_path / "chain", shape={"layers": 3})
+
+
+def test_what_cannot_be_aligned_is_refused():
+    with pytest.raises(ArchitectureError, match="two architectures"):
+        align(tiny.llama(), tiny.gpt2())
+    with pytest.raises(ManifestError, match="more ffn"):
+        align(tiny.llama(ffn=64), tiny.llama())
