@@ -51,9 +51,10 @@ class CBDChainModel(PreTrainedModel):
             raise ArgumentError(
                 f'{pretrained_model_name_or_path} is a chain, which gives many sizes; say which: from_pretrained("{pretrained_model_name_or_path}", size="...")'
             )
-        for name in ("adapter_kwargs", "subfolder", "_from_auto", "_commit_hash", "commit_hash"):
-            if not kwargs.get(name):
-                kwargs.pop(name, None)
+        for name in ("adapter_kwargs", "_from_auto", "_commit_hash", "commit_hash"):  # what the Auto classes add of their own
+            kwargs.pop(name, None)
+        if not kwargs.get("subfolder"):
+            kwargs.pop("subfolder", None)
         return CBDModel.from_chain(pretrained_model_name_or_path, **wishes, **kwargs)
 
 

@@ -347,7 +347,7 @@ def assemble_chain(
             name = unique_name(parameters, [anchor.name for anchor in anchors])
             copy_checkpoint(folder, builder.anchor_folder(name))
             anchors.append(builder.record(name, origin="published"))
-        links = [_plain_link(small, large) for large, small in zip(anchors, anchors[1:])]
+        links = [plain_link(small, large) for large, small in zip(anchors, anchors[1:])]
         if calibration is not None:
             links = _measured_links(builder, anchors, calibration)
         builder.finish(anchors, links, None)
@@ -388,7 +388,7 @@ def _tokenizer_hash(folder: Path) -> str | None:
     return sha256(path) if path.is_file() else None
 
 
-def _plain_link(small: Anchor, large: Anchor) -> Link:
+def plain_link(small: Anchor, large: Anchor) -> Link:
     """A link of which nothing was measured: order last block first."""
     differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
     return Link(

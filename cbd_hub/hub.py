@@ -77,16 +77,26 @@ class ChainFiles:
         return found
 
     def path(self, anchor: Anchor, name: str) -> Path:
-        """Where an anchor's file is, fetched whole if it is remote.
+        """Where an anchor's file is; if it is remote it is fetched whole and its hash checked.
 
         Raises:
+            IntegrityError: If a remote file differs from its record.
             ManifestError: If a symbolic link leads out of a local chain's folder.
         """
         remote = self.remote(anchor)
         if remote is None:
             return inside(self.root, f"{anchor.location.subfolder}/{name}" if anchor.location.subfolder else name)
         repo_id, revision, prefix = remote
-        return self._fetch(repo_id, prefix + name, revision)
+        found, record = self._fetch(repo_id, prefix + name, revision), anchor.files.get(name)
+        if record is not None:
+            try:
+                check_file(found, record.sha256, record.bytes)
+            except IntegrityError:  # a cache that was damaged, or a download that was: once more, and it is final
+                if self.options.get("local_files_only") or constants.HF_HUB_OFFLINE:
+                    raise
+                found = fetch(repo_id, prefix + name, revision, {**self.options, "force_download": True})
+                check_file(found, record.sha256, record.bytes)
+        return found
 
     def config_folder(self, anchor: Anchor) -> Path:
         """A folder with an anchor's config.json, checked; from its preview at a glance."""

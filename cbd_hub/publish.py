@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from cbd_hub.cards import anchor_card, chain_card, check_card, curve_picture, interpolant_card, merge_card
 from cbd_hub.client import api, explained
-from cbd_hub.errors import ArgumentError, IntegrityError, WeightsError
+from cbd_hub.errors import ArgumentError, IntegrityError, StorageError, WeightsError
 from cbd_hub.files import check_file, sha256
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, fetch, is_repo_id, open_chain
 from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview
@@ -262,6 +262,49 @@ def push_model(
     return _push_one(_Repo(repo_id, files, card, (".safetensors", ".safetensors.index.json")), _Publisher(token, private, gated, create_pr, commit_message, say), dry_run)
 
 
+def push_anchor(
+    repo_id: str, files: Mapping[str, Path], chain: Any, parameters: int, *, token: str | None = None, private: bool | None = None, say: Say | None = None
+) -> str:
+    """Push a ready checkpoint as a further anchor of a chain, with its card; gives the commit."""
+    _check_repo_id(repo_id)
+    source = str(chain.name if chain.files.revision is None else chain.files.name)
+    card = anchor_card(
+        repo_id, parameters, teacher_repo=None, license=None, facts={"anchor of": source}, chain=source if is_repo_id(source) else None,
+        manifest=chain.manifest, distilled=False,
+    )
+    repo = _Repo(repo_id, dict(files), card, (".safetensors", ".safetensors.index.json"))
+    publisher = _Publisher(token, private, None, False, None, say)
+    publisher.look(repo)
+    publisher.say(f"{format_bytes(repo.bytes)} to {repo_id}")
+    return publisher.put(repo, f"Anchor of {source}")
+
+
+def commit_index(
+    files: ChainFiles, manifest: Manifest, chunks: bytes, chunks_path: str, anchor: Anchor, folder: Path, *, token: str | None = None,
+    create_pr: bool = False, say: Say | None = None,
+) -> Publication:
+    """Commit an extended manifest, and the chunk hashes of its new anchor, to a published chain's index."""
+    headers = {name: _header_text(folder / name) for name in anchor.weight_files}
+    preview = Preview(config=json.dumps(json.loads((folder / "config.json").read_bytes()), separators=(",", ":")), headers=headers)
+    manifest = manifest.model_copy(update={"anchors": [entry.model_copy(update={"preview": preview}) if entry.name == anchor.name else entry for entry in manifest.anchors]})
+    repos = {entry.name: entry.location.repo_id for entry in manifest.anchors}
+    card = chain_card(manifest, repo_id=files.name, anchor_repos=repos, recipe=files.extra("recipe.yaml") is not None)
+    contents: dict[str, Content] = {FILE_NAME: manifest.to_json().encode(), chunks_path: chunks}
+    repo, publisher = _Repo(files.name, contents, card), _Publisher(token, None, None, create_pr, None, say)
+    publisher.look(repo)
+    if repo.head != files.revision:
+        raise StorageError(f"{files.name} has changed since it was read; nothing was written, run the same command again")
+    commit = publisher.put(repo, f"Anchor {anchor.name} in {anchor.location.repo_id}")
+    return Publication(
+        files.name, commit, {anchor.name: (anchor.location.repo_id, anchor.location.revision)}, pull_requests=publisher.pull_requests
+    )
+
+
+def _header_text(path: Path) -> str:
+    header, start = read_header(path)
+    return json.dumps({"start": start, "tensors": header}, separators=(",", ":"))
+
+
 def _push_one(repo: _Repo, publisher: _Publisher, dry_run: bool) -> Publication:
     if dry_run:
         check_card(repo.card, repo.id)
@@ -344,10 +387,7 @@ def _shareable_recipe(files: ChainFiles) -> dict[str, Any] | None:
 
 def _preview(files: ChainFiles, anchor: Anchor) -> Preview:
     """What a plan needs of an anchor before it is fetched."""
-    headers = {}
-    for name in anchor.weight_files:
-        header, start = read_header(files.path(anchor, name))
-        headers[name] = json.dumps({"start": start, "tensors": header}, separators=(",", ":"))
+    headers = {name: _header_text(files.path(anchor, name)) for name in anchor.weight_files}
     config = json.dumps(json.loads(files.path(anchor, "config.json").read_bytes()), separators=(",", ":"))
     return Preview(config=config, headers=headers)
 

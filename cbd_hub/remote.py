@@ -91,10 +91,7 @@ def _place(files: ChainFiles, anchor: Anchor, name: str, config: Any, rows: Rows
     """Where a weight file is, once what is read of it is there."""
     if files.remote(anchor) is None:
         return files.path(anchor, name)
-    whole = files.cached(anchor, name)
-    if whole is not None:
-        return whole
-    if rows is None:
+    if rows is None or files.cached(anchor, name) is not None:
         return files.path(anchor, name)
     partial = files.partial(anchor, name)
     if files.options.get("force_download"):

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 # A module may import from the floors before its own; entries are modules or folders.
 FLOORS = [
     "errors", "sizes", "manifest", "families", "files", "client", "ranges", "hub", "shapes", "weights", "losses", "interpolation", "remote", "evaluation",
-    "cut", "cards", "measure", "model", "publish", "chain", "distill", "printing", "cli",
+    "cut", "cards", "measure", "model", "publish", "chain", "extend", "distill", "printing", "cli",
 ]
 EXEMPT = {"__init__", "auto"}
 

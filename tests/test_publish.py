@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import tiny
 import torch
 from conftest import recipe
 from huggingface_hub import ModelCard
 
 from cbd_hub import CBDModel, Chain, distill_chain
-from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError
+from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError, WeightsError
+from cbd_hub.extend import add_anchor
+from cbd_hub.publish import push_model
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +161,47 @@ def test_private_gated_and_pull_requests(hub, llama):
     with pytest.raises(StorageError, match="cannot push"):
         chain.push_to_hub("org/new", token="hf_reader")
     assert done.commit
+
+
+def test_a_model_in_between_is_pushed_with_its_anchors_and_plan(hub, llama, tmp_path):
+    with_teacher(llama, tmp_path, repo_id="big/teacher", license="mit").push_to_hub("org/tiny")
+    size = middle(llama)
+    CBDModel.materialize("org/tiny", size, output_dir=tmp_path / "made")
+    done = push_model(tmp_path / "made", "org/middle")
+    files = hub.repos["org/middle"].at(done.commit)[1]
+    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    data = ModelCard(files["README.md"].decode()).data
+    first, second = Chain.from_pretrained(llama).anchors[:2]
+    assert set(data.base_model) == {f"org/tiny-{first.name}", f"org/tiny-{second.name}"}
+    assert (data.base_model_relation, data.license) == ("merge", "mit")
+    assert "alpha" in files["README.md"].decode()
+    CBDModel.materialize(llama, size, output_dir=tmp_path / "local")
+    push_model(tmp_path / "local", "org/local")
+    assert "base_model" not in ModelCard(hub.repos["org/local"].at("main")[1]["README.md"].decode()).data.to_dict()
+    with pytest.raises(WeightsError, match="neither a chain"):
+        push_model(llama / "anchors" / first.name, "org/anchor")
+
+
+def test_a_third_party_adds_an_anchor(hub, llama, tmp_path):
+    Chain.from_pretrained(llama).push_to_hub("org/tiny")
+    tiny.save(tiny.llama(layers=1, ffn=24), tmp_path / "small")
+    before = hub.repos["org/tiny"].at("main")[0]
+    hub.tokens["hf_third"] = "third"
+    hub.writers.add("third")
+    done = add_anchor(Chain.from_pretrained("org/tiny"), tmp_path / "small", "third/small", create_pr=True, token="hf_third")
+    assert len(done.pull_requests) == 1
+    assert hub.repos["org/tiny"].at("main")[0] == before
+    extended = Chain.from_pretrained("org/tiny", revision="refs/pr/1")
+    assert extended.anchors[-1].location.repo_id == "third/small"
+    assert CBDModel.from_chain("org/tiny", size="min", revision="refs/pr/1").config.num_hidden_layers == 1
+    assert CBDModel.plan("org/tiny", size="min", revision="refs/pr/1").parameters == extended.anchors[-1].parameters
+    hub.repos["org/tiny"].merge(1)
+    with pytest.raises(ArgumentError, match="already"):
+        add_anchor(Chain.from_pretrained("org/tiny"), tmp_path / "small", "third/again")
+    Chain.from_pretrained(llama).save_pretrained(tmp_path / "local")
+    add_anchor(Chain.from_pretrained(tmp_path / "local"), tmp_path / "small", "third/small")
+    local = Chain.from_pretrained(tmp_path / "local")
+    assert same(CBDModel.from_chain(tmp_path / "local", size="min"), CBDModel.from_chain("org/tiny", size="min"))
+    done = local.push_to_hub("org/more")
+    assert done.anchors[local.anchors[-1].name][0] == "third/small", "an anchor in a repo of its own stays there"
+    assert CBDModel.from_chain("org/more", size="min").config.num_hidden_layers == 1
