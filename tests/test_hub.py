@@ -10,8 +10,11 @@ import tiny
 import torch
 from hub_server import running
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
 from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub.cli import app
+from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.files import chunk_hashes, sha256
 
 
@@ -51,24 +54,21 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
 
 
 def test_push_and_pull_on_the_command_line(hub, tmp_path):
-    endpoint, home = constants.ENDPOINT, tmp_path / "cache"
+    def run(*arguments):
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return done.exception if done.exit_code else done.stdout
+
     for layers in (4, 2):
         tiny.save(tiny.llama(layers=layers), tmp_path / f"m{layers}")
     assemble_chain([tmp_path / "m4", tmp_path / "m2"], tmp_path / "chain")
+    assert "would be sent" in run("push", tmp_path / "chain", "org/cmd", "--dry-run")
     assert not hub.repos
-    done = cbd(endpoint, home, "push", tmp_path / "chain", "org/cmd", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tag"] == "v1"
-    done = cbd(endpoint, home, "plan", "org/cmd", "--memory-budget", "1GB", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bytes_to_fetch"]
-    done = cbd(endpoint, home, "pull", "org/cmd", tmp_path / "pulled")
-    assert done.returncode == 0, done.stderr
+    assert json.loads(run("push", tmp_path / "chain", "org/cmd", "--json"))["tag"] == "v1"
+    assert json.loads(run("plan", "org/cmd", "--memory-budget", "1GB", "--json"))["bytes_to_fetch"]
+    assert "org/cmd" not in run("pull", "org/cmd", tmp_path / "pulled")
     assert (tmp_path / "pulled" / "chain.json").is_file()
-    done = cbd(endpoint, home, "push", tmp_path / "nowhere", "org/x")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    done = cbd(endpoint, home, "push", tmp_path / "chain", "no-namespace")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert isinstance(run("push", tmp_path / "nowhere", "org/x"), StorageError)
+    assert isinstance(run("push", tmp_path / "chain", "no-namespace"), ArgumentError)
 
 
 def test_what_is_not_on_the_hub_is_one_clear_line(published, tmp_path):
