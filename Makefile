@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
 
-.PHONY: help demo test check fix clean
+.PHONY: help demo test test-all check fix clean
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
 	@echo "make test    lint, types, doctests and tests (under 10 minutes)"
+	@echo "make test-all  the same with every walk over requests and 10,000 fuzzed cases"
 	@echo "make fix     let ruff mend what it can"
 	@echo "make clean   remove the virtual environment"
 
@@ -34,6 +35,11 @@ test: $(READY)dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-all: $(READY)dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m ""
 
 fix: $(READY)dev
 	$(BIN)/ruff check --fix .

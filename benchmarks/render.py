@@ -145,6 +145,21 @@ def align(data: dict[str, Any]) -> str:
     )
 
 
+def hub(data: dict[str, Any]) -> str:
+    """What loads from the Hub cost."""
+    mega = {name: f"{value / 1e6:.1f} MB" for name, value in data.items() if name.endswith("bytes")}
+    rows = [
+        ["a `patch` size, cold", f"{mega['patch cold bytes']}; the model itself has {mega['target bytes']}, both anchors {mega['both anchors bytes']}"],
+        ["as `cbd plan` said before", f"{mega['planned bytes']}, in {data['plan requests']} requests"],
+        ["a second size of the segment, a block larger", f"{mega['second size bytes']}; a block has {mega['block bytes']}"],
+        ["a `blend` size, from the same cache", f"{mega['blend cold bytes']}"],
+        ["requests, warm, pinned / not", f"{data['warm pinned requests']} / {data['warm requests']}"],
+        ["four processes at once, cold", f"{data['four processes bytes to one']:.2f}x the bytes of one"],
+        ["warm load against `from_pretrained` of the same model", f"{data['warm to from_pretrained']:.2f}x the time"],
+    ]
+    return f"{table(['load from the Hub', 'cost'], rows)}\n\nRandom Llama models of 10 and 7 layers, hidden 512; counted by the tests' Hub. `python benchmarks/hub.py`"
+
+
 def main() -> None:
     """Fill the marked blocks."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -154,7 +169,7 @@ def main() -> None:
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     for name, render in (
         ("demo", demo), ("boomerang", boomerang), ("step", step), ("teacher_cache", teacher_cache), ("head", head), ("anchors", anchors), ("align", align), ("memory", memory),
-        ("loading", loading),
+        ("loading", loading), ("hub", hub),
     ):
         path = RESULTS / f"{name}.json"
         if path.is_file():

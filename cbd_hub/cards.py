@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import io
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import yaml
+from huggingface_hub import RepoCard
 from jinja2 import Environment, StrictUndefined
 
+from cbd_hub.errors import ArgumentError
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.manifest import Evaluation, Manifest
 from cbd_hub.sizes import format_size
 
 
-def chain_card(manifest: Manifest) -> str:
+_BEGIN, _END = "<!-- cbd_hub:begin", "<!-- cbd_hub:end -->"
+# The ids that the Hub's metadata may hold.
+_LICENSES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m openrail++ afl-3.0
+    artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
+    cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-
+    sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl
+    gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0
+    osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1
+    llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+"""
+LICENSES = frozenset(_LICENSES.split())
+
+def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: Mapping[str, str] | None = None, recipe: bool = True) -> str:
     """The README of a chain.
 
     Args:
         manifest: The chain.
+        repo_id: Its repo; None for a local folder.
+        anchor_repos: The repo of each anchor, where it is published.
+        recipe: Whether recipe.yaml lies beside it.
 
     Returns:
         Markdown with the metadata of a model card.
     """
+    name = repo_id or manifest.name
     anchors = [
         {
             "name": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape, "origin": anchor.origin,
             "loss": _loss(anchor.evaluations[-1]) if anchor.evaluations else "not measured",
+            "path": anchor_repos[anchor.name] if anchor_repos else f"{name}/anchors/{anchor.name}",
         }
         for anchor in manifest.anchors
     ]
@@ -38,17 +62,19 @@ def chain_card(manifest: Manifest) -> str:
     troughs = [trough for link, size, loss in best if (trough := chords[link.small].trough(size, loss)) is not None]
     recommended = [format_size(size) for link in reversed(manifest.links) for size in link.recommended_sizes]
     measured = [anchor.evaluations[-1] for anchor in manifest.anchors if anchor.evaluations]
-    smallest, largest = manifest.anchors[-1].parameters, manifest.anchors[0].parameters
     teacher = manifest.teacher
     return _render(
-        "chain.md.j2", name=manifest.name, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, smallest=format_size(smallest), largest=format_size(largest),
-        example=format_size((smallest + largest) // 2), teacher_repo=teacher.repo_id if teacher else None,
-        license=teacher.license if teacher else None, teacher_parameters=format_size(teacher.parameters) if teacher else None,
+        "chain.md.j2", name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
+        teacher_repo=_hub_id(teacher.repo_id) if teacher else None, license=license_lines(teacher.license if teacher else None),
+        teacher_parameters=format_size(teacher.parameters) if teacher else None, recipe=recipe,
         dataset=measured[-1].dataset if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None,
     )
 
 
-def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license: str | None, facts: dict[str, str], base: str | None = None, base_repo: str | None = None) -> str:
+def anchor_card(
+    name: str, parameters: int, *, teacher_repo: str | None, license: str | None, facts: dict[str, str], base: str | None = None,
+    base_repo: str | None = None, chain: str | None = None, manifest: Manifest | None = None, distilled: bool = True,
+) -> str:
     """The README of a distilled model, or of an adapter.
 
     Args:
@@ -59,12 +85,17 @@ def anchor_card(name: str, parameters: int, *, teacher_repo: str | None, license
         facts: What the table says of it.
         base: Of an adapter, the model that it belongs on; None for a whole model.
         base_repo: Its Hub id; None for a local one.
+        chain: Repo of the chain that it is an anchor of.
+        manifest: That chain.
+        distilled: Whether it was distilled here, and not merely taken over.
 
     Returns:
         Markdown with the metadata of a model card.
     """
+    span = {"smallest": "", "largest": "", "example": ""} if manifest is None else _span(manifest)
     return _render(
-        "anchor.md.j2", name=name, parameters=parameters, teacher_repo=teacher_repo, license=license, facts=list(facts.items()), base=base, base_repo=base_repo
+        "anchor.md.j2", name=name, parameters=parameters, teacher_repo=_hub_id(teacher_repo), license=license_lines(license), facts=list(facts.items()),
+        base=base, base_repo=base_repo, chain=chain, distilled=distilled, **span,
     )
 
 
@@ -80,7 +111,31 @@ def cut_card(name: str, summary: dict[str, Any], *, license: str | None) -> str:
         Markdown with the metadata of a model card.
     """
     source = summary["model"]
-    return _render("cut.md.j2", name=name, license=license, repo=source if is_repo_id(source) else None, whole=format_size(summary["whole_parameters"]), **summary)
+    return _render(
+        "cut.md.j2", name=name, license=license_lines(license), repo=source if is_repo_id(source) else None, whole=format_size(summary["whole_parameters"]),
+        **summary,
+    )
+
+
+def interpolant_card(
+    name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str]
+) -> str:
+    """The README of a model made from a chain.
+
+    Args:
+        name: Its repo id.
+        parameters: Unique parameters.
+        chain: Repo of the chain; None for a local one.
+        anchors: Repos of the anchors it was made of.
+        license: Licence of the chain's teacher where it is known.
+        facts: The plan.
+
+    Returns:
+        Markdown with the metadata of a model card.
+    """
+    return _render(
+        "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=list(facts.items())
+    )
 
 
 def cache_card(record: dict[str, Any]) -> str:
@@ -94,6 +149,134 @@ def cache_card(record: dict[str, Any]) -> str:
     """
     source = record["source"]
     return _render("teacher_cache.md.j2", teacher=source["teacher"], source=source, figures=record["figures"])
+
+
+def curve_picture(manifest: Manifest) -> bytes | None:
+    """Size against measured loss, as a PNG; None where nothing was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    anchors = [(anchor.parameters / 1e6, anchor.evaluations[-1]) for anchor in manifest.anchors if anchor.evaluations]
+    between = [(point.size / 1e6, point) for link in manifest.links for point in link.curve]
+    if not between:
+        return None
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for strategy in sorted({point.strategy for _, point in between}):
+        chosen = sorted((size, point.loss, point.stderr or 0.0) for size, point in between if point.strategy == strategy)
+        sizes, losses, errors = zip(*chosen)
+        axes.errorbar(sizes, losses, errors, marker="o", markersize=4, linestyle="none", capsize=2, label=strategy)
+    if anchors:
+        sizes, points = zip(*anchors)
+        axes.errorbar(sizes, [point.loss for point in points], [point.stderr or 0.0 for point in points], marker="s", color="black", capsize=2, label="anchors")
+    axes.set_xlabel("million parameters")
+    axes.set_ylabel("nats per token")
+    axes.set_title(manifest.name)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def license_lines(license: str | None) -> str:
+    r"""The metadata of a licence: nothing for an unknown one, ``other`` with its name for one that the Hub has no id for.
+
+    Example:
+        >>> license_lines("apache-2.0"), license_lines("My Licence"), license_lines(None)
+        ('license: apache-2.0\n', 'license: other\nlicense_name: my-licence\n', '')
+    """
+    if license is None:
+        return ""
+    if license.lower() in LICENSES:
+        return f"license: {license.lower()}\n"
+    name = re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-.")
+    return f"license: other\nlicense_name: {name}\n" if name else ""
+
+
+def check_card(text: str, name: str) -> None:
+    """What the Hub would refuse in a card's metadata, found before anything is sent.
+
+    Args:
+        text: The README.
+        name: Whose it is, for the error.
+
+    Raises:
+        ArgumentError: Naming the first field that is wrong.
+    """
+    try:
+        data = RepoCard(text, ignore_metadata_errors=False).data.to_dict()
+    except Exception as error:  # whatever a broken YAML block raises
+        raise ArgumentError(f"the card of {name} has metadata that is not YAML ({str(error).splitlines()[0][:120]}); mend the block at the top of its README") from error
+    bases = data.get("base_model") or []
+    lists = {field: data.get(field) or [] for field in ("tags", "datasets", "language")}
+    for field, value in lists.items():
+        if not isinstance(value, (str, list)) or not all(isinstance(entry, str) and entry for entry in _texts(value)):
+            raise ArgumentError(f"the card of {name} has {field}: {str(value)[:80]}, which is not a list of texts; mend its README")
+    for base in _texts(bases):
+        if _hub_id(base) is None:
+            raise ArgumentError(f"the card of {name} has base_model: {str(base)[:80]}, which is no Hub id; mend its README")
+    if data.get("base_model_relation") not in (None, "adapter", "merge", "quantized", "finetune"):
+        raise ArgumentError(f"the card of {name} has base_model_relation: {str(data['base_model_relation'])[:80]}; the Hub knows adapter, merge, quantized and finetune")
+    licenses = data.get("license") or []
+    for license in _texts(licenses):
+        if license not in LICENSES:
+            raise ArgumentError(f'the card of {name} has license: {str(license)[:80]}, which is no id of the Hub; write "other" with license_name')
+
+
+def merge_card(old: str | None, new: str) -> str:
+    """A card written anew that keeps what people wrote into the old one.
+
+    The marked block is replaced and the text around it kept; of the metadata what only the old one has is kept, tags and data sets of both
+    are kept, and a licence that a person put there stands.
+
+    Args:
+        old: The README that is there; None for none.
+        new: The card.
+
+    Returns:
+        The README to publish.
+    """
+    if not old or not old.strip():
+        return new
+    fresh = RepoCard(new)
+    try:
+        written = RepoCard(old, ignore_metadata_errors=True)
+        data, body = written.data.to_dict(), written.text
+    except Exception:  # a card that cannot be read is all hand-written text
+        data, body = {}, old
+    merged = {**data, **fresh.data.to_dict()}
+    for field in ("tags", "datasets", "language"):
+        if isinstance(data.get(field), (str, list, type(None))):  # anything else is for the check of the card to refuse
+            both = [*_texts(fresh.data.to_dict().get(field)), *_texts(data.get(field))]
+        else:
+            merged[field], both = data[field], []
+        if both:
+            merged[field] = list(dict.fromkeys(both))
+    if data.get("license"):
+        merged |= {field: data[field] for field in ("license", "license_name", "license_link") if field in data}
+    start, stop = body.find(_BEGIN), body.find(_END)
+    block = fresh.text[fresh.text.find(_BEGIN) :].strip()
+    if 0 <= start < stop:
+        body = body[:start].strip("\n") + "\n\n" + block + "\n\n" + body[stop + len(_END) :].strip("\n")
+    else:
+        body = block + "\n\n" + body.strip()
+    head = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n{body.strip()}\n"
+
+
+def _texts(value: Any) -> list[Any]:
+    """A field of a card's metadata that may be one entry or a list of them."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _span(manifest: Manifest) -> dict[str, str]:
+    smallest, largest = manifest.anchors[-1].parameters, manifest.anchors[0].parameters
+    return {"smallest": format_size(smallest), "largest": format_size(largest), "example": format_size((smallest + largest) // 2)}
+
+
+def _hub_id(name: Any) -> str | None:
+    """A text if it is a Hub id."""
+    return name if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) else None
 
 
 def _loss(entry: Evaluation) -> str:

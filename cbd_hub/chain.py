@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from cbd_hub.manifest import (
     Training,
 )
 from cbd_hub.model import CBDModel, plan_in
+from cbd_hub.publish import Publication, push_chain
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import Checkpoint, load_tokenizer, read_config
 
@@ -91,7 +92,7 @@ class Chain:
 
     def plan(self, size: str | int | None = None, **options: Any) -> Plan:
         """The plan of a size; options are those of `CBDModel.plan` from ``shape`` to ``tolerance``."""
-        return plan_in(self.files, size, **options)
+        return plan_in(replace(self.files, glance=True), size, **options)
 
     def model(self, size: str | int | None = None, **options: Any) -> Any:
         """A model of a size, as `CBDModel.from_chain` gives it."""
@@ -104,8 +105,8 @@ class Chain:
             IntegrityError: If its files differ from their recorded hashes.
             WeightsError: If there is none that can be used.
         """
-        self.files.tokenizer_files()
-        return load_tokenizer(self.files.root)
+        found = self.files.tokenizer_files()
+        return load_tokenizer(found[0].parent if found else self.files.root)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Copy the chain, with every anchor, to a local folder: absent or empty.
@@ -130,10 +131,46 @@ class Chain:
                     anchor.name, origin=anchor.origin, parent=anchor.parent, maps=kept, training=anchor.training,
                     evaluations=list(anchor.evaluations),
                 ))
-            for name in ("recipe.yaml", "README.md"):
-                if (self.files.root / name).is_file():
-                    shutil.copyfile(self.files.root / name, target / name)
+            for name in ("recipe.yaml",) if self.files.revision is not None else ("recipe.yaml", "README.md"):
+                found = self.files.extra(name)
+                if found is not None:
+                    shutil.copyfile(found, target / name)
             builder.finish(anchors, list(self.manifest.links), self.manifest.teacher, card=not (target / "README.md").is_file())
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, gated: Literal["auto", "manual"] | None = None, token: str | None = None,
+        create_pr: bool = False, commit_message: str | None = None, tag: str | None = None, collection: bool = True, dry_run: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> Publication:
+        """Publish the chain: one ordinary transformers repo per anchor (``org/NAME-138M``), one light index repo, one collection.
+
+        All is checked before the first byte goes up, and the index commit comes last: killed at any moment, the old chain stays whole, and the
+        same call goes on. Anchors that lie in repos of their own stay there. A README that is there keeps what people wrote into it.
+
+        Args:
+            repo_id: The index repo, such as ``org/NAME``.
+            private: Whether repos made now, and the collection, are private.
+            gated: Let readers ask for access, granted at once (``auto``) or by hand (``manual``).
+            token: Hub token; None for the stored one.
+            create_pr: Open pull requests on repos that are there, for who may not write to them; there is no tag and no collection then.
+            commit_message: Message of the commits.
+            tag: Tag of the index commit; by default the next of v1, v2, ...
+            collection: Whether to put all repos into a collection.
+            dry_run: Check all, send nothing, and say what would be sent.
+            say: Called with each line of progress.
+
+        Returns:
+            Repos, commits, bytes, tag and collection.
+
+        Raises:
+            ArgumentError: If a name or a card's metadata would be refused, or a public repo was asked to be private.
+            IntegrityError: If a file differs from its record, or the Hub holds other bytes than were sent.
+            StorageError: If the Hub cannot be reached or refuses.
+        """
+        return push_chain(
+            self.files, repo_id, private=private, gated=gated, token=token, create_pr=create_pr, commit_message=commit_message, tag=tag,
+            collection=collection, dry_run=dry_run, say=say,
+        )
 
     def __repr__(self) -> str:
         sizes = " > ".join(anchor.name for anchor in self.anchors)

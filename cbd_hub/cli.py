@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cbd_hub.errors import ArgumentError, CBDError, DataError
+from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError
 from cbd_hub.printing import cell, err, middle, out, print_json, show_chain, show_costs, table_of, with_error
 from cbd_hub.sizes import format_bytes, format_size
 
@@ -33,6 +33,14 @@ AlphaOption = Annotated[float | None, typer.Option("--alpha", help="Weight of th
 ToleranceOption = Annotated[float, typer.Option("--tolerance", help="Largest accepted distance from the size, as a share of it.")]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a chain on the Hub.", show_default=False)]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the anchors' by default.", show_default=False)]
+BudgetOption = Annotated[
+    str | None, typer.Option("--memory-budget", help='Bytes for the weights in the dtype instead, such as "300MB": the largest size that fits.', show_default=False)
+]
+PrivateOption = Annotated[bool | None, typer.Option("--private/--public", help="Whether repos made now are private; the account's default otherwise.", show_default=False)]
+GatedOption = Annotated[str | None, typer.Option("--gated", metavar="auto|manual", help="Let readers ask for access.", show_default=False)]
+PullRequestOption = Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead, where you may not write.")]
+MessageOption = Annotated[str | None, typer.Option("--message", help="Message of the commits.", show_default=False)]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check all, send nothing, and say what would be sent.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)]
 
@@ -127,13 +135,16 @@ def show(chain: ChainArgument, revision: RevisionOption = None, as_json: JsonOpt
 @app.command()
 def plan(
     chain: ChainArgument, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None,
-    tolerance: ToleranceOption = 0.02, revision: RevisionOption = None, as_json: JsonOption = False,
+    tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
-    """Say what a size would be made of, without touching a weight."""
+    """Say what a size would be made of, and what would be fetched, without touching a weight."""
+    from dataclasses import replace
+
     from cbd_hub.hub import open_chain
     from cbd_hub.model import plan_costs, plan_in
-    files = open_chain(chain, revision=revision)
-    planned = plan_in(files, size, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
+    _hush_bars()
+    files = replace(open_chain(chain, revision=revision), glance=True)
+    planned = plan_in(files, size, memory_budget=budget, dtype=dtype, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
     costs = plan_costs(files, planned)
     if as_json:
         print_json({**planned.summary(), **costs})
@@ -152,6 +163,8 @@ def plan(
         rows["weights"] = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in weights.items() if name == "alpha" or value != 1)
     rows["expected loss"] = "not measured" if planned.expected is None else f"{planned.expected:.3f} nats per token"
     rows["read"] = ", ".join(f"{format_bytes(count)} of {name}" for name, count in costs["bytes_read"].items())
+    if "bytes_to_fetch" in costs:
+        rows["fetch"] = ", ".join(f"{format_bytes(count)} of {name}" for name, count in costs["bytes_to_fetch"].items())
     rows["in memory"] = ", ".join(f"{format_bytes(count)} in {dtype}" for dtype, count in costs["bytes_in_memory"].items())
     for name, value in rows.items():
         table.add_row(name, escape(value))
@@ -165,14 +178,15 @@ def plan(
 @app.command()
 def make(
     chain: ChainArgument, out_dir: OutOption, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto",
-    alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02, dtype: DtypeOption = None, revision: RevisionOption = None,
-    as_json: JsonOption = False,
+    alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, dtype: DtypeOption = None,
+    revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
     from cbd_hub.model import CBDModel
     _hush_bars()
     made = CBDModel.materialize(
-        chain, size, output_dir=out_dir, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype, revision=revision
+        chain, size, output_dir=out_dir, memory_budget=budget, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype,
+        revision=revision,
     )
     if as_json:
         print_json({**made.summary(), "output_dir": str(out_dir)})
@@ -225,7 +239,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
-    dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
+    budget: BudgetOption = None, dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with a model of a size."""
     import torch
@@ -237,7 +251,7 @@ def generate(
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
     opened = Chain.from_pretrained(chain, revision=revision)
-    model = opened.model(size, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
+    model = opened.model(size, memory_budget=budget, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
     model.to(best_device())
     tokenizer = opened.tokenizer()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -374,6 +388,82 @@ def cache_teacher(
     out.print(f"next: teacher_cache: {place} in a stage of a recipe, or ChainDistiller(..., teacher_cache=...)")
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A chain, or a model made from one.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repo: of a chain its index, beside which each anchor gets one.", show_default=False)],
+    private: PrivateOption = None, gated: GatedOption = None, create_pr: PullRequestOption = False, message: MessageOption = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="Tag of the index; by default the next of v1, v2, ...", show_default=False)] = None,
+    collection: Annotated[bool, typer.Option("--collection/--no-collection", help="Put the repos into a collection.")] = True,
+    dry_run: DryRunOption = False, as_json: JsonOption = False,
+) -> None:
+    """Publish a chain, or a model made from one, on the Hub.
+
+    Killed at any moment, what was published before stays whole; run the same command again, it goes on.
+    """
+    import dataclasses
+
+    from cbd_hub.chain import Chain
+    from cbd_hub.manifest import FILE_NAME
+    from cbd_hub.publish import push_model
+    if gated not in (None, "auto", "manual"):
+        raise ArgumentError(f"--gated {gated} is not known; choose auto or manual")
+    how: dict[str, Any] = {
+        "private": private, "gated": gated, "create_pr": create_pr, "commit_message": message, "dry_run": dry_run,
+        "say": None if as_json else lambda line: err.print(escape(line)),
+    }
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is no folder; give a chain's folder, or that of a model made by `cbd make`")
+    if (folder / FILE_NAME).is_file():
+        done = Chain.from_pretrained(folder).push_to_hub(repo_id, tag=tag, collection=collection, **how)
+    else:
+        done = push_model(folder, repo_id, **how)
+    if as_json:
+        print_json(dataclasses.asdict(done))
+        return
+    table_of("would be sent" if dry_run else "published", [{"repo": name, "size": format_bytes(size)} for name, size in done.bytes.items()])
+    for address in done.pull_requests:
+        out.print(f"pull request: {escape(address)}")
+    if done.tag is not None:
+        out.print(f"commit {done.commit}, tag {escape(done.tag)}" + (f", collection {escape(done.collection)}" if done.collection else ""))
+        out.print(f'next: CBDModel.from_chain("{escape(repo_id)}", size="...")')
+
+
+@app.command()
+def pull(chain: ChainArgument, out_dir: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.", show_default=False)], revision: RevisionOption = None, as_json: JsonOption = False) -> None:
+    """Make a local chain of one on the Hub, with every anchor."""
+    from cbd_hub.chain import Chain
+    Chain.from_pretrained(chain, revision=revision).save_pretrained(out_dir)
+    made = Chain.from_pretrained(out_dir)
+    if as_json:
+        print_json(json.loads(made.manifest.to_json()))
+        return
+    show_chain(made)
+
+
+@app.command("add-anchor")
+def add_anchor(
+    chain: ChainArgument, checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="The anchor: model folder or Hub id.", show_default=False)],
+    repo_id: Annotated[str, typer.Option("--repo", metavar="ORG/NAME", help="The repo it goes to.", show_default=False)],
+    private: PrivateOption = None, create_pr: PullRequestOption = False, as_json: JsonOption = False,
+) -> None:
+    """Extend a chain with an anchor in a repo of its own: a local chain, or a published one by a commit or a pull request."""
+    import dataclasses
+
+    from cbd_hub.chain import Chain
+    from cbd_hub.extend import add_anchor as extend
+    done = extend(
+        Chain.from_pretrained(chain), checkpoint, repo_id, private=private, create_pr=create_pr, say=None if as_json else lambda line: err.print(escape(line))
+    )
+    if as_json:
+        print_json(dataclasses.asdict(done))
+        return
+    for name, (repo, commit) in done.anchors.items():
+        out.print(f"anchor {escape(name)} in {escape(repo)} at {commit}")
+    for address in done.pull_requests:
+        out.print(f"pull request: {escape(address)}")
+
+
 def _shape(text: str | None) -> dict[str, int] | None:
     """A shape from "layers=24,ffn=1192"."""
     if text is None:
@@ -391,6 +481,7 @@ def _quiet() -> None:
     """No warnings of the libraries between the tables."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
 
 

@@ -190,18 +190,24 @@ class CheckedFile:
         Raises:
             IntegrityError: If a chunk differs from its recorded hash.
         """
+        wrong = self.wrong(set(range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))))
+        if wrong:
+            raise IntegrityError(
+                f"{self.path} differs from its recorded hash in bytes {min(wrong) * CHUNK_BYTES:,} and on; it was changed or damaged: fetch it again"
+            )
+
+    def wrong(self, chunks: set[int]) -> set[int]:
+        """Those of some chunks that differ from their recorded hash."""
         with self._lock:
-            wanted = set(range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))) - self._verdicts.known
-            if not wanted:
-                return
-            with self.path.open("rb") as file:
-                for index in sorted(wanted):
-                    file.seek(index * CHUNK_BYTES)
-                    if hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest() != self._chunks[index]:
-                        raise IntegrityError(
-                            f"{self.path} differs from its recorded hash in bytes {index * CHUNK_BYTES:,} and on; it was changed or damaged: fetch it again"
-                        )
-            self._verdicts.known |= wanted
+            wanted, wrong = chunks - self._verdicts.known, set()
+            if wanted:
+                with self.path.open("rb") as file:
+                    for index in sorted(wanted):
+                        file.seek(index * CHUNK_BYTES)
+                        if hashlib.sha256(file.read(CHUNK_BYTES)).hexdigest() != self._chunks[index]:
+                            wrong.add(index)
+                self._verdicts.known |= wanted - wrong
+            return wrong
 
     def remember(self) -> None:
         """Keep the verdicts for later processes."""

@@ -1,29 +1,26 @@
-"""All transfer from the Hub, and the one place that knows whether a chain is a local folder or a repo."""
+"""What lies on the Hub or in a folder, and the one place that knows whether a chain is a local folder or a repo."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from cbd_hub.client import NAME, api, explained
 from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError
-from cbd_hub.files import check_file, sha256
+from cbd_hub.files import CHUNK_BYTES, check_file, sha256
 from cbd_hub.manifest import FILE_NAME, Anchor, Manifest, PathRecord, inside
+from cbd_hub.ranges import PartialFile
 
 
 TOKENIZER_FILES = (
@@ -36,30 +33,40 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.
 
 @dataclass(frozen=True)
 class ChainFiles:
-    """The files of a chain, wherever they are.
+    """The files of a chain, wherever they are; those on the Hub are fetched when they are asked for, at pinned commits.
 
     Attributes:
         manifest: The validated chain.json.
         root: Folder that holds chain.json.
         name: What the user called the chain.
         revision: Commit of the index repo; None for a local folder.
-        options: ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` for downloads of anchors.
+        options: ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` for downloads.
+        glance: Whether an anchor's preview in chain.json will do for its config, as for a plan.
     """
 
     manifest: Manifest
     root: Path
     name: str
     revision: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    glance: bool = False
+    _here: dict[tuple[str, str, str], Path] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def anchor_folder(self, anchor: Anchor) -> Path:
-        """The folder of an anchor's files, downloaded whole at its pinned commit where it is remote."""
+    def _fetch(self, repo_id: str, path: str, revision: str) -> Path:
+        """A file of a pinned commit: looked for once."""
+        key = (repo_id, path, revision)
+        if key not in self._here:
+            self._here[key] = fetch(repo_id, path, revision, self.options)
+        return self._here[key]
+
+    def remote(self, anchor: Anchor) -> tuple[str, str, str] | None:
+        """Repo, commit and prefix of an anchor's paths; None where its files are local."""
         location = anchor.location
+        prefix = f"{location.subfolder}/" if location.subfolder else ""
         if location.repo_id == ".":
-            return inside(self.root, location.subfolder) if location.subfolder else self.root
-        patterns = [f"{location.subfolder}/{path}" if location.subfolder else path for path in anchor.files]
-        folder = download(location.repo_id, location.revision, patterns, self.options)
-        return folder / location.subfolder if location.subfolder else folder
+            return None if self.revision is None else (self.name, self.revision, prefix)
+        assert location.revision is not None  # the manifest says so
+        return location.repo_id, location.revision, prefix
 
     def checked(self, anchor: Anchor, path: str) -> Path:
         """A small file of an anchor, its hash checked.
@@ -75,14 +82,57 @@ class ChainFiles:
         return found
 
     def path(self, anchor: Anchor, name: str) -> Path:
-        """Where an anchor's file is.
+        """Where an anchor's file is; if it is remote it is fetched whole and its hash checked.
 
         Raises:
+            IntegrityError: If a remote file differs from its record.
             ManifestError: If a symbolic link leads out of a local chain's folder.
         """
-        if anchor.location.repo_id == "." and self.revision is None:
+        remote = self.remote(anchor)
+        if remote is None:
             return inside(self.root, f"{anchor.location.subfolder}/{name}" if anchor.location.subfolder else name)
-        return self.anchor_folder(anchor) / name  # the Hub's cache is made of links
+        repo_id, revision, prefix = remote
+        found, record = self._fetch(repo_id, prefix + name, revision), anchor.files.get(name)
+        if record is not None:
+            try:
+                check_file(found, record.sha256, record.bytes)
+            except IntegrityError:  # a cache that was damaged, or a download that was: once more, and it is final
+                if self.options.get("local_files_only") or constants.HF_HUB_OFFLINE:
+                    raise
+                found = fetch(repo_id, prefix + name, revision, {**self.options, "force_download": True})
+                check_file(found, record.sha256, record.bytes)
+        return found
+
+    def config_folder(self, anchor: Anchor) -> Path:
+        """A folder with an anchor's config.json, checked; from its preview at a glance."""
+        if not self.glance or anchor.preview is None or self.cached(anchor, "config.json") is not None or self.remote(anchor) is None:
+            return self.checked(anchor, "config.json").parent
+        key = (anchor.name, "config.json", "preview")
+        if key not in self._here:
+            folder = tempfile.TemporaryDirectory(prefix="cbd-")
+            weakref.finalize(self, folder.cleanup)
+            (Path(folder.name) / "config.json").write_text(anchor.preview.config)
+            self._here[key] = Path(folder.name)
+        return self._here[key]
+
+    def cached(self, anchor: Anchor, name: str) -> Path | None:
+        """A remote anchor's file if the standard cache has it whole."""
+        remote = self.remote(anchor)
+        if remote is None or self.options.get("force_download"):
+            return None
+        repo_id, revision, prefix = remote
+        found = try_to_load_from_cache(repo_id, prefix + name, cache_dir=self.options.get("cache_dir"), revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def partial(self, anchor: Anchor, name: str, *, hashes: bool = True) -> PartialFile:
+        """A remote anchor's weight file as one that is fetched in parts; without hashes nothing can be fetched, but its place is known."""
+        remote, record = self.remote(anchor), anchor.files[name]
+        assert remote is not None
+        repo_id, revision, prefix = remote
+        listed = self.chunks(anchor).get(name, []) if hashes else []
+        if hashes and len(listed) != -(-record.bytes // CHUNK_BYTES):
+            raise IntegrityError(f"anchor {anchor.name} of {self.name} has {len(listed)} chunk hashes for the {record.bytes:,} bytes of {name}; fetch the chain again")
+        return PartialFile(repo_id, revision, prefix + name, record.bytes, record.sha256, listed, self.options.get("token"), self.options.get("cache_dir"))
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files beside chain.json, each the one that the first anchor has on record.
@@ -92,15 +142,27 @@ class ChainFiles:
         """
         found = []
         for name in TOKENIZER_FILES:
-            path = inside(self.root, name) if self.revision is None else self.root / name
-            if not path.is_file():
-                continue
             record = self.manifest.anchors[0].files.get(name)
+            if self.revision is not None:
+                path = None if record is None else self._fetch(self.name, name, self.revision)
+            else:
+                path = inside(self.root, name) if inside(self.root, name).is_file() else None
+            if path is None:
+                continue
             if record is None:
                 raise IntegrityError(f"{path} has no record in {FILE_NAME}; fetch or make the chain again")
             check_file(path, record.sha256, record.bytes)
             found.append(path)
         return found
+
+    def extra(self, name: str) -> Path | None:
+        """A file beside chain.json that need not be there and of which there is no record."""
+        if self.revision is None:
+            return inside(self.root, name) if inside(self.root, name).is_file() else None
+        try:
+            return self._fetch(self.name, name, self.revision)
+        except IntegrityError:
+            return None
 
     def side_file(self, record: PathRecord) -> Path:
         """A file beside chain.json, its hash checked.
@@ -108,7 +170,7 @@ class ChainFiles:
         Raises:
             IntegrityError: If it is missing or differs from its record.
         """
-        path = inside(self.root, record.path) if self.revision is None else self.root / record.path
+        path = inside(self.root, record.path) if self.revision is None else self._fetch(self.name, record.path, self.revision)
         if not path.is_file():
             raise IntegrityError(f"{path} is missing; fetch or make the chain again")
         try:
@@ -135,7 +197,7 @@ def open_chain(
     chain: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
 ) -> ChainFiles:
-    """The files of a chain: a local folder, or a Hub repo whose light index is fetched.
+    """The files of a chain: a local folder, or a Hub repo, of which chain.json is fetched.
 
     Args:
         chain: Folder or repo id.
@@ -153,6 +215,8 @@ def open_chain(
     options = {
         "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download,
     }
+    if local_files_only and force_download:
+        raise ArgumentError("local_files_only=True and force_download=True contradict each other; leave one of them out")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -160,8 +224,23 @@ def open_chain(
         return ChainFiles(Manifest.read(folder), folder.absolute(), name, None, options)
     if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ManifestError(f"{name} is neither a folder nor a Hub id such as org/chain; check the path, or make a chain with `cbd distill`")
-    root = download(name, revision, [FILE_NAME, "maps/*", "chunks/*", *TOKENIZER_FILES], options)
+    try:
+        root = fetch(name, FILE_NAME, revision, options).parent
+    except IntegrityError as error:
+        raise ManifestError(f"{name} is a repo without {FILE_NAME}, so it is no chain; is it one of a chain's anchors?") from error
     return ChainFiles(Manifest.read(root), root, name, root.name, options)
+
+
+def fetch(repo_id: str, path: str, revision: str | None, options: dict[str, Any]) -> Path:
+    """One file of a repo, in the standard cache.
+
+    Raises:
+        ManifestError: If the repo or the revision does not exist.
+        IntegrityError: If it lacks the file.
+        StorageError: If it is gated, offline, or the Hub cannot be reached.
+    """
+    with explained(repo_id, options.get("token")):
+        return Path(hf_hub_download(repo_id, path, revision=revision, **options, **NAME))
 
 
 def download(repo_id: str, revision: str | None, patterns: list[str], options: dict[str, Any]) -> Path:
@@ -171,17 +250,8 @@ def download(repo_id: str, revision: str | None, patterns: list[str], options: d
         ManifestError: If the repo does not exist, or the id is none.
         StorageError: If it is gated, offline, or the Hub cannot be reached.
     """
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, **options))
-    except GatedRepoError as error:
-        raise StorageError(f"{repo_id} is gated; ask for access on its page and log in with `hf auth login`") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ManifestError(
-            f"{repo_id} is not a folder here and no repo on the Hub that this account can see; check the name, or log in with `hf auth login`"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise StorageError(f"{repo_id} is not in the cache and the Hub cannot be reached ({reason}); check the network or the path") from error
+    with explained(repo_id, options.get("token")):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, **options, **NAME))
 
 
 def resolve_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None, options: Mapping[str, Any] | None = None) -> Path:
@@ -240,15 +310,10 @@ def upload(
     Raises:
         StorageError: If the Hub cannot be reached or refuses.
     """
-    api = HfApi(library_name="cbd-hub", library_version=version("cbd-hub"))
-    try:
-        made = api.create_repo(repo_id, token=token, private=private, exist_ok=True, repo_type=repo_type)
-        return api.upload_folder(
-            repo_id=made.repo_id, folder_path=folder, token=token, revision=revision, commit_message=message, repo_type=repo_type
-        )
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise StorageError(f"cannot push to {repo_id} ({reason}); check the name, log in with `hf auth login`, and push again") from error
+    with explained(repo_id, token, pushing=True):
+        client = api(token)
+        made = client.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
+        return client.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message, repo_type=repo_type)
 
 
 def reachable(timeout: float = 5.0) -> bool:
@@ -256,7 +321,7 @@ def reachable(timeout: float = 5.0) -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        HfApi(library_name="cbd-hub").model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=timeout)
+        api().model_info("HuggingFaceTB/SmolLM2-135M-Instruct", timeout=timeout)
     except Exception:  # any transport's way to say no
         return False
     return True

@@ -60,7 +60,7 @@ def join(
             }
         kept, maps, aligned = (None, None, None) if align is False else _aligned(models[small.name], models[large.name], align, documents)
         if documents is None:
-            yield Joined(_plain_link(small, large, Kept.even(small.shape, large.shape, types) if kept is None else kept, aligned), kept, maps)
+            yield Joined(plain_link(small, large, Kept.even(small.shape, large.shape, types) if kept is None else kept, aligned), kept, maps)
             continue
         measured = measure_segment(
             models[small.name], models[large.name], kept, documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned
@@ -80,7 +80,7 @@ def _aligned(
     return found.kept, found.maps, Aligned(residual=found.residual, error=found.error)
 
 
-def _plain_link(small: Anchor, large: Anchor, kept: Kept, aligned: Aligned | None) -> Link:
+def plain_link(small: Anchor, large: Anchor, kept: Kept, aligned: Aligned | None = None) -> Link:
     """A link of which nothing was measured: order last block first."""
     differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
     return Link(

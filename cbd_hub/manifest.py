@@ -140,6 +140,18 @@ class CurvePoint(Evaluation):
     strategy: Literal["blend", "patch"]
 
 
+class Preview(Data):
+    """What a plan needs to know of an anchor on the Hub before anything of it is fetched; a load checks it against the files.
+
+    Attributes:
+        config: The text of its config.json, on one line.
+        headers: The text of each weight file's safetensors header.
+    """
+
+    config: str = Field(max_length=2**20)
+    headers: dict[SafePath, Annotated[str, Field(max_length=2**24)]] = Field(max_length=10_000)
+
+
 class Anchor(Data):
     """One complete model of the chain."""
 
@@ -156,6 +168,7 @@ class Anchor(Data):
     maps: PathRecord | None = None
     training: Training | None = None
     evaluations: list[Evaluation] = Field(default=[], max_length=1000)
+    preview: Preview | None = None
 
     @property
     def weight_files(self) -> list[str]:

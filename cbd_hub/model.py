@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, Size
 from cbd_hub.families import family_named, family_of
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
+from cbd_hub.interpolation.budget import largest_size
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Kept, Maps, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
 from cbd_hub.manifest import Anchor, Shape
+from cbd_hub.remote import bytes_to_fetch, open_weights
 from cbd_hub.single import cut_single
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import format_bytes, format_size, parse_bytes
 from cbd_hub.weights import (
     LOADING,
     Checkpoint,
@@ -64,7 +66,7 @@ _REFUSED = {
 }
 _KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
 _OWN = (
-    "size", "shape", "strategy", "alpha", "tolerance", "revision", "token", "cache_dir", "local_files_only", "force_download",
+    "size", "memory_budget", "shape", "strategy", "alpha", "tolerance", "revision", "token", "cache_dir", "local_files_only", "force_download",
 )
 
 
@@ -99,7 +101,7 @@ def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
         ManifestError: If its shape or parameters are not the recorded ones.
         ArchitectureError: If its architecture has no axis table.
     """
-    config = read_config(files.checked(anchor, "config.json").parent)
+    config = read_config(files.config_folder(anchor))
     family = family_named(anchor.family)
     if family_of(config) is not family:
         raise ManifestError(f"anchor {anchor.name} is a {config.model_type} but chain.json says {anchor.family}; fetch the chain again")
@@ -110,13 +112,6 @@ def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
             f"({anchor.shape}); fetch the chain again"
         )
     return config
-
-
-def anchor_checkpoint(files: ChainFiles, anchor: Anchor) -> Checkpoint:
-    """The opened weights of an anchor, checked as they are read."""
-    for name in anchor.weight_files:
-        files.path(anchor, name)
-    return Checkpoint(files.anchor_folder(anchor), anchor_config(files, anchor), dict(anchor.files), files.chunks(anchor))
 
 
 def kept_of(files: ChainFiles, small: Anchor, large: Anchor) -> Kept | None:
@@ -158,13 +153,17 @@ def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
 
 
 def plan_in(
-    files: ChainFiles, size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto",
-    alpha: float | None = None, tolerance: float = 0.02,
+    files: ChainFiles, size: str | int | None = None, *, memory_budget: str | int | None = None, dtype: Any = None,
+    shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
 ) -> Plan:
-    """The plan of a size or shape in an opened chain; see `CBDModel.plan`."""
+    """The plan of a size, shape or budget in an opened chain; see `CBDModel.plan`."""
     manifest = files.manifest
+    if memory_budget is not None:
+        if size is not None or shape is not None:
+            raise ArgumentError("memory_budget= came with size= or shape=; give one of them")
+        size = _size_that_fits(replace(files, glance=True), parse_bytes(memory_budget), dtype, strategy, alpha)
     if size is None and shape is None:
-        raise ArgumentError('neither size nor shape was given; ask for a size such as size="138M"')
+        raise ArgumentError('neither size nor shape nor memory_budget was given; ask for a size such as size="138M"')
     if not 0.0 < tolerance < 1.0:
         raise ArgumentError(f"tolerance={tolerance} is outside 0 to 1; it is a share of the size, such as 0.02")
     if shape is not None:
@@ -190,8 +189,25 @@ def plan_in(
     return plan
 
 
+def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, alpha: float | None) -> int:
+    """The largest size of which the weights take no more than so many bytes; nothing but configs and maps is read."""
+    config = anchor_config(files, files.manifest.anchors[0])
+    chosen = weight_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    _check_options(strategy, alpha)
+    found = largest_size(
+        files.manifest, budget // chosen.itemsize, lambda size: plan_in(files, size, strategy=strategy, alpha=alpha, tolerance=0.99).parameters
+    )
+    if found is None:
+        least = files.manifest.anchors[-1].parameters
+        raise SizeError(
+            f"memory_budget={budget:,} bytes hold {budget // chosen.itemsize:,} parameters in {str(chosen).removeprefix('torch.')}, but the smallest anchor of {files.manifest.name} has "
+            f"{least:,} ({format_bytes(least * chosen.itemsize)}); give more, or a narrower dtype"
+        )
+    return found
+
+
 def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
-    """What a plan costs, from shapes alone: bytes read of each anchor, and bytes of the model in memory by dtype."""
+    """What a plan costs, from shapes and headers alone: bytes read and, on the Hub, fetched of each anchor; bytes of the model in memory by dtype."""
     read: dict[str, int] = {}
     for name, tensors in sorted(plan.sources().items()):
         config = anchor_config(files, files.manifest.anchor(name))
@@ -201,8 +217,12 @@ def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
         read[name] = sum(
             dtype.itemsize * math.prod(spec.shape(sizes)) for spec, _, key in family.stored(config) if key in tensors
         )
+    fetched = {
+        name: bytes_to_fetch(files, files.manifest.anchor(name), anchor_config(files, files.manifest.anchor(name)), rows)
+        for name, rows in sorted(plan.rows().items())
+    }
     return {
-        "bytes_read": read, "bytes_in_memory": {"float32": 4 * plan.parameters, "bfloat16": 2 * plan.parameters},
+        "bytes_read": read, **({} if files.revision is None else {"bytes_to_fetch": fetched}), "bytes_in_memory": {"float32": 4 * plan.parameters, "bfloat16": 2 * plan.parameters},
     }
 
 
@@ -276,7 +296,8 @@ def weight_dtype(wish: Any, default: torch.dtype) -> torch.dtype:
 def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
     anchors = {name: files.manifest.anchor(name) for name in sorted({plan.small, plan.large})}
     nearest = min(anchors.values(), key=lambda anchor: abs(anchor.parameters - plan.parameters))
-    read = {name: anchor_checkpoint(files, anchor) for name, anchor in anchors.items() if name in plan.sources()}
+    rows: dict[str, Any] = dict.fromkeys(anchors) if plan.strategy == "anchor" else plan.rows()
+    read = {name: open_weights(files, anchor, anchor_config(files, anchor), rows[name]) for name, anchor in anchors.items() if name in plan.sources()}
     large = files.manifest.anchor(plan.large)
     config = plan.config(anchor_config(files, large))
     config.cbd = {
@@ -292,16 +313,18 @@ class CBDModel:
 
     @staticmethod
     def plan(
-        chain: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None,
-        strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02, revision: str | None = None,
-        token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
-        force_download: bool = False, **transformers_kwargs: Any,
+        chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
     ) -> Plan:
         """What `from_chain` would do, without touching a weight: ``print`` it for a table.
 
         Args:
             chain: A local folder or a Hub id.
             size: Unique parameters wanted: "138M", "1.1B", an int, "min" or "max". Text that an anchor's size rounds to means that anchor.
+            memory_budget: Bytes that the weights may take in the chosen dtype instead, such as "300MB": the largest size that fits. ``max_memory``
+                stays what it is in transformers.
             shape: The exact shape instead, whole or in the fields in which the neighbours differ.
             strategy: ``blend``, ``patch``, or ``auto`` for what measured best at that size.
             alpha: Weight of the smaller neighbour in a blend, 0 to 1; by default the fitted mix, else by size distance. A given one is the
@@ -322,18 +345,18 @@ class CBDModel:
             ManifestError: If there is no such chain or its chain.json is refused.
             ArgumentError: If an option is unknown or out of its range.
         """
-        _check_loader_arguments(transformers_kwargs)
+        dtype = _check_loader_arguments(transformers_kwargs).get("dtype")
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        return plan_in(files, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        return plan_in(replace(files, glance=True), size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
 
     @staticmethod
     def from_chain(
-        chain: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None,
-        strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02, revision: str | None = None,
-        token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False,
-        force_download: bool = False, **transformers_kwargs: Any,
+        chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
     ) -> Any:
         """A model of any size: the architecture's plain class, in eval mode, in the anchors' dtype unless ``dtype`` is given.
 
@@ -344,6 +367,7 @@ class CBDModel:
         Args:
             chain: A local folder or a Hub id.
             size: Unique parameters wanted.
+            memory_budget: Bytes for the weights in the chosen dtype instead.
             shape: The exact shape instead.
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
@@ -369,13 +393,15 @@ class CBDModel:
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        plan = plan_in(files, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        plan = plan_in(
+            files, size, memory_budget=memory_budget, dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance
+        )
         return _load(_prepare(files, plan), arguments)
 
     @staticmethod
     def materialize(
         chain: str | os.PathLike[str], size: str | int | None = None, *, output_dir: str | os.PathLike[str],
-        shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+        memory_budget: str | int | None = None, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
         **transformers_kwargs: Any,
@@ -389,6 +415,7 @@ class CBDModel:
             chain: A local folder or a Hub id.
             size: Unique parameters wanted.
             output_dir: The folder to make: absent or empty. Nothing is left behind on failure.
+            memory_budget: Bytes for the weights in the chosen dtype instead.
             shape: The exact shape instead.
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
@@ -412,7 +439,7 @@ class CBDModel:
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        plan = plan_in(files, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        plan = plan_in(files, size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
         prepared = _prepare(files, plan)
         chosen = weight_dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:

@@ -38,6 +38,26 @@ def parse_size(size: str | int) -> int:
     return size
 
 
+def parse_bytes(wish: str | int) -> int:
+    """A count of bytes from text such as "300MB" (decimal) or "1.5GiB" (binary), or from an int.
+
+    Raises:
+        SizeFormatError: If it is none.
+
+    Example:
+        >>> parse_bytes("300MB"), parse_bytes("1.5GiB"), parse_bytes(1024)
+        (300000000, 1610612736, 1024)
+    """
+    if isinstance(wish, str) and len(wish) <= 32:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", wish, re.IGNORECASE)
+        if match and Decimal(match[1]):
+            power = " KMGT".index(match[2].upper() or " ")
+            return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
+    if isinstance(wish, bool) or not isinstance(wish, int) or wish <= 0:
+        raise SizeFormatError(f'memory_budget={wish!r} is no count of bytes; write a number and a unit, such as "300MB" or "1.5GiB", or a positive int')
+    return wish
+
+
 def matches(text: str, parameters: int) -> bool:
     """Whether a size, rounded to the digits of the text, is what the text says.
 

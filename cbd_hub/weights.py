@@ -6,10 +6,11 @@ import hashlib
 import json
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -134,6 +135,9 @@ class Checkpoint:
         config: Its transformers config.
         files: Recorded length and hash of each file; None skips the checks of a folder that has no record.
         chunks: Recorded hashes of every 4 MiB of each weight file; needed with ``files``.
+        places: Where each weight file is, if not in the folder.
+        rows: For each tensor that is read, the rows of its first dimension that are; None for all, and for a whole checkpoint. The rest
+            of a file need not be there.
 
     Raises:
         WeightsError: If tensors are missing, extra or mis-shaped.
@@ -141,12 +145,15 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path, config: Any, files: dict[str, FileRecord] | None = None, chunks: dict[str, list[str]] | None = None
+        self, folder: Path, config: Any, files: dict[str, FileRecord] | None = None, chunks: dict[str, list[str]] | None = None,
+        places: Mapping[str, Path] | None = None, rows: Mapping[str, np.ndarray | None] | None = None,
     ) -> None:
         self.folder = folder
+        self._rows = rows
         self.family = family_of(config)
         self._where: dict[str, tuple[Path, str]] = {}
         self._spans: dict[str, tuple[int, int]] = {}
+        self._heights: dict[str, int] = {}
         self._checked: dict[Path, CheckedFile] = {}
         self._handles: dict[Path, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -154,12 +161,14 @@ class Checkpoint:
         spare_head: tuple[Path, str] | None = None
         paths = sorted(folder.glob("*.safetensors"))
         if files is not None:
-            paths = [folder / name for name in sorted(files) if name.endswith(".safetensors")]
+            names = sorted(name for name in files if name.endswith(".safetensors"))
+            paths = [folder / name if places is None else places[name] for name in names]
+            records = dict(zip(paths, names))
         if not paths:
             raise WeightsError(f"{folder} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
         for path in paths:
             if files is not None and chunks is not None:
-                self._checked[path] = CheckedFile(path, files[path.name].bytes, chunks.get(path.name, []))
+                self._checked[path] = CheckedFile(path, files[records[path]].bytes, chunks.get(records[path], []))
                 self._checked[path].check(0, 8)
             header, start = read_header(path)
             if path in self._checked:
@@ -177,6 +186,7 @@ class Checkpoint:
                 first, last = entry["data_offsets"]
                 self._spans[name] = (start + first, start + last)
                 shapes[name] = tuple(entry["shape"])
+                self._heights[name] = shapes[name][0] if shapes[name] else 1
                 dtypes.add(_DTYPES.get(entry["dtype"], torch.uint8))
         self._compare(config, shapes)
         if not all(dtype.is_floating_point for dtype in dtypes):
@@ -202,7 +212,8 @@ class Checkpoint:
         """A tensor by its table's key: a view on the page cache, not to be written to."""
         path, key = self._where[name]
         if path in self._checked:
-            self._checked[path].check(*self._spans[name])
+            for span in row_spans(self._spans[name], self._heights[name], None if self._rows is None else self._rows.get(name)):
+                self._checked[path].check(*span)
         if path not in self._handles:
             self._handles[path] = safe_open(path, framework="pt")
         return self._handles[path].get_tensor(key)
@@ -216,6 +227,25 @@ class Checkpoint:
         """Keep the verdicts of the checks for later processes."""
         for checked in self._checked.values():
             checked.remember()
+
+
+def row_spans(span: tuple[int, int], height: int, rows: np.ndarray | None) -> list[tuple[int, int]]:
+    """The stretches of a file that hold some rows of a tensor.
+
+    Args:
+        span: Where the tensor begins and ends, in bytes.
+        height: Its length along the first dimension.
+        rows: Rising indices along it; None for all.
+
+    Example:
+        >>> row_spans((100, 140), 4, np.array([0, 1, 3]))
+        [(100, 120), (130, 140)]
+    """
+    if rows is None or not height:
+        return [span]
+    start, width = span[0], (span[1] - span[0]) // height
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return [(start + int(run[0]) * width, min(start + (int(run[-1]) + 1) * width, span[1])) for run in runs if len(run)]
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -2,14 +2,18 @@
 
 import os
 import tempfile
+import time
 
 
+SLEEP = time.sleep
 _CACHE = tempfile.mkdtemp(prefix="cbd-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 
+import hub_server  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 
 from cbd_hub import distill_chain  # noqa: E402
 
@@ -49,3 +53,23 @@ def chain(family, tmp_path_factory):
     made = recipe(folder, family, [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}])
     distill_chain(made, folder / "chain")
     return folder / "chain"
+
+
+def online(monkeypatch, address, home):
+    """Point the official client of this process at a server, with a cache of its own; the client itself stays as it is."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: SLEEP(min(seconds, 0.01)))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A test Hub that this process's client speaks to."""
+    with hub_server.running() as (hub, address):
+        online(monkeypatch, address, tmp_path / "home")
+        yield hub

@@ -7,8 +7,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 # A module may import from the floors before its own; entries are modules or folders.
 FLOORS = [
-    "errors", "sizes", "manifest", "texts", "families", "files", "hub", "shapes", "weights", "losses", "interpolation", "evaluation", "cut", "cards",
-    "measure", "single", "links", "model", "chain", "distill", "printing", "cli",
+    "errors", "sizes", "manifest", "texts", "families", "files", "client", "ranges", "hub", "shapes", "weights", "losses", "interpolation", "remote",
+    "evaluation", "cut", "cards", "measure", "single", "links", "model", "publish", "chain", "extend", "distill", "printing", "cli",
 ]
 EXEMPT = {"__init__", "auto"}
 

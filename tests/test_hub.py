@@ -9,37 +9,30 @@ import pytest
 import tiny
 import torch
 from hub_server import running
+from huggingface_hub import constants
+from typer.testing import CliRunner
 
-from cbd_hub import CBDModel, Chain
+from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub.cli import app
+from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.files import chunk_hashes, sha256
 
 
 def cbd(endpoint, cache, *arguments, offline=False):
     """Run the command in a process of its own, whose Hub is the test server."""
     environment = {
-        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1" if offline else "0", "OMP_NUM_THREADS": "1",
+        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1" if offline else "0", "HF_TOKEN": "hf_test",
+        "OMP_NUM_THREADS": "1",
     }
     return subprocess.run([sys.executable, "-m", "cbd_hub.cli", *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
-def published(chain, tmp_path):
-    """The chain on the test Hub: an index repo, and one repo per anchor, pinned by commit."""
-    with running() as (hub, endpoint):
-        manifest = json.loads((chain / "chain.json").read_text())
-        for anchor in manifest["anchors"]:
-            commit = hub.upload_folder(f"org/tiny-{anchor['name']}", chain / "anchors" / anchor["name"])
-            anchor["location"] = {"repo_id": f"org/tiny-{anchor['name']}", "revision": commit, "subfolder": None}
-        index = tmp_path / "index"
-        for name in ("maps", "chunks"):
-            (index / name).mkdir(parents=True)
-            for path in (chain / name).iterdir():
-                (index / name / path.name).write_bytes(path.read_bytes())
-        for name in ("tokenizer.json", "tokenizer_config.json", "README.md"):
-            (index / name).write_bytes((chain / name).read_bytes())
-        (index / "chain.json").write_text(json.dumps(manifest))
-        hub.upload_folder("org/tiny", index)
-        yield hub, endpoint
+def published(chain, hub):
+    """The chain on the test Hub."""
+    Chain.from_pretrained(chain).push_to_hub("org/tiny")
+    hub.forget()
+    return hub, constants.ENDPOINT
 
 
 def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
@@ -58,6 +51,24 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
     smallest = Chain.from_pretrained(chain).anchors[2].name
     assert not [path for _, path in hub.requests if f"tiny-{smallest}/resolve" in path]
     assert cbd(endpoint, tmp_path / "cache", "show", "org/tiny", offline=True).returncode == 0
+
+
+def test_push_and_pull_on_the_command_line(hub, tmp_path):
+    def run(*arguments):
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return done.exception if done.exit_code else done.stdout
+
+    for layers in (4, 2):
+        tiny.save(tiny.llama(layers=layers), tmp_path / f"m{layers}")
+    assemble_chain([tmp_path / "m4", tmp_path / "m2"], tmp_path / "chain")
+    assert "would be sent" in run("push", tmp_path / "chain", "org/cmd", "--dry-run")
+    assert not hub.repos
+    assert json.loads(run("push", tmp_path / "chain", "org/cmd", "--json"))["tag"] == "v1"
+    assert json.loads(run("plan", "org/cmd", "--memory-budget", "1GB", "--json"))["bytes_to_fetch"]
+    assert "org/cmd" not in run("pull", "org/cmd", tmp_path / "pulled")
+    assert (tmp_path / "pulled" / "chain.json").is_file()
+    assert isinstance(run("push", tmp_path / "nowhere", "org/x"), StorageError)
+    assert isinstance(run("push", tmp_path / "chain", "no-namespace"), ArgumentError)
 
 
 def test_what_is_not_on_the_hub_is_one_clear_line(published, tmp_path):

@@ -548,7 +548,7 @@ def test_a_pushed_cache_is_read_from_the_hub(tmp_path):
     teacher = tiny.save(tiny.llama(), tmp_path / "teacher")
     (tmp_path / "t.txt").write_text("\n\n".join(tiny.texts(30)))
     with running() as (hub, endpoint):
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
         command = [sys.executable, "-m", "cbd_hub.cli", "cache-teacher", str(teacher), "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "c"), "--push", "org/cache", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
@@ -559,7 +559,7 @@ def test_a_pushed_cache_is_read_from_the_hub(tmp_path):
         assert read.returncode == 0, read.stderr[-2000:]
         local = TeacherCache.open(tmp_path / "c")
         assert read.stdout.split() == [str(len(local)), str(local[3]["top_ids"].sum())]
-        hub.repos["datasets/org/cache"].commits[-1][1]["data/train-00000-of-00001.arrow"] += b"x"
+        hub.repos["datasets/org/cache"].at("main")[1]["data/train-00000-of-00001.arrow"] += b"x"
         read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**environment, "HF_HOME": str(tmp_path / "other")})
         assert "IntegrityError" in read.stderr
     card = DatasetCard((tmp_path / "c" / "README.md").read_text())

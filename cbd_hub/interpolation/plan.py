@@ -296,6 +296,20 @@ class Plan:
                 read.setdefault(term.anchor, set()).add(term.tensor)
         return read
 
+    def rows(self) -> dict[str, dict[str, np.ndarray | None]]:
+        """For each anchor and tensor that is read, the indices along its first dimension that are; None for all of them."""
+        read: dict[str, dict[str, np.ndarray | None]] = {}
+        for terms in self.tensors.values():
+            for term in terms:
+                take = next((take for take in term.takes if take.dim == 0), None)
+                known = read.setdefault(term.anchor, {})
+                if take is None or known.get(term.tensor, take) is None:
+                    known[term.tensor] = None
+                else:
+                    old = known.get(term.tensor)
+                    known[term.tensor] = np.unique(take.index if old is None else np.concatenate([old, take.index]))
+        return read
+
     def summary(self) -> dict[str, Any]:
         """The plan without its tensors, as plain data."""
         return {

@@ -1,0 +1,106 @@
+"""The official Hub client under our name, and its errors in our words, without a token in any of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+from cbd_hub.errors import CBDError, IntegrityError, ManifestError, StorageError
+
+
+NAME: dict[str, Any] = {"library_name": "cbd-hub", "library_version": version("cbd-hub")}
+_TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")  # whichever the client's version stands on
+
+
+def api(token: str | bool | None = None) -> HfApi:
+    """The client."""
+    return HfApi(token=token, **NAME)
+
+
+def headers(token: str | bool | None = None) -> dict[str, str]:
+    """Headers of a request of our own."""
+    return build_hf_headers(token=token, **NAME)
+
+
+def transport_error(error: BaseException) -> bool:
+    """Whether a connection failed: the client's versions have different classes for it."""
+    return type(error).__module__.split(".")[0] in _TRANSPORT
+
+
+def reason(error: BaseException, token: Any = None) -> str:
+    """The first line of an error's text, without tokens and without what follows a URL's question mark."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    for secret in (token, get_token()):
+        if isinstance(secret, str) and secret:
+            text = text.replace(secret, "hf_***")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text))
+    return text[:200]
+
+
+@contextmanager
+def explained(repo_id: str, token: Any = None, *, pushing: bool = False) -> Iterator[None]:
+    """Turn the client's errors into ours.
+
+    Raises:
+        ManifestError: If there is no such repo or revision that this account can see.
+        IntegrityError: If the repo lacks a file.
+        StorageError: If it is gated, the Hub cannot be reached, refuses, or the disk is full.
+    """
+    try:
+        yield
+    except CBDError:
+        raise
+    except Exception as error:
+        # With force_download the client raises a ValueError whose cause is what happened.
+        found = _explained(repo_id, error.__cause__ if type(error) is ValueError and error.__cause__ is not None else error, token, pushing)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _explained(repo_id: str, error: BaseException, token: Any, pushing: bool) -> CBDError | None:
+    why = reason(error, token)
+    if isinstance(error, GatedRepoError):
+        return StorageError(f"{repo_id} is gated; ask for access on its page and log in with `hf auth login`")
+    if isinstance(error, RevisionNotFoundError):
+        return ManifestError(f"{repo_id} has no such revision ({why}); look at its branches and tags on its page")
+    if isinstance(error, LocalEntryNotFoundError):
+        cause = reason(error.__cause__ or error, token)
+        return StorageError(f"{repo_id} is not in the cache and the Hub cannot be reached ({cause}); check the network or the path")
+    if isinstance(error, EntryNotFoundError):
+        return IntegrityError(f"{repo_id} lacks a file ({why}); fetch the chain again or tell its owner")
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        if pushing:
+            return StorageError(f"cannot push to {repo_id}: no such repo that this account may write; check the name, or log in with `hf auth login`")
+        return ManifestError(f"{repo_id} is not a folder here and no repo on the Hub that this account can see; check the name, or log in with `hf auth login`")
+    if isinstance(error, (HfHubHTTPError, OSError)) or transport_error(error):
+        return _storage(repo_id, error, token, pushing)
+    return None
+
+
+def _storage(repo_id: str, error: BaseException, token: Any, pushing: bool) -> StorageError:
+    why = reason(error, token)
+    if pushing:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 412:
+            return StorageError(f"{repo_id} has changed meanwhile ({why}); nothing was written over, run the same command again")
+        return StorageError(f"cannot push to {repo_id} ({why}); check the name, log in with `hf auth login`, and push again: it goes on where it stopped")
+    if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
+        return StorageError(f"cannot keep {repo_id} in the cache ({error.strerror or why}); free or choose another disk")
+    return StorageError(f"{repo_id} is not in the cache and the Hub cannot be reached ({why}); check the network or the path")
+

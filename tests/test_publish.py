@@ -1,0 +1,207 @@
+"""Publish a chain with the official client, and load it back."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from conftest import recipe
+from huggingface_hub import ModelCard
+
+from cbd_hub import CBDModel, Chain, distill_chain
+from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError, WeightsError
+from cbd_hub.extend import add_anchor
+from cbd_hub.publish import push_model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A distilled chain of three anchors."""
+    folder = tmp_path_factory.mktemp("publish")
+    distill_chain(recipe(folder, "llama", [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}]), folder / "chain")
+    return folder / "chain"
+
+
+def middle(chain):
+    first, second = Chain.from_pretrained(chain).anchors[:2]
+    return (first.parameters + second.parameters) // 2
+
+
+def same(model, other):
+    return all(torch.equal(model.get_parameter(name), tensor) for name, tensor in other.named_parameters())
+
+
+def test_a_pushed_chain_is_the_chain(hub, llama, tmp_path):
+    chain = Chain.from_pretrained(llama)
+    said = []
+    done = chain.push_to_hub("org/tiny", say=said.append)
+    assert set(hub.repos) == {"org/tiny", *(f"org/tiny-{anchor.name}" for anchor in chain.anchors)}
+    assert len(said) == 4
+    assert done.tag == "v1"
+    commit, index = hub.repos["org/tiny"].at("main")
+    assert commit == done.commit == hub.repos["org/tiny"].tags["v1"]
+    assert not [path for path in index if path.endswith(".safetensors") and not path.startswith("maps/")]
+    assert [item["id"] for item in hub.collections[done.collection]["items"]] == ["org/tiny", *(repo for repo, _ in done.anchors.values())]
+    for name, (repo, revision) in done.anchors.items():
+        assert hub.repos[repo].at("main")[0] == revision
+        assert hub.repos[repo].at("main")[1]["model.safetensors"] == (llama / "anchors" / name / "model.safetensors").read_bytes()
+    remote = Chain.from_pretrained("org/tiny")
+    assert remote.files.revision == commit
+    size = middle(llama)
+    assert same(CBDModel.from_chain("org/tiny", size=size), CBDModel.from_chain(llama, size))
+    assert "hf_test" not in repr(remote.files) + str(hub.repos)
+    text = remote.tokenizer()("a model").input_ids
+    assert text == chain.tokenizer()("a model").input_ids
+    remote.save_pretrained(tmp_path / "pulled")
+    assert same(CBDModel.from_chain(tmp_path / "pulled", size=size), CBDModel.from_chain(llama, size))
+    ours, theirs = (json.loads((folder / "chain.json").read_text()) for folder in (llama, tmp_path / "pulled"))
+    for anchor in theirs["anchors"]:
+        assert anchor["preview"] is None
+    for point in (point for link in (*ours["links"], *theirs["links"]) for point in link["curve"]):
+        point["dataset"] = point["dataset"].rpartition("/")[2]
+    assert ours["links"] == theirs["links"]
+    assert [anchor["files"] for anchor in ours["anchors"]] == [anchor["files"] for anchor in theirs["anchors"]]
+
+
+def test_pushing_again_sends_nothing(hub, llama):
+    first = Chain.from_pretrained(llama).push_to_hub("org/tiny")
+    hub.forget()
+    assert Chain.from_pretrained(llama).push_to_hub("org/tiny") == first
+    assert not [entry for entry in hub.log if entry.method == "PUT" or "/commit/" in entry.path]
+
+
+def test_cards_say_what_is_known_and_invent_nothing(hub, llama):
+    Chain.from_pretrained(llama).push_to_hub("org/tiny")
+    for repo_id, repo in hub.repos.items():
+        text = repo.at("main")[1]["README.md"].decode()
+        card = ModelCard(text)
+        assert "license" not in card.data.to_dict()
+        assert "base_model" not in card.data.to_dict()
+        assert card.data.library_name == ("cbd-hub" if repo_id == "org/tiny" else "transformers")
+        assert str(llama.parent) not in text
+    assert "recipe.yaml" not in hub.repos["org/tiny"].at("main")[1], "it names a folder of this machine"
+    assert hub.repos["org/tiny"].at("main")[1]["curve.png"].startswith(b"\x89PNG")
+
+
+def with_teacher(llama, tmp_path, **teacher):
+    """A copy of the chain whose teacher is on the Hub."""
+    Chain.from_pretrained(llama).save_pretrained(tmp_path / "copy")
+    manifest = json.loads((tmp_path / "copy" / "chain.json").read_text())
+    manifest["teacher"] = {"parameters": 1000, **teacher}
+    (tmp_path / "copy" / "chain.json").write_text(json.dumps(manifest))
+    return Chain.from_pretrained(tmp_path / "copy")
+
+
+def test_the_licence_is_inherited_and_hand_written_parts_stay(hub, llama, tmp_path):
+    chain = with_teacher(llama, tmp_path, repo_id="big/teacher", license="Apache-2.0")
+    done = chain.push_to_hub("org/tiny")
+    last = chain.anchors[-1].name
+    repo = hub.repos[done.anchors[last][0]]
+    files = repo.at("main")[1]
+    data = ModelCard(files["README.md"].decode()).data
+    assert (data.license, data.base_model, data.base_model_relation) == ("apache-2.0", "big/teacher", "finetune")
+    assert "cbd-chain:org/tiny" in data.tags
+    words = files["README.md"].decode().replace("tags:", "language: en\nlicense_link: https://example.org\ntags:\n- mine").replace("license: apache-2.0", "license: mit") + "\nHand-written.\n"
+    repo.commit({**files, "README.md": words.encode()})
+    chain.push_to_hub("org/tiny")
+    text = repo.at("main")[1]["README.md"].decode()
+    merged = ModelCard(text).data
+    assert (merged.license, merged.license_link, merged.language) == ("mit", "https://example.org", ["en"])
+    assert {"mine", "distillation"} <= set(merged.tags)
+    assert text.count("cbd_hub:begin") == 1
+    assert "Hand-written." in text
+
+
+def test_nothing_is_sent_before_all_is_right(hub, llama, tmp_path):
+    chain = Chain.from_pretrained(llama)
+    for name, reason in (("tiny", "org/NAME"), ("org/a b", "org/NAME"), ("org/" + "x" * 95, "96")):
+        with pytest.raises(ArgumentError, match=reason):
+            chain.push_to_hub(name)
+    damaged = with_teacher(llama, tmp_path)
+    path = tmp_path / "copy" / "anchors" / damaged.anchors[-1].name / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(IntegrityError, match="differs|sha256"):
+        damaged.push_to_hub("org/tiny")
+    hub.forget()
+    dry = chain.push_to_hub("org/tiny", dry_run=True)
+    assert not hub.log
+    assert not hub.repos
+    assert dry.commit is None
+    assert dry.bytes["org/tiny-" + chain.anchors[0].name] > 4 * chain.anchors[0].parameters
+    bad = with_teacher(llama, tmp_path / "x", repo_id="big/teacher")
+    bad.push_to_hub("org/ok")
+    repo = hub.repos["org/ok"]
+    repo.commit({**repo.at("main")[1], "README.md": b"---\nbase_model: /home/me\ndatasets: 3\n---\nx"})
+    head = repo.at("main")[0]
+    with pytest.raises(ArgumentError, match="datasets"):
+        bad.push_to_hub("org/ok")
+    assert repo.at("main")[0] == head
+
+
+def test_private_gated_and_pull_requests(hub, llama):
+    chain = Chain.from_pretrained(llama)
+    done = chain.push_to_hub("org/shut", private=True, gated="manual")
+    assert all(repo.private and repo.gated == "manual" for repo in hub.repos.values())
+    with pytest.raises(ManifestError, match="no repo on the Hub"):
+        Chain.from_pretrained("org/shut", token="hf_reader")
+    chain.push_to_hub("org/open")
+    with pytest.raises(ArgumentError, match="is public"):
+        chain.push_to_hub("org/open", private=True)
+    hub.repos["org/shut"].private = False
+    with pytest.raises(StorageError, match="gated"):
+        Chain.from_pretrained("org/shut", token="hf_reader", force_download=True)
+    pull = chain.push_to_hub("org/open", create_pr=True, token="hf_reader")
+    assert pull.pull_requests == []
+    files = hub.repos["org/open"].at("main")[1]
+    hub.repos["org/open"].commit({**files, "chain.json": b"{}"})
+    pull = chain.push_to_hub("org/open", create_pr=True, token="hf_reader")
+    assert len(pull.pull_requests) == 1
+    assert hub.repos["org/open"].at("main")[1]["chain.json"] == b"{}"
+    assert Chain.from_pretrained("org/open", revision="refs/pr/1").anchors == Chain.from_pretrained("org/open", revision=pull.commit).anchors
+    with pytest.raises(StorageError, match="cannot push"):
+        chain.push_to_hub("org/new", token="hf_reader")
+    assert done.commit
+
+
+def test_a_model_in_between_is_pushed_with_its_anchors_and_plan(hub, llama, tmp_path):
+    with_teacher(llama, tmp_path, repo_id="big/teacher", license="mit").push_to_hub("org/tiny")
+    size = middle(llama)
+    CBDModel.materialize("org/tiny", size, output_dir=tmp_path / "made")
+    done = push_model(tmp_path / "made", "org/middle")
+    files = hub.repos["org/middle"].at(done.commit)[1]
+    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    data = ModelCard(files["README.md"].decode()).data
+    first, second = Chain.from_pretrained(llama).anchors[:2]
+    assert set(data.base_model) == {f"org/tiny-{first.name}", f"org/tiny-{second.name}"}
+    assert (data.base_model_relation, data.license) == ("merge", "mit")
+    assert "alpha" in files["README.md"].decode()
+    CBDModel.materialize(llama, size, output_dir=tmp_path / "local")
+    push_model(tmp_path / "local", "org/local")
+    assert "base_model" not in ModelCard(hub.repos["org/local"].at("main")[1]["README.md"].decode()).data.to_dict()
+    with pytest.raises(WeightsError, match="neither a chain"):
+        push_model(llama / "anchors" / first.name, "org/anchor")
+
+
+def test_a_third_party_adds_an_anchor(hub, llama, tmp_path):
+    Chain.from_pretrained(llama).push_to_hub("org/tiny")
+    tiny.save(tiny.llama(layers=1, ffn=24), tmp_path / "small")
+    before = hub.repos["org/tiny"].at("main")[0]
+    hub.tokens["hf_third"] = "third"
+    hub.writers.add("third")
+    done = add_anchor(Chain.from_pretrained("org/tiny"), tmp_path / "small", "third/small", create_pr=True, token="hf_third")
+    assert len(done.pull_requests) == 1
+    assert hub.repos["org/tiny"].at("main")[0] == before
+    extended = Chain.from_pretrained("org/tiny", revision="refs/pr/1")
+    assert extended.anchors[-1].location.repo_id == "third/small"
+    assert CBDModel.from_chain("org/tiny", size="min", revision="refs/pr/1").config.num_hidden_layers == 1
+    assert CBDModel.plan("org/tiny", size="min", revision="refs/pr/1").parameters == extended.anchors[-1].parameters
+    hub.repos["org/tiny"].merge(1)
+    with pytest.raises(ArgumentError, match="already"):
+        add_anchor(Chain.from_pretrained("org/tiny"), tmp_path / "small", "third/again")
+    Chain.from_pretrained(llama).save_pretrained(tmp_path / "local")
+    add_anchor(Chain.from_pretrained(tmp_path / "local"), tmp_path / "small", "third/small")
+    local = Chain.from_pretrained(tmp_path / "local")
+    assert same(CBDModel.from_chain(tmp_path / "local", size="min"), CBDModel.from_chain("org/tiny", size="min"))
+    done = local.push_to_hub("org/more")
+    assert done.anchors[local.anchors[-1].name][0] == "third/small", "an anchor in a repo of its own stays there"
+    assert CBDModel.from_chain("org/more", size="min").config.num_hidden_layers == 1

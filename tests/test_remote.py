@@ -1,0 +1,276 @@
+"""Loads from the Hub: only the bytes that are needed, few requests, one download among processes, faults, hostile servers."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, SizeError, StorageError
+from cbd_hub.files import CHUNK_BYTES
+from cbd_hub.hub import open_chain
+from cbd_hub.model import plan_costs
+from cbd_hub.remote import open_weights
+
+
+SHAPE = {"layers": 7}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A chain of two models of several chunks each, which differ in layers."""
+    folder = tmp_path_factory.mktemp("wide")
+    for layers in (8, 5):
+        tiny.save(tiny.llama(layers=layers, hidden=256, heads=4, kv_heads=4, ffn=1000, seed=layers), folder / f"m{layers}")
+    assemble_chain([folder / "m8", folder / "m5"], folder / "chain")
+    return folder / "chain"
+
+
+@pytest.fixture
+def published(hub, wide):
+    """The chain on the test Hub, with an empty request log."""
+    commit = Chain.from_pretrained(wide).push_to_hub("org/wide").commit
+    hub.forget()
+    return commit
+
+
+def same(model, other):
+    return all(torch.equal(model.get_parameter(name), tensor) for name, tensor in other.named_parameters())
+
+
+def weights(hub):
+    """Log entries of weight files."""
+    return [entry for entry in hub.log if entry.path.endswith(".safetensors") and "maps/" not in entry.path and entry.method == "GET"]
+
+
+def test_a_patch_costs_its_own_bytes_and_chunk_rounding(hub, wide, published):
+    local = CBDModel.from_chain(wide, shape=SHAPE)
+    plan = CBDModel.plan(wide, shape=SHAPE)
+    assert plan.strategy == "patch"
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), local)
+    own = 4 * plan.parameters
+    sent = sum(entry.sent for entry in weights(hub))
+    pieces = sum(1 for entry in weights(hub))
+    assert sent <= 1.02 * own + 2 * CHUNK_BYTES * pieces
+    small, large = (next(anchor.name for anchor in Chain.from_pretrained(wide).anchors if anchor.shape.layers == layers) for layers in (5, 8))
+    assert [entry.range for entry in weights(hub) if f"wide-{small}" in entry.path] == [None], "all of the smaller one is needed: an ordinary download"
+    assert all(entry.range for entry in weights(hub) if f"wide-{large}" in entry.path)
+    record = Chain.from_pretrained(wide).manifest.anchor(large).files["model.safetensors"]
+    assert sum(entry.sent for entry in weights(hub) if f"wide-{large}" in entry.path) < record.bytes - CHUNK_BYTES
+    with hub.counted() as asked:
+        assert same(CBDModel.from_chain("org/wide", shape=SHAPE), local)
+    assert [(entry.method, entry.path) for entry in asked] == [("HEAD", "/org/wide/resolve/main/chain.json")]
+    with hub.counted() as asked:
+        assert same(CBDModel.from_chain("org/wide", shape=SHAPE, revision=published), local)
+        assert same(CBDModel.from_chain("org/wide", shape=SHAPE, local_files_only=True), local)
+    assert not asked
+    # A further size of the segment costs what is missing, an anchor is the whole file in the standard cache.
+    hub.forget()
+    CBDModel.from_chain("org/wide", shape={"layers": 6})
+    assert sum(entry.sent for entry in weights(hub)) <= CHUNK_BYTES
+    hub.forget()
+    assert same(CBDModel.from_chain("org/wide", size="max"), CBDModel.from_chain(wide, size="max"))
+    assert [entry.range for entry in weights(hub)] == [None]
+
+
+def test_a_plan_prints_the_bytes_in_five_requests(hub, wide, published):
+    with hub.counted() as asked:
+        from dataclasses import replace
+        files = replace(open_chain("org/wide"), glance=True)
+        plan = Chain(files).plan(shape=SHAPE)
+        costs = plan_costs(files, plan)
+    assert len(asked) <= 5
+    assert not weights(hub)
+    CBDModel.from_chain("org/wide", shape=SHAPE)
+    assert sum(costs["bytes_to_fetch"].values()) == sum(entry.sent for entry in weights(hub))
+    assert sum(plan_costs(files, plan)["bytes_to_fetch"].values()) == 0
+    assert CBDModel.plan("org/wide", shape=SHAPE).summary() == CBDModel.plan(wide, shape=SHAPE).summary()
+
+
+def test_a_server_without_ranges_still_serves(hub, wide, published):
+    hub.ranges = False
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_connections_that_break_and_servers_that_are_busy(hub, wide, published):
+    large = f"GET /org/wide-{Chain.from_pretrained(wide).anchors[0].name}/resolve"
+    for fault in ({"cut": 5_000_000}, {"status": 429, "headers": {"Retry-After": "0"}}, {"status": 503}, {"drop": "before"}, {"cut": 100}):
+        hub.fail(large, skip=2, **fault)
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_wrong_bytes_are_refused_and_the_cache_stays_usable(hub, wide, published):
+    hub.fail("safetensors", change=lambda body: body[:-5] + b"wrong", times=9)
+    with pytest.raises(IntegrityError, match="was recorded|differs from its recorded hash"):
+        CBDModel.from_chain("org/wide", shape=SHAPE)
+    hub.faults.clear()
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_damage_in_the_cache_is_mended(hub, wide, published):
+    CBDModel.from_chain("org/wide", shape=SHAPE)
+    anchor = Chain.from_pretrained("org/wide").anchors[0]
+    path = open_chain("org/wide").partial(anchor, "model.safetensors").path
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    os.utime(path, (1, 1))
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    with path.open("r+b") as file:
+        file.truncate(100)
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_what_vanished_or_shut_is_one_clear_error(hub, wide, published):
+    anchor, repo = Chain.from_pretrained(wide).anchors[0].name, hub.repos
+    repo[f"org/wide-{anchor}"].gated = "auto"
+    with pytest.raises(StorageError, match="gated"):
+        CBDModel.from_chain("org/wide", shape=SHAPE, token="hf_reader")
+    gone = repo.pop(f"org/wide-{anchor}")
+    with pytest.raises(ManifestError, match="no repo on the Hub"):
+        CBDModel.from_chain("org/wide", shape=SHAPE)
+    repo[f"org/wide-{anchor}"] = gone
+    with pytest.raises(ManifestError, match="no such revision"):
+        CBDModel.from_chain("org/wide", shape=SHAPE, revision="v9")
+    with pytest.raises(ManifestError, match=r"without chain\.json"):
+        CBDModel.from_chain(f"org/wide-{anchor}", shape=SHAPE)
+    with pytest.raises(StorageError, match="cannot be reached"):
+        CBDModel.from_chain("org/wide", shape=SHAPE, local_files_only=True, cache_dir="/nowhere")
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_the_largest_size_that_fits_is_found_without_a_download(hub, wide, published):
+    small, large = (anchor.parameters for anchor in reversed(Chain.from_pretrained(wide).anchors))
+    sizes = [CBDModel.plan(wide, shape={"layers": layers}).parameters for layers in (5, 6, 7, 8)]
+    for budget, dtype in ((sizes[1] * 4, "float32"), (sizes[1] * 4 + 3, "float32"), (sizes[2] * 4 - 1, None), (sizes[3] * 2 - 1, "bfloat16"), (10**12, None)):
+        room = budget // (2 if dtype == "bfloat16" else 4)
+        plan = CBDModel.plan("org/wide", memory_budget=budget, dtype=dtype)
+        assert plan.parameters == max(size for size in sizes if size <= room)
+    assert not weights(hub)
+    assert CBDModel.from_chain(wide, memory_budget="1GiB").num_parameters() == large
+    with pytest.raises(SizeError, match="smallest anchor"):
+        CBDModel.plan("org/wide", memory_budget=small * 4 - 1)
+    with pytest.raises(SizeError, match="no count of bytes"):
+        CBDModel.plan(wide, memory_budget="much")
+    with pytest.raises(ArgumentError, match="one of them"):
+        CBDModel.plan(wide, memory_budget="1GB", size="max")
+
+
+def test_auto_classes_open_a_chain(hub, wide, published):
+    import cbd_hub.auto  # noqa: F401
+    small = Chain.from_pretrained(wide).anchors[1]
+    model = AutoModelForCausalLM.from_pretrained("org/wide", size=small.parameters, dtype=torch.bfloat16)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.dtype == torch.bfloat16
+    assert same(AutoModelForCausalLM.from_pretrained(f"org/wide-{small.name}"), CBDModel.from_chain(wide, size="min"))
+    assert AutoTokenizer.from_pretrained("org/wide")("a").input_ids == tiny.tokenizer()("a").input_ids
+    with pytest.raises(ArgumentError, match="say which"):
+        AutoModelForCausalLM.from_pretrained("org/wide")
+
+
+def load(wide_id, shape, queue):
+    files = open_chain(wide_id)
+    plan = Chain(files).plan(shape=shape)
+    for name, rows in plan.rows().items():
+        anchor = files.manifest.anchor(name)
+        from cbd_hub.model import anchor_config
+        checkpoint = open_weights(files, anchor, anchor_config(files, anchor), rows)
+        queue.put(sum(float(checkpoint[tensor].sum()) for tensor in sorted(rows)))
+
+
+def test_processes_share_one_download(hub, wide, published):
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    workers = [fork.Process(target=load, args=("org/wide", SHAPE, queue)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    sums = [queue.get(timeout=120) for _ in range(8)]
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert len({round(value, 3) for value in sums}) == 2
+    sent = sum(entry.sent for entry in weights(hub))
+    hub.forget()
+    load("org/wide", SHAPE, queue)
+    assert sum(entry.sent for entry in weights(hub)) == 0
+    assert sent <= 4 * CBDModel.plan(wide, shape=SHAPE).parameters * 1.02 + 6 * CHUNK_BYTES
+
+
+def killed_at(hub, number, when, work):
+    """Run some work in a process that is killed at its request of that number; whether it was."""
+    fork = multiprocessing.get_context("fork")
+    worker = fork.Process(target=work)
+    hub.fail("", skip=number, drop=when)
+    hub.faults[-1].kill = 0
+    fault = hub.faults[-1]
+    fault.strike = lambda: os.kill(worker.pid, signal.SIGKILL)
+    worker.start()
+    worker.join(120)
+    hub.faults.clear()
+    return worker.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("when", "stride"), [
+    ("before", 9), ("after", 11), pytest.param("before", 1, marks=pytest.mark.slow), pytest.param("after", 1, marks=pytest.mark.slow),
+])
+def test_a_push_killed_at_any_request_harms_nothing_and_goes_on(hub, wide, when, stride):
+    """The walk: at requests of a second push the process is killed; the published chain then is the old one or the new one, whole."""
+    chain = Chain.from_pretrained(wide)
+    chain.push_to_hub("org/wide")
+    repo = hub.repos["org/wide"]
+    old = repo.at("main")[1]
+    number, seen = 0, set()
+    while True:
+        for name in hub.repos:  # what the second push has to send again
+            hub.repos[name].commit({path: data for path, data in hub.repos[name].at("main")[1].items() if path != "generation_config.json"})
+        stale = repo.at("main")[0]
+        was_killed = killed_at(hub, number, when, lambda: chain.push_to_hub("org/wide"))
+        new = repo.at("main")[1]
+        assert repo.at("main")[0] == stale or set(new) == set(old)
+        assert Chain.from_pretrained("org/wide", force_download=True).anchors
+        for anchor in Chain.from_pretrained("org/wide").anchors:
+            commit, held = anchor.location.revision, hub.repos[anchor.location.repo_id].at(anchor.location.revision)[1]
+            assert {path: len(held[path]) for path in anchor.files} == {path: record.bytes for path, record in anchor.files.items()}, commit
+        seen.add(repo.at("main")[0] != stale)
+        if not was_killed:
+            break
+        number += stride
+    assert number > 20
+    assert True in seen
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_load_killed_at_any_request_leaves_a_usable_cache(hub, wide, published, when):
+    import queue
+    number = 0
+    while killed_at(hub, number, when, lambda: load("org/wide", SHAPE, queue.Queue())):
+        number += 1
+    assert number >= 1
+    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_no_token_is_ever_shown(hub, wide, published, caplog, capsys, monkeypatch):
+    secret = "hf_" + "s3cret" * 5
+    hub.tokens[secret] = "org"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    shown = [repr(Chain.from_pretrained("org/wide", token=secret).files)]
+    for match, fault in (("chain.json", {"status": 500}), ("safetensors", {"status": 403}), ("safetensors", {"drop": "before"})):
+        hub.fail(match, times=50, **fault)
+        with pytest.raises(CBDError) as caught:
+            CBDModel.from_chain("org/wide", shape=SHAPE, token=secret, force_download=True)
+        shown += [str(caught.value), str(caught.value.__cause__)]
+        hub.faults.clear()
+    hub.fail("POST /api/models", times=50, status=500)
+    with pytest.raises(CBDError) as caught:
+        Chain.from_pretrained(wide).push_to_hub("org/other", token=secret)
+    hub.faults.clear()
+    Chain.from_pretrained(wide).push_to_hub("org/other", token=secret)
+    held = b"".join(data for repo in hub.repos.values() for _, files in repo.commits.values() for path, data in files.items() if not path.endswith(".safetensors"))
+    printed = capsys.readouterr()
+    assert secret not in "".join(shown) + str(caught.value) + caplog.text + printed.out + printed.err
+    assert secret.encode() not in held
+    assert all(secret not in entry.path + entry.query for entry in hub.log)
