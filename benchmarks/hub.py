@@ -33,7 +33,7 @@ PLAN = """
 import dataclasses, json, sys
 from cbd_hub.chain import Chain
 from cbd_hub.hub import open_chain
-from cbd_hub.model import plan_costs
+from cbd_hub.plans import plan_costs
 files = dataclasses.replace(open_chain("org/bench"), glance=True)
 print(json.dumps(plan_costs(files, Chain(files).plan(shape=json.loads(sys.argv[1]), strategy=sys.argv[2]))))
 """

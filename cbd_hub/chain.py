@@ -35,7 +35,8 @@ from cbd_hub.manifest import (
     Teacher,
     Training,
 )
-from cbd_hub.model import CBDModel, plan_in
+from cbd_hub.model import CBDModel
+from cbd_hub.plans import plan_in
 from cbd_hub.publish import Publication, push_chain
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import Checkpoint, load_tokenizer, read_config

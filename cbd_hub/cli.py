@@ -15,7 +15,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError
+from cbd_hub.errors import ArgumentError, CBDError, DataError
+from cbd_hub.hub_commands import commands as hub_commands
+from cbd_hub.options import (
+    AlphaOption,
+    BudgetOption,
+    ChainArgument,
+    DtypeOption,
+    JsonOption,
+    OutOption,
+    RevisionOption,
+    ShapeOption,
+    SizeOption,
+    StrategyOption,
+    ToleranceOption,
+)
 from cbd_hub.printing import cell, err, middle, out, print_json, show_chain, show_costs, table_of, with_error
 from cbd_hub.sizes import format_bytes, format_size
 
@@ -24,25 +38,6 @@ app = typer.Typer(
     name="cbd", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     help="A language model in any size you want: distil a chain of anchors once, then make every size in between in seconds.",
 )
-
-ChainArgument = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id.", show_default=False)]
-SizeOption = Annotated[str | None, typer.Option("--size", help='Parameters wanted: "138M", "1.1B", "min" or "max".', show_default=False)]
-ShapeOption = Annotated[str | None, typer.Option("--shape", help='The exact shape instead, such as "layers=24,ffn=1192" or "hidden=540".', show_default=False)]
-StrategyOption = Annotated[str, typer.Option("--strategy", help="How the gap is filled: blend, patch, or auto for what measured best.")]
-AlphaOption = Annotated[float | None, typer.Option("--alpha", help="Weight of the smaller neighbour in a blend, 0 to 1; fitted by default.", show_default=False)]
-ToleranceOption = Annotated[float, typer.Option("--tolerance", help="Largest accepted distance from the size, as a share of it.")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a chain on the Hub.", show_default=False)]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the anchors' by default.", show_default=False)]
-BudgetOption = Annotated[
-    str | None, typer.Option("--memory-budget", help='Bytes for the weights in the dtype instead, such as "300MB": the largest size that fits.', show_default=False)
-]
-PrivateOption = Annotated[bool | None, typer.Option("--private/--public", help="Whether repos made now are private; the account's default otherwise.", show_default=False)]
-GatedOption = Annotated[str | None, typer.Option("--gated", metavar="auto|manual", help="Let readers ask for access.", show_default=False)]
-PullRequestOption = Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead, where you may not write.")]
-MessageOption = Annotated[str | None, typer.Option("--message", help="Message of the commits.", show_default=False)]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check all, send nothing, and say what would be sent.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
-OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)]
 
 
 def _version(wanted: bool) -> None:
@@ -141,7 +136,7 @@ def plan(
     from dataclasses import replace
 
     from cbd_hub.hub import open_chain
-    from cbd_hub.model import plan_costs, plan_in
+    from cbd_hub.plans import plan_costs, plan_in
     _hush_bars()
     files = replace(open_chain(chain, revision=revision), glance=True)
     planned = plan_in(files, size, memory_budget=budget, dtype=dtype, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
@@ -388,82 +383,6 @@ def cache_teacher(
     out.print(f"next: teacher_cache: {place} in a stage of a recipe, or ChainDistiller(..., teacher_cache=...)")
 
 
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A chain, or a model made from one.", show_default=False)],
-    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repo: of a chain its index, beside which each anchor gets one.", show_default=False)],
-    private: PrivateOption = None, gated: GatedOption = None, create_pr: PullRequestOption = False, message: MessageOption = None,
-    tag: Annotated[str | None, typer.Option("--tag", help="Tag of the index; by default the next of v1, v2, ...", show_default=False)] = None,
-    collection: Annotated[bool, typer.Option("--collection/--no-collection", help="Put the repos into a collection.")] = True,
-    dry_run: DryRunOption = False, as_json: JsonOption = False,
-) -> None:
-    """Publish a chain, or a model made from one, on the Hub.
-
-    Killed at any moment, what was published before stays whole; run the same command again, it goes on.
-    """
-    import dataclasses
-
-    from cbd_hub.chain import Chain
-    from cbd_hub.manifest import FILE_NAME
-    from cbd_hub.publish import push_model
-    if gated not in (None, "auto", "manual"):
-        raise ArgumentError(f"--gated {gated} is not known; choose auto or manual")
-    how: dict[str, Any] = {
-        "private": private, "gated": gated, "create_pr": create_pr, "commit_message": message, "dry_run": dry_run,
-        "say": None if as_json else lambda line: err.print(escape(line)),
-    }
-    if not folder.is_dir():
-        raise StorageError(f"{folder} is no folder; give a chain's folder, or that of a model made by `cbd make`")
-    if (folder / FILE_NAME).is_file():
-        done = Chain.from_pretrained(folder).push_to_hub(repo_id, tag=tag, collection=collection, **how)
-    else:
-        done = push_model(folder, repo_id, **how)
-    if as_json:
-        print_json(dataclasses.asdict(done))
-        return
-    table_of("would be sent" if dry_run else "published", [{"repo": name, "size": format_bytes(size)} for name, size in done.bytes.items()])
-    for address in done.pull_requests:
-        out.print(f"pull request: {escape(address)}")
-    if done.tag is not None:
-        out.print(f"commit {done.commit}, tag {escape(done.tag)}" + (f", collection {escape(done.collection)}" if done.collection else ""))
-        out.print(f'next: CBDModel.from_chain("{escape(repo_id)}", size="...")')
-
-
-@app.command()
-def pull(chain: ChainArgument, out_dir: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.", show_default=False)], revision: RevisionOption = None, as_json: JsonOption = False) -> None:
-    """Make a local chain of one on the Hub, with every anchor."""
-    from cbd_hub.chain import Chain
-    Chain.from_pretrained(chain, revision=revision).save_pretrained(out_dir)
-    made = Chain.from_pretrained(out_dir)
-    if as_json:
-        print_json(json.loads(made.manifest.to_json()))
-        return
-    show_chain(made)
-
-
-@app.command("add-anchor")
-def add_anchor(
-    chain: ChainArgument, checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="The anchor: model folder or Hub id.", show_default=False)],
-    repo_id: Annotated[str, typer.Option("--repo", metavar="ORG/NAME", help="The repo it goes to.", show_default=False)],
-    private: PrivateOption = None, create_pr: PullRequestOption = False, as_json: JsonOption = False,
-) -> None:
-    """Extend a chain with an anchor in a repo of its own: a local chain, or a published one by a commit or a pull request."""
-    import dataclasses
-
-    from cbd_hub.chain import Chain
-    from cbd_hub.extend import add_anchor as extend
-    done = extend(
-        Chain.from_pretrained(chain), checkpoint, repo_id, private=private, create_pr=create_pr, say=None if as_json else lambda line: err.print(escape(line))
-    )
-    if as_json:
-        print_json(dataclasses.asdict(done))
-        return
-    for name, (repo, commit) in done.anchors.items():
-        out.print(f"anchor {escape(name)} in {escape(repo)} at {commit}")
-    for address in done.pull_requests:
-        out.print(f"pull request: {escape(address)}")
-
-
 def _shape(text: str | None) -> dict[str, int] | None:
     """A shape from "layers=24,ffn=1192"."""
     if text is None:
@@ -491,6 +410,9 @@ def _hush_bars() -> None:
     from transformers.utils.logging import disable_progress_bar as hush_transformers
     hush_datasets()
     hush_transformers()
+
+
+app.add_typer(hub_commands)
 
 
 def main() -> NoReturn:

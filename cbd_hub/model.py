@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
 import os
 import shutil
 import warnings
@@ -13,32 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from cbd_hub import shapes
-from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, SizeError, WeightsError
-from cbd_hub.families import family_named, family_of
+from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
-from cbd_hub.interpolation.budget import largest_size
-from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
-from cbd_hub.interpolation.planner import Kept, Maps, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
+from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Anchor, Shape
-from cbd_hub.remote import bytes_to_fetch, open_weights
+from cbd_hub.plans import anchor_config, plan_in, weight_dtype
+from cbd_hub.remote import open_weights
 from cbd_hub.single import cut_single
-from cbd_hub.sizes import format_bytes, format_size, parse_bytes
+from cbd_hub.sizes import format_size
 from cbd_hub.weights import (
     LOADING,
     Checkpoint,
     model_class,
-    one_line,
-    read_config,
     read_generation_config,
     stored_shapes,
     write_safetensors,
@@ -64,7 +54,6 @@ _REFUSED = {
     "subfolder": "name the chain itself",
     "adapter_kwargs": "load an adapter onto the returned model with peft",
 }
-_KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
 _OWN = (
     "size", "memory_budget", "shape", "strategy", "alpha", "tolerance", "revision", "token", "cache_dir", "local_files_only", "force_download",
 )
@@ -93,168 +82,6 @@ class _Prepared:
             checkpoint.remember()
 
 
-def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
-    """The transformers config of an anchor, compared with what chain.json says of it.
-
-    Raises:
-        IntegrityError: If config.json differs from its recorded hash.
-        ManifestError: If its shape or parameters are not the recorded ones.
-        ArchitectureError: If its architecture has no axis table.
-    """
-    config = read_config(files.config_folder(anchor))
-    family = family_named(anchor.family)
-    if family_of(config) is not family:
-        raise ManifestError(f"anchor {anchor.name} is a {config.model_type} but chain.json says {anchor.family}; fetch the chain again")
-    found = shapes.shape_of(config)
-    if found != anchor.shape or shapes.parameter_count(config) != anchor.parameters:
-        raise ManifestError(
-            f"anchor {anchor.name} has {shapes.parameter_count(config):,} parameters and the shape ({found}), but chain.json says {anchor.parameters:,} and "
-            f"({anchor.shape}); fetch the chain again"
-        )
-    return config
-
-
-def kept_of(files: ChainFiles, small: Anchor, large: Anchor) -> Kept | None:
-    """Which units of its parent an anchor kept; None where it was not cut from that parent."""
-    if small.maps is None or small.parent != large.name:
-        return None
-    path = files.side_file(small.maps)
-    try:
-        arrays = {name.removeprefix("kept."): array for name, array in load_file(path).items() if name in _KEPT}
-        if any(not np.issubdtype(array.dtype, np.integer) for array in arrays.values()):
-            raise TypeError("they are no integers")
-        return Kept(**{name: array.astype(np.int64) for name, array in arrays.items()})
-    except (SafetensorError, TypeError) as error:
-        raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({one_line(error)}); fetch or make the chain again") from error
-
-
-def maps_of(files: ChainFiles, small: Anchor, large: Anchor) -> Maps | None:
-    """How an anchor is turned into the coordinates of its parent; None where the two were not aligned."""
-    if small.maps is None or small.parent != large.name:
-        return None
-    path = files.side_file(small.maps)
-    try:
-        return Maps.read(load_file(path))
-    except SafetensorError as error:
-        raise ManifestError(f"{path} is no safetensors file ({one_line(error)}); fetch or make the chain again") from error
-
-
-def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
-    """The segment between two neighbours of a chain.
-
-    Raises:
-        ArchitectureError: If they compute differently in more than their shape.
-    """
-    config, small_config = anchor_config(files, large), anchor_config(files, small)
-    differs = shapes.other_differences(config, small_config)
-    if differs:
-        raise ArchitectureError(f"anchors {small.name} and {large.name} differ in {', '.join(differs[:4])}; nothing can be interpolated between them")
-    return segment_of(files.manifest, small, large, kept_of(files, small, large), config, small_config, maps_of(files, small, large))
-
-
-def plan_in(
-    files: ChainFiles, size: str | int | None = None, *, memory_budget: str | int | None = None, dtype: Any = None,
-    shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
-) -> Plan:
-    """The plan of a size, shape or budget in an opened chain; see `CBDModel.plan`."""
-    manifest = files.manifest
-    if memory_budget is not None:
-        if size is not None or shape is not None:
-            raise ArgumentError("memory_budget= came with size= or shape=; give one of them")
-        size = _size_that_fits(replace(files, glance=True), parse_bytes(memory_budget), dtype, strategy, alpha)
-    if size is None and shape is None:
-        raise ArgumentError('neither size nor shape nor memory_budget was given; ask for a size such as size="138M"')
-    if not 0.0 < tolerance < 1.0:
-        raise ArgumentError(f"tolerance={tolerance} is outside 0 to 1; it is a share of the size, such as 0.02")
-    if shape is not None:
-        small, large, wanted = _around_shape(files, shape, None if size is None else manifest.size(size))
-    else:
-        assert size is not None
-        wanted = manifest.size(size)
-        small, large = manifest.neighbours(wanted)
-    if small is large:
-        dataset = small.evaluations[-1].dataset if small.evaluations else None
-        # An anchor is itself whatever the strategy; the options are still checked.
-        _check_options(strategy, alpha)
-        return anchor_plan(manifest.name, wanted, small.name, small.shape, anchor_config(files, small), last_loss(small.evaluations, dataset))
-    segment = segment_between(files, small, large)
-    ends = Chord.of(manifest, manifest.link(small, large)).losses
-    plan = segment_plan(
-        segment, wanted, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, chain=manifest.name, ends=ends
-    )
-    if shape is not None and size is not None and abs(plan.parameters - wanted) > tolerance * wanted:
-        raise SizeError(
-            f"the shape has {plan.parameters:,} parameters but size={size!r} was asked for ({wanted:,}); leave one of them out"
-        )
-    return plan
-
-
-def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, alpha: float | None) -> int:
-    """The largest size of which the weights take no more than so many bytes; nothing but configs and maps is read."""
-    config = anchor_config(files, files.manifest.anchors[0])
-    chosen = weight_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    _check_options(strategy, alpha)
-    found = largest_size(
-        files.manifest, budget // chosen.itemsize, lambda size: plan_in(files, size, strategy=strategy, alpha=alpha, tolerance=0.99).parameters
-    )
-    if found is None:
-        least = files.manifest.anchors[-1].parameters
-        raise SizeError(
-            f"memory_budget={budget:,} bytes hold {budget // chosen.itemsize:,} parameters in {str(chosen).removeprefix('torch.')}, but the smallest anchor of {files.manifest.name} has "
-            f"{least:,} ({format_bytes(least * chosen.itemsize)}); give more, or a narrower dtype"
-        )
-    return found
-
-
-def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
-    """What a plan costs, from shapes and headers alone: bytes read and, on the Hub, fetched of each anchor; bytes of the model in memory by dtype."""
-    read: dict[str, int] = {}
-    for name, tensors in sorted(plan.sources().items()):
-        config = anchor_config(files, files.manifest.anchor(name))
-        family = family_of(config)
-        sizes = family.sizes(config)
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        read[name] = sum(
-            dtype.itemsize * math.prod(spec.shape(sizes)) for spec, _, key in family.stored(config) if key in tensors
-        )
-    fetched = {
-        name: bytes_to_fetch(files, files.manifest.anchor(name), anchor_config(files, files.manifest.anchor(name)), rows)
-        for name, rows in sorted(plan.rows().items())
-    }
-    return {
-        "bytes_read": read, **({} if files.revision is None else {"bytes_to_fetch": fetched}), "bytes_in_memory": {"float32": 4 * plan.parameters, "bfloat16": 2 * plan.parameters},
-    }
-
-
-def _check_options(strategy: str, alpha: float | None) -> None:
-    if strategy not in ("auto", "blend", "patch"):
-        raise ArgumentError(f"strategy={strategy!r} is not known; choose one of auto, blend, patch")
-    if alpha is not None and not 0.0 <= alpha <= 1.0:
-        raise ArgumentError(f"alpha={alpha} is outside 0 to 1; it is the weight of the smaller neighbour")
-
-
-def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int | None) -> tuple[Anchor, Anchor, int]:
-    """The neighbours whose segment holds a shape, and the shape's size."""
-    anchors = files.manifest.anchors
-    pairs = [files.manifest.neighbours(size)] if size is not None else list(zip(anchors[1:], anchors))
-    error: ArgumentError | None = None
-    for small, large in pairs or [(anchors[0], anchors[0])]:
-        try:
-            whole = shapes.complete_shape(shape, small.shape, large.shape, anchor_config(files, large))
-        except ArgumentError as found:
-            error = error or found
-            continue
-        for anchor in (small, large):
-            if whole == anchor.shape:
-                return anchor, anchor, anchor.parameters
-        return small, large, shapes.count(whole, anchor_config(files, large)) if size is None else size
-    assert error is not None
-    if len(pairs) > 1 and isinstance(shape, Mapping) and set(shape) <= set(Shape.model_fields):
-        segments = "; ".join(f"{small.name} ({small.shape.text}) to {large.name} ({large.shape.text})" for small, large in pairs)
-        raise ArgumentError(f"the shape {dict(shape)} lies in no segment of {files.manifest.name}, which has {segments}; choose one inside")
-    raise error
-
-
 def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments for transformers, unknown and unusable ones refused.
 
@@ -276,21 +103,6 @@ def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         kept.setdefault("dtype", kept.pop("torch_dtype"))
         kept.pop("torch_dtype", None)
     return kept
-
-
-def weight_dtype(wish: Any, default: torch.dtype) -> torch.dtype:
-    """The dtype that a name or a dtype means; the default for None and "auto".
-
-    Raises:
-        ArgumentError: If weights cannot be made in it.
-    """
-    if wish is None or wish == "auto":
-        return default
-    found = getattr(torch, wish.removeprefix("torch."), None) if isinstance(wish, str) else wish
-    if found not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ArgumentError(f'dtype={wish!r} is no dtype that weights can be made in; give torch.bfloat16, "float32", "float16" or "auto"')
-    chosen: torch.dtype = found
-    return chosen
 
 
 def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:

@@ -27,7 +27,7 @@ from cbd_hub.errors import ArgumentError, IntegrityError, StorageError, WeightsE
 from cbd_hub.files import check_file, sha256
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, fetch, is_repo_id, open_chain
 from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview
-from cbd_hub.model import anchor_config
+from cbd_hub.plans import anchor_config
 from cbd_hub.sizes import format_bytes
 from cbd_hub.weights import Checkpoint, read_config, read_header
 

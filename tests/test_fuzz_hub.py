@@ -14,7 +14,7 @@ from cbd_hub import Chain
 from cbd_hub.errors import CBDError, IntegrityError, ManifestError
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Manifest, Preview, inside
-from cbd_hub.model import anchor_config, plan_in
+from cbd_hub.plans import anchor_config, plan_in
 from cbd_hub.remote import _previewed, spans_read
 from cbd_hub.weights import read_header
 

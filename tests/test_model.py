@@ -284,10 +284,11 @@ def test_a_chain_is_copied_whole(chain, tmp_path):
 def test_a_second_load_checks_nothing_again(chain, monkeypatch):
     """A verdict is remembered: with every recorded hash made wrong afterwards, what was checked before is read all the same."""
     from cbd_hub.hub import open_chain
-    from cbd_hub.model import anchor_checkpoint
+    from cbd_hub.plans import anchor_config
+    from cbd_hub.remote import open_weights
     CBDModel.from_chain(chain, "max")
     files = open_chain(chain)
-    checkpoint = anchor_checkpoint(files, files.manifest.anchors[0])
+    checkpoint = open_weights(files, files.manifest.anchors[0], anchor_config(files, files.manifest.anchors[0]))
     for checked in checkpoint._checked.values():
         monkeypatch.setattr(checked, "_chunks", ["wrong"] * len(checked._chunks))
     assert checkpoint[next(iter(checkpoint._where))] is not None

@@ -13,7 +13,7 @@ from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, SizeError, StorageError
 from cbd_hub.files import CHUNK_BYTES
 from cbd_hub.hub import open_chain
-from cbd_hub.model import plan_costs
+from cbd_hub.plans import plan_costs
 from cbd_hub.remote import open_weights
 
 
@@ -177,7 +177,7 @@ def load(wide_id, shape, queue):
     plan = Chain(files).plan(shape=shape)
     for name, rows in plan.rows().items():
         anchor = files.manifest.anchor(name)
-        from cbd_hub.model import anchor_config
+        from cbd_hub.plans import anchor_config
         checkpoint = open_weights(files, anchor, anchor_config(files, anchor), rows)
         queue.put(sum(float(checkpoint[tensor].sum()) for tensor in sorted(rows)))
 

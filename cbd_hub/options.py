@@ -1,0 +1,28 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+ChainArgument = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id.", show_default=False)]
+SizeOption = Annotated[str | None, typer.Option("--size", help='Parameters wanted: "138M", "1.1B", "min" or "max".', show_default=False)]
+ShapeOption = Annotated[str | None, typer.Option("--shape", help='The exact shape instead, such as "layers=24,ffn=1192" or "hidden=540".', show_default=False)]
+StrategyOption = Annotated[str, typer.Option("--strategy", help="How the gap is filled: blend, patch, or auto for what measured best.")]
+AlphaOption = Annotated[float | None, typer.Option("--alpha", help="Weight of the smaller neighbour in a blend, 0 to 1; fitted by default.", show_default=False)]
+ToleranceOption = Annotated[float, typer.Option("--tolerance", help="Largest accepted distance from the size, as a share of it.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a chain on the Hub.", show_default=False)]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the anchors' by default.", show_default=False)]
+BudgetOption = Annotated[
+    str | None, typer.Option("--memory-budget", help='Bytes for the weights in the dtype instead, such as "300MB": the largest size that fits.', show_default=False)
+]
+PrivateOption = Annotated[bool | None, typer.Option("--private/--public", help="Whether repos made now are private; the account's default otherwise.", show_default=False)]
+GatedOption = Annotated[str | None, typer.Option("--gated", metavar="auto|manual", help="Let readers ask for access.", show_default=False)]
+PullRequestOption = Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead, where you may not write.")]
+MessageOption = Annotated[str | None, typer.Option("--message", help="Message of the commits.", show_default=False)]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check all, send nothing, and say what would be sent.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)]
