@@ -34,7 +34,7 @@ demo: $(READY)demo
 test: $(READY)dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 test-all: $(READY)dev
 	$(BIN)/ruff check .

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ class ChainFiles:
             self._here[key] = fetch(repo_id, path, revision, self.options)
         return self._here[key]
 
+    def _sound(self, repo_id: str, path: str, revision: str, check: Callable[[Path], None]) -> Path:
+        """A file of a pinned commit that passes a check; fetched once more where a cache or a download was damaged."""
+        found = self._fetch(repo_id, path, revision)
+        try:
+            check(found)
+        except IntegrityError:
+            if self.options.get("local_files_only") or constants.HF_HUB_OFFLINE:
+                raise
+            found = fetch(repo_id, path, revision, {**self.options, "force_download": True})
+            check(found)
+        return found
+
     def remote(self, anchor: Anchor) -> tuple[str, str, str] | None:
         """Repo, commit and prefix of an anchor's paths; None where its files are local."""
         location = anchor.location
@@ -92,16 +105,10 @@ class ChainFiles:
         if remote is None:
             return inside(self.root, f"{anchor.location.subfolder}/{name}" if anchor.location.subfolder else name)
         repo_id, revision, prefix = remote
-        found, record = self._fetch(repo_id, prefix + name, revision), anchor.files.get(name)
-        if record is not None:
-            try:
-                check_file(found, record.sha256, record.bytes)
-            except IntegrityError:  # a cache that was damaged, or a download that was: once more, and it is final
-                if self.options.get("local_files_only") or constants.HF_HUB_OFFLINE:
-                    raise
-                found = fetch(repo_id, prefix + name, revision, {**self.options, "force_download": True})
-                check_file(found, record.sha256, record.bytes)
-        return found
+        record = anchor.files.get(name)
+        if record is None:
+            return self._fetch(repo_id, prefix + name, revision)
+        return self._sound(repo_id, prefix + name, revision, lambda path: check_file(path, record.sha256, record.bytes))
 
     def config_folder(self, anchor: Anchor) -> Path:
         """A folder with an anchor's config.json, checked; from its preview at a glance."""
@@ -144,7 +151,7 @@ class ChainFiles:
         for name in TOKENIZER_FILES:
             record = self.manifest.anchors[0].files.get(name)
             if self.revision is not None:
-                path = None if record is None else self._fetch(self.name, name, self.revision)
+                path = None if record is None else self._sound(self.name, name, self.revision, functools.partial(check_file, recorded=record.sha256, size=record.bytes))
             else:
                 path = inside(self.root, name) if inside(self.root, name).is_file() else None
             if path is None:
@@ -170,15 +177,20 @@ class ChainFiles:
         Raises:
             IntegrityError: If it is missing or differs from its record.
         """
-        path = inside(self.root, record.path) if self.revision is None else self._fetch(self.name, record.path, self.revision)
-        if not path.is_file():
-            raise IntegrityError(f"{path} is missing; fetch or make the chain again")
-        try:
-            found = sha256(path)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
-        if found != record.sha256:
-            raise IntegrityError(f"{path} differs from its recorded hash; it was changed or damaged: fetch or make the chain again")
+        def check(path: Path) -> None:
+            if not path.is_file():
+                raise IntegrityError(f"{path} is missing; fetch or make the chain again")
+            try:
+                found = sha256(path)
+            except OSError as error:
+                raise StorageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+            if found != record.sha256:
+                raise IntegrityError(f"{path} differs from its recorded hash; it was changed or damaged: fetch or make the chain again")
+
+        if self.revision is not None:
+            return self._sound(self.name, record.path, self.revision, check)
+        path = inside(self.root, record.path)
+        check(path)
         return path
 
     def chunks(self, anchor: Anchor) -> dict[str, list[str]]:

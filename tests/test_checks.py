@@ -41,7 +41,7 @@ def line_of(path, word):
     ({"eval_strategy": "steps"}, "eval_strategy=steps needs an evaluation set"),
     ({"save_strategy": "best"}, "metric_for_best_model"),
     ({"teacher_cache": "/no/cache"}, "is no teacher cache"),
-    ({"kd_weight": 0.0}, "kd_weight and ce_weight are both 0"),
+    ({"kd_weight": 0.0, "ce_weight": 0.0}, "kd_weight and ce_weight are both 0"),
     ({"block_size": 300}, "block_size=300 is more than the model's 256 positions"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not part"),
 ])

@@ -56,7 +56,7 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
 def test_push_and_pull_on_the_command_line(hub, tmp_path):
     def run(*arguments):
         done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return done.exception if done.exit_code else done.stdout
+        return str(done.exception) if done.exit_code else done.stdout
 
     for layers in (4, 2):
         tiny.save(tiny.llama(layers=layers), tmp_path / f"m{layers}")

@@ -130,7 +130,8 @@ def test_auto_takes_what_measured_best(chain):
     opened = Chain.from_pretrained(chain)
     point = min(opened.manifest.links[1].curve, key=lambda point: point.loss)
     assert CBDModel.plan(chain, point.size).strategy == point.strategy
-    assert CBDModel.plan(chain, point.size).expected == pytest.approx(point.loss)
+    smaller = opened.neighbours(point.size)[0].evaluations[-1].loss
+    assert CBDModel.plan(chain, point.size).expected == pytest.approx(min(point.loss, smaller))
 
 
 def test_alpha_moves_the_shared_parameters_from_one_anchor_to_the_other(chain):

@@ -15,8 +15,7 @@ import yaml
 from conftest import recipe as make_recipe
 from safetensors.torch import load_file
 
-from cbd_hub import CBDModel, Chain, Recipe, distill_chain
-from cbd_hub.distill import data
+from cbd_hub import CBDModel, Chain, Recipe, distill_chain, texts
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.packing import packed_dataset
@@ -296,4 +295,4 @@ def test_files_of_every_kind_are_read(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": ""}\n{"text": "five"}\n')
     (tmp_path / "c.csv").write_text("text\nsix\n")
     assert read_texts(str(tmp_path / "*")) == ["one\ntwo", "three", "four", "five", "six"]
-    assert data._FORMATS[".parquet"] == "parquet"
+    assert texts.FORMATS[".parquet"] == "parquet"

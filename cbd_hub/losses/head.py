@@ -61,7 +61,7 @@ def block_bytes(vocab_size: int, device: torch.device, compute: torch.dtype) -> 
 
     Example:
         >>> block_bytes(50_000, torch.device("cpu"), torch.bfloat16)
-        51200000
+        44800000
     """
     return 2 * _block_rows(device) * vocab_size * compute.itemsize
 
