@@ -56,12 +56,12 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
 def test_push_and_pull_on_the_command_line(hub, tmp_path):
     def run(*arguments):
         done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        return str(done.exception) if done.exit_code else done.stdout
+        return done.exception if done.exit_code else done.stdout
 
     for layers in (4, 2):
         tiny.save(tiny.llama(layers=layers), tmp_path / f"m{layers}")
     assemble_chain([tmp_path / "m4", tmp_path / "m2"], tmp_path / "chain")
-    assert "would be sent" in run("push", tmp_path / "chain", "org/cmd", "--dry-run")
+    assert "would be sent" in str(run("push", tmp_path / "chain", "org/cmd", "--dry-run"))
     assert not hub.repos
     assert json.loads(run("push", tmp_path / "chain", "org/cmd", "--json"))["tag"] == "v1"
     assert json.loads(run("plan", "org/cmd", "--memory-budget", "1GB", "--json"))["bytes_to_fetch"]
