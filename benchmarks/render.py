@@ -109,7 +109,7 @@ def anchors(data: dict[str, Any]) -> str:
     """An anchor against students trained only for its size."""
     others = "; ".join(f"{name} {data['losses'][name]:.3f}, {pair(difference)}" for name, difference in data["to_default"].items())
     return (
-        f"The demo's {format_size(data['parameters'])} anchor, trained by default (plain forward KL) {data['losses']['default']:.3f} nats per token on "
+        f"The demo's {format_size(data['parameters'])} anchor, trained by default (forward KL and cross-entropy) {data['losses']['default']:.3f} nats per token on "
         f"{data['tokens']:,} held-out tokens; from the same cut, with the same text and steps, paired: {others}. `{data['command']}`"
     )
 
