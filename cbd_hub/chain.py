@@ -39,6 +39,7 @@ from cbd_hub.model import CBDModel
 from cbd_hub.plans import plan_in
 from cbd_hub.publish import Publication, push_chain
 from cbd_hub.sizes import format_size
+from cbd_hub.texts import texts_of
 from cbd_hub.weights import Checkpoint, load_tokenizer, read_config
 
 
@@ -272,7 +273,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 def assemble_chain(
     checkpoints: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], *, align: str | bool = "auto",
-    calibration: Sequence[str] | None = None,
+    calibration: Any = None,
 ) -> Chain:
     """A chain from ready checkpoints, without training: the paper's way.
 
@@ -285,7 +286,8 @@ def assemble_chain(
         checkpoints: Two or more model folders or Hub ids, in any order.
         output_dir: The folder to make: absent or empty.
         align: ``"auto"``: where that brings the neighbours nearer (with text: where the middle loses less). True: always. False: the anchors' own coordinates.
-        calibration: Texts on which the coordinates are fitted, and order, road and curve of each segment measured.
+        calibration: Text on which the coordinates are fitted, and order, road and curve of each segment measured: a file or a pattern, a list of texts, or a
+            ``datasets.Dataset`` with a column ``text``.
 
     Returns:
         The chain.
@@ -294,14 +296,17 @@ def assemble_chain(
         ArgumentError: If there are fewer than two checkpoints, two of one size, or an unknown ``align``.
         ArchitectureError: If they differ in architecture or head size, or a smaller one is deeper or wider than a larger one.
         VocabularyMismatchError: If they differ in vocabulary.
+        DataError: If there is no text, or too little.
+        WeightsError: If a checkpoint's files cannot be used, or hold a value that is no finite number where its models are run.
         StorageError: If ``output_dir`` is in the way or the disk is full.
     """
-    if align not in ("auto", True, False):
+    if align != "auto" and not isinstance(align, bool):
         raise ArgumentError(f'align={align!r} is not known; use align="auto", True or False')
-    if isinstance(checkpoints, (str, os.PathLike)) or isinstance(calibration, str):
-        raise ArgumentError("checkpoints and calibration are lists; put a single one in brackets")
+    if isinstance(checkpoints, (str, os.PathLike)):
+        raise ArgumentError("checkpoints is a list; name two or more")
     if len(checkpoints) < 2:
         raise ArgumentError(f"a chain needs two checkpoints or more, {len(checkpoints)} came; name the larger and the smaller ones")
+    texts = None if calibration is None else texts_of(calibration)[0]
     found = []
     for checkpoint in checkpoints:
         folder = resolve_checkpoint(checkpoint)
@@ -320,7 +325,8 @@ def assemble_chain(
             copy_checkpoint(folder, builder.anchor_folder(name))
             anchors.append(builder.record(name, origin="published"))
         links = []
-        for place, joined in enumerate(join(anchors, [config for *_, config in found], builder.anchor_folder, align, calibration), 1):
+        folders = {anchor.name: folder for anchor, (_, folder, _) in zip(anchors, found)}
+        for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, texts), 1):
             links.append(joined.link)
             if joined.kept is not None:
                 maps = builder.save_kept(anchors[place].name, joined.kept, joined.maps)

@@ -104,11 +104,7 @@ def assemble(
     """Make a chain from ready checkpoints, without training."""
     from cbd_hub.chain import assemble_chain
     _hush_bars()
-    calibration = None
-    if text is not None:
-        from cbd_hub.texts import read_texts
-        calibration = read_texts(text)
-    chain = assemble_chain(checkpoints, out_dir, align="auto" if align is None else align, calibration=calibration)
+    chain = assemble_chain(checkpoints, out_dir, align="auto" if align is None else align, calibration=text)
     if as_json:
         print_json(json.loads(chain.manifest.to_json()))
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,24 +39,24 @@ class Joined:
 
 
 def join(
-    anchors: Sequence[Anchor], configs: Sequence[Any], folder: Callable[[str], Path], align: str | bool, calibration: Sequence[str] | None
+    anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, calibration: Sequence[str] | None
 ) -> Iterator[Joined]:
     """The segments of anchors in falling size.
 
     Args:
         anchors: The anchors.
         configs: Their configs.
-        folder: From an anchor's name to its checkpoint.
+        folders: Anchor name -> its checkpoint.
         align: ``"auto"``, True or False, as for `assemble_chain`.
         calibration: Texts, or None.
     """
-    documents = None if calibration is None else Documents.packed(calibration, load_tokenizer(folder(anchors[0].name)), _BLOCK, _TOKENS)
+    documents = None if calibration is None else Documents.packed(calibration, load_tokenizer(folders[anchors[0].name]), _BLOCK, _TOKENS)
     models: dict[str, Any] = {}
     for large, small, *pair in zip(anchors, anchors[1:], configs, configs[1:]):
         types = layer_types(pair[1], pair[0])
         if align is not False or documents is not None:
             models = {
-                name: models.get(name) or load_model(folder(name), torch.float32).to(best_device()) for name in (large.name, small.name)
+                name: models.get(name) or load_model(folders[name], torch.float32).to(best_device()) for name in (large.name, small.name)
             }
         kept, maps, aligned = (None, None, None) if align is False else _aligned(models[small.name], models[large.name], align, documents)
         if documents is None:

@@ -50,29 +50,24 @@ def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
     return config
 
 
-def kept_of(files: ChainFiles, small: Anchor, large: Anchor) -> Kept | None:
-    """Which units of its parent an anchor kept; None where it was not cut from that parent."""
+def coordinates_of(files: ChainFiles, small: Anchor, large: Anchor) -> tuple[Kept | None, Maps | None]:
+    """Which units of its parent an anchor kept, and how it is turned into the parent's coordinates; None where it was not cut from it, or not aligned.
+
+    Raises:
+        IntegrityError: If the maps file differs from its recorded hash.
+        ManifestError: If it holds no such maps.
+    """
     if small.maps is None or small.parent != large.name:
-        return None
+        return None, None
     path = files.side_file(small.maps)
     try:
-        arrays = {name.removeprefix("kept."): array for name, array in load_file(path).items() if name in _KEPT}
-        if any(not np.issubdtype(array.dtype, np.integer) for array in arrays.values()):
+        arrays = load_file(path)
+        kept = {name.removeprefix("kept."): array for name, array in arrays.items() if name in _KEPT}
+        if any(not np.issubdtype(array.dtype, np.integer) for array in kept.values()):
             raise TypeError("they are no integers")
-        return Kept(**{name: array.astype(np.int64) for name, array in arrays.items()})
-    except (SafetensorError, TypeError) as error:
+        return Kept(**{name: array.astype(np.int64) for name, array in kept.items()}), Maps.read(arrays)
+    except (SafetensorError, TypeError, AttributeError) as error:  # numpy lacks some of safetensors' dtypes
         raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({one_line(error)}); fetch or make the chain again") from error
-
-
-def maps_of(files: ChainFiles, small: Anchor, large: Anchor) -> Maps | None:
-    """How an anchor is turned into the coordinates of its parent; None where the two were not aligned."""
-    if small.maps is None or small.parent != large.name:
-        return None
-    path = files.side_file(small.maps)
-    try:
-        return Maps.read(load_file(path))
-    except SafetensorError as error:
-        raise ManifestError(f"{path} is no safetensors file ({one_line(error)}); fetch or make the chain again") from error
 
 
 def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
@@ -85,7 +80,7 @@ def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
     differs = shapes.other_differences(config, small_config)
     if differs:
         raise ArchitectureError(f"anchors {small.name} and {large.name} differ in {', '.join(differs[:4])}; nothing can be interpolated between them")
-    return segment_of(files.manifest, small, large, kept_of(files, small, large), config, small_config, maps_of(files, small, large))
+    return segment_of(files.manifest, small, large, config, small_config, *coordinates_of(files, small, large))
 
 
 def plan_in(

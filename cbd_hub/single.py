@@ -28,7 +28,7 @@ from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import check_cut, count, fill_ffn, follow, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
-from cbd_hub.texts import column_of, nonempty, read_texts
+from cbd_hub.texts import texts_of
 from cbd_hub.weights import (
     Checkpoint,
     load_model,
@@ -134,7 +134,7 @@ def cut_single(
         CBDError: As `CBDModel.from_pretrained`.
     """
     say = progress or (lambda line: None)
-    texts, source = _texts(calibration, column)
+    texts, source = (None, OWN_TEXT) if calibration is None else texts_of(calibration, column)
     folder = resolve_checkpoint(model, revision, options)
     config = read_config(folder)
     checkpoint = Checkpoint(folder, config)
@@ -194,20 +194,6 @@ def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | 
     if wanted is not None and abs(size_found - wanted) > _SLACK * wanted:
         raise SizeError(f"the shape {found.text} has {size_found:,} parameters but size={size!r} was asked for ({wanted:,}); leave one of them out")
     return size_found, found
-
-
-def _texts(calibration: Any, column: str) -> tuple[list[str] | None, str]:
-    """Documents and what to call them; None where the model is to write its own."""
-    if calibration is None:
-        return None, OWN_TEXT
-    if isinstance(calibration, (str, os.PathLike)):
-        return read_texts(os.fspath(calibration), column), Path(calibration).name
-    if hasattr(calibration, "column_names"):
-        source = str(getattr(getattr(calibration, "info", None), "dataset_name", None) or "a data set")
-        return nonempty(column_of(calibration, column, source), source), source
-    if not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
-        raise ArgumentError(f"calibration is {type(calibration).__name__}; give a text file, a list of texts, a datasets.Dataset, or None")
-    return nonempty(list(calibration), "calibration"), f"{len(calibration):,} texts"
 
 
 def _split(texts: Sequence[str], source: str, tokenizer: Any, tokens: int) -> tuple[Documents, Documents]:

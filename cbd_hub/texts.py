@@ -5,14 +5,40 @@ from __future__ import annotations
 import glob
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd_hub.errors import DataError
+from cbd_hub.errors import ArgumentError, DataError
 
 
 FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+def texts_of(calibration: Any, column: str = "text") -> tuple[list[str], str]:
+    """Documents in whatever form a caller has them, and what to call them.
+
+    Args:
+        calibration: A text file or a pattern, a list of texts, or a ``datasets.Dataset``.
+        column: Column that holds the text, where there are columns.
+
+    Raises:
+        ArgumentError: If it is something else.
+        DataError: If there is no text.
+
+    Example:
+        >>> texts_of(["one", "two", ""])
+        (['one', 'two'], '3 texts')
+    """
+    if isinstance(calibration, (str, os.PathLike)):
+        return read_texts(os.fspath(calibration), column), Path(calibration).name
+    if hasattr(calibration, "column_names"):
+        source = str(getattr(getattr(calibration, "info", None), "dataset_name", None) or "a data set")
+        return nonempty(column_of(calibration, column, source), source), source
+    if not isinstance(calibration, Sequence) or not all(isinstance(text, str) for text in calibration):
+        raise ArgumentError(f"calibration is {type(calibration).__name__}; give a text file, a list of texts, a datasets.Dataset, or None")
+    return nonempty(list(calibration), "calibration"), f"{len(calibration):,} texts"
 
 
 def read_texts(path: str, column: str = "text") -> list[str]:

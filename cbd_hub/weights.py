@@ -80,14 +80,27 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """A model folder loaded whole from safetensors, with every tensor where its table says, in eval mode.
 
     Raises:
-        WeightsError: If tensors are missing, extra or mis-shaped.
+        WeightsError: If tensors are missing, extra or mis-shaped, or hold a value that is no finite number.
     """
     config = read_config(folder)
     Checkpoint(folder, config)
     with LOADING:
-        return model_class(config, str(folder)).from_pretrained(
+        model = model_class(config, str(folder)).from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         ).eval()
+    check_finite(model, str(folder))
+    return model
+
+
+def check_finite(model: Any, source: str) -> None:
+    """Refuse a model with a weight that is no finite number; ``source`` names it.
+
+    Raises:
+        WeightsError: Naming the first such tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.detach().isfinite().all()):
+            raise WeightsError(f"{source}: {name} holds values that are no finite numbers; fetch or make the model again")
 
 
 def load_tokenizer(folder: Path) -> Any:

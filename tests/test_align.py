@@ -1,21 +1,27 @@
 """Alignment: what leaves a function alone is found again, and nothing else is changed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from cbd_hub import CBDModel, assemble_chain
-from cbd_hub.errors import ArchitectureError, ManifestError
+from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, WeightsError
 from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.files import sha256
 from cbd_hub.interpolation.align import align, apply, fit, segment_with
 from cbd_hub.interpolation.execute import combine
+from cbd_hub.interpolation.live import Between
+from cbd_hub.interpolation.maps import norms
+from cbd_hub.interpolation.planner import patch_plan, segment_plan
 from cbd_hub.interpolation.refine import middle_loss
+from cbd_hub.manifest import CurvePoint
 from cbd_hub.shapes import shape_of
 
 
@@ -284,20 +290,100 @@ def test_auto_leaves_neighbours_alone_that_share_coordinates(tmp_path):
     assert chain_of(tmp_path, small, large).manifest.links[0].strategies.blend.align is None
 
 
+def refused(folder, arrays, message, save=save_file):
+    """A chain whose first maps file holds these arrays, on record, makes no plan."""
+    manifest = json.loads((folder / "chain.json").read_text())
+    path = folder / manifest["anchors"][1]["maps"]["path"]
+    save(arrays, path)
+    manifest["anchors"][1]["maps"]["sha256"] = sha256(path)
+    (folder / "chain.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match=message):
+        CBDModel.plan(folder, shape={"layers": 3})
+
+
 def test_a_plan_refuses_maps_that_do_not_fit(tmp_path):
     chain = chain_of(tmp_path, tiny.llama(layers=2, seed=1), tiny.llama(seed=2), align=True)
     path = tmp_path / "chain" / chain.anchors[1].maps.path
     arrays = load_file(path)
+    ones = np.ones(32, np.float32)
     for key, value, message in (
         ("align.values", arrays["align.values"][:1], "values has shape"), ("align.queries", arrays["align.queries"] * np.float32("nan"), "not finite"),
-        ("align.rotation", np.eye(32, dtype=np.float32), "gains of the small"),
+        ("align.rotation", np.eye(32, dtype=np.float32), "gains of the small"), ("align.values", 2 * arrays["align.values"], "values is not orthogonal"),
+        ("align.channels", 0.5 * ones, "channels is not orthogonal"), ("align.channels.first", ones, "channels.first is unknown"),
+        ("align.small_gains", ones, "small_gains is unknown"),
     ):
-        save_file({**arrays, key: value}, path)
-        manifest = json.loads((tmp_path / "chain" / "chain.json").read_text())
-        manifest["anchors"][1]["maps"]["sha256"] = sha256(path)
-        (tmp_path / "chain" / "chain.json").write_text(json.dumps(manifest))
-        with pytest.raises(ManifestError, match=message):
-            CBDModel.plan(tmp_path / "chain", shape={"layers": 3})
+        refused(tmp_path / "chain", {**arrays, key: value}, message)
+    eighths = {name: torch.from_numpy(array) for name, array in arrays.items()} | {"align.values": torch.ones(2, 2, 8, 8).to(torch.float8_e4m3fn)}
+    refused(tmp_path / "chain", eighths, "holds no kept.layers", save_torch)
+
+
+def test_a_plan_refuses_a_rotation_that_the_architecture_cannot_have(tmp_path):
+    """Where blocks normalise what they write no gain can be folded away."""
+    types = tiny.mixed(4)
+    small, large = tiny.gemma3(layers=2, layer_types=types[1:3], seed=1), tiny.gemma3(layer_types=types, seed=2)
+    chain = chain_of(tmp_path, small, large, align=True)
+    arrays = load_file(tmp_path / "chain" / chain.anchors[1].maps.path)
+    gains = {
+        f"align.{side}_gains.{name}": np.ones(32, np.float32)
+        for side, model in (("small", small), ("large", large)) for name, _ in norms(family_of(model.config), model.config.num_hidden_layers)
+    }
+    refused(tmp_path / "chain", {**arrays, **gains, "align.rotation": np.eye(32, dtype=np.float32)}, "rotation is not known for gemma3_text")
+
+
+def test_an_aligned_link_without_its_maps_is_refused(tmp_path):
+    """Else the models in between would be averages of unaligned anchors, under losses that were measured on aligned ones."""
+    chain_of(tmp_path, tiny.llama(layers=2, seed=1), tiny.llama(seed=2), align=True)
+    manifest = json.loads((tmp_path / "chain" / "chain.json").read_text())
+    manifest["anchors"][1]["maps"] = None
+    (tmp_path / "chain" / "chain.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match="were aligned, but the maps of"):
+        CBDModel.plan(tmp_path / "chain", shape={"layers": 3})
+
+
+def test_a_neighbour_is_padded_in_its_own_coordinates():
+    """Also where it was turned by a map that a tied head makes approximate: it computes what the smaller neighbour computes."""
+    small, large = tiny.llama(layers=2, ffn=24, seed=5), tiny.llama(seed=6)
+    found = fit(small, large, residual="rotation")
+    assert found.error > 0.01
+    segment = segment_with(found, small, large)
+    size = sum(segment.sizes) // 2
+    segment = replace(segment, curve=[CurvePoint(size=size, strategy="blend", loss=3.0, tokens=1, dataset="text")])
+    plan = segment_plan(segment, size, tolerance=0.1, ends=(2.0, 1.0))
+    assert "padded" in plan.trough
+    with torch.no_grad():
+        padded = Between({"small": small, "large": large}).run(plan)(IDS)
+    torch.testing.assert_close(padded.hidden @ padded.head.weight.T, logits(small), atol=1e-4, rtol=1e-4)
+
+
+def test_a_patch_in_another_order_of_channels_puts_blocks_into_it():
+    """An alignment may be an order alone: the larger one's blocks still meet the smaller one's channels."""
+    large = tiny.llama(tied=False, seed=3)
+    small = permuted(large)
+    found = fit(small, large, residual="permutation")
+    segment = replace(segment_with(replace(found, maps=None), small, large), small_shape=shape_of(small.config).model_copy(update={"layers": 2}), patch=True)
+    segment = replace(segment, kept=replace(found.kept, layers=np.array([0, 1])), order=[2, 3])
+    small.model.layers = small.model.layers[:2]
+    plan = patch_plan(segment, shape_of(large.config).model_copy(update={"layers": 3}))
+    cut = tiny.llama(layers=3, tied=False)
+    cut.load_state_dict({name: tensor for name, tensor in large.state_dict().items() if ".layers.3." not in name})
+    with torch.no_grad():
+        made = Between({"small": small, "large": large}).run(plan)(IDS)
+    torch.testing.assert_close(made.hidden @ made.head.weight.T, logits(cut), atol=1e-3, rtol=1e-3)
+
+
+def test_what_no_alignment_can_be_fitted_on_is_refused(tmp_path):
+    broken = tiny.llama(layers=2)
+    with torch.no_grad():
+        broken.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(WeightsError, match=r"the model: model.embed_tokens.weight holds values that are no finite numbers"):
+        align(broken, tiny.llama())
+    with pytest.raises(WeightsError, match=r"/s: model.embed_tokens.weight holds values that are no finite numbers"):
+        chain_of(tmp_path, broken, tiny.llama(), align=False, calibration=tiny.texts())
+    for calibration in ([], ["text"], [torch.arange(4), torch.arange(5)]):
+        with pytest.raises(ArgumentError, match="tensors of one length"):
+            align(tiny.llama(layers=2), tiny.llama(), calibration)
+    with pytest.raises(ArgumentError, match="not known for these gemma3_text models; choose permutation"):
+        fit(tiny.gemma3(seed=1), tiny.gemma3(), residual="rotation")
 
 
 def test_what_cannot_be_aligned_is_refused():

@@ -122,3 +122,11 @@ def test_published_gpt2_checkpoints_without_prefix(tmp_path):
     assert Chain.from_pretrained(tmp_path / "chain").manifest.anchors[0].family == "gpt2"
     model = CBDModel.from_chain(tmp_path / "chain", "max")
     assert torch.equal(model.transformer.wte.weight, load_file(checkpoints[0] / "model.safetensors")["wte.weight"])
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"align": 0}, "align=0 is not known"), ({"calibration": [1, 2]}, "calibration is list; give a text file"), ({"calibration": 3}, "calibration is int"),
+])
+def test_options_of_another_kind_are_refused(options, message, tmp_path):
+    with pytest.raises(ArgumentError, match=message):
+        assemble_chain(["a", "b"], tmp_path / "chain", **options)

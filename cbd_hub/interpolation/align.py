@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbd_hub.errors import ArchitectureError
+from cbd_hub.errors import ArchitectureError, ArgumentError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, turned
-from cbd_hub.interpolation.fitting import Fit, Residual, unit_orders
+from cbd_hub.interpolation.fitting import Fit, Residual, activations, unit_orders
 from cbd_hub.interpolation.live import frozen
 from cbd_hub.interpolation.maps import Maps, places
 from cbd_hub.interpolation.plan import Kept, Segment, layer_types, small_eps
 from cbd_hub.interpolation.refine import middle_loss, refine
 from cbd_hub.manifest import Mix
 from cbd_hub.shapes import other_differences, shape_of
-from cbd_hub.weights import LOADING
+from cbd_hub.weights import LOADING, check_finite
 
 
 STEPS = 120
@@ -66,7 +66,10 @@ def align(model: Any, reference: Any, calibration: Sequence[Tensor] | None = Non
         A model of the reference's widths and the model's own depth.
 
     Raises:
-        ArchitectureError: If they differ in more than depth and widths, or the model is larger somewhere.
+        ArchitectureError: If they differ in more than depth and widths.
+        ManifestError: If the model is larger somewhere, of another head size or vocabulary, or their layers' types allow no map.
+        ArgumentError: If the calibration is no list of equally long token ids.
+        WeightsError: If a weight is no finite number.
 
     Example:
         >>> aligned = align(small, large, documents.ids)  # doctest: +SKIP
@@ -96,15 +99,21 @@ def fit(
         )
     small, large = shape_of(model.config), shape_of(reference.config)
     Kept.even(small, large, layer_types(model.config, reference.config)).check(small, large)
+    if calibration is not None and (not len(calibration) or any(not isinstance(ids, Tensor) or ids.shape != calibration[0].shape for ids in calibration)):
+        raise ArgumentError("calibration for alignment is a list of token ids, tensors of one length; give Documents.packed(texts, tokenizer, 128).ids, or None")
+    check_finite(model, "the model")
+    check_finite(reference, "the reference")
     models = {"small": model, "large": reference}
     with frozen(model, reference):
-        fitted = Fit(model, reference, calibration, residual)
+        acts = None if calibration is None else (activations(model, calibration), activations(reference, calibration))
+        fitted = Fit(model, reference, acts, residual)
         best = _tried(fitted, model, reference)
         if calibration is None:
             return best
         if residual is None and fitted.residual == "permutation" and "rotation" in fitted.choices:
-            other = _tried(Fit(model, reference, calibration, "rotation"), model, reference)
+            other = _tried(Fit(model, reference, acts, "rotation"), model, reference)
             best = min((best, other), key=lambda one: middle_loss(segment_with(one, model, reference), models, calibration))
+        acts = fitted.acts = None  # gigabytes of a real model
         if steps:
             maps = refine(
                 segment_with(best, model, reference), models, calibration, steps=steps, rotary_width=fitted.rotary_width, centred=fitted.family.centred

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cbd_hub.errors import ArgumentError
 from cbd_hub.families import TensorSpec, family_of
 from cbd_hub.interpolation.execute import turned
 from cbd_hub.interpolation.maps import Maps, head_role, linear_half, norms, places, readers, rotates
@@ -21,6 +22,7 @@ from cbd_hub.shapes import shape_of
 
 
 Residual = Literal["rotation", "permutation"]
+Activations = dict[str, Tensor]
 _ROUNDS = 4
 
 
@@ -43,18 +45,20 @@ def unit_orders(kept: Kept, large: Shape, layer: int, small: Shape | None = None
 class Fit:
     """The alternation: heads and neurons given the residual stream's map, and the map given them."""
 
-    def __init__(self, model: Any, reference: Any, calibration: Sequence[Tensor] | None, residual: Residual | None) -> None:
+    def __init__(self, model: Any, reference: Any, acts: tuple[Activations, Activations] | None, residual: Residual | None) -> None:
         self.models = (model, reference)
         self.family = family = family_of(model.config)
         self.small, self.large = shape_of(model.config), shape_of(reference.config)
         self.weights = tuple({name: tensor.detach().float() for name, tensor in family.parameters(each).items()} for each in self.models)
         free = rotates(family, (self.small, self.large)) and self._gains_hold()
         self.choices: list[Residual] = ["permutation", "rotation"] if free else ["permutation"]
+        if residual is not None and residual not in self.choices:
+            raise ArgumentError(f"residual={residual!r} is not known for these {family.name} models; choose {' or '.join(self.choices)}")
         self.residual: Residual = residual or ("rotation" if free and not getattr(model.config, family.tied) else "permutation")
         self.head_norms = bool(family.head_norms)
         self.rotary_width = self._rotary_width()
         types = layer_types(model.config, reference.config)
-        self.acts = None if calibration is None else tuple(_activations(each, calibration) for each in self.models)
+        self.acts = acts
         layers = Kept.even(self.small, self.large, types).layers
         if self.acts is not None and self.small.layers < self.large.layers:
             states = [[acts[f"state.{layer}"] for layer in range(shape.layers)] for acts, shape in zip(self.acts, (self.small, self.large))]
@@ -294,7 +298,7 @@ def _first(chosen: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.concatenate([chosen, order[~np.isin(order, chosen)]])
 
 
-def _activations(model: Any, calibration: Sequence[Tensor]) -> dict[str, Tensor]:
+def activations(model: Any, calibration: Sequence[Tensor]) -> Activations:
     """On a text: states after each layer, outputs of the norms, and inputs of what neurons and heads write with; shape (tokens, width) each."""
     family, shape = family_of(model.config), shape_of(model.config)
     found: dict[str, list[Tensor]] = {}

@@ -59,7 +59,7 @@ class Maps:
         """From flat names; None where there are none.
 
         Raises:
-            ManifestError: If they are no finite fp32 arrays.
+            ManifestError: If one is unknown, or no finite fp32 array.
         """
         values: dict[str, Any] = {}
         for key, array in arrays.items():
@@ -67,8 +67,8 @@ class Maps:
             name, _, norm = rest.partition(".")
             if not key.startswith("align.") or name not in {entry.name for entry in fields(cls)}:
                 continue
-            if array.dtype != np.float32 or not np.isfinite(array).all():
-                raise ManifestError(f"alignment map {key} is not finite fp32; fetch or make the chain again")
+            if array.dtype != np.float32 or not np.isfinite(array).all() or bool(norm) != name.endswith("_gains"):
+                raise ManifestError(f"alignment map {key} is unknown, or not finite fp32; fetch or make the chain again")
             if norm:
                 values.setdefault(name, {})[norm] = torch.from_numpy(array)
             else:
@@ -89,7 +89,11 @@ class Maps:
             array = getattr(self, name)
             if array is not None and array.shape != shape:
                 raise ManifestError(f"alignment map {name} has shape {list(array.shape)}, the anchors ask for {list(shape)}; fetch or make the chain again")
+            if array is not None and not (_orthogonal(array) if name in ("values", "queries", "rotation") else bool((array.abs() == 1).all())):
+                raise ManifestError(f"alignment map {name} is not orthogonal; fetch or make the chain again")
         family = family_of(config)
+        if self.rotation is not None and not rotates(family, (small, large)):
+            raise ManifestError(f"alignment map rotation is not known for {family.name} anchors of hidden width {small.hidden} and {large.hidden}; make the chain again")
         for side, gains, anchor in (("small", self.small_gains, small), ("large", self.large_gains, large)):
             names = {key for key, _ in norms(family, anchor.layers)} if self.rotation is not None else set()
             if gains.keys() != names or any(array.shape != (anchor.hidden,) or not bool(array.all()) for array in gains.values()):
@@ -159,6 +163,12 @@ class Maps:
                 gains = self.large_gains[readers(family)[spec.name].format(layer=layer)]
                 found += [Turn(dim, gains), turn, Turn(dim, 1 / gains)]
         return tuple(found)
+
+
+def _orthogonal(maps: Tensor) -> bool:
+    """Whether square maps are orthogonal, tried on one vector: of a wide residual stream a whole product would take longer than the plan."""
+    probe = torch.randn(maps.shape[-1], 1, generator=torch.Generator().manual_seed(0))
+    return torch.allclose(maps.mT @ (maps @ probe), probe, atol=1e-2)
 
 
 def norms(family: Family, layers: int) -> Iterator[tuple[str, TensorSpec]]:

@@ -37,7 +37,7 @@ def patch_plan(
             layers += [(segment.large, other, other) for other in block]
         else:
             layers.append((segment.small, position, layer))
-    if segment.maps is not None:
+    if segment.maps is not None or segment.kept.hidden is not None:
         return _aligned(segment, shape, layers, chain, asked, expected)
     tensors: dict[str, tuple[Term, ...]] = {}
     for spec in family.tensors:

@@ -126,7 +126,7 @@ def segment_plan(
     trough = Chord(segment.small, segment.large, segment.sizes, ends).trough(made, expected)
     if strategy == "auto" and expected is not None and ends[0] is not None and expected > ends[0]:
         trough = f"{trough}; this is {segment.small} padded, which is no better than {segment.small}"
-        plain = replace(segment, blend=Blend())
+        plain = replace(segment, blend=Blend(), maps=None)  # turned coordinates can be near only, its own are exact
         return replace(blend_plan(plain, found, _PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
     if chosen == "patch":
         return replace(patch_plan(segment, found, chain=chain, asked=size, expected=expected), trough=trough)
@@ -135,7 +135,7 @@ def segment_plan(
 
 
 def segment_of(
-    manifest: Manifest, small: Anchor, large: Anchor, kept: Kept | None, config: Any, small_config: Any, maps: Maps | None = None
+    manifest: Manifest, small: Anchor, large: Anchor, config: Any, small_config: Any, kept: Kept | None, maps: Maps | None
 ) -> Segment:
     """The segment between two neighbours of a chain; ``config`` is the larger one's.
 
@@ -147,6 +147,9 @@ def segment_of(
     link: Link = manifest.link(small, large)
     if link.kind == "bridge":
         raise SizeError(f"{small.name} and {large.name} are joined by a bridge, where nothing can be interpolated; choose another size")
+    blend = link.strategies.blend
+    if kept is None and blend is not None and blend.align is not None:
+        raise ManifestError(f"link {small.name}-{large.name}: its anchors were aligned, but the maps of {small.name} are not there; fetch or make the chain again")
     types = layer_types(small_config, config)
     kept = Kept.even(small.shape, large.shape, types) if kept is None else kept
     kept.check(small.shape, large.shape)
@@ -160,6 +163,6 @@ def segment_of(
     differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
     return Segment(
         small.name, large.name, small.shape, large.shape, kept, tuple(link.order), config,
-        link.strategies.blend, link.strategies.patch is not None and differs == ["layers"], tuple(link.curve),
+        blend, link.strategies.patch is not None and differs == ["layers"], tuple(link.curve),
         small_eps(small_config, config), maps,
     )
