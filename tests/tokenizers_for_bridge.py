@@ -20,7 +20,7 @@ CORPUS = [*tiny.texts(60), *HARD, "The cat and the dog sat on the mat; the café
 def _wrapped(inner, **more):
     made = PreTrainedTokenizerFast(tokenizer_object=inner, **{"bos_token": "<bos>", "eos_token": "<eos>", **more})
     made.add_tokens([AddedToken("<|tool|>", special=False, normalized=False)])
-    made.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    made.chat_template = "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
     return made
 
 
