@@ -215,6 +215,36 @@ def cut(
 
 
 @app.command()
+def retokenize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or an anchor: local folder or Hub id.", show_default=False)],
+    out_dir: OutOption,
+    keep: Annotated[str | None, typer.Option("--keep", help='Trim the vocabulary to so many tokens: "16K".', show_default=False)] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Move to another tokenizer: local folder or Hub id.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text on which bits per byte are measured before and after.", show_default=False)] = None,
+    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move a model to a smaller vocabulary or to another tokenizer, without training.
+
+    Trimmed, it keeps an exact prefix of its merges, so that every text still encodes. For another tokenizer new rows are composed of the old ones by their bytes.
+    """
+    from dataclasses import asdict
+
+    from cbd_hub.retokenize import retokenize as move
+    from cbd_hub.texts import read_texts
+    _hush_bars()
+    made = move(model, out_dir, keep=keep, tokenizer=tokenizer, text=None if text is None else read_texts(text, column), revision=revision)
+    if as_json:
+        print_json({**asdict(made), "output_dir": str(out_dir)})
+        return
+    out.print(f"{made.parameters:,} parameters in {escape(str(out_dir))}: {made.vocab:,} tokens, {made.copied:,} rows copied and {made.composed:,} composed")
+    if made.before is not None and made.difference is not None:
+        out.print(f"bits per byte {made.before:.3f} before and {made.after:.3f} after ({with_error(*made.difference)}, paired over documents of {escape(str(text))})")
+    out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
+
+
+@app.command()
 def generate(
     chain: ChainArgument, prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
     shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.distill.bridging import Bridge, answered_rows, prefix_of
+from cbd_hub.distill.bridging import Bridge, answered_rows
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
-from cbd_hub.losses.alignment import token_bytes
+from cbd_hub.losses.alignment import prefix_of, token_bytes
 
 
 STUDENT, TEACHER = kinds.byte_level(), kinds.sentencepiece()
@@ -43,7 +43,7 @@ def trainer_for(folder, rows=TEXTS, teacher=None, tokenizer=TEACHER, student=Non
 def dense(trainer, rows, kind, temperature=100.0):
     """The loss row by row and span by span on full logits."""
     total, kept = 0.0, 0
-    pairs = {ours: theirs for ours, theirs in (trainer.bridge.shared.tolist() if trainer.bridge.shared is not None else [])}
+    pairs = dict(trainer.bridge.shared.tolist() if trainer.bridge.shared is not None else [])
     for row in rows:
         logs = [
             model(torch.tensor([row[name]])).logits[0].double().log_softmax(-1)

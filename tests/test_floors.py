@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 # A module may import from the floors before its own; entries are modules or folders.
 FLOORS = [
     "errors", "sizes", "manifest", "texts", "families", "files", "hub", "shapes", "weights", "losses", "interpolation", "evaluation", "cut", "cards",
-    "measure", "single", "model", "chain", "distill", "printing", "cli",
+    "measure", "single", "retokenize", "model", "chain", "distill", "printing", "cli",
 ]
 EXEMPT = {"__init__", "auto"}
 

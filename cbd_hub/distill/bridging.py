@@ -18,7 +18,7 @@ from cbd_hub.distill.rollouts import prompts_of
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
 from cbd_hub.interpolation.live import Output
-from cbd_hub.losses.alignment import byte_ends, check_faithful, common_spans, utf8
+from cbd_hub.losses.alignment import byte_ends, check_faithful, common_spans, prefix_of, utf8
 from cbd_hub.losses.bridge import shared_loss, shared_tokens, span_loss
 from cbd_hub.losses.log_probs import chosen_log_probs, token_losses
 from cbd_hub.shapes import check_positions
@@ -42,13 +42,6 @@ class _Side:
         self.ids += ids
         self.spans += [span] * len(ids) if isinstance(span, int) else span
         self.labels += ids if counts else [IGNORED] * len(ids)
-
-
-def prefix_of(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before every text, such as gemma's ``<bos>``."""
-    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-    places = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
-    return whole[: next(places, 0)]
 
 
 class Bridge:

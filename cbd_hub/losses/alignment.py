@@ -204,6 +204,13 @@ def _ends_by_offsets(text: str, data: bytes, reader: _Reader, ids: Sequence[int]
     return found
 
 
+def prefix_of(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before every text, such as gemma's ``<bos>``."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    places = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
+    return whole[: next(places, 0)]
+
+
 def common_spans(ends_a: np.ndarray, ends_b: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where both tokenisations have a border, and how many tokens of each are before it.
 
