@@ -266,7 +266,7 @@ def generate(
     opened = Chain.from_pretrained(chain, revision=revision)
     model = opened.model(size, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
     model.to(best_device())
-    tokenizer = opened.tokenizer()
+    tokenizer = opened.tokenizer(model.config.cbd["parameters"])
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     room = getattr(model.config, "max_position_embeddings", None)
     wanted = inputs["input_ids"].shape[1] + max_new_tokens
@@ -311,20 +311,27 @@ def evaluate(
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
     plans = [opened.plan(wish, strategy=strategy, alpha=alpha, tolerance=tolerance) for wish in wishes]
-    tokenizer = opened.tokenizer()
     questions = {name.strip(): Question.read(name.strip()) for name in tasks.split(",")} if tasks else {}
-    documents = None
-    if text is not None:
-        rows_of_text = read_rows(text, column)
+    rows_of_text = None if text is None else read_rows(text, column)
+
+    def documents_of(tokenizer: Any) -> Documents | None:
+        if rows_of_text is None:
+            return None
         if is_conversation(rows_of_text[0]):
-            documents = Documents.answered(((row.ids, row.labels) for row in tokenised(rows_of_text, tokenizer)), tokenizer, block_size, max_tokens)
+            found = Documents.answered(((row.ids, row.labels) for row in tokenised(rows_of_text, tokenizer)), tokenizer, block_size, max_tokens)
         else:
-            documents = Documents.read([row["text"] for row in rows_of_text], tokenizer, block_size, max_tokens)
-        if documents.tokens < 2:
-            raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
+            found = Documents.read([row["text"] for row in rows_of_text], tokenizer, block_size, max_tokens)
+        if found.tokens < 2:
+            raise DataError(f"{text} has {found.tokens} token to predict; give a longer text")
+        return found
+
+    vocabularies = [opened.neighbours(planned.parameters)[0].tokenizer_sha256 for planned in plans]  # several across a bridge
+    sides = {vocabulary: opened.tokenizer(planned.parameters) for vocabulary, planned in dict(zip(vocabularies, plans)).items()}
+    texts = {vocabulary: documents_of(tokenizer) for vocabulary, tokenizer in sides.items()}
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
-    for wish, planned in zip(wishes, plans):
+    for wish, planned, vocabulary in zip(wishes, plans, vocabularies):
+        tokenizer, documents = sides[vocabulary], texts[vocabulary]
         model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance).to(best_device())
         for name, asked in questions.items():
             scores = choice_accuracy(ModelRunner(model), asked, tokenizer)
@@ -352,12 +359,13 @@ def evaluate(
         return
     shown = [
         {
-            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"], "loss": with_error(row["loss"], row["stderr"]),
-            "perplexity": row["perplexity"], "bits/byte": row["bits_per_byte"],
+            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"],
+            **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if len(texts) == 1 else {}), "bits/byte": row["bits_per_byte"],
         }
         for row in rows
     ]
-    table_of(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; loss in nats per token ± standard error", shown)
+    unit = "loss in nats per token ± standard error" if len(texts) == 1 else "of several vocabularies, compared in bits per byte"
+    table_of(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; {unit}", shown)
 
 
 @app.command("cache-teacher")
