@@ -248,8 +248,8 @@ class ChainDistiller(SamplingTrainer):
         ours = output.head
         bridged = None
         if self.bridge is not None and target is not None:
-            bridged = args.kd_weight * self.bridge.loss(output, target, inputs, num_items)
-            if not ce_weight:
+            bridged = args.kd_weight * self.bridge.loss(output, target, inputs, num_items) if args.kd_weight else None
+            if bridged is not None and not ce_weight:
                 return bridged
             target = None
         top = None if "top_ids" not in inputs else (inputs["top_ids"].flatten(0, 1), inputs["top_log_probs"].flatten(0, 1))
