@@ -100,15 +100,23 @@ class Chain:
         """A model of a size, as `CBDModel.from_chain` gives it."""
         return CBDModel.from_chain(self.files.name, size, **{**self.files.options, "revision": self.files.revision, **options})
 
-    def tokenizer(self) -> Any:
-        """The chain's tokenizer.
+    def tokenizer(self, size: str | int | None = None) -> Any:
+        """The chain's tokenizer; across a bridge that of a size's own side.
+
+        Args:
+            size: A size; None for the largest anchor.
 
         Raises:
+            SizeError: If the size lies outside the chain, or in the gap across a bridge.
             IntegrityError: If its files differ from their recorded hashes.
             WeightsError: If there is none that can be used.
         """
-        found = self.files.tokenizer_files()
-        return load_tokenizer(found[0].parent if found else self.files.root)
+        first = self.anchors[0]
+        anchor = first if size is None else self.neighbours(size)[0]
+        if anchor.tokenizer_sha256 == first.tokenizer_sha256:
+            found = self.files.tokenizer_files()
+            return load_tokenizer(found[0].parent if found else self.files.root)
+        return load_tokenizer([self.files.checked(anchor, name) for name in TOKENIZER_FILES if name in anchor.files][0].parent)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Copy the chain, with every anchor, to a local folder: absent or empty.

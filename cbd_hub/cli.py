@@ -223,6 +223,36 @@ def cut(
 
 
 @app.command()
+def retokenize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or an anchor: local folder or Hub id.", show_default=False)],
+    out_dir: OutOption,
+    keep: Annotated[str | None, typer.Option("--keep", help='Trim the vocabulary to so many tokens: "16K".', show_default=False)] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Move to another tokenizer: local folder or Hub id.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text on which bits per byte are measured before and after.", show_default=False)] = None,
+    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move a model to a smaller vocabulary or to another tokenizer, without training.
+
+    Trimmed, it keeps an exact prefix of its merges, so that every text still encodes. For another tokenizer new rows are composed of the old ones by their bytes.
+    """
+    from dataclasses import asdict
+
+    from cbd_hub.retokenize import retokenize as move
+    from cbd_hub.texts import read_texts
+    _hush_bars()
+    made = move(model, out_dir, keep=keep, tokenizer=tokenizer, text=None if text is None else read_texts(text, column), revision=revision)
+    if as_json:
+        print_json({**asdict(made), "output_dir": str(out_dir)})
+        return
+    out.print(f"{made.parameters:,} parameters in {escape(str(out_dir))}: {made.vocab:,} tokens, {made.copied:,} rows copied and {made.composed:,} composed")
+    if made.before is not None and made.difference is not None:
+        out.print(f"bits per byte {made.before:.3f} before and {made.after:.3f} after ({with_error(*made.difference)}, paired over documents of {escape(str(text))})")
+    out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
+
+
+@app.command()
 def generate(
     chain: ChainArgument, prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
     shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
@@ -244,7 +274,7 @@ def generate(
     opened = Chain.from_pretrained(chain, revision=revision)
     model = opened.model(size, memory_budget=budget, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
     model.to(best_device())
-    tokenizer = opened.tokenizer()
+    tokenizer = opened.tokenizer(model.config.cbd["parameters"])
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     room = getattr(model.config, "max_position_embeddings", None)
     wanted = inputs["input_ids"].shape[1] + max_new_tokens
@@ -289,20 +319,27 @@ def evaluate(
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
     plans = [opened.plan(wish, strategy=strategy, alpha=alpha, tolerance=tolerance) for wish in wishes]
-    tokenizer = opened.tokenizer()
     questions = {name.strip(): Question.read(name.strip()) for name in tasks.split(",")} if tasks else {}
-    documents = None
-    if text is not None:
-        rows_of_text = read_rows(text, column)
+    rows_of_text = None if text is None else read_rows(text, column)
+
+    def documents_of(tokenizer: Any) -> Documents | None:
+        if rows_of_text is None:
+            return None
         if is_conversation(rows_of_text[0]):
-            documents = Documents.answered(((row.ids, row.labels) for row in tokenised(rows_of_text, tokenizer)), tokenizer, block_size, max_tokens)
+            found = Documents.answered(((row.ids, row.labels) for row in tokenised(rows_of_text, tokenizer)), tokenizer, block_size, max_tokens)
         else:
-            documents = Documents.read([row["text"] for row in rows_of_text], tokenizer, block_size, max_tokens)
-        if documents.tokens < 2:
-            raise DataError(f"{text} has {documents.tokens} token to predict; give a longer text")
+            found = Documents.read([row["text"] for row in rows_of_text], tokenizer, block_size, max_tokens)
+        if found.tokens < 2:
+            raise DataError(f"{text} has {found.tokens} token to predict; give a longer text")
+        return found
+
+    vocabularies = [opened.neighbours(planned.parameters)[0].tokenizer_sha256 for planned in plans]  # several across a bridge
+    sides = {vocabulary: opened.tokenizer(planned.parameters) for vocabulary, planned in dict(zip(vocabularies, plans)).items()}
+    texts = {vocabulary: documents_of(tokenizer) for vocabulary, tokenizer in sides.items()}
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
-    for wish, planned in zip(wishes, plans):
+    for wish, planned, vocabulary in zip(wishes, plans, vocabularies):
+        tokenizer, documents = sides[vocabulary], texts[vocabulary]
         model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance).to(best_device())
         for name, asked in questions.items():
             scores = choice_accuracy(ModelRunner(model), asked, tokenizer)
@@ -330,12 +367,13 @@ def evaluate(
         return
     shown = [
         {
-            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"], "loss": with_error(row["loss"], row["stderr"]),
-            "perplexity": row["perplexity"], "bits/byte": row["bits_per_byte"],
+            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"],
+            **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if len(texts) == 1 else {}), "bits/byte": row["bits_per_byte"],
         }
         for row in rows
     ]
-    table_of(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; loss in nats per token ± standard error", shown)
+    unit = "loss in nats per token ± standard error" if len(texts) == 1 else "of several vocabularies, compared in bits per byte"
+    table_of(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; {unit}", shown)
 
 
 @app.command("cache-teacher")

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Runner
+from cbd_hub.losses.alignment import prefix_of
 from cbd_hub.losses.log_probs import token_losses
 
 
@@ -231,6 +232,38 @@ def _batch_losses(runner: Runner, documents: Documents, chosen: Sequence[int], b
 def bits_per_byte(losses: Losses, documents: Documents) -> float:
     """Loss in bits per UTF-8 byte of text: the unit in which models of different vocabularies compare."""
     return float(losses.nats.sum() / math.log(2) / sum(documents.lengths))
+
+
+def byte_losses(runner: Runner, tokenizer: Any, texts: Sequence[str], *, characters: int = 400, max_bytes: int = 100_000, bf16: bool = True) -> Losses:
+    """Loss in nats, and bytes in the place of tokens, on the beginnings of texts: the same bytes whatever the tokenizer is.
+
+    The first token is predicted too, after what the tokenizer begins a text with, else after its end-of-text token.
+
+    Args:
+        runner: A model that runs.
+        tokenizer: Its tokenizer.
+        texts: One text per document.
+        characters: Most of a text.
+        max_bytes: Where to stop.
+        bf16: Whether products run in bf16.
+
+    Raises:
+        DataError: If there is no text, or the tokenizer has no token to begin with.
+    """
+    before = prefix_of(tokenizer) or [token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None][:1]
+    if not before:
+        raise DataError("the tokenizer has neither a first nor an end-of-text token, so that a text's first token cannot be predicted; set its eos_token")
+    sizes = itertools.accumulate(len(text[:characters].encode()) for text in texts)
+    parts = [text[:characters] for text, total in zip(texts, sizes) if total <= max_bytes] or [text[:characters] for text in texts[:1]]
+    rows = [[*before, *tokenizer(part, add_special_tokens=False)["input_ids"]] for part in parts]
+    held = [place for place, row in enumerate(rows) if len(row) > len(before)]
+    if not held:
+        raise DataError("there is no text to measure on; give a file with at least a few paragraphs")
+    documents = Documents(tuple(torch.tensor(rows[place]) for place in held), tuple(len(parts[place].encode()) for place in held))
+    if len(before) > 1:
+        labels = tuple(torch.cat([ids.new_full((len(before),), _IGNORED), ids[len(before) :]]) for ids in documents.ids)
+        documents = Documents(documents.ids, documents.lengths, labels)
+    return Losses(document_losses(runner, documents, bf16=bf16).nats, np.array(documents.lengths))
 
 
 @dataclass(frozen=True)

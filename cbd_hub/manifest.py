@@ -125,9 +125,10 @@ class Teacher(Data):
 
 
 class Evaluation(Data):
-    """A measured loss, in nats per token, with its standard error over documents."""
+    """A measured loss, in nats per token, with its standard error over documents; in bits per byte too where the chain has several vocabularies."""
 
     loss: float
+    bits_per_byte: float | None = None
     stderr: float | None = None
     tokens: int = Field(ge=0)
     dataset: str = Field(max_length=256)

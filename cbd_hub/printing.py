@@ -36,9 +36,12 @@ def show_chain(chain: Any) -> None:
         }
         if anchor.evaluations:
             last = anchor.evaluations[-1]
-            row["loss"] = with_error(last.loss, last.stderr)
+            if last.bits_per_byte is None:
+                row["loss"] = with_error(last.loss, last.stderr)
+            else:
+                row["bits/byte"] = last.bits_per_byte
         anchors.append(row)
-    table_of(f"Chain {chain.name}: {len(anchors)} anchors of the {chain.anchors[0].family} family", anchors)
+    table_of(f"Chain {chain.name}: {len(anchors)} anchors of the {' and '.join(dict.fromkeys(anchor.family for anchor in chain.anchors))} family", anchors)
     for link in chain.manifest.links:
         names = f"{link.kind} {link.small} to {link.large}"
         if link.curve:
@@ -53,10 +56,12 @@ def show_chain(chain: Any) -> None:
             table_of(names, rows)
             if link.recommended_sizes:
                 out.print(f"recommended: {', '.join(format_size(size) for size in link.recommended_sizes)}")
-        else:
+        elif link.kind == "segment":
             out.print(f"{names}: not measured")
+        else:
+            out.print(f"{names}: no sizes in between")
     measured = [anchor.evaluations[-1] for anchor in chain.anchors if anchor.evaluations]
-    if measured:
+    if measured and measured[-1].bits_per_byte is None:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(f"loss: nats per token ± standard error on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}")
 

@@ -12,6 +12,7 @@ MODES = {
     "plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "on_policy": {"on_policy_fraction": 1.0, "max_new_tokens": 6},
     "minillm": {"objective": "minillm", "rollout_batch": 16, "inner_epochs": 1, "max_new_tokens": 6, "text_weight": 0.5},
     "answers": {"teacher_answers": True, "max_new_tokens": 6}, "cached": {},
+    "bridge": {"bridge": "span+vocab", "ce_weight": 0.5, "block_size": 24}, "bridge_hidden": {"bridge": "span", "hidden_weight": 1.0, "block_size": 24},
     "sharded": {}, "sharded_untied": {}, "sharded_hidden": {"hidden_weight": 1.0, "hidden_balance": True},
 }
 
@@ -53,8 +54,9 @@ def main(folder, mode):
     if mode.startswith("sharded"):
         teacher, student = sharded(teacher, folder / f"{mode}_teacher"), sharded(student, folder / f"{mode}_student")
     cache = write_cache(teacher, rows(48), folder / f"cache{os.environ.get('RANK', '0')}", top_k=24) if mode == "cached" else None
+    data = [{"text": text} for text in tiny.texts(48)] if config.bridge else rows(48)
     trainer = ChainDistiller(
-        model=student, teacher=teacher, args=config, train_dataset=rows(48), processing_class=tiny.tokenizer(), kept=kept,
+        model=student, teacher=teacher, args=config, train_dataset=data, processing_class=tiny.tokenizer(), kept=kept, teacher_processing_class=tiny.tokenizer(),
         text_dataset=rows(16) if config.text_weight else None, teacher_cache=cache,
     )
     trainer.train()

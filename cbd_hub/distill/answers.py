@@ -77,7 +77,10 @@ def _lines(teacher: Any, prompts: Sequence[Prompt], places: range, sampling: Sam
     rows: list[dict[str, Any]] = [dict(rollout.row) for rollout in rollouts]
     if tokenizer is not None:
         for row, rollout in zip(rows, rollouts):
-            row["prompt"], row["completion"] = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (rollout.prompt, rollout.response))
+            row["prompt"], whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (rollout.prompt, [*rollout.prompt, *rollout.response]))
+            row["completion"] = whole.removeprefix(row["prompt"])  # a decoder may drop the space that a text begins with, and this is none
+            if row["completion"] == whole and row["prompt"]:  # tokens of the response end a character of the prompt
+                row["completion"] = tokenizer.decode(rollout.response, skip_special_tokens=True)
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from cbd_hub.distill.bridging import Bridge
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import is_conversation
 from cbd_hub.distill.hidden import check_layers
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from cbd_hub.distill.schema import Recipe
 
 
-def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, rows: Mapping[str, tuple[Any, Any]], tokenizer: Any) -> None:
+def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, rows: Mapping[str, tuple[Any, Any]], tokenizers: Sequence[Any]) -> None:
     """Check every stage's arguments against its student and its data.
 
     Of an anchor that is given as a size the number of layers is not known before it is cut, only that it is not above that of its teacher.
@@ -36,7 +37,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
         stages: Its stages.
         teacher_config: The teacher's config.
         rows: What each stage trains on, and its text for MiniLLM's cross-entropy term.
-        tokenizer: The teacher's tokenizer.
+        tokenizers: The tokenizers of the teacher and of each stage's anchor.
 
     Raises:
         CBDError: Naming the recipe's line, the anchor and the argument.
@@ -44,19 +45,24 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
     layers = shape_of(teacher_config).layers
     with recipe.at(None):
         check_positions(recipe.data.block_size, teacher_config, f"block_size={recipe.data.block_size}")
-    for stage in stages:
+    above = teacher_config
+    for stage, theirs, tokenizer in zip(stages, tokenizers, tokenizers[1:]):
+        teacher_config = above
         if stage.checkpoint is not None:
-            layers = shape_of(read_config(resolve_checkpoint(stage.checkpoint))).layers
+            above = read_config(resolve_checkpoint(stage.checkpoint))
+            layers = shape_of(above).layers
         elif stage.shape is not None:
             layers = stage.shape.layers
         with recipe.at(stage.anchor), tempfile.TemporaryDirectory() as folder:
             args = stage.config(folder)
             try:
                 check_layers(args, layers)
-                check_positions(args.block_size, teacher_config, f"block_size={args.block_size}")
+                check_positions(args.block_size, above if stage.bridged else teacher_config, f"block_size={args.block_size}")
                 check_sources(args, *rows[stage.name])
                 _check_trainer(args)
-                _check_text(args, rows[stage.name][0], tokenizer)
+                _check_text(args, rows[stage.name][0], theirs if args.bridge == "text" else tokenizer)
+                if args.bridge is not None:
+                    Bridge(args, tokenizer, theirs)
             except CBDError as error:
                 raise type(error)(f"{error} (stage of anchor {stage.wish})") from error
 

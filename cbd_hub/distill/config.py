@@ -9,8 +9,12 @@ from transformers import TrainingArguments
 
 from cbd_hub.distill.sampling import SamplingArguments, check_sampling
 from cbd_hub.errors import ArgumentError
+from cbd_hub.losses.bridge import TEMPERATURE
 from cbd_hub.losses.divergence import check_options
 from cbd_hub.losses.hidden import HIDDEN_LOSSES
+
+
+BRIDGES = ("text", "span", "vocab", "span+vocab", "hidden")
 
 
 @dataclass
@@ -38,6 +42,10 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         block_size: Tokens in a packed block, for data sets with a text column.
         teacher_cache: A folder or Hub data set made by ``cbd cache-teacher``, read instead of running the teacher: at temperature 1, without
             ``hidden_weight`` and ``path_fraction``, which need the teacher itself.
+        bridge: For a teacher with a tokenizer of its own, in the place of the divergence: ``text`` (its answers, by cross-entropy), ``span`` (its likelihood of
+            every span that is whole tokens for both), ``vocab`` (its distribution on shared tokens, where both have a border), ``span+vocab`` (``span`` for the
+            spans that are no shared token), ``hidden`` (the hidden-state term alone, with ``hidden_weight``, which goes with ``span`` and ``vocab`` too).
+        span_temperature: Of the likelihoods in ``span`` (`cbd_hub.losses.bridge`).
 
     Raises:
         ArgumentError: If a field is outside its range.
@@ -70,10 +78,15 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
     block_size: int = field(default=128, metadata={"help": "Tokens in a packed block."})
     teacher_cache: str | None = field(default=None, metadata={"help": "Teacher cache to read instead of running the teacher."})
 
+    bridge: str | None = field(default=None, metadata={"help": "text, span, vocab, span+vocab or hidden, for a teacher of another vocabulary."})
+    span_temperature: float = field(default=TEMPERATURE, metadata={"help": "Temperature of the likelihoods of spans."})
+
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         check_options(self.divergence, self.temperature, self.beta, self.skew)
+        if self.bridge is not None:
+            self._set_bridge()
         for name in ("kd_weight", "ce_weight", "hidden_weight"):
             if not getattr(self, name) >= 0:
                 raise ArgumentError(f"{name}={getattr(self, name)} is negative; give 0 or more")
@@ -96,6 +109,28 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if self.teacher_cache is not None:
             self.check_cached()
         super().__post_init__()
+
+    def _set_bridge(self) -> None:
+        """Give the fields the values that go with a bridge.
+
+        Raises:
+            ArgumentError: If the bridge is unknown, or a field does not go with it.
+        """
+        if self.bridge not in BRIDGES:
+            raise ArgumentError(f"bridge={self.bridge!r} is not known; choose one of {', '.join(BRIDGES)}")
+        if not self.span_temperature > 0:
+            raise ArgumentError(f"span_temperature={self.span_temperature} is not above 0; the paper's value is {TEMPERATURE:g}")
+        plain: dict[str, object] = {
+            "divergence": "forward_kl", "temperature": 1.0, "path_fraction": 0.0, "on_policy_fraction": 0.0, "objective": "divergence", "teacher_cache": None,
+            **({"hidden_weight": 0.0} if self.bridge == "text" else {"teacher_answers": False}),
+        }
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise ArgumentError(f"{name}={getattr(self, name)} does not go with bridge={self.bridge}, whose teacher has another vocabulary; leave it at {value}")
+        if self.bridge == "text":
+            self.teacher_answers, self.kd_weight, self.ce_weight = True, 0.0, self.ce_weight or 1.0
+        elif self.bridge == "hidden":
+            self.hidden_weight = self.hidden_weight or 1.0
 
     def check_cached(self) -> None:
         """Refuse what a teacher cache cannot give.

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import is_peft_available
 
+from cbd_hub.distill.bridging import COLUMNS, Bridge, check_heads
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import with_tokens
 from cbd_hub.distill.hidden import Batch, HiddenTerm
@@ -80,11 +81,12 @@ class ChainDistiller(SamplingTrainer):
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
         teacher_cache: A `TeacherCache`, its folder or its Hub id, as ``args.teacher_cache``: its blocks are the training data and its top tokens the
             teacher, which is not run. ``train_dataset`` may be left out; one that is given must be what the cache was made of.
+        teacher_processing_class: The teacher's tokenizer, with ``args.bridge``: the teacher may then be of any architecture and vocabulary.
         peft_config: Train an adapter on the student instead of its weights; not on the output head, and not with ``path_fraction``.
         **kwargs: What ``transformers.Trainer`` takes.
 
     Raises:
-        ArgumentError: If ``kept`` is missing where it is needed, or a teacher where there is no cache.
+        ArgumentError: If ``kept`` is missing where it is needed, a teacher where there is no cache, or a tokenizer with ``bridge``.
         DataError: If the teacher cache was made for another teacher, tokenizer, text or sequence packing.
         ArchitectureError: If student and teacher have no common axis table where one is needed.
         VocabularyMismatchError: If the vocabularies differ.
@@ -101,7 +103,8 @@ class ChainDistiller(SamplingTrainer):
     def __init__(
         self, model: Any, teacher: Any = None, args: ChainDistillerConfig | None = None, train_dataset: Any = None, eval_dataset: Any = None,
         processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None,
-        teacher_cache: TeacherCache | str | os.PathLike[str] | None = None, peft_config: Any = None, text_dataset: Any = None, **kwargs: Any,
+        teacher_cache: TeacherCache | str | os.PathLike[str] | None = None, peft_config: Any = None, text_dataset: Any = None, teacher_processing_class: Any = None,
+        **kwargs: Any,
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
@@ -112,6 +115,9 @@ class ChainDistiller(SamplingTrainer):
         if self.teacher_cache is not None:
             teacher, train_dataset, kept = None, self.teacher_cache, None
             self._vocab_size = _cached_vocabulary(model, self.teacher_cache)
+        elif isinstance(teacher, torch.nn.Module) and args.bridge is not None:
+            self.bridge, self._vocab_size = Bridge(args, processing_class, teacher_processing_class), None
+            check_heads(self.bridge, model, teacher)
         elif isinstance(teacher, torch.nn.Module):
             self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
         else:
@@ -121,6 +127,12 @@ class ChainDistiller(SamplingTrainer):
         student = self._student = model
         if peft_config is not None:
             model = _with_adapter(model, peft_config, args)
+        if self.bridge is not None:
+            kwargs.setdefault("data_collator", self.bridge.collate)
+            if args.bridge == "text":
+                train_dataset = None if train_dataset is None else self.bridge.prompts(train_dataset, teacher)
+            else:
+                train_dataset, eval_dataset = (self.bridge.with_tokens(rows, model, teacher) for rows in (train_dataset, eval_dataset))
         kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
         super().__init__(
             model=model, args=args,
@@ -156,7 +168,13 @@ class ChainDistiller(SamplingTrainer):
         self.teacher = prepare_teacher(self.accelerator, teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels", "top_ids", "top_log_probs"]
+        self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels", "top_ids", "top_log_probs", *COLUMNS]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of an evaluation set, read by both tokenizers where the teacher has its own."""
+        if self.bridge is not None and self.args.bridge != "text" and eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.bridge.with_tokens(eval_dataset, self._student, self.accelerator.unwrap_model(self.teacher))
+        return super().get_eval_dataloader(eval_dataset)
 
     # -- the loss ------------------------------------------------------------------------------------------------------------
 
@@ -174,11 +192,11 @@ class ChainDistiller(SamplingTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _beside_teacher(self, model: Any, inputs: dict[str, Any], compute: Callable[[Any, Output | None], T]) -> T:
-        """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either; cached top tokens need no teacher."""
+        """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either; cached top tokens and its answers need no teacher."""
         model = without_compiler(model)
         module = self.accelerator.unwrap_model(model)
         student = module.get_base_model() if is_peft_model(module) else module
-        if "top_ids" in inputs:
+        if "top_ids" in inputs or self.args.bridge == "text":
             with self.accelerator.autocast():
                 return inside(model, module, lambda: compute(student, None), frozen=not torch.is_grad_enabled())
         if self.teacher is None:
@@ -189,7 +207,7 @@ class ChainDistiller(SamplingTrainer):
 
         @torch.no_grad()
         def run() -> None:  # no tensor comes back from it, so that FSDP2 waits for no backward pass of the teacher
-            target = ModelRunner(teacher)(*_batch(inputs), states=self.hidden is not None)
+            target = ModelRunner(teacher)(*_batch(inputs, "teacher_" if "teacher_input_ids" in inputs else ""), states=self.hidden is not None)
             with torch.set_grad_enabled(grad):
                 found.append(inside(model, module, lambda: compute(student, target), frozen=not grad))
 
@@ -208,10 +226,10 @@ class ChainDistiller(SamplingTrainer):
             num_items = keep.sum().clamp(min=1)
         runner = ModelRunner(student) if plan is None else self._between.run(plan)
         output = runner(*_batch(inputs), states=hidden is not None)
-        top = None if target is not None else (inputs["top_ids"].flatten(0, 1), inputs["top_log_probs"].flatten(0, 1))
-        loss = self._head_loss(output, target, labels, num_items, 0.0 if "own" in inputs else args.ce_weight, top)
+        loss = self._head_loss(output, target, labels, num_items, 0.0 if "own" in inputs else args.ce_weight, inputs)
         if hidden is not None and target is not None:
-            term = hidden.loss(output, target, keep, num_items)
+            matched: tuple[Output, Output, Tensor] = (output, target, keep) if self.bridge is None else self.bridge.at_borders(output, target, inputs)
+            term = hidden.loss(*matched, num_items=num_items)
             if training:
                 hidden.note(loss, term)
             loss = loss + hidden.scale * term
@@ -224,20 +242,28 @@ class ChainDistiller(SamplingTrainer):
         return loss
 
     def _head_loss(
-        self, output: Output, target: Output | None, labels: Tensor, num_items: Tensor | int, ce_weight: float, top: tuple[Tensor, Tensor] | None = None
+        self, output: Output, target: Output | None, labels: Tensor, num_items: Tensor | int, ce_weight: float, inputs: Mapping[str, Any]
     ) -> Tensor:
         args: ChainDistillerConfig = self.args
         ours = output.head
+        bridged = None
+        if self.bridge is not None and target is not None:
+            bridged = args.kd_weight * self.bridge.loss(output, target, inputs, num_items) if args.kd_weight else None
+            if bridged is not None and not ce_weight:
+                return bridged
+            target = None
+        top = None if "top_ids" not in inputs else (inputs["top_ids"].flatten(0, 1), inputs["top_log_probs"].flatten(0, 1))
         theirs: dict[str, Any] = {} if target is None else {
             "teacher_bias": target.head.bias, "teacher_logit_scale": target.head.logit_scale, "teacher_softcap": target.head.softcap,
         }
-        return distillation_loss(
+        loss = distillation_loss(
             output.hidden.flatten(0, 1), ours.weight, None if target is None else target.hidden.flatten(0, 1),
             None if target is None else target.head.weight, labels.flatten(), teacher_top=top, divergence=args.divergence,
-            temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight, ce_weight=ce_weight,
-            num_items=num_items, student_bias=ours.bias, student_logit_scale=ours.logit_scale, student_softcap=ours.softcap,
+            temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight if self.bridge is None else 0.0,
+            ce_weight=ce_weight, num_items=num_items, student_bias=ours.bias, student_logit_scale=ours.logit_scale, student_softcap=ours.softcap,
             vocab_size=self._vocab_size, **theirs,
         )
+        return loss if bridged is None else loss + bridged
 
     # -- the hidden term -----------------------------------------------------------------------------------------------------
 
@@ -254,7 +280,8 @@ class ChainDistiller(SamplingTrainer):
                 def batch(student: Any, target: Output | None, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:
                     assert target is not None
                     output = ModelRunner(student)(*_batch(inputs), states=True)
-                    return output, target, labels != -100, self._head_loss(output, target, labels, 1, self.args.ce_weight)
+                    other = self._head_loss(output, target, labels, 1, self.args.ce_weight, inputs)
+                    return (output, target, labels != -100, other) if self.bridge is None else (*self.bridge.at_borders(output, target, inputs), other)
 
                 yield self._beside_teacher(self.model, inputs, batch)
 
@@ -336,8 +363,8 @@ class _Settle(TrainerCallback):
         self._trainer.hidden.settle(lambda terms: self._trainer.accelerator.reduce(terms, kind))
 
 
-def _batch(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+def _batch(inputs: Mapping[str, Any], whose: str = "") -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return inputs[f"{whose}input_ids"], inputs.get(f"{whose}attention_mask"), inputs.get(f"{whose}position_ids")
 
 
 def path_plan(segment: Segment, size: int) -> Plan:

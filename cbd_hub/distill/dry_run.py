@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 import tempfile
@@ -18,7 +19,7 @@ from cbd_hub import shapes
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.data import Parts
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.recipe import Stage, calibration_of, plan_stages, read_parts, stage_rows
+from cbd_hub.distill.recipe import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.hub import resolve_checkpoint
@@ -33,7 +34,7 @@ _REPEATS = 3
 # What a trial leaves out: it has other layers than the teacher, and no text or prompts.
 _PLAIN = {
     "path_fraction": 0.0, "hidden_weight": 0.0, "hidden_balance": False, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence",
-    "teacher_answers": False, "text_weight": 0.0, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
+    "teacher_answers": False, "bridge": None, "text_weight": 0.0, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "push_to_hub": False,
 }
 
 
@@ -64,7 +65,7 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None,
     """Estimate every stage of a recipe without training.
 
     A step of the stage's own kind and batch is timed with models of its width, random weights and one or five layers, on this machine; time
-    and activations grow linearly in layers from there. Steps on the path, the hidden-state term, generation and saving are not counted.
+    and activations grow linearly in layers from there. Steps on the path, the hidden-state term, a bridge's second tokenisation, generation and saving are not counted.
 
     Args:
         recipe: The recipe.
@@ -77,9 +78,10 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None,
     source = resolve_checkpoint(recipe.teacher)
     config = read_config(source)
     stages = plan_stages(recipe, source, config)
-    split, tokenizer = read_parts(recipe) if parts is None else parts, load_tokenizer(source)
-    calibration_of(split, tokenizer, recipe.data.block_size)
-    check_stages(recipe, stages, config, {stage.name: stage_rows(recipe, stage.anchor, split) for stage in stages}, tokenizer)
+    split, tokenizers = read_parts(recipe) if parts is None else parts, stage_tokenizers(stages, load_tokenizer(source))
+    for tokenizer in tokenizers:
+        calibration_of(split, tokenizer, recipe.data.block_size)
+    check_stages(recipe, stages, config, {stage.name: stage_rows(recipe, stage.anchor, split) for stage in stages}, tokenizers)
     costs = []
     for stage in stages:
         progress(f"{stage.name}: timing steps on a few layers")
@@ -111,6 +113,9 @@ def likely_shape(size: int, config: Any) -> Shape:
 
 def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
     layers, above = shapes.shape_of(student).layers, shapes.shape_of(teacher).layers
+    if stage.bridged:  # timed in one vocabulary, with as many tokens on both sides
+        teacher = copy.deepcopy(teacher)
+        teacher.vocab_size = student.vocab_size
     plain = dataclasses.replace(stage, arguments={**stage.arguments, **_PLAIN})
     base = _trial(plain, student, teacher, 1, 1)
     cached = "teacher_cache" in stage.arguments

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.evaluating import EvaluatingTrainer
+from cbd_hub.distill.evaluating import EvaluatingTrainer, with_tokens
 from cbd_hub.distill.packing import collate, next_tokens, tokenised
 from cbd_hub.distill.rollouts import (
     Prompt,
@@ -72,6 +72,7 @@ class SamplingTrainer(EvaluatingTrainer):
     """
 
     train_dataset: Any
+    bridge: Any = None
     _student: Any
     _vocab_size: int | None
     _prompts: Sequence[Prompt] = ()
@@ -108,17 +109,20 @@ class SamplingTrainer(EvaluatingTrainer):
         config: ChainDistillerConfig = self.args
         if config.teacher_answers and not self._answered:
             teacher = self.accelerator.unwrap_model(self.teacher)
+            tokenizer = self.processing_class if self.bridge is None else self.bridge.teacher
             with self.accelerator.autocast():
-                self.train_dataset = teacher_answers(
-                    teacher, _all_prompts(self.train_dataset, config), Path(config.output_dir) / "answers", self._sampling(0.0, teacher), seed=config.seed,
-                    tokenizer=self.processing_class, process=(config.process_index, config.world_size), wait=self.accelerator.wait_for_everyone,
+                answers = teacher_answers(
+                    teacher, _all_prompts(self.train_dataset, config), Path(config.output_dir) / "answers", self._sampling(0.0, teacher, tokenizer=tokenizer),
+                    seed=config.seed, tokenizer=tokenizer, process=(config.process_index, config.world_size), wait=self.accelerator.wait_for_everyone,
                 )
+            self.train_dataset = answers if self.bridge is None else with_tokens(self.bridge.answered(answers), self.processing_class, config, self._student)
             self._answered = True
 
-    def _sampling(self, teacher_mix: float, *models: Any) -> Sampling:
+    def _sampling(self, teacher_mix: float, *models: Any, tokenizer: Any = None) -> Sampling:
         args: ChainDistillerConfig = self.args
+        tokenizer = tokenizer or self.processing_class
         return Sampling(
-            end_tokens(self.processing_class, *models), self._pad, teacher_mix, args.sampling_temperature, self._vocab_size, args.generation_batch_size
+            end_tokens(tokenizer, *models), getattr(tokenizer, "pad_token_id", None) or 0, teacher_mix, args.sampling_temperature, self._vocab_size, args.generation_batch_size
         )
 
     @property

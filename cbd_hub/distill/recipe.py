@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.progress import METRICS, StageProgress
 from cbd_hub.distill.schema import Recipe, RecipeData
-from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
-from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, StorageError, TrainingError, VocabularyMismatchError
+from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
 from cbd_hub.files import disk_error, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
@@ -66,7 +66,7 @@ class Stage:
         size: Parameters wanted; None for a checkpoint.
         shape: The exact shape wanted, or None.
         checkpoint: A published checkpoint to start from, or None.
-        arguments: Training arguments.
+        arguments: Training arguments; with ``bridge`` the anchor is of another vocabulary or architecture than the one above it.
     """
 
     name: str
@@ -76,6 +76,11 @@ class Stage:
     shape: Shape | None
     checkpoint: str | None
     arguments: dict[str, Any]
+
+    @property
+    def bridged(self) -> bool:
+        """Whether a bridge leads to it."""
+        return self.arguments.get("bridge") is not None
 
     def config(self, output_dir: str, seed: int = 0) -> ChainDistillerConfig:
         """The stage's training arguments, with what a stage has by default.
@@ -99,11 +104,14 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
     """
     above: int = shapes.parameter_count(teacher_config)
     whole, exact = shapes.shape_of(teacher_config), True  # not exact once a size was asked for, whose layers and FFN are chosen later
-    source = (above, teacher, teacher_config)
+    source, own = (above, teacher, teacher_config), teacher_config
     taken = [unique_name(above, [])]
     stages: list[Stage] = []
     for wish in recipe.anchors:
-        shape, checkpoint = None, None
+        shape, checkpoint, arguments = None, None, recipe.stage_arguments(wish)
+        if arguments.get("bridge") is not None and not (isinstance(wish, dict) and "checkpoint" in wish):
+            with recipe.at(wish):
+                raise RecipeError(f"bridge={arguments['bridge']} leads to an anchor of another vocabulary or architecture; give it as {{checkpoint: ...}}, and bridge under stages (stage of anchor {wish})")
         with recipe.at(wish, "anchors"):
             if isinstance(wish, dict) and "checkpoint" in wish:
                 checkpoint = str(wish["checkpoint"])
@@ -111,11 +119,13 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
                 config = read_config(folder)
                 Checkpoint(folder, config)
                 size = shapes.parameter_count(config)
-                check_pair(*source, size, folder, config)
+                if arguments.get("bridge") is None:
+                    _check_segment(*source, size, folder, config)
+                own = config
                 source, whole, exact = (size, folder, config), shapes.shape_of(config), True
             elif isinstance(wish, dict):
-                shape = whole = _wished_shape(wish, whole, exact, teacher_config)
-                size, exact = shapes.count(shape, teacher_config), True
+                shape = whole = _wished_shape(wish, whole, exact, own)
+                size, exact = shapes.count(shape, own), True
             else:
                 size, exact = parse_size(wish), False
             if size >= above or (isinstance(wish, str) and matches(wish, above)):
@@ -123,11 +133,11 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
                     f"anchor {wish} has {format_size(size)} but the one above it has {format_size(above)}; list anchors in falling size, all smaller "
                     "than the teacher"
                 )
-            least = shapes.count(whole.model_copy(update={"layers": 1, "ffn": 1}), teacher_config)
+            least = shapes.count(whole.model_copy(update={"layers": 1, "ffn": 1}), own)
             if size < least:
                 raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
         name = unique_name(size, taken)
-        stage = Stage(name, wish, str(wish), size, shape, checkpoint, recipe.stage_arguments(wish))
+        stage = Stage(name, wish, str(wish), size, shape, checkpoint, arguments)
         with recipe.at(wish):
             if stage.config("unused").path_fraction and checkpoint is not None:
                 raise RecipeError(f"path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint (stage of anchor {wish})")
@@ -135,6 +145,18 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
         taken.append(name)
         above = size
     return stages
+
+
+def _check_segment(*pair: Any) -> None:
+    """As `check_pair`, with the way across.
+
+    Raises:
+        CBDError: If nothing can be interpolated between the two.
+    """
+    try:
+        check_pair(*pair)
+    except (ArchitectureError, VocabularyMismatchError) as error:
+        raise type(error)(f"{error}. For a bridge, set it in the stage of that anchor: bridge: span") from error
 
 
 def _wished_shape(wish: Mapping[str, Any], above: Shape, exact: bool, teacher_config: Any) -> Shape:
@@ -188,6 +210,14 @@ def split_data(data: RecipeData, seed: int) -> Parts:
         assert data.dataset is not None
         documents = read_dataset(data.dataset, data.split, data.column, data.name)
     return split_documents(documents, data.heldout, data.calibration, seed)
+
+
+def stage_tokenizers(stages: Sequence[Stage], teacher: Any) -> list[Any]:
+    """The tokenizers of the teacher and of each stage's anchor: another one from a bridge on."""
+    found = [teacher]
+    for stage in stages:
+        found.append(load_tokenizer(resolve_checkpoint(str(stage.checkpoint))) if stage.bridged else found[-1])
+    return found
 
 
 def calibration_of(parts: Parts, tokenizer: Any, block_size: int) -> Documents:
@@ -279,12 +309,18 @@ class _Run:
         self.stages = plan_stages(recipe, self.source, self.teacher_config)
         self.begun = Begun(self.work, dependencies(recipe, unique_name(shapes.parameter_count(self.teacher_config), []), self.stages))
         self.begun.check()
-        self.tokenizer = load_tokenizer(self.source)
         self.parts = read_parts(recipe)
-        self.calibration = calibration_of(self.parts, self.tokenizer, recipe.data.block_size)
+        self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
+        size = recipe.data.block_size
+        made = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
+        self.calibrations = [made[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
         self.dataset = f"{recipe.data.source} (calibration)"
         self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.stages}
-        check_stages(recipe, self.stages, self.teacher_config, self.rows, self.tokenizer)
+        check_stages(recipe, self.stages, self.teacher_config, self.rows, self.tokenizers)
+
+    def _place(self, name: str) -> int:
+        """An anchor's place: 0 for the teacher."""
+        return next((place for place, stage in enumerate(self.stages, 1) if stage.name == name), 0)
 
     def _check_target(self) -> None:
         """Refuse a folder that is something else."""
@@ -319,12 +355,14 @@ class _Run:
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
-    def _evaluation(self, model: Any) -> dict[str, Any]:
+    def _evaluation(self, model: Any, name: str) -> dict[str, Any]:
+        calibration = self.calibrations[self._place(name)]
         with frozen(model):
-            losses = document_losses(ModelRunner(model), self.calibration)
+            losses = document_losses(ModelRunner(model), calibration)
         if not math.isfinite(losses.mean):
             raise TrainingError(f"a model of {self.target} has the loss {losses.mean} on the calibration text; lower learning_rate, or look at the weights")
-        entry = Evaluation(loss=losses.mean, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)
+        bits = bits_per_byte(losses, calibration) if any(stage.bridged for stage in self.stages) else None
+        entry = Evaluation(loss=losses.mean, bits_per_byte=bits, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)
         return entry.model_dump()
 
     def _teacher(self) -> Anchor:
@@ -335,7 +373,7 @@ class _Run:
             self.progress(f"teacher: {self.recipe.teacher} becomes anchor {name}")
             with staged_folder(folder) as staging:
                 copy_checkpoint(self.source, staging)
-        entry = self._remembered(f"{name}.evaluation", lambda: self._evaluation(self._load(name)))
+        entry = self._remembered(f"{name}.evaluation", lambda: self._evaluation(self._load(name), name))
         return self.builder.record(name, origin="source", evaluations=[Evaluation(**entry)])
 
     def _anchor(self, stage: Stage, large: Any, anchors: list[Anchor]) -> tuple[Any, Cut | None, Importance | None]:
@@ -345,17 +383,17 @@ class _Run:
         cut = importance = None
         maps: PathRecord | None = None
         folder = self.builder.anchor_folder(stage.name)
-        if stage.checkpoint is not None and stage.size is not None:  # only now is the shape above it known for sure
+        if stage.checkpoint is not None and stage.size is not None and not stage.bridged:  # only now is the shape above it known for sure
             source = resolve_checkpoint(stage.checkpoint)
             check_pair(parent.parameters, self.builder.anchor_folder(parent.name), large.config, stage.size, source, read_config(source))
         if stage.checkpoint is None:
-            importance = measure_importance(large, self.calibration)
+            importance = measure_importance(large, self.calibrations[self._place(stage.name)])
             cut = self._cut(stage, large, importance, parent)
             maps = self.builder.save_kept(stage.name, cut.kept)
         if not folder.exists():
             self._train(stage, large, cut, importance, folder)
         small = self._load(stage.name)
-        entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small))
+        entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small, stage.name))
         result = json.loads((self.work / f"{stage.name}.training.json").read_text())
         anchors.append(self.builder.record(
             stage.name, origin="published" if cut is None else "cut", parent=None if cut is None else parent.name, maps=maps,
@@ -372,7 +410,7 @@ class _Run:
         def choose() -> dict[str, Any]:
             if wish is None:
                 self.progress(f"{stage.name}: which mix of layers and FFN loses least")
-            cut = choose_cut(large, size, importance, self.calibration, name=parent.name, wish=wish)
+            cut = choose_cut(large, size, importance, self.calibrations[self._place(stage.name)], name=parent.name, wish=wish)
             for shape, loss in sorted(cut.tried.items(), key=lambda entry: entry[1]):
                 self.progress(f"  {shape.text:<22}{loss:.3f} nats untrained")
             return {"shape": cut.plan.shape.model_dump()}
@@ -394,9 +432,11 @@ class _Run:
         order = None if cut is None or importance is None else importance.order(cut.kept)
         arguments = stage.config(str(run_dir), self.recipe.seed)
         rows, text = self.rows[stage.name]
+        place = self._place(stage.name)
+        tokenizer = self.tokenizers[place]
         trainer = ChainDistiller(
-            model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=self.tokenizer, kept=kept, order=order,
-            text_dataset=text, callbacks=[StageProgress(f"{stage.name}", arguments)],
+            model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=tokenizer, kept=kept, order=order,
+            text_dataset=text, teacher_processing_class=self.tokenizers[place - 1] if stage.bridged else None, callbacks=[StageProgress(f"{stage.name}", arguments)],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -413,7 +453,7 @@ class _Run:
         write_text(self.builder.anchor_folder(f"{stage.name}.{METRICS}"), (run_dir / METRICS).read_text() if (run_dir / METRICS).is_file() else "")
         with staged_folder(folder) as staging:
             student.save_pretrained(staging)
-            self.tokenizer.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
             for path in staging.iterdir():
                 path.chmod(0o644)  # a chain may be shared
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -422,12 +462,14 @@ class _Run:
         self, stage: Stage, small: Any, large: Any, cut: Cut | None, importance: Importance | None, anchors: list[Anchor]
     ) -> Link:
         names = (anchors[-1].name, anchors[-2].name)
+        if stage.bridged:
+            return Link(kind="bridge", small=names[0], large=names[1])
 
         def measure() -> dict[str, Any]:
             self.progress(f"{names[0]} to {names[1]}: order, alpha and curve of the segment")
             first = None if cut is None or importance is None else importance.order(cut.kept)
             measured = measure_segment(
-                small, large, None if cut is None else cut.kept, self.calibration, self.dataset, names=names, first=first
+                small, large, None if cut is None else cut.kept, self.calibrations[self._place(stage.name)], self.dataset, names=names, first=first
             )
             return measured.link().model_dump()
 

@@ -1,0 +1,429 @@
+"""A teacher of another vocabulary: rows read by both tokenizers, spans as numbers beside the tokens, and the terms of the loss that are taken on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
+from cbd_hub.distill.rollouts import prompts_of
+from cbd_hub.distill.rows import RESPONSES, check_row
+from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
+from cbd_hub.interpolation.live import Output
+from cbd_hub.losses.alignment import byte_ends, check_faithful, common_spans, prefix_of, utf8
+from cbd_hub.losses.bridge import shared_loss, shared_tokens, span_loss
+from cbd_hub.losses.log_probs import chosen_log_probs, token_losses
+from cbd_hub.shapes import check_positions
+
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("spans", "teacher_input_ids", "teacher_attention_mask", "teacher_spans")
+_ROOM = 4  # tokens of the teacher in a row, for each of the student's
+
+
+@dataclass
+class _Side:
+    """One tokenizer's view of a row: tokens, the span that each is in (-1 for none), and labels."""
+
+    ids: list[int]
+    spans: list[int]
+    labels: list[int]
+
+    def add(self, ids: Sequence[int], span: int | Sequence[int], *, counts: bool = True) -> None:
+        self.ids += ids
+        self.spans += [span] * len(ids) if isinstance(span, int) else span
+        self.labels += ids if counts else [IGNORED] * len(ids)
+
+
+class Bridge:
+    """What a trainer needs of a teacher with a tokenizer of its own.
+
+    Args:
+        args: The trainer's arguments.
+        student: The student's tokenizer.
+        teacher: The teacher's tokenizer.
+
+    Raises:
+        ArgumentError: If a tokenizer is missing, has no byte offsets or loses what a text says.
+        VocabularyMismatchError: If no token is shared where that is needed.
+    """
+
+    def __init__(self, args: ChainDistillerConfig, student: Any, teacher: Any) -> None:
+        for name, tokenizer in (("processing_class", student), ("teacher_processing_class", teacher)):
+            if tokenizer is None:
+                raise ArgumentError(f"bridge={args.bridge} reads texts with the tokenizers of both models; pass {name}=")
+        self.args, self.student, self.teacher = args, student, teacher
+        self.kinds = set(str(args.bridge).split("+"))
+        self.shared: Tensor | None = None
+        self._asked: list[Mapping[str, Any]] = []
+        if self.kinds != {"text"}:
+            check_faithful(student)
+            check_faithful(teacher)
+        if "vocab" in self.kinds:
+            self.shared = shared_tokens(student, teacher)
+            logger.info("%d of the student's %d tokens are the teacher's too", len(self.shared), len(student))
+
+    # -- rows ----------------------------------------------------------------------------------------------------------------
+
+    def with_tokens(self, dataset: Any, model: Any, teacher: Any) -> Any:
+        """A data set, or several by name, read by both tokenizers; None stays None, and rows that have been read stay as they are.
+
+        Raises:
+            ArgumentError: If a block is longer than the student's positions.
+            DataError: If a row cannot be read, or has tokens instead of text.
+        """
+        if isinstance(dataset, Mapping):
+            return {name: self.with_tokens(rows, model, teacher) for name, rows in dataset.items()}
+        first = None if dataset is None else next(iter(dataset), None)
+        if first is None or "teacher_input_ids" in first:
+            return dataset
+        if "input_ids" in first:
+            raise DataError(f"bridge={self.args.bridge} reads texts with both tokenizers, and these rows have input_ids; give text, prompt and completion, or messages")
+        check_positions(self.args.block_size, model.config, f"block_size={self.args.block_size}")
+        most = getattr(teacher.config, "max_position_embeddings", None) or getattr(teacher.config, "n_positions", None) or 2**30
+        room = min(_ROOM * self.args.block_size, int(most))
+        if isinstance(dataset, IterableDataset):
+            return IterableDataset.from_generator(lambda: self.blocks(dataset, room))
+        blocks = list(self.blocks(dataset, room))
+        if not blocks:
+            raise DataError(f"the text does not fill one block of {self.args.block_size:,} tokens; give more text or a smaller block_size")
+        return Dataset.from_list(blocks)
+
+    def prompts(self, dataset: Any, model: Any) -> Any:
+        """Rows as the teacher reads them, for its answers to their prompts: prompts and chats each for itself, plain text in blocks.
+
+        Raises:
+            DataError: If a row cannot be read, or has tokens instead of text.
+        """
+        if not hasattr(type(dataset), "__len__"):
+            raise DataError("bridge=text needs its rows more than once, and a stream has no length; give a data set that is there as a whole")
+        rows = list(dataset)
+        if rows and "input_ids" in rows[0]:
+            raise DataError("bridge=text asks the teacher with its own tokenizer, and these rows have input_ids; give text, prompt and completion, or messages")
+        if _plain(rows):
+            check_positions(self.args.block_size, model.config, f"block_size={self.args.block_size}")
+            read = [(row, {"text": ""}) for row in packed_dataset(rows, self.teacher, self.args.block_size)]
+        else:
+            read = []
+            for number, row in enumerate(rows):
+                try:
+                    tokens = tokenise(row if {"messages", *RESPONSES} & set(row) else {**row, "completion": ""}, self.teacher)
+                except DataError as error:
+                    raise DataError(f"row {number:,}: the teacher's tokenizer: {error}") from error
+                read.append(({"input_ids": tokens.ids, "labels": tokens.labels}, row))
+        args = self.args
+        read = [(tokens, row) for tokens, row in read if prompts_of(tokens, args.max_new_tokens, args.prompt_share)]
+        self._asked = [row for _, row in read]
+        return Dataset.from_list([tokens for tokens, _ in read])
+
+    def answered(self, answers: Any) -> list[dict[str, Any]]:
+        """The teacher's answers to `prompts` as rows of text.
+
+        Raises:
+            DataError: If every answer is empty.
+        """
+        return answered_rows(self._asked, answers["completion"], answers["prompt"])
+
+    def blocks(self, rows: Any, room: int) -> Iterator[dict[str, list[int]]]:
+        """Rows of both tokenizers: plain text joined end to end and cut where both have a border, of anything with a prompt one by one.
+
+        Args:
+            rows: With ``text``, ``prompt`` and ``completion``, or ``messages``.
+            room: Most tokens of the teacher in a row.
+        """
+        yield from self._joined(self._pieces(rows), room) if _plain(rows) else self._single(rows, room)
+
+    def _pieces(self, rows: Any) -> Iterator[tuple[list[int], list[int], bool]]:
+        """Spans of texts, one after the other: tokens of both, and whether they stand for the same. Each text ends with the end-of-text tokens."""
+        ends = [[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] for tokenizer in (self.student, self.teacher)]
+        for number, row in enumerate(rows):
+            text = _text_of(row, number)
+            (ours, our_ends), (theirs, their_ends) = byte_ends(text, self.student), byte_ends(text, self.teacher)
+            _, our_stops, their_stops = common_spans(our_ends, their_ends, len(utf8(text)))
+            low, start = 0, 0
+            for stop, their_stop in zip(our_stops.tolist(), their_stops.tolist()):
+                yield ours[low:stop], theirs[start:their_stop], low < stop and start < their_stop
+                low, start = stop, their_stop
+            yield ends[0], ends[1], all(ends)
+
+    def _joined(self, pieces: Iterator[tuple[list[int], list[int], bool]], room: int) -> Iterator[dict[str, list[int]]]:
+        size, long = self.args.block_size, 0
+        before = prefix_of(self.student), prefix_of(self.teacher)
+        row = self._begun(before)
+        for ours, theirs, same in pieces:
+            if len(row[0].ids) + len(ours) > size or len(row[1].ids) + len(theirs) > room:
+                if len(row[0].ids) > len(before[0]):
+                    yield _row(*row)
+                row = self._begun(before)
+                if len(before[0]) + len(ours) > size or len(before[1]) + len(theirs) > room:
+                    long += 1
+                    continue
+            span = len(row[0].ids) if same else -1
+            row[0].add(ours, span)
+            row[1].add(theirs, span)
+        if long:
+            logger.info("%d spans were longer than a block and were left out", long)
+
+    @staticmethod
+    def _begun(before: tuple[list[int], list[int]]) -> tuple[_Side, _Side]:
+        sides = _Side([], [], []), _Side([], [], [])
+        for side, ids in zip(sides, before):
+            side.add(ids, -1, counts=False)
+        return sides
+
+    def _single(self, rows: Any, room: int) -> Iterator[dict[str, list[int]]]:
+        short = 0
+        for number, row in enumerate(rows):
+            try:
+                check_row(row)
+                sides = self._answered(row)
+            except DataError as error:
+                raise DataError(f"row {number:,}: {error}") from error
+            for side, limit in zip(sides, (self.args.block_size, room)):
+                short += len(side.ids) > limit
+                del side.ids[limit:], side.labels[limit:]
+                lost = set(side.spans[limit:])
+                side.spans = [-1 if span in lost else span for span in side.spans[:limit]]
+            made = _row(*sides)
+            if any(label != IGNORED for label in made["labels"][1:]):
+                yield made
+        if short:
+            logger.info("%d rows were longer than their block and were cut short", short)
+
+    def _answered(self, row: Mapping[str, Any]) -> tuple[_Side, _Side]:
+        """A prompt with its completion, or a chat, whose answers are the same text for both."""
+        response = next((name for name in RESPONSES if name in row), None)
+        messages = row.get("messages")
+        if messages is None and response is not None and not isinstance(row["prompt"], str):
+            messages = [*row["prompt"], *row[response]]
+        if messages is not None:
+            return self._chat(messages)
+        if response is None:
+            raise DataError(f"a row has the columns {', '.join(row)}; give the prompt its completion")
+        text, sides = row[response], (_Side([], [], []), _Side([], [], []))
+        found = [byte_ends(text, tokenizer) for tokenizer in (self.student, self.teacher)]
+        stops = common_spans(found[0][1], found[1][1], len(utf8(text)))[1:]
+        ends = [[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] for tokenizer in (self.student, self.teacher)]
+        for side, tokenizer, (ids, _), counts, end in zip(sides, (self.student, self.teacher), found, stops, ends):
+            whole = tokenise({"prompt": row["prompt"], "completion": ""}, tokenizer).ids
+            side.add(whole[: len(whole) - len(end)], -1, counts=False)
+            side.add(ids, np.repeat(np.arange(len(counts)), np.diff(counts, prepend=0)).tolist())
+            side.add(end, len(counts) if all(ends) else -1)
+        return sides
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[_Side, _Side]:
+        """Both templates' renderings; spans are of what the assistant says, and of the special token that ends a turn."""
+        sides, ends, renderings = [], [], []
+        for who, tokenizer in (("student", self.student), ("teacher", self.teacher)):
+            try:
+                tokens = tokenise({"messages": messages}, tokenizer)
+            except DataError as error:
+                raise DataError(f"the {who}'s tokenizer: {error}") from error
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+            ids, border = byte_ends(text, tokenizer)
+            if ids != tokens.ids:
+                raise DataError(f"the {who}'s tokenizer reads its own chat template's text otherwise than the chat; give prompt and completion")
+            sides.append(_Side(ids, [-1] * len(ids), tokens.labels))
+            ends.append(border)
+            renderings.append(text)
+        span = 0
+        at = [0, 0]
+        for message in messages:
+            said = message.get("content")
+            said = said.strip() if isinstance(said, str) else ""
+            places = [text.find(said, start) for text, start in zip(renderings, at)]
+            if not said or min(places) < 0:
+                continue  # a template that rewrites it has no text in common with the other
+            at = [place + len(said) for place in places]
+            if message["role"] == "assistant":
+                span = self._turn(sides, [end - len(text[:place].encode()) for end, text, place in zip(ends, renderings, places)], len(utf8(said)), span)
+        return sides[0], sides[1]
+
+    def _turn(self, sides: Sequence[_Side], ends: Sequence[np.ndarray], size: int, span: int) -> int:
+        """Number the spans of one turn, whose text begins at byte 0 of ``ends``; the next free number comes back."""
+        common = np.intersect1d(ends[0], ends[1])
+        common = common[(common >= 0) & (common <= size)]
+        for low, high in zip(common, common[1:]):
+            for side, border in zip(sides, ends):
+                start, stop = (int(np.searchsorted(border, place, side="right")) for place in (low, high))
+                side.spans[start:stop] = [span] * (stop - start)
+            span += 1
+        if len(common) and common[-1] == size:
+            places = [int(np.searchsorted(border, size, side="right")) for border in ends]
+            if all(place < len(side.ids) and side.ids[place] in tokenizer.all_special_ids for place, side, tokenizer in zip(places, sides, (self.student, self.teacher))):
+                for place, side in zip(places, sides):
+                    side.spans[place] = span
+                span += 1
+        return span
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of rows of both tokenizers; rows of the student alone are batched as ever."""
+        batch = collate(rows, self.student.pad_token_id or 0)
+        if "teacher_input_ids" in rows[0]:
+            other = collate([{"input_ids": row["teacher_input_ids"]} for row in rows], self.teacher.pad_token_id or 0)
+            batch.update({f"teacher_{name}": other[name] for name in ("input_ids", "attention_mask") if name in other})
+            for name, ids in (("spans", "input_ids"), ("teacher_spans", "teacher_input_ids")):
+                length = batch[ids].shape[1]
+                batch[name] = torch.tensor([[*row[name], *[-1] * (length - len(row[name]))] for row in rows])
+        return batch
+
+    # -- the loss ------------------------------------------------------------------------------------------------------------
+
+    def loss(self, output: Output, target: Output, inputs: Mapping[str, Tensor], num_items: Tensor | int) -> Tensor:
+        """The bridge's own terms on a batch, in nats, each a sum over spans divided by ``num_items``."""
+        student, teacher = (_Spans.of(inputs[f"{name}spans"], inputs[f"{name}input_ids"]) for name in ("", "teacher_"))
+        total = 0.0 * output.hidden.sum()
+        remainder = torch.ones(student.count, dtype=torch.bool, device=output.hidden.device)
+        ours, theirs = output.head, target.head
+        if self.shared is not None and student.count:
+            total = total + shared_loss(
+                student.before(output.hidden, student.first), ours.weight, teacher.before(target.hidden, teacher.first), theirs.weight, self.shared,
+                num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias, student_logit_scale=ours.logit_scale,
+                teacher_logit_scale=theirs.logit_scale, student_softcap=ours.softcap, teacher_softcap=theirs.softcap,
+            )
+            partner = torch.full((len(ours.weight),), -1, device=remainder.device)
+            partner[self.shared[:, 0]] = self.shared[:, 1].to(remainder.device)
+            remainder = ~(student.single & teacher.single & (partner[student.tokens[student.first]] == teacher.tokens[teacher.first]))
+        if "span" in self.kinds and bool(remainder.any()):
+            (our_tokens, our_spans), (their_tokens, their_spans) = student.of_those(remainder), teacher.of_those(remainder)
+            log_probs = chosen_log_probs(
+                student.before(output.hidden, our_tokens), ours.weight, student.tokens[our_tokens], bias=ours.bias, logit_scale=ours.logit_scale, softcap=ours.softcap,
+            )
+            hidden = teacher.before(target.hidden, their_tokens)
+            device = hidden.device.type
+            compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+            with torch.autocast(device, enabled=False):
+                costs = token_losses(
+                    hidden.to(compute), theirs.weight, teacher.tokens[their_tokens], bias=theirs.bias, logit_scale=theirs.logit_scale, softcap=theirs.softcap,
+                )
+            total = total + span_loss(log_probs, our_spans, -costs, their_spans, temperature=self.args.span_temperature, num_items=num_items)
+        return total
+
+    def at_borders(self, output: Output, target: Output, inputs: Mapping[str, Tensor]) -> tuple[Output, Output, Tensor]:
+        """States of both models at the last token of each span, where both have read the same text, and a mask that keeps them all."""
+        found = []
+        for side, name in ((output, ""), (target, "teacher_")):
+            spans = _Spans.of(inputs[f"{name}spans"], inputs[f"{name}input_ids"])
+            assert side.states is not None
+            found.append(Output(side.hidden, side.head, tuple(state.flatten(0, 1)[spans.places[spans.last]][None] for state in side.states)))
+        assert found[0].states is not None
+        return found[0], found[1], torch.ones(found[0].states[0].shape[:2], dtype=torch.bool, device=output.hidden.device)
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """Tokens of a batch that are in spans, row after row.
+
+    Attributes:
+        places: Their places in the flattened batch, shape (N,).
+        tokens: Their ids.
+        numbers: The span of each, from 0 to ``count`` - 1 over the whole batch.
+        count: How many spans there are.
+        first: Of each span its first token, an index into these.
+        last: Its last one.
+    """
+
+    places: Tensor
+    tokens: Tensor
+    numbers: Tensor
+    count: int
+    first: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, spans: Tensor, ids: Tensor) -> _Spans:
+        row, column = (spans >= 0).nonzero(as_tuple=True)
+        _, numbers, sizes = torch.unique_consecutive(torch.stack([row, spans[row, column]]), dim=1, return_inverse=True, return_counts=True)
+        last = sizes.cumsum(0) - 1
+        return cls(row * spans.shape[1] + column, ids[row, column], numbers, len(sizes), last - sizes + 1, last)
+
+    @property
+    def single(self) -> Tensor:
+        """Which spans are one token."""
+        return self.first == self.last
+
+    def of_those(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of the chosen spans, and their spans' numbers."""
+        tokens = chosen[self.numbers].nonzero().squeeze(1)
+        return tokens, self.numbers[tokens]
+
+    def before(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden states that predict some of these tokens, shape (n, H)."""
+        return hidden.flatten(0, 1)[self.places[tokens] - 1]
+
+
+def _plain(rows: Any) -> bool:
+    return not {"messages", "prompt"} & set(next(iter(rows), {}))
+
+
+def _text_of(row: Mapping[str, Any], number: int) -> str:
+    check_row(row, f"row {number:,}")
+    if "text" not in row:
+        raise DataError(f"row {number:,}: the first row is text and this one has the columns {', '.join(row)}; give rows of one kind")
+    try:
+        utf8(row["text"])
+    except DataError as error:
+        raise DataError(f"row {number:,}: {error}") from error
+    return str(row["text"])
+
+
+def _row(student: _Side, teacher: _Side) -> dict[str, list[int]]:
+    """A row of both sides; a span that one side has no prediction for, or lost to the cut, counts for neither."""
+    held = set(student.spans[1:]) & set(teacher.spans[1:]) - {student.spans[0], teacher.spans[0]}
+    return {
+        "input_ids": student.ids, "labels": student.labels, "spans": [span if span in held else -1 for span in student.spans],
+        "teacher_input_ids": teacher.ids, "teacher_spans": [span if span in held else -1 for span in teacher.spans],
+    }
+
+
+def check_heads(bridge: Bridge, student: Any, teacher: Any) -> None:
+    """Refuse tokenizers that are not those of the models.
+
+    Raises:
+        VocabularyMismatchError: Naming the model whose head has fewer rows than its tokenizer has tokens.
+    """
+    for name, tokenizer, model in (("student", bridge.student, student), ("teacher", bridge.teacher, teacher)):
+        highest = max(tokenizer.get_vocab().values(), default=0)
+        if highest >= model.config.vocab_size:
+            raise VocabularyMismatchError(
+                f"the {name}'s tokenizer has the token {highest:,} and its checkpoint a vocabulary of {model.config.vocab_size:,}; give the {name} its own tokenizer"
+            )
+
+
+def answered_rows(rows: Sequence[Mapping[str, Any]], answers: Sequence[str], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows whose completions are the teacher's answers, as text; empty ones are left out.
+
+    Args:
+        rows: Prompts, chats or texts.
+        answers: The teacher's answer to each.
+        prompts: What it answered, as text; used where a row is plain text.
+
+    Raises:
+        DataError: If every answer is empty.
+    """
+    made: list[dict[str, Any]] = []
+    for row, answer, prompt in zip(rows, answers, prompts, strict=True):
+        if not answer.strip():
+            continue
+        if "messages" in row or not isinstance(row.get("prompt", ""), str):
+            messages = list(row["messages"] if "messages" in row else row["prompt"])
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            made.append({"messages": [*messages, {"role": "assistant", "content": answer.strip()}]})
+        else:
+            made.append({"prompt": row.get("prompt", prompt), "completion": answer})
+    if len(made) < len(rows):
+        logger.warning("%d of %d answers of the teacher are empty and are left out", len(rows) - len(made), len(rows))
+    if not made:
+        raise DataError("every answer of the teacher is empty; raise max_new_tokens, or look at its prompts and its end token")
+    return made
+

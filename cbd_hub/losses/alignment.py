@@ -1,0 +1,266 @@
+"""Two tokenisations of one text, cut at the bytes where both have a border.
+
+A token's bytes are those of its entry in the vocabulary. Where they join to the text itself, borders are exact; where they do not (a text that NFC
+changes, a literal U+2581, a marker between special tokens), the tokenizer's character offsets say which characters a token is of, and its bytes divide a
+character that several tokens share.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from cbd_hub.errors import ArgumentError, DataError
+
+
+Span = tuple[tuple[int, int], tuple[int, int], int]
+
+_SPACE = "\u2581"
+_FAITHFUL = {"NFC", "NFD", "ByteLevel", "Prepend", "Sequence"}
+_LOSSY = {
+    "Lowercase": "lower-cases text", "StripAccents": "strips accents", "NFKC": "applies NFKC", "NFKD": "applies NFKD", "BertNormalizer": "cleans text as BERT does",
+    "Precompiled": "applies a character map (NFKC in SentencePiece)", "Nmt": "applies NMT's character map", "Strip": "strips white space",
+}
+
+
+@dataclass
+class _Reader:
+    """The bytes of every token, and where offsets are wanted the tokenizer's own encoder, without what trims them."""
+
+    tokens: tuple[bytes, ...]
+    sizes: np.ndarray
+    encoder: Tokenizer | None = None
+
+    def encode(self, text: str, backend: Any, offsets: bool) -> Any:
+        """A text's tokens, without special ones added; their offsets only where wanted."""
+        if not offsets and backend.truncation is None and backend.padding is None:
+            return backend.encode_batch_fast([text], add_special_tokens=False)[0]
+        if self.encoder is None:
+            facts = json.loads(backend.to_str())
+            facts.update(post_processor=None, truncation=None, padding=None)
+            self.encoder = Tokenizer.from_str(json.dumps(facts))
+        self.encoder.encode_special_tokens = backend.encode_special_tokens
+        return self.encoder.encode(text, add_special_tokens=False)
+
+
+_READERS: WeakKeyDictionary[Any, tuple[int, _Reader]] = WeakKeyDictionary()
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of byte-level BPE stands for.
+
+    Example:
+        >>> alphabet = byte_alphabet()
+        >>> len(alphabet), alphabet["Ġ"], alphabet["a"]
+        (256, 32, 97)
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    return {**{chr(byte): byte for byte in plain}, **{chr(256 + place): byte for place, byte in enumerate(others)}}
+
+
+def _parts(component: Any) -> Iterator[dict[str, Any]]:
+    """The description of a tokenizer's component and of all that it consists of."""
+    if component is not None and not isinstance(component, (dict, list)):
+        component = json.loads(component.__getstate__())
+    if isinstance(component, dict):
+        yield component
+    for value in (component.values() if isinstance(component, dict) else component or ()):
+        if isinstance(value, (dict, list)):
+            yield from _parts(value)
+
+
+def _backend(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ArgumentError(
+            f"{type(tokenizer).__name__} knows no byte offsets of its tokens, so that its spans cannot be found; load the fast tokenizer (tokenizer.json), or use bridge=text"
+        )
+    return backend
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes that each token id stands for: of byte-level BPE, SentencePiece with byte fallback, and added tokens.
+
+    The mark U+2581 of SentencePiece is a space. Ids without a token are empty.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+
+    Raises:
+        ArgumentError: If it has no byte offsets.
+    """
+    backend = _backend(tokenizer)
+    kinds = {part.get("type") for component in (backend.decoder, backend.pre_tokenizer, backend.normalizer) for part in _parts(component)}
+    vocab = backend.get_vocab(with_added_tokens=False)
+    added = {place: token.content for place, token in backend.get_added_tokens_decoder().items()}
+    found = [b""] * (max([*vocab.values(), *added], default=-1) + 1)
+    alphabet = byte_alphabet() if "ByteLevel" in kinds else None
+    fallback = bool(getattr(backend.model, "byte_fallback", False)) or "ByteFallback" in kinds
+    for token, place in vocab.items():
+        if alphabet is not None and all(character in alphabet for character in token):
+            found[place] = bytes(alphabet[character] for character in token)
+        elif fallback and len(token) == 6 and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+            found[place] = bytes([int(token[3:5], 16)])
+        else:
+            found[place] = (token if alphabet is not None else token.replace(_SPACE, " ")).encode(errors="replace")
+    for place, content in added.items():
+        found[place] = content.encode(errors="replace")
+    return found
+
+
+def check_faithful(tokenizer: Any) -> None:
+    """Refuse a tokenizer whose tokens are not those of the text itself.
+
+    Raises:
+        ArgumentError: If it has no byte offsets, or a normaliser that loses what the text says.
+    """
+    for part in _parts(_backend(tokenizer).normalizer):
+        kind = part.get("type")
+        if kind is None or kind in _FAITHFUL or (kind == "Replace" and part.get("pattern") == {"String": " "} and part.get("content") == _SPACE):
+            continue
+        why = _LOSSY.get(str(kind), f"rewrites text ({kind})")
+        raise ArgumentError(f"{type(tokenizer).__name__} {why} before it encodes, so that its tokens are not of the text's bytes; give a tokenizer without that, or use bridge=text")
+
+
+def _reader(tokenizer: Any) -> _Reader:
+    """What reads texts with a tokenizer, made once and anew where tokens were added."""
+    backend = _backend(tokenizer)
+    size = backend.get_vocab_size(with_added_tokens=True)
+    known = _READERS.get(tokenizer)
+    if known is not None and known[0] == size:
+        return known[1]
+    check_faithful(tokenizer)
+    tokens = tuple(token_bytes(tokenizer))
+    reader = _Reader(tokens, np.fromiter(map(len, tokens), np.int64, len(tokens)))
+    _READERS[tokenizer] = size, reader
+    return reader
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text.
+
+    Raises:
+        DataError: If it holds half a surrogate pair, which is no character.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text holds a lone surrogate at character {error.start:,}, which is no Unicode text; repair or leave out that row") from error
+
+
+def byte_ends(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
+    """A text's tokens, without special ones added, and the byte at which each ends.
+
+    A token whose end is not known to the byte, and one without bytes, has the end of the group that it is in: there is a border nowhere else.
+
+    Args:
+        text: Any Unicode text.
+        tokenizer: A fast transformers tokenizer.
+
+    Returns:
+        Ids, and int64 ends in the text's UTF-8 bytes, never falling; the last one is the text's length.
+
+    Raises:
+        ArgumentError: If the tokenizer has no byte offsets or loses what the text says.
+        DataError: If the text holds a lone surrogate.
+    """
+    data, reader = utf8(text), _reader(tokenizer)
+    ids: list[int] = reader.encode(text, _backend(tokenizer), offsets=False).ids
+    joined = b"".join(map(reader.tokens.__getitem__, ids))
+    if joined == data:
+        return ids, np.cumsum(reader.sizes[ids]) if ids else np.zeros(0, np.int64)
+    if joined == b" " + data:  # a leading space that the text does not have
+        return ids, np.maximum(np.cumsum(reader.sizes[ids]) - 1, 0)
+    return ids, _ends_by_offsets(text, data, reader, ids, reader.encode(text, _backend(tokenizer), offsets=True).offsets)
+
+
+def _ends_by_offsets(text: str, data: bytes, reader: _Reader, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Ends from character offsets; tokens whose characters overlap are one group, divided by their bytes where these join to the group's text."""
+    if not ids:
+        return np.zeros(0, np.int64)
+    starts, ends = np.array(offsets, np.int64).T
+    reached = np.maximum.accumulate(ends)
+    first = np.flatnonzero(np.append(True, starts[1:] >= reached[:-1]))  # of each group
+    last = np.append(first[1:], len(ids)) - 1
+    borders = np.append(reached[last[:-1]], len(text))  # what no offset holds joins the token after it, at the end the one before
+    for group in np.flatnonzero(starts[first[1:]] > borders[:-1]):
+        gap = text[borders[group] : starts[first[group + 1]]]
+        borders[group] += next((place for place, character in enumerate(gap) if character.isspace()), len(gap))  # what NFC has drawn into the token before
+    borders = np.append(np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80), len(data))[borders]  # from characters to bytes
+    found = np.repeat(borders, last - first + 1)
+    for group in np.flatnonzero(last > first):
+        place = slice(first[group], last[group] + 1)
+        low = borders[group - 1] if group else 0
+        if b"".join(map(reader.tokens.__getitem__, ids[place])) == data[low : borders[group]]:
+            found[place] = low + np.cumsum(reader.sizes[ids[place]])
+    return found
+
+
+def prefix_of(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before every text, such as gemma's ``<bos>``."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    places = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
+    return whole[: next(places, 0)]
+
+
+def common_spans(ends_a: np.ndarray, ends_b: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where both tokenisations have a border, and how many tokens of each are before it.
+
+    Args:
+        ends_a: Byte at which each token ends, as `byte_ends` gives it.
+        ends_b: The same of the other tokenizer.
+        total: Bytes of the text.
+
+    Returns:
+        Borders in bytes, rising, the last one ``total``; tokens of each side up to each border.
+
+    Example:
+        >>> common_spans(np.array([2, 5, 9]), np.array([1, 5, 7, 9]), 9)
+        (array([5, 9]), array([2, 3]), array([2, 4]))
+    """
+    borders = np.intersect1d(ends_a, ends_b)
+    borders = np.union1d(borders[borders > 0], [total])
+    sides = (np.searchsorted(ends, borders, side="right") for ends in (ends_a, ends_b))
+    tokens_a, tokens_b = sides
+    tokens_a[-1], tokens_b[-1] = len(ends_a), len(ends_b)
+    return borders, tokens_a, tokens_b
+
+
+def byte_spans(text: str, tokenizer_a: Any, tokenizer_b: Any) -> list[Span]:
+    """The finest spans of a text that are whole tokens for both tokenizers.
+
+    Both encode without special tokens of their own; such as stand in the text count as they are read. Spans come in order, touch, and hold every token and
+    every byte: a token without bytes and bytes without a token join a neighbour. Of a tokenizer that applies NFC, tokens lie where its offsets say.
+
+    Args:
+        text: Any Unicode text.
+        tokenizer_a: A fast transformers tokenizer.
+        tokenizer_b: Another one, or the same.
+
+    Returns:
+        For each span the tokens of a, ``(start, stop)``, those of b, and its bytes.
+
+    Raises:
+        ArgumentError: If a tokenizer has no byte offsets, or a normaliser that loses what the text says.
+        DataError: If the text holds a lone surrogate.
+
+    Example:
+        >>> byte_spans("the cat", bytewise, wordwise)  # doctest: +SKIP
+        [((0, 3), (0, 1), 3), ((3, 7), (1, 2), 4)]
+    """
+    (ids_a, ends_a), (ids_b, ends_b) = byte_ends(text, tokenizer_a), byte_ends(text, tokenizer_b)
+    if not ids_a and not ids_b:
+        return []
+    borders, stops_a, stops_b = (values.tolist() for values in common_spans(ends_a, ends_b, len(utf8(text))))
+    return [
+        ((start_a, stop_a), (start_b, stop_b), border - low)
+        for start_a, stop_a, start_b, stop_b, low, border in zip([0, *stops_a], stops_a, [0, *stops_b], stops_b, [0, *borders], borders)
+    ]

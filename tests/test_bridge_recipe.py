@@ -1,0 +1,95 @@
+"""A recipe whose chain goes on in another architecture and vocabulary."""
+
+import pytest
+import tiny
+import tokenizers_for_bridge as kinds
+import torch
+from conftest import recipe as make_recipe
+from typer.testing import CliRunner
+
+from cbd_hub import CBDModel, Chain, distill_chain
+from cbd_hub.cli import app
+from cbd_hub.distill.dry_run import dry_run
+from cbd_hub.distill.schema import Recipe
+from cbd_hub.errors import RecipeError, SizeError, VocabularyMismatchError
+
+
+BRIDGE = {"bridge": "span+vocab", "ce_weight": 0.5, "block_size": 24}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A llama of a byte vocabulary above a gpt2 of a larger one."""
+    folder = tmp_path_factory.mktemp("bridge")
+    other = tiny.gpt2(layers=3, ffn=24)
+    torch.manual_seed(1)
+    tokenizer = kinds.byte_level(330)
+    other.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    other.save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    anchor = {"checkpoint": str(folder / "other")}
+    made = make_recipe(folder, "llama", [{"layers": 3, "ffn": 40}, anchor, {"layers": 2, "ffn": 24}], teacher={"hidden": 64}, stages={str(folder / "other"): BRIDGE})
+    return folder, made
+
+
+@pytest.fixture(scope="module")
+def bridged(plain):
+    folder, made = plain
+    return distill_chain(made, folder / "chain")
+
+
+def test_the_chain_goes_on_beyond_the_bridge(bridged):
+    assert [link.kind for link in bridged.manifest.links] == ["segment", "bridge", "segment"]
+    assert [anchor.family for anchor in bridged.anchors] == ["llama", "llama", "gpt2", "gpt2"]
+    assert [anchor.origin for anchor in bridged.anchors] == ["source", "cut", "published", "cut"]
+    assert all(anchor.evaluations[-1].bits_per_byte > 0 for anchor in bridged.anchors)
+    assert len(bridged.tokenizer()) == tiny.VOCAB
+    assert len(bridged.tokenizer("min")) == len(bridged.tokenizer(bridged.anchors[2].parameters)) == 331
+
+
+def test_sizes_on_each_side_work_and_the_gap_names_them(bridged, tmp_path):
+    first, second, third, fourth = bridged.anchors
+    for large, small in ((first, second), (third, fourth)):
+        model = CBDModel.from_chain(bridged.files.root, (large.parameters + small.parameters) // 2, tolerance=0.2)
+        assert model.config.model_type == large.family
+    with pytest.raises(SizeError, match=f"across the bridge between {third.name} and {second.name}"):
+        CBDModel.plan(bridged.files.root, (second.parameters + third.parameters) // 2)
+    CBDModel.materialize(bridged.files.root, "min", output_dir=tmp_path / "model")
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == bridged.files.path(fourth, "tokenizer.json").read_bytes()
+    Chain.from_pretrained(bridged.files.root).save_pretrained(tmp_path / "copy")
+    assert Chain.from_pretrained(tmp_path / "copy").manifest.links[1].kind == "bridge"
+
+
+def test_the_commands_know_both_sides(bridged, plain):
+    folder, _ = plain
+    for words in (["show", str(bridged.files.root)], ["eval", str(bridged.files.root), "--text", str(folder / "text.txt")], ["generate", str(bridged.files.root), "the", "--size", "min", "--max-new-tokens", "3"]):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+        if words[0] != "generate":
+            assert "bits/byte" in done.output
+
+
+def test_what_a_recipe_cannot_bridge(plain, tmp_path):
+    folder, made = plain
+    other = str(folder / "other")
+    with pytest.raises(VocabularyMismatchError, match="give|bridge: span"):
+        distill_chain({**made, "anchors": [{"checkpoint": str(tiny_of_another_vocabulary(tmp_path))}], "stages": {}}, tmp_path / "a")
+    with pytest.raises(RecipeError, match="give it as {checkpoint"):
+        distill_chain({**made, "stage": {**made["stage"], **BRIDGE}}, tmp_path / "b")
+    with pytest.raises(RecipeError, match="path_fraction=0.5 does not go with bridge"):
+        distill_chain({**made, "stages": {other: {**BRIDGE, "path_fraction": 0.5}}}, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def tiny_of_another_vocabulary(folder):
+    made = tiny.llama(layers=1)
+    made.resize_token_embeddings(331, mean_resizing=False)
+    made.save_pretrained(folder / "llama")
+    kinds.byte_level(330).save_pretrained(folder / "llama")
+    return folder / "llama"
+
+
+def test_a_dry_run_reckons_with_the_bridge(plain):
+    costs = dry_run(Recipe.parse(plain[1]))
+    assert [cost.shape.vocab for cost in costs] == [260, 331, 331]
+    assert all(cost.seconds > 0 for cost in costs)

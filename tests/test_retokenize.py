@@ -1,0 +1,157 @@
+"""Vocabularies trimmed and exchanged: kept rows bit for bit, every text still encodes, other rows the means that they should be."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import tokenizers_for_bridge as kinds
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from cbd_hub.errors import ArgumentError, CBDError, SizeFormatError, StorageError, VocabularyMismatchError
+from cbd_hub.families import family_of
+from cbd_hub.losses.alignment import token_bytes
+from cbd_hub.retokenize import retokenize, trimmed
+
+
+MADE = {name: make() for name, make in kinds.MAKERS.items() if name != "bytes"}
+
+
+def saved(folder, family="llama", tokenizer="gpt2", padding=0, **more):
+    model = tiny.EVERY[family](**more)
+    torch.manual_seed(2)
+    model.resize_token_embeddings(len(MADE[tokenizer]) + padding, mean_resizing=False)
+    model.config.bos_token_id, model.config.eos_token_id = MADE[tokenizer].bos_token_id, MADE[tokenizer].eos_token_id
+    model.generation_config.eos_token_id = [MADE[tokenizer].eos_token_id]
+    model.save_pretrained(folder)
+    MADE[tokenizer].save_pretrained(folder)
+    return folder
+
+
+def vocabulary_rows(model):
+    """The tensors with a row per token."""
+    family, live = family_of(model.config), family_of(model.config).parameters(model)
+    return {name: live[name] for spec, _, name in family.stored(model.config) if "vocab" in spec.dims}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2_larger", "qwen", "llama", "gemma", "prefix"])
+def test_a_trimmed_tokenizer_reads_every_text_with_a_prefix_of_its_merges(kind):
+    old = MADE[kind]
+    least = len(old) - len({"".join(pair) for pair in merges(old)})
+    new, kept = trimmed(old, (least + len(old)) // 2)
+    assert len(new) == len(kept) == (least + len(old)) // 2
+    assert merges(new) == merges(old)[: len(merges(new))]
+    assert [token_bytes(old)[token] for token in kept] == token_bytes(new)
+    assert new.all_special_tokens == old.all_special_tokens
+    assert new.chat_template == old.chat_template
+    for text in kinds.HARD:
+        ids = new(text, add_special_tokens=False)["input_ids"]
+        assert new.decode(ids) == old.decode(old(text, add_special_tokens=False)["input_ids"])
+        back = [kept[token] for token in new(text)["input_ids"]]
+        assert b"".join(token_bytes(old)[token] for token in back) == b"".join(token_bytes(old)[token] for token in old(text)["input_ids"])
+    with pytest.raises(ArgumentError, match="ask for a number in between"):
+        trimmed(old, least - 1)
+    with pytest.raises(ArgumentError, match="ask for a number in between"):
+        trimmed(old, len(old))
+
+
+def merges(tokenizer):
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_rows_of_a_trimmed_model_are_its_own(family, tied, tmp_path):
+    more = {"tie_word_embeddings": tied} if family == "gpt2" else {"tied": tied}
+    source = saved(tmp_path / "old", family, padding=7, **more)
+    made = retokenize(source, tmp_path / "new", keep=320, text=tiny.texts(20))
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "new"))
+    tokenizer, kept = trimmed(MADE["gpt2"], 320)
+    assert (made.vocab, made.copied, made.composed) == (320, 320, 0)
+    assert made.parameters == sum(parameter.numel() for parameter in new.parameters())
+    assert len(vocabulary_rows(new)) == (1 if tied else 2)
+    for name, rows in vocabulary_rows(new).items():
+        assert torch.equal(rows, vocabulary_rows(old)[name][kept])
+    assert new.config.eos_token_id == tokenizer.eos_token_id == new.generation_config.eos_token_id[0]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "new")("the cat")["input_ids"]])
+    full = old(torch.tensor(kept)[ids]).logits[..., kept]
+    torch.testing.assert_close(new(ids).logits, full, rtol=1e-5, atol=1e-5)
+    assert made.before > 0
+    assert made.after - made.before == pytest.approx(made.difference[0], abs=1e-9)
+
+
+@pytest.mark.parametrize(("old_kind", "new_kind"), [("gpt2", "llama"), ("gpt2", "gpt2_larger"), ("llama", "qwen"), ("gemma", "gpt2")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_for_another_tokenizer(old_kind, new_kind, tied, tmp_path):
+    source = saved(tmp_path / "old", tokenizer=old_kind, tied=tied)
+    MADE[new_kind].save_pretrained(tmp_path / "tokenizer")
+    made = retokenize(source, tmp_path / "new", tokenizer=tmp_path / "tokenizer")
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "new"))
+    ours, theirs = MADE[old_kind], MADE[new_kind]
+    assert made.copied + made.composed == made.vocab == len(theirs)
+    assert made.composed > 0
+    assert new.config.eos_token_id == theirs.eos_token_id
+    places = {}
+    for place, token in enumerate(token_bytes(ours)):
+        if place not in ours.all_special_ids:
+            places.setdefault(token, place)
+    for name, rows in vocabulary_rows(new).items():
+        before = vocabulary_rows(old)[name]
+        assert torch.equal(rows[theirs.eos_token_id], before[ours.eos_token_id])
+        for place, token in enumerate(token_bytes(theirs)):
+            if place in theirs.all_special_ids or not token:
+                continue
+            if token in places:
+                assert torch.equal(rows[place], before[places[token]]), token
+            elif old_kind == "gpt2" and is_text(token):
+                ids = ours(token.decode(), add_special_tokens=False)["input_ids"]
+                torch.testing.assert_close(rows[place], before[ids].mean(0), msg=str(token))
+
+
+def is_text(token):
+    try:
+        return bool(token.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def test_a_model_moved_to_its_own_tokenizer_is_itself(tmp_path):
+    source = saved(tmp_path / "old", tied=False)
+    made = retokenize(source, tmp_path / "new", tokenizer=source)
+    assert made.composed == 0
+    old, new = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (source, tmp_path / "new"))
+    assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_what_is_refused(tmp_path):
+    source = saved(tmp_path / "old")
+    for options, kind, said in (
+        ({}, ArgumentError, "give either keep"), ({"keep": 300, "tokenizer": source}, ArgumentError, "give either keep"),
+        ({"keep": "many"}, SizeFormatError, "many"), ({"keep": 3}, ArgumentError, "keep=3 tokens"), ({"tokenizer": tmp_path / "nowhere"}, CBDError, "nowhere"),
+    ):
+        with pytest.raises(kind, match=said):
+            retokenize(source, tmp_path / "new", **options)
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(StorageError):
+        retokenize(source, source, keep=300)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    with pytest.raises(ArgumentError, match="no BPE"):
+        trimmed(words, 1)
+    MADE["gpt2_larger"].save_pretrained(source)
+    with pytest.raises(VocabularyMismatchError, match="its own tokenizer"):
+        retokenize(source, tmp_path / "new", keep=300)
+
+
+def test_the_command(tmp_path):
+    source = saved(tmp_path / "old")
+    (tmp_path / "text.txt").write_text("\n\n".join(tiny.texts(30)))
+    command = [sys.executable, "-m", "cbd_hub.cli", "retokenize", str(source)]
+    done = subprocess.run([*command, "--keep", "300", "--out", str(tmp_path / "new"), "--text", str(tmp_path / "text.txt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "300 tokens, 300 rows copied and 0 composed" in done.stdout
+    assert "bits per byte" in done.stdout
+    failed = subprocess.run([*command, "--out", str(tmp_path / "other")], capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
