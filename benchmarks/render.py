@@ -1,4 +1,4 @@
-"""Write the tables of README.md from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Write the tables of README.md and benchmarks/quality/README.md from benchmarks/results/*.json, so that no figure is typed by hand.
 
 python benchmarks/render.py
 """
@@ -160,23 +160,45 @@ def hub(data: dict[str, Any]) -> str:
     return f"{table(['load from the Hub', 'cost'], rows)}\n\nRandom Llama models of 10 and 7 layers, hidden 512; counted by the tests' Hub. `python benchmarks/hub.py`"
 
 
+def quality(data: dict[str, Any]) -> str:
+    """Sizes in between on four kinds of segment against what else gives such a model."""
+    rivals = list(dict.fromkeys(name for row in data["rows"] for name in row["rivals"]))
+    rows = [
+        [
+            f"{row['segment']}: {format_size(row['parameters'])}", row["by"], f"{row['loss']:.3f} ± {row['stderr']:.3f}", pair(row.get("to_chord")),
+            *(pair(row["rivals"][name]["minus"]) if name in row["rivals"] else "" for name in rivals),
+        ]
+        for row in data["rows"]
+    ]
+    return (
+        f"{table(['segment and size', 'by', 'loss', 'to chord', *rivals], rows)}\n\nSegments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage, "
+        f"{data['heldout_tokens']:,} held-out tokens, one seed; a rival's column is its loss less the chain's, paired. `{data['command']}`"
+    )
+
+
+def fill(document: Path, renders: dict[str, Any]) -> None:
+    """Fill the marked blocks of a document that have results."""
+    text = document.read_text(encoding="utf-8")
+    for name, render in renders.items():
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            before, rest = text.split(f"<!-- {name}:begin -->")
+            after = rest.split(f"<!-- {name}:end -->")[1]
+            text = f"{before}<!-- {name}:begin -->\n{render(json.loads(path.read_text()))}\n<!-- {name}:end -->{after}"
+    document.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """Fill the marked blocks."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Fill the documents."""
     latest = ROOT / "demo" / "results.json"
     if latest.is_file():
         shutil.copyfile(latest, RESULTS / "demo.json")
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
-    for name, render in (
-        ("demo", demo), ("boomerang", boomerang), ("step", step), ("teacher_cache", teacher_cache), ("head", head), ("anchors", anchors), ("align", align), ("memory", memory),
-        ("loading", loading), ("hub", hub),
-    ):
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
-            before, rest = readme.split(f"<!-- {name}:begin -->")
-            after = rest.split(f"<!-- {name}:end -->")[1]
-            readme = f"{before}<!-- {name}:begin -->\n{render(json.loads(path.read_text()))}\n<!-- {name}:end -->{after}"
-    (ROOT / "README.md").write_text(readme, encoding="utf-8")
+    fill(ROOT / "README.md", {
+        "demo": demo, "boomerang": boomerang, "step": step, "teacher_cache": teacher_cache, "head": head, "anchors": anchors, "align": align, "memory": memory,
+        "loading": loading, "hub": hub,
+    })
+    fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": quality})
 
 
 if __name__ == "__main__":

@@ -41,32 +41,28 @@ def collapsed(model: Any, layers: int, text: torch.Tensor, merged: int = 2) -> A
     """
     family = family_of(model.config)
     best = copy.deepcopy(model)
+    blocks = list(best.get_submodule(family.blocks))
 
-    def states(candidate: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return candidate.base_model(input_ids=text.to(model.device), use_cache=False).last_hidden_state
+    @torch.no_grad()
+    def states(blocks: list[torch.nn.Module]) -> torch.Tensor:
+        best.set_submodule(family.blocks, torch.nn.ModuleList(blocks))
+        return best.base_model(input_ids=text.to(model.device), use_cache=False).last_hidden_state
 
-    target = states(model)
-    while len(blocks := best.get_submodule(family.blocks)) > layers:
+    target = states(blocks)
+    while len(blocks) > layers:
         step = min(merged, len(blocks) - layers)
-        found = []
-        for at in range(len(blocks) - 1 - step, 0, -1):
-            trial = _fold(best, at, step)
-            found.append((float(torch.nn.functional.cosine_similarity(states(trial), target, dim=-1).mean()), at))
-        best = _fold(best, max(found)[1], step)
+        trials = [_fold(blocks, at, step) for at in range(len(blocks) - 1 - step, 0, -1)]
+        blocks = max(trials, key=lambda trial: float(torch.nn.functional.cosine_similarity(states(trial), target, dim=-1).mean()))
+    states(blocks)
+    setattr(best.config, family.fields["layers"], len(blocks))
     return best
 
 
-def _fold(model: Any, at: int, step: int) -> Any:
-    """Layers at + 1 to at + step folded into layer ``at``."""
-    family = family_of(model.config)
-    folded = copy.deepcopy(model)
-    blocks = folded.get_submodule(family.blocks)
-    base = {name: tensor.detach().clone() for name, tensor in blocks[at].named_parameters()}
-    with torch.no_grad():
-        for other in blocks[at + 1 : at + 1 + step]:
-            for name, tensor in blocks[at].named_parameters():
-                tensor += other.get_parameter(name) - base[name]
-    del blocks[at + 1 : at + 1 + step]
-    setattr(folded.config, family.fields["layers"], len(blocks))
-    return folded
+@torch.no_grad()
+def _fold(blocks: list[torch.nn.Module], at: int, step: int) -> list[torch.nn.Module]:
+    """The blocks with those at + 1 to at + step folded into the one at ``at``."""
+    folded = copy.deepcopy(blocks[at])
+    for other in blocks[at + 1 : at + 1 + step]:
+        for name, tensor in folded.named_parameters():
+            tensor.add_(other.get_parameter(name) - blocks[at].get_parameter(name))
+    return [*blocks[:at], folded, *blocks[at + 1 + step :]]

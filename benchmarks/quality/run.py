@@ -166,7 +166,7 @@ def rows_of(bench: Bench, name: str, free: bool) -> Iterator[dict[str, Any]]:
     teacher = bench.losses("teacher", lambda: bench.teacher)
     anchor = bench.losses(f"{name}/anchor", lambda: small)
     low, high = segment.sizes
-    text = torch.stack(bench.calibration.ids[:2])
+    text = torch.stack(bench.calibration.ids[:1])
     if not free:
         start = bench.cut(name)
         rival = bench.losses(f"{name}/anchor by boomerang's losses", lambda: bench.trained(
