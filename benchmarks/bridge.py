@@ -103,7 +103,8 @@ def _align(options: argparse.Namespace) -> list[dict[str, Any]]:
         spans = byte_spans(text, tokenizers[first], tokenizers[second])
         seconds = time.perf_counter() - began
         coarse = int(spans[-1][1][1] < spans[-1][0][1])
-        single = sum(span[coarse][1] - span[coarse][0] == 1 for span in spans) / len(spans)
+        ranges = [(ours, theirs)[coarse] for ours, theirs, _ in spans]
+        single = sum(stop - start == 1 for start, stop in ranges) / len(spans)
         covered = sum(size for *_, size in spans) / len(text.encode())
         found.append({"pair": [first, second], "bytes": len(text.encode()), "seconds": seconds, "spans": len(spans), "covered": covered, "single on the coarser side": single})
     return found
