@@ -17,7 +17,7 @@ from cbd_hub import Chain, cli
 def run(monkeypatch, capsys, *arguments):
     """Exit code, standard output and standard error of a command, in this process."""
     monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
-    monkeypatch.setattr(cli.out, "file", None)
+    monkeypatch.setattr(cli.out, "_file", None)
     monkeypatch.setattr(cli.out, "_width", 200)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
