@@ -32,7 +32,7 @@ def family(request):
 def cbd(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
-        monkeypatch.setattr(cli.out, "file", None)
+        monkeypatch.setattr(cli.out, "_file", None)
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         printed = capsys.readouterr()
