@@ -284,7 +284,7 @@ class CBDModel:
             size: Unique parameters wanted, fewer than the model's.
             shape: The shape instead, in the fields that are to be smaller; with a size, the FFN fills the rest where it is not named.
             calibration: A text file or a pattern, a list of texts, or a ``datasets.Dataset`` with a column ``text``. None: the model writes its own, at
-                temperature 1 from its first token on. That chooses nearly as well as real text, and far better than the weights alone; but its loss
+                temperature 1 from its first token on. Its loss
                 is that of the model's own text, lower than of any other.
             revision: Branch, tag or commit of a repo.
             token: Hub token; None for the stored one.

@@ -34,20 +34,10 @@ def model_of(name, layers, hidden, heads, kv_heads, ffn, seed, **more):
     return tiny.EVERY[name](layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, seed=seed, head_dim=SIZE, **more)
 
 
-def random_kept(small, large, seed):
-    draw = np.random.default_rng(seed)
-    group = large.heads // large.kv_heads
-    heads = [np.concatenate([g * group + draw.permutation(group) for g in draw.permutation(large.kv_heads)]) for _ in range(large.layers)]
-    return Kept(
-        np.sort(draw.choice(large.layers, small.layers, replace=False)), np.stack([draw.permutation(large.ffn) for _ in range(large.layers)]),
-        np.stack(heads), draw.permutation(large.hidden),
-    )
-
-
 def pair(name, seed=0, **more):
     """Two models of unequal width and depth, and a random map between them that joins layers of one type."""
     large = model_of(name, 4, 48, 6, 3, 40, seed, **more)
-    kept = random_kept(shape_of(large.config).model_copy(update={"layers": 2}), shape_of(large.config), seed)
+    kept = tiny.random_kept(shape_of(large.config).model_copy(update={"layers": 2}), shape_of(large.config), seed)
     if getattr(large.config, "layer_types", None):
         more["layer_types"] = [large.config.layer_types[layer] for layer in kept.layers]
     small = model_of(name, 2, 32, 2, 2, 24, seed + 1, **more)
@@ -127,7 +117,7 @@ def test_a_permuted_copy_computes_the_same(every):
     """Heads by whole groups, neurons and channels in another order: whole in every tensor, fused or not."""
     model = model_of(every, 3, 48, 6, 3, 40, 0)
     shape = shape_of(model.config)
-    kept = random_kept(shape, shape, 1)
+    kept = tiny.random_kept(shape, shape, 1)
     copy = cut_model(model, cut_plan("l", shape, model, kept)).eval()
     assert not torch.equal(copy.get_input_embeddings().weight, model.get_input_embeddings().weight)
     torch.testing.assert_close(copy(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)

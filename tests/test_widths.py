@@ -59,21 +59,11 @@ SMALL = {
 }
 
 
-def random_kept(small, large, seed):
-    draw = np.random.default_rng(seed)
-    group = large.heads // large.kv_heads
-    heads = [np.concatenate([g * group + draw.permutation(group) for g in draw.permutation(large.kv_heads)]) for _ in range(large.layers)]
-    return Kept(
-        np.sort(draw.choice(large.layers, small.layers, replace=False)), np.stack([draw.permutation(large.ffn) for _ in range(large.layers)]),
-        np.stack(heads), draw.permutation(large.hidden),
-    )
-
-
 def pair(family, seed=0, small=None, large=None, **more):
     big = model_of(family, large or LARGE[family], seed, **more)
     little = model_of(family, small or SMALL[family], seed + 1, **more)
     shapes = shape_of(little.config), shape_of(big.config)
-    kept = random_kept(*shapes, seed)
+    kept = tiny.random_kept(*shapes, seed)
     order = list(np.random.default_rng(seed).permutation(kept.dropped))
     return little, big, Segment("s", "l", *shapes, kept, order, big.config)
 
@@ -355,7 +345,7 @@ def test_importance_of_heads_and_channels_is_its_definition(family):
 def permuted(family, model, seed):
     """The same function with heads, neurons and channels in another order, and the map that was applied."""
     shape = shape_of(model.config)
-    kept = random_kept(shape, shape, seed)
+    kept = tiny.random_kept(shape, shape, seed)
     kept = dataclasses.replace(kept, layers=np.arange(shape.layers))
     return sliced(family, model, shape, kept), kept
 
@@ -472,7 +462,7 @@ def test_along_the_path_no_axis_goes_back_more_than_a_step(family):
 def test_planning_takes_no_time(family):
     import time
     small, large, config = big(family)
-    kept = random_kept(small, large, 0)
+    kept = tiny.random_kept(small, large, 0)
     segment = Segment("s", "l", small, large, kept, kept.dropped, config)
     size = sum(segment.sizes) // 2
     segment_plan(segment, size)
@@ -488,7 +478,7 @@ def test_planning_takes_no_time(family):
 ])
 def test_hostile_maps_are_refused(name, value):
     small, large = (Shape(**{**shapes["llama"], "head_size": SIZE, "vocab": 260}) for shapes in (SMALL, LARGE))
-    kept = random_kept(small, large, 0)
+    kept = tiny.random_kept(small, large, 0)
     kept.check(small, large)
     with pytest.raises(ManifestError, match="kept h"):
         dataclasses.replace(kept, **{name: value}).check(small, large)
@@ -498,7 +488,7 @@ def test_hostile_maps_are_refused(name, value):
 def test_anchors_that_no_map_can_join_are_refused(change):
     small, large = (Shape(**{**shapes["llama"], "head_size": SIZE, "vocab": 260}) for shapes in (SMALL, LARGE))
     with pytest.raises(ManifestError, match="nothing can be interpolated"):
-        random_kept(small, large, 0).check(small.model_copy(update=change), large)
+        tiny.random_kept(small, large, 0).check(small.model_copy(update=change), large)
 
 
 RECIPES = {

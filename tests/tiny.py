@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -22,6 +23,8 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import get_last_checkpoint
+
+from cbd_hub.interpolation.plan import Kept
 
 
 VOCAB = 260
@@ -157,3 +160,14 @@ def stopped_and_resumed(make, folder, stop):
             raise AssertionError(f"the run ended before step {stop}")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if stop else None)
     return trainer
+
+
+def random_kept(small, large, seed):
+    """A random map between two shapes."""
+    draw = np.random.default_rng(seed)
+    group = large.heads // large.kv_heads
+    heads = [np.concatenate([g * group + draw.permutation(group) for g in draw.permutation(large.kv_heads)]) for _ in range(large.layers)]
+    return Kept(
+        np.sort(draw.choice(large.layers, small.layers, replace=False)), np.stack([draw.permutation(large.ffn) for _ in range(large.layers)]),
+        np.stack(heads), draw.permutation(large.hidden),
+    )
