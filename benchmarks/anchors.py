@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, cut_model, measure_importance
-from cbd_hub.distill.recipe import CALIBRATION_TOKENS, read_parts
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner
 

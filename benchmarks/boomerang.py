@@ -24,7 +24,7 @@ from rich.table import Table
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import cut_model, cut_plan
 from cbd_hub.distill.packing import packed_dataset
-from cbd_hub.distill.recipe import read_parts
+from cbd_hub.distill.stages import read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.interpolation.planner import Kept, Segment, Term, patch_plan

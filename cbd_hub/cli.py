@@ -17,10 +17,12 @@ from rich.table import Table
 
 from cbd_hub.errors import ArgumentError, CBDError, DataError
 from cbd_hub.hub_commands import commands as hub_commands
+from cbd_hub.model_commands import commands as model_commands
 from cbd_hub.options import (
     AlphaOption,
     BudgetOption,
     ChainArgument,
+    ColumnOption,
     DtypeOption,
     JsonOption,
     OutOption,
@@ -29,8 +31,9 @@ from cbd_hub.options import (
     SizeOption,
     StrategyOption,
     ToleranceOption,
+    shape_of_text,
 )
-from cbd_hub.printing import cell, err, middle, out, print_json, show_chain, show_costs, table_of, with_error
+from cbd_hub.printing import err, hush_bars, middle, out, print_json, show_chain, show_costs, table_of, with_error
 from cbd_hub.sizes import format_bytes, format_size
 
 
@@ -68,11 +71,11 @@ def distill(
     """
     from cbd_hub.distill.recipe import distill_chain
     from cbd_hub.distill.schema import Recipe
-    _hush_bars()
+    hush_bars()
     read = Recipe.read(recipe)
     if dry_run:
         from cbd_hub.distill.dry_run import dry_run as estimate
-        from cbd_hub.distill.recipe import read_parts
+        from cbd_hub.distill.stages import read_parts
         parts = read_parts(read)
         costs = estimate(read, (lambda line: None) if as_json else lambda line: err.print(escape(line)), parts=parts)
         show_costs(costs, parts, as_json)
@@ -103,7 +106,7 @@ def assemble(
 ) -> None:
     """Make a chain from ready checkpoints, without training."""
     from cbd_hub.chain import assemble_chain
-    _hush_bars()
+    hush_bars()
     chain = assemble_chain(checkpoints, out_dir, align="auto" if align is None else align, calibration=text)
     if as_json:
         print_json(json.loads(chain.manifest.to_json()))
@@ -133,9 +136,9 @@ def plan(
 
     from cbd_hub.hub import open_chain
     from cbd_hub.plans import plan_costs, plan_in
-    _hush_bars()
+    hush_bars()
     files = replace(open_chain(chain, revision=revision), glance=True)
-    planned = plan_in(files, size, memory_budget=budget, dtype=dtype, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
+    planned = plan_in(files, size, memory_budget=budget, dtype=dtype, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
     costs = plan_costs(files, planned)
     if as_json:
         print_json({**planned.summary(), **costs})
@@ -174,81 +177,15 @@ def make(
 ) -> None:
     """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
     from cbd_hub.model import CBDModel
-    _hush_bars()
+    hush_bars()
     made = CBDModel.materialize(
-        chain, size, output_dir=out_dir, memory_budget=budget, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype,
+        chain, size, output_dir=out_dir, memory_budget=budget, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype,
         revision=revision,
     )
     if as_json:
         print_json({**made.summary(), "output_dir": str(out_dir)})
         return
     out.print(f"{made.parameters:,} parameters ({made.shape.text}, {made.strategy}) in {escape(str(out_dir))}")
-    out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
-
-
-@app.command()
-def cut(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model: local folder or Hub id.", show_default=False)],
-    out_dir: OutOption,
-    size: Annotated[str | None, typer.Option("--size", help='Parameters wanted, fewer than the model has: "120M".', show_default=False)] = None,
-    shape: Annotated[str | None, typer.Option("--shape", help='The shape instead, such as "layers=24,ffn=1192"; with --size the FFN fills the rest.', show_default=False)] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Text to choose and measure on; by default the model writes its own.", show_default=False)] = None,
-    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Cut any model to a smaller size by measured importance, without training.
-
-    The loss that it prints is measured on a part of the text on which nothing was chosen. A chain distilled from the same model is better at every size.
-    """
-    from cbd_hub.files import check_absent
-    from cbd_hub.single import cut_single
-    _hush_bars()
-    check_absent(out_dir)
-    made = cut_single(
-        model, size, shape=_shape(shape), calibration=text, column=column, revision=revision,
-        progress=None if as_json else lambda line: err.print(escape(line)),
-    )
-    made.save_pretrained(out_dir)
-    facts = made.summary()
-    if as_json:
-        print_json({**facts, "output_dir": str(out_dir)})
-        return
-    out.print(f"{made.plan.parameters:,} parameters ({made.plan.shape.text}) in {escape(str(out_dir))}")
-    out.print(
-        f"expected loss {with_error(facts['loss'], facts['stderr'])} nats per token on {facts['tokens']:,} held-out tokens of {escape(made.text)}; "
-        f"the whole model has {facts['whole_loss']:.3f} ({with_error(facts['difference'], facts['difference_stderr'])} less, paired)"
-    )
-    out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
-
-
-@app.command()
-def retokenize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or an anchor: local folder or Hub id.", show_default=False)],
-    out_dir: OutOption,
-    keep: Annotated[str | None, typer.Option("--keep", help='Trim the vocabulary to so many tokens: "16K".', show_default=False)] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Move to another tokenizer: local folder or Hub id.", show_default=False)] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Text on which bits per byte are measured before and after.", show_default=False)] = None,
-    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Move a model to a smaller vocabulary or to another tokenizer, without training.
-
-    Trimmed, it keeps an exact prefix of its merges, so that every text still encodes. For another tokenizer new rows are composed of the old ones by their bytes.
-    """
-    from dataclasses import asdict
-
-    from cbd_hub.retokenize import retokenize as move
-    from cbd_hub.texts import read_texts
-    _hush_bars()
-    made = move(model, out_dir, keep=keep, tokenizer=tokenizer, text=None if text is None else read_texts(text, column), revision=revision)
-    if as_json:
-        print_json({**asdict(made), "output_dir": str(out_dir)})
-        return
-    out.print(f"{made.parameters:,} parameters in {escape(str(out_dir))}: {made.vocab:,} tokens, {made.copied:,} rows copied and {made.composed:,} composed")
-    if made.before is not None and made.difference is not None:
-        out.print(f"bits per byte {made.before:.3f} before and {made.after:.3f} after ({with_error(*made.difference)}, paired over documents of {escape(str(text))})")
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 
 
@@ -268,11 +205,11 @@ def generate(
 
     from cbd_hub.chain import Chain
     from cbd_hub.interpolation.live import best_device
-    _hush_bars()
+    hush_bars()
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
     opened = Chain.from_pretrained(chain, revision=revision)
-    model = opened.model(size, memory_budget=budget, shape=_shape(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
+    model = opened.model(size, memory_budget=budget, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
     model.to(best_device())
     tokenizer = opened.tokenizer(model.config.cbd["parameters"])
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -304,7 +241,7 @@ def evaluate(
     strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of text to use.")] = 8000,
     block_size: Annotated[int, typer.Option("--block-size", min=2, help="Longest document in tokens.")] = 128,
-    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
+    column: ColumnOption = "text",
     revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte of sizes, or the accuracy of tasks, with standard errors."""
@@ -315,7 +252,7 @@ def evaluate(
     from cbd_hub.distill.packing import tokenised
     from cbd_hub.evaluation import Documents, Question, bits_per_byte, choice_accuracy, document_losses
     from cbd_hub.interpolation.live import ModelRunner, best_device
-    _hush_bars()
+    hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
     plans = [opened.plan(wish, strategy=strategy, alpha=alpha, tolerance=tolerance) for wish in wishes]
@@ -351,8 +288,9 @@ def evaluate(
             "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,
             "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents),
         })
+    read = texts[vocabularies[0]]
+    counts = {} if read is None else {"documents": len(read.ids), **({"tokens": read.tokens} if len(texts) == 1 else {})}
     if as_json:
-        counts = {"documents": len(documents.ids), "tokens": documents.tokens} if documents is not None else {}
         print_json({"chain": opened.name, "text": text, **counts, "results": rows, "tasks": answers})
         return
     if answers:
@@ -363,7 +301,7 @@ def evaluate(
             }
             for row in answers
         ])
-    if documents is None:
+    if read is None:
         return
     shown = [
         {
@@ -372,62 +310,8 @@ def evaluate(
         }
         for row in rows
     ]
-    unit = "loss in nats per token ± standard error" if len(texts) == 1 else "of several vocabularies, compared in bits per byte"
-    table_of(f"{opened.name} on {text}: {documents.tokens:,} tokens in {len(documents.ids)} documents; {unit}", shown)
-
-
-@app.command("cache-teacher")
-def cache_teacher(
-    teacher: Annotated[str, typer.Argument(metavar="MODEL", help="The teacher: local folder or Hub id.", show_default=False)],
-    out_dir: OutOption,
-    text: Annotated[str | None, typer.Option("--text", help="A file or a pattern: text, or .jsonl rows of prompt and completion or of messages.", show_default=False)] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="The training text of a recipe instead, for its teacher_cache.", show_default=False)] = None,
-    anchor: Annotated[str | None, typer.Option("--anchor", help="The anchor of the recipe whose stage is meant; the first by default.", show_default=False)] = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens listed at a position; of the others only the sum is kept.")] = 128,
-    bits: Annotated[int, typer.Option("--bits", min=4, max=16, help="Precision of a log-probability: 8 costs about 0.00008 nats a token, each bit less four times as much.")] = 8,
-    block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; the recipe's, or 128.", show_default=False)] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Stop when so many tokens are reached; the whole text by default.", show_default=False)] = None,
-    student: Annotated[str | None, typer.Option("--student", help="A model to measure the tail's share of the divergence with.", show_default=False)] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")] = 8,
-    column: Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")] = "text",
-    dtype: DtypeOption = None,
-    push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Push the cache to a data set on the Hub.", show_default=False)] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Keep a teacher's top tokens once, to distil from without running it.
-
-    Stop it and run the same command again: it goes on where it was. Two figures say what the cache costs. "KL of rounding": how far the kept
-    log-probabilities are from the teacher's, in nats per token. "tail mass": the probability of the tokens that are not listed, whose sum is kept but
-    not how it is shared out, so that a divergence reads smaller than over the whole vocabulary; --student measures by how much.
-    """
-    from cbd_hub.distill.cache_command import cache_text
-    _hush_bars()
-    cache, facts = cache_text(
-        teacher, out_dir, text=text, recipe=recipe, column=column, block_size=block_size, max_tokens=tokens, top_k=top_k, bits=bits,
-        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor,
-    )
-    if as_json:
-        print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})
-        return
-    table = Table("what", "value", title=f"Teacher cache {escape(str(out_dir))}", title_justify="left")
-    for name, value in {**cache.record.table(), **facts}.items():
-        table.add_row(name, escape(cell(value)))
-    out.print(table)
-    place = escape(shlex.quote(push or str(out_dir)))
-    out.print(f"next: teacher_cache: {place} in a stage of a recipe, or ChainDistiller(..., teacher_cache=...)")
-
-
-def _shape(text: str | None) -> dict[str, int] | None:
-    """A shape from "layers=24,ffn=1192"."""
-    if text is None:
-        return None
-    try:
-        pairs = [(name.strip(), int(value)) for name, value in (part.split("=") for part in text.split(","))]
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a field is given twice")
-        return dict(pairs)
-    except ValueError as error:
-        raise ArgumentError(f'shape "{text}" cannot be read; write it as "layers=24,ffn=1192"') from error
+    what = f"{read.tokens:,} tokens; loss in nats per token ± standard error" if len(texts) == 1 else "several vocabularies, compared in bits per byte"
+    table_of(f"{opened.name} on {text}, {len(read.ids)} documents: {what}", shown)
 
 
 def _quiet() -> None:
@@ -438,14 +322,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _hush_bars() -> None:
-    """No bars for what takes less than a second; downloads and training keep theirs."""
-    from datasets.utils.logging import disable_progress_bar as hush_datasets
-    from transformers.utils.logging import disable_progress_bar as hush_transformers
-    hush_datasets()
-    hush_transformers()
-
-
+app.add_typer(model_commands)
 app.add_typer(hub_commands)
 
 

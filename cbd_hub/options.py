@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cbd_hub.errors import ArgumentError
+
 
 ChainArgument = Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id.", show_default=False)]
 SizeOption = Annotated[str | None, typer.Option("--size", help='Parameters wanted: "138M", "1.1B", "min" or "max".', show_default=False)]
@@ -26,3 +28,18 @@ MessageOption = Annotated[str | None, typer.Option("--message", help="Message of
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check all, send nothing, and say what would be sent.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)]
+ColumnOption = Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")]
+ModelRevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)]
+
+
+def shape_of_text(text: str | None) -> dict[str, int] | None:
+    """A shape from "layers=24,ffn=1192"."""
+    if text is None:
+        return None
+    try:
+        pairs = [(name.strip(), int(value)) for name, value in (part.split("=") for part in text.split(","))]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a field is given twice")
+        return dict(pairs)
+    except ValueError as error:
+        raise ArgumentError(f'shape "{text}" cannot be read; write it as "layers=24,ffn=1192"') from error

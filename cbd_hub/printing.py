@@ -114,3 +114,11 @@ def cell(value: Any) -> str:
 def print_json(value: Any) -> None:
     """Print one JSON object on a line."""
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def hush_bars() -> None:
+    """No bars for what takes less than a second; downloads and training keep theirs."""
+    from datasets.utils.logging import disable_progress_bar as hush_datasets
+    from transformers.utils.logging import disable_progress_bar as hush_transformers
+    hush_datasets()
+    hush_transformers()

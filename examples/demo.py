@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from cbd_hub import CBDModel, Chain, Recipe, distill_chain
 from cbd_hub.cut import cut_plan, measure_importance
 from cbd_hub.distill.data import read_dataset
-from cbd_hub.distill.recipe import CALIBRATION_TOKENS, read_parts
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import reachable

@@ -13,8 +13,8 @@ from cbd_hub import distill_chain
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.cache_command import cache_text
 from cbd_hub.distill.dry_run import dry_run
-from cbd_hub.distill.recipe import calibration_of, read_parts
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.stages import calibration_of, read_parts
 from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError
 from cbd_hub.evaluation import document_losses
 from cbd_hub.files import held

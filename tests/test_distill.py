@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.cut import Cut, cut_model, measure_importance
-from cbd_hub.distill.distiller import path_plan
+from cbd_hub.distill.path import path_plan
 from cbd_hub.errors import ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.evaluation import Documents
 from cbd_hub.interpolation.live import Between

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 FLOORS = [
     "errors", "sizes", "manifest", "texts", "families", "files", "client", "ranges", "hub", "shapes", "weights", "losses", "interpolation", "remote",
     "evaluation", "cut", "cards", "measure", "single", "links", "retokenize", "plans", "model", "publish", "chain", "extend", "distill", "printing", "options",
-    "hub_commands", "cli",
+    "model_commands", "hub_commands", "cli",
 ]
 EXEMPT = {"__init__", "auto"}
 

@@ -9,8 +9,8 @@ from conftest import recipe as make_recipe
 from safetensors.torch import load_file
 
 from cbd_hub import CBDModel, distill_chain
-from cbd_hub.distill.recipe import read_parts
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.stages import read_parts
 from cbd_hub.errors import DataError, RecipeError
 
 

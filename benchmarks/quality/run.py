@@ -30,7 +30,7 @@ from rich.table import Table
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
-from cbd_hub.distill.recipe import CALIBRATION_TOKENS, read_parts
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen

@@ -12,8 +12,8 @@ from cbd_hub.files import write_text
 
 
 if TYPE_CHECKING:
-    from cbd_hub.distill.recipe import Stage
     from cbd_hub.distill.schema import Recipe
+    from cbd_hub.distill.stages import Stage
 
 _SUFFIX = ".begun.json"
 

@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from cbd_hub.distill.data import read_rows
-from cbd_hub.distill.recipe import read_parts, stage_rows
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.stages import read_parts, stage_rows
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.errors import ArgumentError
 from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload

@@ -23,8 +23,8 @@ from cbd_hub.weights import one_line, read_config
 
 
 if TYPE_CHECKING:
-    from cbd_hub.distill.recipe import Stage
     from cbd_hub.distill.schema import Recipe
+    from cbd_hub.distill.stages import Stage
 
 
 def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, rows: Mapping[str, tuple[Any, Any]], tokenizers: Sequence[Any]) -> None:

@@ -26,26 +26,17 @@ from cbd_hub.distill.evaluating import with_tokens
 from cbd_hub.distill.hidden import Batch, HiddenTerm
 from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
 from cbd_hub.distill.packing import collate, next_tokens
+from cbd_hub.distill.path import path_plan, segment_to
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import compile_base, inside, is_peft_model, is_sharded, prepare_teacher, shards, without_compiler
-from cbd_hub.errors import ArchitectureError, ArgumentError, TrainingError, VocabularyMismatchError
-from cbd_hub.families import family_of
+from cbd_hub.errors import ArgumentError, TrainingError, VocabularyMismatchError
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
 from cbd_hub.interpolation.planner import (
     Kept,
     Plan,
-    Segment,
-    blend_plan,
-    layer_types,
-    patch_plan,
-    road_at,
-    shape_at,
-    small_eps,
 )
 from cbd_hub.losses.head import distillation_loss
-from cbd_hub.manifest import Shape
-from cbd_hub.shapes import shape_of
 
 
 logger = logging.getLogger(__name__)
@@ -148,7 +139,7 @@ class ChainDistiller(SamplingTrainer):
         if teacher is None:
             return
         teacher.requires_grad_(False).eval()
-        self._segment = None if kept is None else _segment(student, teacher, kept, order)
+        self._segment = None if kept is None else segment_to(student, teacher, kept, order)
         self.hidden = HiddenTerm(student, teacher, kept, args) if args.hidden_weight else None
         if self.hidden is not None:
             self.add_callback(_Settle(self))
@@ -365,28 +356,6 @@ class _Settle(TrainerCallback):
 
 def _batch(inputs: Mapping[str, Any], whose: str = "") -> tuple[Tensor, Tensor | None, Tensor | None]:
     return inputs[f"{whose}input_ids"], inputs.get(f"{whose}attention_mask"), inputs.get(f"{whose}position_ids")
-
-
-def path_plan(segment: Segment, size: int) -> Plan:
-    """The plan of an in-between model as path training uses it: a patch where only layers differ, else the blend at its road."""
-    point = road_at(segment, size)
-    shape = shape_at(segment, point)
-    if segment.patch:
-        return patch_plan(segment, shape)
-    return blend_plan(segment, shape, point)
-
-
-def _segment(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None) -> Segment:
-    if family_of(student.config) is not family_of(teacher.config):
-        raise ArchitectureError(f"the student is a {student.config.model_type} and the teacher a {teacher.config.model_type}; kept= joins one architecture only")
-    small, large = shape_of(student.config), shape_of(teacher.config)
-    kept.check(small, large)
-    kept.check_types(*layer_types(student.config, teacher.config))
-    differs = [name for name in Shape.model_fields if getattr(small, name) != getattr(large, name)]
-    return Segment(
-        "student", "teacher", small, large, kept, list(order) if order is not None else kept.dropped[::-1], teacher.config,
-        patch=differs == ["layers"], small_eps=small_eps(student.config, teacher.config),
-    )
 
 
 def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:

@@ -19,8 +19,8 @@ from cbd_hub import shapes
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.data import Parts
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.recipe import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import best_device

@@ -1,0 +1,50 @@
+"""In-between models as path training meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cbd_hub.errors import ArchitectureError
+from cbd_hub.families import family_of
+from cbd_hub.interpolation.planner import (
+    Kept,
+    Plan,
+    Segment,
+    blend_plan,
+    layer_types,
+    patch_plan,
+    road_at,
+    shape_at,
+    small_eps,
+)
+from cbd_hub.manifest import Shape
+from cbd_hub.shapes import shape_of
+
+
+def path_plan(segment: Segment, size: int) -> Plan:
+    """The plan of an in-between model as path training uses it: a patch where only layers differ, else the blend at its road."""
+    point = road_at(segment, size)
+    shape = shape_at(segment, point)
+    if segment.patch:
+        return patch_plan(segment, shape)
+    return blend_plan(segment, shape, point)
+
+
+def segment_to(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None) -> Segment:
+    """The segment from a student to the teacher that it was cut from.
+
+    Raises:
+        ArchitectureError: If they are of two architectures.
+        ManifestError: If the map does not fit them.
+    """
+    if family_of(student.config) is not family_of(teacher.config):
+        raise ArchitectureError(f"the student is a {student.config.model_type} and the teacher a {teacher.config.model_type}; kept= joins one architecture only")
+    small, large = shape_of(student.config), shape_of(teacher.config)
+    kept.check(small, large)
+    kept.check_types(*layer_types(student.config, teacher.config))
+    differs = [name for name in Shape.model_fields if getattr(small, name) != getattr(large, name)]
+    return Segment(
+        "student", "teacher", small, large, kept, list(order) if order is not None else kept.dropped[::-1], teacher.config,
+        patch=differs == ["layers"], small_eps=small_eps(student.config, teacher.config),
+    )

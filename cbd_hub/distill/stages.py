@@ -1,0 +1,231 @@
+"""What a recipe means: its stages, checked against the teacher, and the text of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cbd_hub import shapes
+from cbd_hub.chain import check_pair, unique_name
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.data import (
+    Parts,
+    as_document,
+    as_row,
+    open_stream,
+    read_dataset,
+    read_rows,
+    split_documents,
+    split_stream,
+)
+from cbd_hub.distill.packing import tokenised
+from cbd_hub.distill.schema import Recipe, RecipeData
+from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError
+from cbd_hub.evaluation import Documents
+from cbd_hub.hub import resolve_checkpoint
+from cbd_hub.manifest import Shape
+from cbd_hub.sizes import format_size, matches, parse_size
+from cbd_hub.weights import Checkpoint, load_tokenizer, one_line, read_config
+
+
+CALIBRATION_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One anchor to make.
+
+    Attributes:
+        name: The anchor's name.
+        anchor: As the recipe gives it.
+        wish: The same as text.
+        size: Parameters wanted; None for a checkpoint.
+        shape: The exact shape wanted, or None.
+        checkpoint: A published checkpoint to start from, or None.
+        arguments: Training arguments; with ``bridge`` the anchor is of another vocabulary or architecture than the one above it.
+    """
+
+    name: str
+    anchor: str | int | dict[str, Any]
+    wish: str
+    size: int | None
+    shape: Shape | None
+    checkpoint: str | None
+    arguments: dict[str, Any]
+
+    @property
+    def bridged(self) -> bool:
+        """Whether a bridge leads to it."""
+        return self.arguments.get("bridge") is not None
+
+    def config(self, output_dir: str, seed: int = 0) -> ChainDistillerConfig:
+        """The stage's training arguments, with what a stage has by default.
+
+        Raises:
+            RecipeError: If a value cannot be used.
+        """
+        defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, self.arguments["max_steps"])}
+        try:
+            return ChainDistillerConfig(output_dir=output_dir, seed=seed, **{**defaults, **self.arguments})
+        except (TypeError, ValueError, KeyError) as error:  # transformers' and our own
+            raise RecipeError(f"{one_line(error)} (stage of anchor {self.wish})") from error
+
+
+def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stage]:
+    """The stages of a recipe, checked against its teacher before anything is done.
+
+    Raises:
+        RecipeError: If the anchors do not fall in size from the teacher on, or one cannot be cut from what is above it.
+        CBDError: If a stage's arguments or a checkpoint cannot be used.
+    """
+    above: int = shapes.parameter_count(teacher_config)
+    whole, exact = shapes.shape_of(teacher_config), True  # not exact once a size was asked for, whose layers and FFN are chosen later
+    source, own = (above, teacher, teacher_config), teacher_config
+    taken = [unique_name(above, [])]
+    stages: list[Stage] = []
+    for wish in recipe.anchors:
+        shape, checkpoint, arguments = None, None, recipe.stage_arguments(wish)
+        if arguments.get("bridge") is not None and not (isinstance(wish, dict) and "checkpoint" in wish):
+            with recipe.at(wish):
+                raise RecipeError(f"bridge={arguments['bridge']} leads to an anchor of another vocabulary or architecture; give it as {{checkpoint: ...}}, and bridge under stages (stage of anchor {wish})")
+        with recipe.at(wish, "anchors"):
+            if isinstance(wish, dict) and "checkpoint" in wish:
+                checkpoint = str(wish["checkpoint"])
+                folder = resolve_checkpoint(checkpoint)
+                config = read_config(folder)
+                Checkpoint(folder, config)
+                size = shapes.parameter_count(config)
+                if arguments.get("bridge") is None:
+                    _check_segment(*source, size, folder, config)
+                own = config
+                source, whole, exact = (size, folder, config), shapes.shape_of(config), True
+            elif isinstance(wish, dict):
+                shape = whole = _wished_shape(wish, whole, exact, own)
+                size, exact = shapes.count(shape, own), True
+            else:
+                size, exact = parse_size(wish), False
+            if size >= above or (isinstance(wish, str) and matches(wish, above)):
+                raise RecipeError(
+                    f"anchor {wish} has {format_size(size)} but the one above it has {format_size(above)}; list anchors in falling size, all smaller "
+                    "than the teacher"
+                )
+            least = shapes.count(whole.model_copy(update={"layers": 1, "ffn": 1}), own)
+            if size < least:
+                raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
+        name = unique_name(size, taken)
+        stage = Stage(name, wish, str(wish), size, shape, checkpoint, arguments)
+        with recipe.at(wish):
+            if stage.config("unused").path_fraction and checkpoint is not None:
+                raise RecipeError(f"path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint (stage of anchor {wish})")
+        stages.append(stage)
+        taken.append(name)
+        above = size
+    return stages
+
+
+def _check_segment(*pair: Any) -> None:
+    """As `check_pair`, with the way across.
+
+    Raises:
+        CBDError: If nothing can be interpolated between the two.
+    """
+    try:
+        check_pair(*pair)
+    except (ArchitectureError, VocabularyMismatchError) as error:
+        raise type(error)(f"{error}. For a bridge, set it in the stage of that anchor: bridge: span") from error
+
+
+def _wished_shape(wish: Mapping[str, Any], above: Shape, exact: bool, teacher_config: Any) -> Shape:
+    """The whole shape that a recipe's partial one means, cut from the anchor above; heads, kv heads and tied hidden width follow from each other.
+
+    Args:
+        wish: The recipe's words.
+        above: Shape of the anchor above.
+        exact: Whether its layers and FFN are known; not where a size was asked for.
+        teacher_config: The teacher's config.
+
+    Raises:
+        RecipeError: If it names less than is needed, or more than can be cut.
+    """
+    if not exact and not {"layers", "ffn"} <= set(wish):
+        raise RecipeError(f"anchor {dict(wish)} comes after a size, whose layers and ffn are chosen by measuring; name both layers and ffn")
+    try:
+        named = Shape.model_validate({**above.model_dump(), **wish}, strict=True).model_dump(include=set(wish))
+        shape = Shape.model_validate({**above.model_dump(), **shapes.follow(named, above, teacher_config)})
+        shapes.check_cut(shape, above, teacher_config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"anchor {dict(wish)}: {first['loc'][0]}: {first['msg'].lower()}") from error
+    except CBDError as error:
+        raise RecipeError(f"anchor {dict(wish)}: {error}") from error
+    return shape
+
+
+def read_parts(recipe: Recipe) -> Parts:
+    """The recipe's documents, split.
+
+    Raises:
+        DataError: If the text is missing, empty or too short.
+    """
+    return split_data(recipe.data, recipe.seed)
+
+
+def split_data(data: RecipeData, seed: int) -> Parts:
+    """Documents of a data source, split.
+
+    Raises:
+        DataError: If the text is missing, empty or too short.
+    """
+    if data.streaming:
+        stream = open_stream(data.path, data.dataset, data.split, data.column, data.name)
+        return split_stream(stream, data.reserve, data.heldout, data.calibration, seed)
+    documents: list[Any]
+    if data.path is not None:
+        documents = [as_document(row) for row in read_rows(data.path, data.column)]
+    else:
+        assert data.dataset is not None
+        documents = read_dataset(data.dataset, data.split, data.column, data.name)
+    return split_documents(documents, data.heldout, data.calibration, seed)
+
+
+def stage_tokenizers(stages: Sequence[Stage], teacher: Any) -> list[Any]:
+    """The tokenizers of the teacher and of each stage's anchor: another one from a bridge on."""
+    found = [teacher]
+    for stage in stages:
+        found.append(load_tokenizer(resolve_checkpoint(str(stage.checkpoint))) if stage.bridged else found[-1])
+    return found
+
+
+def calibration_of(parts: Parts, tokenizer: Any, block_size: int) -> Documents:
+    """The calibration documents: texts joined into blocks; of prompts and chats the answers count alone, as in training.
+
+    Raises:
+        DataError: If there is too little.
+    """
+    if all(isinstance(document, str) for document in parts.calibration):
+        return Documents.packed(parts.calibration, tokenizer, block_size, CALIBRATION_TOKENS)
+    rows = ((tokens.ids, tokens.labels) for tokens in tokenised(map(as_row, parts.calibration), tokenizer))
+    return Documents.answered(rows, tokenizer, block_size, CALIBRATION_TOKENS)
+
+
+def stage_rows(recipe: Recipe, anchor: str | int | dict[str, Any], parts: Parts) -> tuple[Any, Any]:
+    """What an anchor's stage trains on, and where wanted the text of MiniLLM's cross-entropy term; nothing that the recipe sets aside.
+
+    Args:
+        recipe: The recipe.
+        anchor: As the recipe gives it.
+        parts: The recipe's own documents.
+
+    Raises:
+        DataError: If the text is missing, empty or too short.
+    """
+    own, seed = recipe.stage_data(anchor), recipe.seed
+    with recipe.at(anchor):
+        rows = (parts if own.data is None else split_data(own.data, seed)).rows(without=parts)
+        if not recipe.stage_arguments(anchor).get("text_weight"):
+            return rows, None
+        return rows, rows if own.text_data is None else split_data(own.text_data, seed).rows(without=parts)
