@@ -20,7 +20,7 @@ from cbd_hub.losses.divergence import check_options
 
 
 # Rows of a block: each block adds to the whole of the head's gradient, which must cost little beside its products.
-_BLOCK_ROWS = {"cpu": 256, "other": 1024}
+_BLOCK_ROWS = {"cpu": 240, "other": 1024}
 _CACHE_ELEMENTS = 2**19  # logits worked on at once
 _SLICE_ROWS = 4096  # of the head's gradient, made at once
 
@@ -61,7 +61,7 @@ def block_bytes(vocab_size: int, device: torch.device, compute: torch.dtype) -> 
 
     Example:
         >>> block_bytes(50_000, torch.device("cpu"), torch.bfloat16)
-        51200000
+        48000000
     """
     return 2 * _block_rows(device) * vocab_size * compute.itemsize
 
@@ -216,7 +216,8 @@ class _HeadLoss(torch.autograd.Function):
             d_head[0 if rows == 0 else size :] = 0  # the first block fills the rest
         d_bias = torch.zeros(bias.shape, dtype=accumulate, device=head.device) if bias is not None and wants[2] else None
         total = torch.zeros((), dtype=widest(hidden.device), device=hidden.device)
-        block, few = max(1, min(_block_rows(hidden.device), rows)), max(1, _CACHE_ELEMENTS // size)
+        blocks = max(1, math.ceil(rows / _block_rows(hidden.device)))
+        block, few = max(1, math.ceil(rows / blocks)), max(1, _CACHE_ELEMENTS // size)  # of equal size: a short last one would cost as much
         products = torch.empty(block, size, dtype=compute, device=hidden.device)
         # Room to work on a few rows, taken once: fresh tensors for every few rows would cost more than the arithmetic.
         desk = torch.empty(5, min(few, block), size, dtype=accumulate, device=hidden.device)
@@ -293,7 +294,7 @@ def distillation_loss(
     ``kd_weight x divergence + ce_weight x cross-entropy``, each a sum over kept tokens divided by ``num_items``. The
     divergences are those of `cbd_hub.losses.divergence` (times temperature^2); the cross-entropy is at temperature 1.
     Under autocast the products run in its dtype; logits, losses and the head's gradient are kept in fp32. Rows that are not
-    kept are dropped before any product. Extra memory is one block of 256 rows of logits a model (1,024 on an accelerator), and the gradients themselves.
+    kept are dropped before any product. Extra memory is one block of at most 240 rows of logits a model (1,024 on an accelerator), and the gradients themselves.
 
     Args:
         student_hidden: Last hidden states (after the final norm), shape (N, H). Receives a gradient.
