@@ -172,7 +172,7 @@ def quality(data: dict[str, Any]) -> str:
     ]
     return (
         f"{table(['segment and size', 'by', 'loss', 'to chord', *rivals], rows)}\n\nSegments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage, "
-        f"{data['heldout_tokens']:,} held-out tokens, one seed; a rival's column is its loss less the chain's, paired. `{data['command']}`"
+        f"{data['heldout_tokens']:,} held-out tokens; a rival's column is its loss less the chain's, paired. `{data['command']}`"
     )
 
 

@@ -1,17 +1,19 @@
 """How good the sizes in between are: four segments under one teacher, against everything else that gives such a model.
 
-    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--free]
+    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--free] [--seeds 3]
 
 The teacher, text and split are those of `make demo`. Four anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
 as the least-loss cut chooses) and distilled alike; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection, boomerang distillation and a student distilled for that shape
-alone. Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
-Writes benchmarks/results/quality.json from all that is there.
+alone; in the middle, also after the same heal of all of them: a 20th of the stage's steps from the teacher. ``--seeds`` repeats the middle of each segment with other seeds.
+Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
+Writes benchmarks/results/quality.json after each segment; segments of earlier runs stay in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -34,6 +36,7 @@ from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.planner import Kept, Segment, patch_plan, segment_plan
 from cbd_hub.manifest import Link, Shape
 from cbd_hub.measure import SHARES, best_order, measure_segment
@@ -46,6 +49,7 @@ from rivals import collapsed, selected
 
 
 SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}}
+HEAL = 0.05  # of a stage's steps
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
 HELDOUT_TOKENS = 16000
 console = Console(width=150)
@@ -114,14 +118,29 @@ class Bench:
             shape = self.whole.model_copy(update=wish)
         return Cut.of(self.teacher, shape, self.importance, "teacher")
 
-    def anchor(self, name: str) -> Any:
+    def anchor(self, name: str, seed: int = 0) -> Any:
         """A segment's smaller end."""
         cut = self.cut(name)
-        return self.trained(f"{name}/anchor", lambda: cut_model(self.teacher, cut.plan), kept=cut.kept, order=self.importance.order(cut.kept))
+        return self.trained(
+            f"{name}/anchor{_suffix(seed)}", lambda: cut_model(self.teacher, cut.plan), seed=seed, kept=cut.kept, order=self.importance.order(cut.kept)
+        )
 
-    def segment(self, name: str, small: Any) -> Segment:
+    def healed(self, name: str, start: Callable[[], Any]) -> Losses:
+        """Losses of a model after a short distillation from the teacher."""
+        return self.losses(f"{name}/healed", lambda: self.trained(f"{name}/healed", start, steps=max(1, round(HEAL * self.steps))))
+
+    def built(self, between: Between, plan: Plan) -> Any:
+        """A plan's model with weights of its own."""
+        with frozen(self.teacher):
+            runner = between.run(plan)
+        model = type(self.teacher)(runner.config)
+        model.load_state_dict(dict(runner.parameters), strict=False)
+        model.tie_weights()
+        return model
+
+    def segment(self, name: str, small: Any, seed: int = 0) -> Segment:
         """A segment as the chain's publisher measures it."""
-        path, cut = self.work / "segments" / f"{name}.link.json", self.cut(name)
+        path, cut = self.work / "segments" / f"{name}{_suffix(seed)}.link.json", self.cut(name)
         if not path.is_file():
             measured = measure_segment(
                 small, self.teacher, cut.kept, self.calibration, "calibration", names=("small", "large"), first=self.importance.order(cut.kept)
@@ -138,8 +157,8 @@ class Bench:
         shapes = [self.whole.model_copy(update={"layers": layers}) for layers in range(1, self.whole.layers + 1)]
         return min(shapes, key=lambda shape: abs(count(shape, self.teacher.config) - size))
 
-    def boomerang(self, size: int, name: str, kept: Kept, order: list[int]) -> Losses:
-        """Boomerang distillation patched to a size; of both embeddings the better one on the held-out text, in its favour."""
+    def boomerang(self, size: int, name: str, kept: Kept, order: list[int]) -> tuple[Losses, Callable[[], Any]]:
+        """Boomerang distillation patched to a size, and how to make it; of both embeddings the better one on the held-out text, in its favour."""
         small = self.whole.model_copy(update={"layers": len(kept.layers)})
         student = self.trained(f"boomerang/{name}", lambda: cut_model(self.teacher, cut_plan("teacher", small, self.teacher, kept)), kept=kept, **BOOMERANG)
         between = Between({"small": student, "large": self.teacher})
@@ -154,11 +173,17 @@ class Bench:
         found = []
         for end in ("small", "large"):
             swapped = {key: tuple(dataclasses.replace(term, anchor=end) for term in terms) if "embed" in key else terms for key, terms in tensors.items()}
-            found.append(self.losses(f"boomerang/{name}/{size}/{end}", functools.partial(between.run, dataclasses.replace(plan, tensors=swapped))))
-        return min(found, key=lambda losses: losses.mean)
+            ended = dataclasses.replace(plan, tensors=swapped)
+            losses = self.losses(f"boomerang/{name}/{size}/{end}", functools.partial(between.run, ended))
+            found.append((losses, functools.partial(self.built, between, ended)))
+        return min(found, key=lambda pair: pair[0].mean)
 
 
-def rows_of(bench: Bench, name: str, free: bool) -> Iterator[dict[str, Any]]:
+def _suffix(seed: int) -> str:
+    return f"/seed {seed}" if seed else ""
+
+
+def rows_of(bench: Bench, name: str, free: bool, seeds: int) -> Iterator[dict[str, Any]]:
     """The rows of one segment's table: each rival's loss, and its paired difference from the chain's model."""
     small = bench.anchor(name)
     segment = bench.segment(name, small)
@@ -167,25 +192,20 @@ def rows_of(bench: Bench, name: str, free: bool) -> Iterator[dict[str, Any]]:
     anchor = bench.losses(f"{name}/anchor", lambda: small)
     low, high = segment.sizes
     text = torch.stack(bench.calibration.ids[:1])
-    if not free:
-        start = bench.cut(name)
-        rival = bench.losses(f"{name}/anchor by boomerang's losses", lambda: bench.trained(
-            f"{name}/anchor by boomerang's losses", lambda: cut_model(bench.teacher, start.plan), kept=start.kept, **BOOMERANG
-        ))
-        yield row(name, low, "anchor", segment.small_shape, anchor, {"boomerang's losses": rival})
-    for share in SHARES:
+    for share in sorted(SHARES, key=lambda share: share != 0.5):
         plan = segment_plan(segment, round(low + share * (high - low)))
         shape, size = plan.shape, plan.parameters
         ours = bench.losses(f"{name}/{share}/chain", functools.partial(between.run, plan))
         cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", shape, bench.teacher, bench.importance.kept(shape)))
+        weights = functools.partial(selected, bench.teacher, shape)
         depth = bench.nearest_depth(size)
-        rivals = {
-            "smaller neighbour": anchor,
-            "merely cut": bench.losses(f"{name}/{share}/cut", cut),
-            "weight selection": bench.losses(f"{name}/{share}/selected", functools.partial(selected, bench.teacher, shape)),
-            "LaCo, same size": min((
-                bench.losses(f"laco/{merged}/{depth.layers}", functools.partial(collapsed, bench.teacher, depth.layers, text, merged)) for merged in (1, 2)
-            ), key=lambda losses: losses.mean),
+        folded = [functools.partial(collapsed, bench.teacher, depth.layers, text, merged) for merged in (1, 2)]
+        laco = min(((bench.losses(f"laco/{merged}/{depth.layers}", fold), fold) for merged, fold in enumerate(folded, 1)), key=lambda pair: pair[0].mean)
+        rivals: dict[str, tuple[Losses, Callable[[], Any]]] = {
+            "smaller neighbour": (anchor, lambda: copy.deepcopy(small)),
+            "merely cut": (bench.losses(f"{name}/{share}/cut", cut), cut),
+            "weight selection": (bench.losses(f"{name}/{share}/selected", weights), weights),
+            "LaCo, same size": laco,
         }
         if not free:
             even = Kept.even(bench.nearest_depth(low), bench.whole)
@@ -193,10 +213,33 @@ def rows_of(bench: Bench, name: str, free: bool) -> Iterator[dict[str, Any]]:
             rivals["boomerang"] = bench.boomerang(size, "even", even, even.dropped[::-1])
             rivals["boomerang, improved"] = bench.boomerang(size, "influence", strongest, bench.importance.order(strongest))
             if share == 0.5:
-                rivals["distilled alone"] = bench.losses(f"{name}/{share}/alone", functools.partial(bench.trained, f"{name}/{share}/alone", cut))
+                alone = functools.partial(bench.trained, f"{name}/{share}/alone", cut)
+                rivals["distilled alone"] = (bench.losses(f"{name}/{share}/alone", alone), alone)
         weight = math.log(high / size) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
-        yield {**row(name, size, plan.strategy, shape, ours, rivals), "share": share, "to_chord": chord}
+        yield {**row(name, size, plan.strategy, shape, ours, {rival: losses for rival, (losses, _) in rivals.items()}), "share": share, "to_chord": chord}
+        if free or share != 0.5:
+            continue
+        healed = bench.healed(f"{name}/{share}/chain", functools.partial(bench.built, between, plan))
+        after = {rival: bench.healed(f"{name}/{share}/{rival}", make) for rival, (_, make) in rivals.items()}
+        yield {**row(name, size, f"{plan.strategy}, healed", shape, healed, after), "share": share}
+    for seed in range(1, seeds):
+        again = bench.anchor(name, seed)
+        segment = bench.segment(name, again, seed)
+        plan = segment_plan(segment, round(low + 0.5 * (high - low)))
+        between = Between({"small": again, "large": bench.teacher})
+        ours = bench.losses(f"{name}/0.5/chain{_suffix(seed)}", functools.partial(between.run, plan))
+        anchor = bench.losses(f"{name}/anchor{_suffix(seed)}", functools.partial(bench.anchor, name, seed))
+        weight = math.log(high / plan.parameters) / math.log(high / low)
+        chord = ours.minus((weight, anchor), (1 - weight, teacher))
+        entry = row(name, plan.parameters, f"{plan.strategy}, seed {seed}", plan.shape, ours, {"smaller neighbour": anchor})
+        yield {**entry, "share": 0.5, "to_chord": chord}
+    if not free:
+        start = bench.cut(name)
+        rival = bench.losses(f"{name}/anchor by boomerang's losses", lambda: bench.trained(
+            f"{name}/anchor by boomerang's losses", lambda: cut_model(bench.teacher, start.plan), kept=start.kept, **BOOMERANG
+        ))
+        yield row(name, low, "anchor", segment.small_shape, bench.losses(f"{name}/anchor", lambda: small), {"boomerang's losses": rival})
 
 
 def row(segment: str, size: int, by: str, shape: Shape, ours: Losses, rivals: dict[str, Losses]) -> dict[str, Any]:
@@ -215,23 +258,25 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(SEGMENTS), help="a segment; all by default")
     parser.add_argument("--steps", type=int, default=195, help="of 8 x 128 tokens: 200k tokens by default")
     parser.add_argument("--free", action="store_true", help="only rivals that need no training")
+    parser.add_argument("--seeds", type=int, default=1, help="the middle of each segment again with other seeds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     options = parser.parse_args()
     bench = Bench(options.demo, options.work, options.steps)
-    rows: list[dict[str, Any]] = []
     for name in options.only or SEGMENTS:
-        rows += rows_of(bench, name, options.free)
-    table = Table("segment", "size", "by", "loss", "to chord", "rivals (their loss minus the chain's)", title_justify="left")
-    for entry in rows:
-        rivals = ", ".join(f"{name} {rival['minus'][0]:+.3f} ± {rival['minus'][1]:.3f}" for name, rival in entry["rivals"].items())
-        chord = "{:+.3f} ± {:.3f}".format(*entry["to_chord"]) if "to_chord" in entry else ""
-        table.add_row(entry["segment"], f"{entry['parameters']:,}", entry["by"], f"{entry['loss']:.3f} ± {entry['stderr']:.3f}", chord, rivals)
-    console.print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
-        "command": "python benchmarks/quality/run.py", "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "seed": 0, "rows": rows,
-        "torch": torch.__version__, "transformers": transformers.__version__,
-    }, indent=1) + "\n")
+        found = sorted(rows_of(bench, name, options.free, options.seeds), key=lambda entry: entry["parameters"])
+        table = Table("segment", "size", "by", "loss", "to chord", "rivals (their loss minus the chain's)", title_justify="left")
+        for entry in found:
+            rivals = ", ".join(f"{name} {rival['minus'][0]:+.3f} ± {rival['minus'][1]:.3f}" for name, rival in entry["rivals"].items())
+            chord = "{:+.3f} ± {:.3f}".format(*entry["to_chord"]) if "to_chord" in entry else ""
+            table.add_row(entry["segment"], f"{entry['parameters']:,}", entry["by"], f"{entry['loss']:.3f} ± {entry['stderr']:.3f}", chord, rivals)
+        console.print(table)
+        rows = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
+        rows = sorted([row for row in rows if row["segment"] != name] + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({
+            "command": "python benchmarks/quality/run.py", "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
+            "torch": torch.__version__, "transformers": transformers.__version__,
+        }, indent=1) + "\n")
 
 
 if __name__ == "__main__":
