@@ -50,7 +50,7 @@ def add_anchor(
         VocabularyMismatchError: If its tokenizer is another.
         StorageError: If the Hub cannot be reached or refuses.
     """
-    folder = resolve_checkpoint(checkpoint)
+    folder = resolve_checkpoint(checkpoint, options={"token": token})
     config = read_config(folder)
     Checkpoint(folder, config)
     size, anchors = shapes.parameter_count(config), chain.anchors
