@@ -3,7 +3,7 @@
     python benchmarks/hub.py
 
 Two chains of random Llama models are pushed to a Hub on loopback: one whose anchors differ in layers alone (10 and 7 of hidden 512, FFN 2048), and one
-whose anchors differ in FFN width (4096 and 2048, 4 layers of hidden 768). Each cold figure is of a cache of its own. Times are medians of loads in turns, page cache warm:
+whose anchors differ in FFN width (8192 and 4096, 2 layers of hidden 1024). Each cold figure is of a cache of its own. Times are medians of loads in turns, page cache warm:
 ``from_pretrained`` of the same model pushed as a repo, as it is (files are mapped, nothing is read yet) and with ``disable_mmap`` (every byte is in
 memory, as after ours). Writes benchmarks/results/hub.json.
 """
@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 RESULTS = ROOT / "benchmarks" / "results" / "hub.json"
-PATCH, FURTHER, BLEND = {"layers": 8}, {"layers": 9}, {"ffn": 2560}
+PATCH, FURTHER, BLEND = {"layers": 8}, {"layers": 9}, {"ffn": 4608}
 REPEATS = 5
 
 
@@ -60,7 +60,7 @@ def measure(hub: Any, folder: Path) -> dict[str, Any]:
         return assemble_chain([folder / f"{name}{place}" for place in range(len(shapes))], folder / name, align=False)
 
     deep = publish("deep", [{"layers": layers, "hidden": 512, "ffn": 2048} for layers in (10, 7)])
-    wide = publish("wide", [{"layers": 4, "hidden": 768, "ffn": ffn} for ffn in (4096, 2048)])
+    wide = publish("wide", [{"layers": 2, "hidden": 1024, "ffn": ffn} for ffn in (8192, 4096)])
     commit = deep.push_to_hub("org/deep").commit
     wide.push_to_hub("org/wide")
     CBDModel.materialize(folder / "deep", shape=PATCH, output_dir=folder / "same")
@@ -87,20 +87,21 @@ def measure(hub: Any, folder: Path) -> dict[str, Any]:
         requests = cost(work)["requests"]
         return sum(found["bytes_to_fetch"].values()), requests
 
-    def used(chain: Chain, shape: dict[str, int]) -> tuple[int, int]:
-        """Bytes of the headers, tensors and rows that a plan reads, and the count of their stretches."""
+    def used(chain: Chain, *shapes: dict[str, int]) -> tuple[int, int]:
+        """Bytes of the headers, tensors and rows that some plans read, each counted once, and the count of their stretches."""
         spans = []
-        for name, rows in chain.plan(shape=shape).rows().items():
-            anchor = chain.manifest.anchor(name)
-            header = read_header(chain.files.path(anchor, "model.safetensors"))
-            merged: list[list[int]] = []
-            for start, stop in sorted(spans_read(*header, anchor_config(chain.files, anchor), rows)):
-                if merged and start <= merged[-1][1]:
-                    merged[-1][1] = max(stop, merged[-1][1])
-                else:
-                    merged.append([start, stop])
-            spans += merged
-        return sum(stop - start for start, stop in spans), len(spans)
+        for shape in shapes:
+            for name, rows in chain.plan(shape=shape).rows().items():
+                anchor = chain.manifest.anchor(name)
+                header = read_header(chain.files.path(anchor, "model.safetensors"))
+                spans += [(name, *span) for span in spans_read(*header, anchor_config(chain.files, anchor), rows)]
+        merged: list[tuple[str, int, int]] = []
+        for name, start, stop in sorted(spans):
+            if merged and name == merged[-1][0] and start <= merged[-1][2]:
+                merged[-1] = (name, merged[-1][1], max(stop, merged[-1][2]))
+            else:
+                merged.append((name, start, stop))
+        return sum(stop - start for _, start, stop in merged), len(merged)
 
     own = 4 * deep.plan(shape=PATCH).parameters
     patch_planned, plan_requests = planned("org/deep", PATCH, "patch")
@@ -108,7 +109,8 @@ def measure(hub: Any, folder: Path) -> dict[str, Any]:
     second = cost(lambda: load("org/deep", FURTHER, "patch"))
     warm, unpinned = cost(lambda: load("org/deep", PATCH, "patch", commit)), cost(lambda: load("org/deep", PATCH, "patch"))
     blend_planned, _ = planned("org/wide", BLEND, "blend")
-    blended, (blend_used, stretches) = cost(lambda: load("org/wide", BLEND, "blend")), used(wide, BLEND)
+    blended, (blend_used, blend_stretches) = cost(lambda: load("org/wide", BLEND, "blend")), used(wide, BLEND)
+    patch_used, patch_stretches = used(deep, PATCH)
 
     right = [tensor.clone() for tensor in CBDModel.from_chain(folder / "deep", shape=PATCH).state_dict().values()]
     fork = multiprocessing.get_context("fork")
@@ -137,8 +139,8 @@ def measure(hub: Any, folder: Path) -> dict[str, Any]:
         "command": "python benchmarks/hub.py", "chunk bytes": CHUNK_BYTES, "target bytes": own, "both anchors bytes": sum(4 * anchor.parameters for anchor in deep.anchors),
         "patch cold bytes": first["bytes"], "patch cold requests for weights": first["weight requests"], "patch planned bytes": patch_planned,
         "plan requests": plan_requests, "second size bytes": second["bytes"],
-        "block bytes": 4 * (deep.anchors[0].parameters - deep.anchors[1].parameters) // 3, "warm pinned requests": warm["requests"], "warm requests": unpinned["requests"],
-        "blend cold bytes": blended["bytes"], "blend planned bytes": blend_planned, "blend used bytes": blend_used, "blend stretches": stretches,
+        "second size new bytes": used(deep, PATCH, FURTHER)[0] - patch_used, "warm pinned requests": warm["requests"], "warm requests": unpinned["requests"],
+        "blend cold bytes": blended["bytes"], "blend planned bytes": blend_planned, "blend used bytes": blend_used, "blend stretches": blend_stretches, "patch used bytes": patch_used, "patch stretches": patch_stretches,
         "blend both anchors bytes": sum(4 * anchor.parameters for anchor in wide.anchors), "four processes right": sum(four),
         "four processes bytes to one": together / first["bytes"], "seconds": seconds,
     }

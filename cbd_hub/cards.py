@@ -97,7 +97,7 @@ def anchor_card(
     span = {"smallest": "", "largest": "", "example": ""} if manifest is None else _span(manifest)
     return _render(
         "anchor.md.j2", name=name, parameters=parameters, teacher_repo=_hub_id(teacher_repo), license=license_lines(license), facts=list(facts.items()),
-        base=base, base_repo=base_repo, chain=chain, distilled=distilled, **span,
+        base=base, base_repo=base_repo, chain=chain, distilled=distilled, curve=manifest is not None and any(link.curve for link in manifest.links), **span,
     )
 
 
@@ -120,7 +120,7 @@ def cut_card(name: str, summary: dict[str, Any], *, license: str | None) -> str:
 
 
 def interpolant_card(
-    name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str]
+    name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str], manifest: Manifest | None = None
 ) -> str:
     """The README of a model made from a chain.
 
@@ -129,14 +129,16 @@ def interpolant_card(
         parameters: Unique parameters.
         chain: Repo of the chain; None for a local one.
         anchors: Repos of the anchors it was made of.
-        license: Licence of the chain's teacher where it is known.
+        license: Licence that the anchors have in common, where it is known.
         facts: The plan.
+        manifest: The chain, where it has a repo.
 
     Returns:
         Markdown with the metadata of a model card.
     """
     return _render(
-        "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=list(facts.items())
+        "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=list(facts.items()),
+        example="" if manifest is None else _span(manifest)["example"],
     )
 
 

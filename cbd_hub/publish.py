@@ -108,7 +108,7 @@ def push_model(
     if not isinstance(made, dict) or not isinstance(made.get("parameters"), int):
         raise WeightsError(f"{folder} is neither a chain nor a model made from one (its config.json has no cbd); make one with `cbd make`")
     Checkpoint(folder, config)
-    chain, bases, license = None, [], None
+    chain, manifest, bases, license = None, None, [], None
     if is_repo_id(str(made.get("chain"))) and made.get("revision"):
         chain = str(made["chain"])
         manifest = open_chain(chain, revision=str(made["revision"]), token=token).manifest
@@ -117,7 +117,7 @@ def push_model(
         license = shared_license(manifest, [manifest.anchor(name) for name in made.get("neighbours", [])])
     facts = {name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in made.items() if value is not None}
     files: dict[str, Content] = {path.name: path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.suffix == ".safetensors"}
-    card = interpolant_card(repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts)
+    card = interpolant_card(repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest)
     repo = Repo(repo_id, "Model made with cbd_hub", files, card, _OLD_MODEL)
     return _push_one(repo, Publisher(token, private, gated, create_pr, commit_message, say), dry_run)
 

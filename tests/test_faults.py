@@ -162,6 +162,9 @@ def test_a_pull_request_that_was_cut_off_is_gone_on_with(hub, small):
     assert CBDModel.from_chain("org/small", size="max", revision="refs/pr/1").num_parameters() == chain.anchors[0].parameters
     for repo in hub.repos.values():
         repo.merge(1)
+    pinned = chain.push_to_hub("org/small", create_pr=True, token="hf_reader").pull_requests
+    assert [address.rpartition("/org/")[2] for address in pinned] == ["small/discussions/2"], "a new one on the index alone: the anchors' merged commits"
+    hub.repos["org/small"].merge(2)
     assert chain.push_to_hub("org/small", create_pr=True, token="hf_reader").pull_requests == [], "all is merged, nothing is asked for"
     assert chain.push_to_hub("org/other", create_pr=True).pull_requests
 

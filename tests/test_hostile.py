@@ -44,6 +44,9 @@ def replace_file(index, repo, name, data, old=None):
     commit = repo.commit({**files, name: data})
     hashes = [hashlib.sha256(data[start : start + CHUNK_BYTES]).hexdigest() for start in range(0, len(data), CHUNK_BYTES)]
     listing = json.dumps({"files": {name: hashes}}).encode()
+    if name.endswith(".safetensors"):
+        held = index.at("main")[1]
+        index.commit({**held, json.loads(held["chain.json"])["anchors"][0]["chunks"]["path"]: listing})
 
     def work(values):
         anchor = values["anchors"][0]
@@ -53,8 +56,6 @@ def replace_file(index, repo, name, data, old=None):
         anchor["preview"] = None
         if name.endswith(".safetensors"):
             anchor["chunks"]["sha256"] = hashlib.sha256(listing).hexdigest()
-            held = index.at("main")[1]
-            index.commit({**held, anchor["chunks"]["path"]: listing})
 
     change(index, work)
 
