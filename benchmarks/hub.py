@@ -29,7 +29,7 @@ REPEATS = 5
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", HF_TOKEN="hf_test", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")
+    os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", HF_TOKEN="hf_test", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DOWNLOAD_TIMEOUT="300", OMP_NUM_THREADS="1")
     import hub_server  # type: ignore[import-not-found]
     with tempfile.TemporaryDirectory() as temporary, hub_server.running() as (hub, address):
         os.environ.update(HF_ENDPOINT=address, HF_HOME=f"{temporary}/home")  # read when the client is imported
