@@ -152,7 +152,7 @@ def hub(data: dict[str, Any]) -> str:
     warm = seconds["from_chain"] / seconds["from_pretrained, read"]
 
     def fetched(name: str, used: int) -> str:
-        return f"{mega[name]}: {used / 1e6:.1f} MB that the plan reads and {(data[name] - used) / chunk:.1f} chunks of rounding"
+        return f"{mega[name]}: {used / 1e6:.1f} MB that the plan reads and {max(data[name] - used, 0) / chunk:.1f} chunks of rounding"
 
     rows = [
         ["a `patch` size, cold", f"{fetched('patch cold bytes', data['patch used bytes'])}; the model itself has {mega['target bytes']}, both anchors {mega['both anchors bytes']}"],
