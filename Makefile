@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
 
-.PHONY: help demo test test-all check fix clean
+.PHONY: help demo test test-all nightly fix clean
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
 	@echo "make test    lint, types, doctests and tests (under 10 minutes)"
 	@echo "make test-all  the same with every walk over requests and 10,000 fuzzed cases"
+	@echo "make nightly the tests against the real Hub, with the account of HF_TOKEN"
 	@echo "make fix     let ruff mend what it can"
 	@echo "make clean   remove the virtual environment"
 
@@ -39,7 +40,10 @@ test: $(READY)dev
 test-all: $(READY)dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m ""
+	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m "not nightly"
+
+nightly: $(READY)dev
+	$(BIN)/pytest -m nightly tests/test_nightly.py
 
 fix: $(READY)dev
 	$(BIN)/ruff check --fix .

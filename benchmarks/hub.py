@@ -2,18 +2,20 @@
 
     python benchmarks/hub.py
 
-A chain of two random Llama models of 10 and 7 layers that differ in layers alone is pushed to a Hub on loopback; every figure is of a process
-of its own with a cache of its own, unless it says warm.
+Two chains of random Llama models are pushed to a Hub on loopback: one whose anchors differ in layers alone (10 and 7 of hidden 512, FFN 2048), and one
+whose anchors differ in FFN width (8192 and 4096, 2 layers of hidden 1024). Each cold figure is of a cache of its own. Times are medians of loads in turns, page cache warm:
+``from_pretrained`` of the same model pushed as a repo, as it is (files are mapped, nothing is read yet) and with ``disable_mmap`` (every byte is in
+memory, as after ours). Writes benchmarks/results/hub.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,99 +23,126 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 RESULTS = ROOT / "benchmarks" / "results" / "hub.json"
-
-LOAD = """
-import json, sys, time
-from cbd_hub import CBDModel
-began = time.perf_counter()
-model = CBDModel.from_chain("org/bench", shape=json.loads(sys.argv[1]), strategy=sys.argv[2], revision=sys.argv[3] or None)
-print(json.dumps({"parameters": model.num_parameters(), "seconds": time.perf_counter() - began}))
-"""
-PLAN = """
-import dataclasses, json, sys
-from cbd_hub.chain import Chain
-from cbd_hub.hub import open_chain
-from cbd_hub.plans import plan_costs
-files = dataclasses.replace(open_chain("org/bench"), glance=True)
-print(json.dumps(plan_costs(files, Chain(files).plan(shape=json.loads(sys.argv[1]), strategy=sys.argv[2]))))
-"""
-WARM = """
-import json, statistics, sys, time
-from transformers import AutoModelForCausalLM
-from cbd_hub import CBDModel
-ours, theirs = [], []
-shape = json.loads(sys.argv[1])
-for turn in range(6):
-    for times, load in (
-        (ours, lambda: CBDModel.from_chain("org/bench", shape=shape, strategy="patch", revision=sys.argv[2])), (theirs, lambda: AutoModelForCausalLM.from_pretrained("org/same")),
-    ):
-        began = time.perf_counter()
-        load()
-        times.append(time.perf_counter() - began)
-print(json.dumps({"ours": statistics.median(ours[1:]), "theirs": statistics.median(theirs[1:])}))
-"""
+PATCH, FURTHER, BLEND = {"layers": 8}, {"layers": 9}, {"ffn": 4608}
+REPEATS = 5
 
 
 def main() -> None:
     """Measure, print and keep the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512, help="Hidden width of the models.")
-    hidden = parser.parse_args().hidden
-    os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", HF_TOKEN="hf_test", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")
+    os.environ.update(HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", HF_TOKEN="hf_test", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DOWNLOAD_TIMEOUT="300", OMP_NUM_THREADS="1")
     import hub_server  # type: ignore[import-not-found]
     with tempfile.TemporaryDirectory() as temporary, hub_server.running() as (hub, address):
         os.environ.update(HF_ENDPOINT=address, HF_HOME=f"{temporary}/home")  # read when the client is imported
-        figures = measure(hub, Path(temporary), hidden)
+        figures = measure(hub, Path(temporary))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 
 
-def measure(hub: Any, folder: Path, hidden: int) -> dict[str, Any]:
+def measure(hub: Any, folder: Path) -> dict[str, Any]:
     """The figures."""
     import tiny  # type: ignore[import-not-found]
+    import torch
+    from measuring import in_turns, medians
+    from transformers import AutoModelForCausalLM
 
-    from cbd_hub import CBDModel, assemble_chain
-    for layers in (10, 7):
-        tiny.save(tiny.llama(layers=layers, hidden=hidden, heads=8, kv_heads=8, ffn=4 * hidden, seed=layers), folder / f"m{layers}")
-    chain = assemble_chain([folder / "m10", folder / "m7"], folder / "chain")
-    commit = chain.push_to_hub("org/bench").commit
-    patch, further = {"layers": 8}, {"layers": 9}
-    CBDModel.materialize(folder / "chain", shape=patch, output_dir=folder / "same")
-    hub.upload_folder("org/same", folder / "same")
+    from cbd_hub import CBDModel, Chain, assemble_chain
+    from cbd_hub.files import CHUNK_BYTES
+    from cbd_hub.hub import open_chain
+    from cbd_hub.plans import anchor_config, plan_costs
+    from cbd_hub.remote import spans_read
+    from cbd_hub.weights import read_header
+    torch.set_num_threads(1)
 
-    def run(cache: str, code: str, *arguments: Any) -> tuple[dict[str, Any], dict[str, int]]:
+    def publish(name: str, shapes: list[dict[str, int]]) -> Chain:
+        for place, shape in enumerate(shapes):
+            tiny.save(tiny.llama(**{"heads": 8, "kv_heads": 8, "seed": place, **shape}), folder / f"{name}{place}")
+        return assemble_chain([folder / f"{name}{place}" for place in range(len(shapes))], folder / name, align=False)
+
+    deep = publish("deep", [{"layers": layers, "hidden": 512, "ffn": 2048} for layers in (10, 7)])
+    wide = publish("wide", [{"layers": 2, "hidden": 1024, "ffn": ffn} for ffn in (8192, 4096)])
+    commit = deep.push_to_hub("org/deep").commit
+    wide.push_to_hub("org/wide")
+    CBDModel.materialize(folder / "deep", shape=PATCH, output_dir=folder / "same")
+    pinned = hub.upload_folder("org/same", folder / "same")
+
+    def cost(work: Any) -> dict[str, int]:
+        """Bytes and requests for weights, and all requests, of some work."""
         hub.forget()
-        environment = {**os.environ, "HF_HOME": str(folder / cache), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True, check=True)
+        work()
         entries = [entry for entry in hub.log if entry.path.endswith(".safetensors") and "/maps/" not in entry.path]
-        return json.loads(done.stdout.splitlines()[-1]), {"bytes": sum(entry.sent for entry in entries), "requests": len(hub.log), "weight requests": len(entries)}
+        return {"bytes": sum(entry.sent for entry in entries), "requests": len(hub.log), "weight requests": len(entries)}
 
-    shape = json.dumps(patch)
-    costs, planning = run("plan", PLAN, shape, "patch")
-    cold, first = run("patch", LOAD, shape, "patch", "")
-    _, second = run("patch", LOAD, json.dumps(further), "patch", "")
-    _, warm = run("patch", LOAD, shape, "patch", commit)
-    _, unpinned = run("patch", LOAD, shape, "patch", "")
-    _, blended = run("blend", LOAD, shape, "blend", "")
-    blend_costs, _ = run("plan", PLAN, shape, "blend")
+    def load(repo: str, shape: dict[str, int], cache: str, revision: str | None = None) -> Any:
+        return CBDModel.from_chain(repo, shape=shape, cache_dir=folder / cache, revision=revision)
+
+    def planned(repo: str, shape: dict[str, int], cache: str) -> tuple[int, int]:
+        """Bytes that a plan foretells, and its requests."""
+        found: dict[str, Any] = {}
+
+        def work() -> None:
+            files = replace(open_chain(repo, cache_dir=folder / cache), glance=True)
+            found.update(plan_costs(files, Chain(files).plan(shape=shape)))
+
+        requests = cost(work)["requests"]
+        return sum(found["bytes_to_fetch"].values()), requests
+
+    def used(chain: Chain, *shapes: dict[str, int]) -> tuple[int, int]:
+        """Bytes of the headers, tensors and rows that some plans read, each counted once, and the count of their stretches."""
+        spans = []
+        for shape in shapes:
+            for name, rows in chain.plan(shape=shape).rows().items():
+                anchor = chain.manifest.anchor(name)
+                header = read_header(chain.files.path(anchor, "model.safetensors"))
+                spans += [(name, *span) for span in spans_read(*header, anchor_config(chain.files, anchor), rows)]
+        merged: list[tuple[str, int, int]] = []
+        for name, start, stop in sorted(spans):
+            if merged and name == merged[-1][0] and start <= merged[-1][2]:
+                merged[-1] = (name, merged[-1][1], max(stop, merged[-1][2]))
+            else:
+                merged.append((name, start, stop))
+        return sum(stop - start for _, start, stop in merged), len(merged)
+
+    own = 4 * deep.plan(shape=PATCH).parameters
+    patch_planned, plan_requests = planned("org/deep", PATCH, "patch")
+    first = cost(lambda: load("org/deep", PATCH, "patch"))
+    second = cost(lambda: load("org/deep", FURTHER, "patch"))
+    warm, unpinned = cost(lambda: load("org/deep", PATCH, "patch", commit)), cost(lambda: load("org/deep", PATCH, "patch"))
+    blend_planned, _ = planned("org/wide", BLEND, "blend")
+    blended, (blend_used, blend_stretches) = cost(lambda: load("org/wide", BLEND, "blend")), used(wide, BLEND)
+    patch_used, patch_stretches = used(deep, PATCH)
+
+    right = [tensor.clone() for tensor in CBDModel.from_chain(folder / "deep", shape=PATCH).state_dict().values()]
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+
+    def one() -> None:
+        queue.put(all(torch.equal(ours, tensor) for ours, tensor in zip(load("org/deep", PATCH, "four").state_dict().values(), right, strict=True)))
+
     hub.forget()
-    environment = {**os.environ, "HF_HOME": str(folder / "four")}
-    four = [subprocess.Popen([sys.executable, "-c", LOAD, shape, "patch", ""], env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL) for _ in range(4)]
-    assert all(process.wait() == 0 for process in four)
+    workers = [fork.Process(target=one) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    four = [queue.get() for _ in workers]
+    for worker in workers:
+        worker.join()
     together = sum(entry.sent for entry in hub.log if entry.path.endswith(".safetensors"))
-    run("patch", "from transformers import AutoModelForCausalLM as A; A.from_pretrained('org/same'); print('{}')")
-    speed, _ = run("patch", WARM, shape, commit)
-    own = 4 * cold["parameters"]
+
+    theirs, cache = AutoModelForCausalLM.from_pretrained, folder / "patch"
+    theirs("org/same", cache_dir=cache)
+    seconds = medians(in_turns({
+        "from_chain": lambda: load("org/deep", PATCH, "patch"), "from_pretrained": lambda: theirs("org/same", cache_dir=cache),
+        "from_pretrained, read": lambda: theirs("org/same", cache_dir=cache, disable_mmap=True), "from_chain, pinned": lambda: load("org/deep", PATCH, "patch", commit),
+        "from_pretrained, pinned, read": lambda: theirs("org/same", revision=pinned, cache_dir=cache, disable_mmap=True),
+    }, REPEATS))
     return {
-        "target bytes": own, "both anchors bytes": sum(4 * anchor.parameters for anchor in chain.anchors),
-        "patch cold bytes": first["bytes"], "patch cold to target": first["bytes"] / own, "patch cold requests for weights": first["weight requests"],
-        "planned bytes": sum(costs["bytes_to_fetch"].values()), "plan requests": planning["requests"],
-        "second size bytes": second["bytes"], "block bytes": 4 * (chain.anchors[0].parameters - chain.anchors[1].parameters) // 3,
-        "warm pinned requests": warm["requests"], "warm requests": unpinned["requests"],
-        "blend cold bytes": blended["bytes"], "blend planned bytes": sum(blend_costs["bytes_to_fetch"].values()),
-        "four processes bytes to one": together / first["bytes"], "warm seconds": speed["ours"], "from_pretrained seconds": speed["theirs"],
-        "warm to from_pretrained": speed["ours"] / speed["theirs"],
+        "command": "python benchmarks/hub.py", "chunk bytes": CHUNK_BYTES, "target bytes": own, "both anchors bytes": sum(4 * anchor.parameters for anchor in deep.anchors),
+        "patch cold bytes": first["bytes"], "patch cold requests for weights": first["weight requests"], "patch planned bytes": patch_planned,
+        "plan requests": plan_requests, "second size bytes": second["bytes"],
+        "second size new bytes": used(deep, PATCH, FURTHER)[0] - patch_used, "warm pinned requests": warm["requests"], "warm requests": unpinned["requests"],
+        "blend cold bytes": blended["bytes"], "blend planned bytes": blend_planned, "blend used bytes": blend_used, "blend stretches": blend_stretches, "patch used bytes": patch_used, "patch stretches": patch_stretches,
+        "blend both anchors bytes": sum(4 * anchor.parameters for anchor in wide.anchors), "four processes right": sum(four),
+        "four processes bytes to one": together / first["bytes"], "seconds": seconds,
     }
 
 

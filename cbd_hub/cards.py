@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import RepoCard
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import RepoCard, metadata_load
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from cbd_hub.errors import ArgumentError
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.curve import Chord
-from cbd_hub.manifest import Evaluation, Manifest
+from cbd_hub.manifest import Anchor, Evaluation, Manifest
 from cbd_hub.sizes import format_size
 
 
@@ -24,13 +25,14 @@ _BEGIN, _END = "<!-- cbd_hub:begin", "<!-- cbd_hub:end -->"
 _LICENSES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m openrail++ afl-3.0
     artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
-    cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-
-    sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl
+    cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+    cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl
     gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0
-    osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1
+    openmdw-1.1 osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1
     llama3.2 llama3.3 llama4 grok2-community gemma unknown other
 """
 LICENSES = frozenset(_LICENSES.split())
+
 
 def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: Mapping[str, str] | None = None, recipe: bool = True) -> str:
     """The README of a chain.
@@ -65,7 +67,7 @@ def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: 
     teacher = manifest.teacher
     return _render(
         "chain.md.j2", name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
-        teacher_repo=_hub_id(teacher.repo_id) if teacher else None, license=license_lines(teacher.license if teacher else None),
+        teacher_repo=_hub_id(teacher.repo_id) if teacher else None, license=license_lines(shared_license(manifest, manifest.anchors)),
         teacher_parameters=format_size(teacher.parameters) if teacher else None, recipe=recipe,
         dataset=measured[-1].dataset if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None,
     )
@@ -95,7 +97,7 @@ def anchor_card(
     span = {"smallest": "", "largest": "", "example": ""} if manifest is None else _span(manifest)
     return _render(
         "anchor.md.j2", name=name, parameters=parameters, teacher_repo=_hub_id(teacher_repo), license=license_lines(license), facts=list(facts.items()),
-        base=base, base_repo=base_repo, chain=chain, distilled=distilled, **span,
+        base=base, base_repo=base_repo, chain=chain, distilled=distilled, curve=manifest is not None and any(link.curve for link in manifest.links), **span,
     )
 
 
@@ -118,7 +120,7 @@ def cut_card(name: str, summary: dict[str, Any], *, license: str | None) -> str:
 
 
 def interpolant_card(
-    name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str]
+    name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str], manifest: Manifest | None = None
 ) -> str:
     """The README of a model made from a chain.
 
@@ -127,14 +129,16 @@ def interpolant_card(
         parameters: Unique parameters.
         chain: Repo of the chain; None for a local one.
         anchors: Repos of the anchors it was made of.
-        license: Licence of the chain's teacher where it is known.
+        license: Licence that the anchors have in common, where it is known.
         facts: The plan.
+        manifest: The chain, where it has a repo.
 
     Returns:
         Markdown with the metadata of a model card.
     """
     return _render(
-        "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=list(facts.items())
+        "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=list(facts.items()),
+        example="" if manifest is None else _span(manifest)["example"],
     )
 
 
@@ -193,6 +197,25 @@ def license_lines(license: str | None) -> str:
     return f"license: other\nlicense_name: {name}\n" if name else ""
 
 
+def license_of(folder: Path) -> str | None:
+    """The licence that a model folder's card names: an id of the Hub, or the name of another one; None where it names none, or several."""
+    try:
+        data = metadata_load(folder / "README.md") or {}
+    except Exception:  # whatever a broken YAML block raises
+        return None
+    found = data.get("license")
+    if found == "other":
+        found = data.get("license_name") or found
+    return found if isinstance(found, str) and found.isprintable() and 0 < len(found) <= 128 else None
+
+
+def shared_license(manifest: Manifest, anchors: Iterable[Anchor]) -> str | None:
+    """The licence of some anchors, each one's own or else the teacher's; None where it is unknown or they differ."""
+    inherited = manifest.teacher.license if manifest.teacher is not None else None
+    found = {anchor.license or inherited for anchor in anchors}
+    return found.pop() if len(found) == 1 else None
+
+
 def check_card(text: str, name: str) -> None:
     """What the Hub would refuse in a card's metadata, found before anything is sent.
 
@@ -217,10 +240,12 @@ def check_card(text: str, name: str) -> None:
             raise ArgumentError(f"the card of {name} has base_model: {str(base)[:80]}, which is no Hub id; mend its README")
     if data.get("base_model_relation") not in (None, "adapter", "merge", "quantized", "finetune"):
         raise ArgumentError(f"the card of {name} has base_model_relation: {str(data['base_model_relation'])[:80]}; the Hub knows adapter, merge, quantized and finetune")
-    licenses = data.get("license") or []
-    for license in _texts(licenses):
+    for license in _texts(data.get("license")):
         if license not in LICENSES:
             raise ArgumentError(f'the card of {name} has license: {str(license)[:80]}, which is no id of the Hub; write "other" with license_name')
+    named = data.get("license_name")
+    if named is not None and (data.get("license") != "other" or not isinstance(named, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", named)):
+        raise ArgumentError(f'the card of {name} has license_name: {str(named)[:80]}; it goes with license: other, in lower case with "-" and "."')
 
 
 def merge_card(old: str | None, new: str) -> str:
@@ -288,6 +313,5 @@ def _above(loss: float, chord: float | None) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    source = (files("cbd_hub.model_cards") / template).read_text(encoding="utf-8")
-    return environment.from_string(source).render(**values)
+    loader = FunctionLoader(lambda name: (files("cbd_hub.model_cards") / name).read_text(encoding="utf-8"))
+    return Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).get_template(template).render(**values)

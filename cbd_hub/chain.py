@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cbd_hub import shapes
-from cbd_hub.cards import chain_card
+from cbd_hub.cards import chain_card, license_of
 from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
@@ -37,9 +37,10 @@ from cbd_hub.manifest import (
 )
 from cbd_hub.model import CBDModel
 from cbd_hub.plans import plan_in
-from cbd_hub.publish import Publication, push_chain
+from cbd_hub.publish import push_chain
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
+from cbd_hub.upload import Publication
 from cbd_hub.weights import Checkpoint, load_tokenizer, read_config
 
 
@@ -214,7 +215,7 @@ class ChainBuilder:
 
     def record(
         self, name: str, *, origin: Literal["source", "cut", "published"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
-        evaluations: Sequence[Evaluation] = (),
+        evaluations: Sequence[Evaluation] = (), license: str | None = None,
     ) -> Anchor:
         """Hash an anchor's files and describe it.
 
@@ -234,7 +235,7 @@ class ChainBuilder:
             tokenizer_sha256=files["tokenizer.json"].sha256 if "tokenizer.json" in files else None,
             location=Location(repo_id=".", subfolder=f"anchors/{name}"), files=files,
             chunks=PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing)), parent=parent, origin=origin, maps=maps,
-            training=training, evaluations=list(evaluations),
+            training=training, evaluations=list(evaluations), license=license,
         )
 
     def finish(self, anchors: list[Anchor], links: list[Link], teacher: Teacher | None, *, card: bool = True) -> Manifest:
@@ -331,7 +332,7 @@ def assemble_chain(
         for parameters, folder, _ in found:
             name = unique_name(parameters, [anchor.name for anchor in anchors])
             copy_checkpoint(folder, builder.anchor_folder(name))
-            anchors.append(builder.record(name, origin="published"))
+            anchors.append(builder.record(name, origin="published", license=license_of(folder)))
         links = []
         folders = {anchor.name: folder for anchor, (_, folder, _) in zip(anchors, found)}
         for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, texts), 1):

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 
 class CBDError(Exception):
-    """Any mistake that cbd_hub can explain."""
+    r"""Any mistake that cbd_hub can explain, in one line.
+
+    Example:
+        >>> print(CBDError("no file " + chr(27) + "[31m" + chr(10)))  # what a stranger's file put there cannot drive a terminal
+        no file \x1b[31m\n
+    """
+
+    def __str__(self) -> str:
+        """The message, with what cannot be printed escaped."""
+        return "".join(char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in super().__str__())
 
 
 class ArgumentError(CBDError, ValueError):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cbd_hub import shapes
+from cbd_hub.cards import chain_card, license_of, merge_card, shared_license
 from cbd_hub.chain import Chain, check_pair, unique_name
 from cbd_hub.errors import ArgumentError
 from cbd_hub.families import family_of
@@ -16,7 +17,8 @@ from cbd_hub.hub import CHECKPOINT_FILES, resolve_checkpoint
 from cbd_hub.interpolation.planner import Kept, layer_types
 from cbd_hub.links import plain_link
 from cbd_hub.manifest import FILE_NAME, Anchor, FileRecord, Link, Location, PathRecord
-from cbd_hub.publish import Publication, Say, commit_index, push_anchor
+from cbd_hub.publish import commit_index, push_anchor
+from cbd_hub.upload import Publication, Say
 from cbd_hub.weights import Checkpoint, read_config
 
 
@@ -27,7 +29,8 @@ def add_anchor(
     """Push a checkpoint as an anchor of a chain to a repo of its own, and name it in the chain's index.
 
     A local chain gets the anchor in its chain.json, pinned to the repo's commit; of a chain on the Hub the index is committed to, or with
-    ``create_pr`` a pull request is opened on it. A segment that the anchor splits loses its measured curve: measure the new ones anew.
+    ``create_pr`` a pull request is opened on it. A segment that the anchor splits loses its measured curve and recommended
+    sizes: measure the new ones anew. The anchor has the licence that the checkpoint's card names, else the chain's, else none.
 
     Args:
         chain: The chain.
@@ -47,7 +50,7 @@ def add_anchor(
         VocabularyMismatchError: If its tokenizer is another.
         StorageError: If the Hub cannot be reached or refuses.
     """
-    folder = resolve_checkpoint(checkpoint)
+    folder = resolve_checkpoint(checkpoint, options={"token": token})
     config = read_config(folder)
     Checkpoint(folder, config)
     size, anchors = shapes.parameter_count(config), chain.anchors
@@ -68,13 +71,14 @@ def add_anchor(
     name = unique_name(size, [anchor.name for anchor in anchors])
     configs[name] = config
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors" or path.name in CHECKPOINT_FILES}
-    commit = push_anchor(repo_id, files, chain, size, token=token, private=private, say=say)
+    license = license_of(folder) or shared_license(chain.manifest, anchors)
+    commit = push_anchor(repo_id, files, chain, size, license=license, token=token, private=private, say=say)
     with tempfile.TemporaryDirectory() as temporary:
         listing = Path(temporary) / f"{name}.json"
         chunks = {path.name: chunk_hashes(path) for path in files.values() if path.suffix == ".safetensors"}
         write_text(listing, json.dumps({"chunk_bytes": CHUNK_BYTES, "files": chunks}))
         record = PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing))
-        anchor = _record(name, size, config, files, record, Location(repo_id=repo_id, revision=commit))
+        anchor = _record(name, size, config, files, record, Location(repo_id=repo_id, revision=commit), license)
         manifest = chain.manifest.model_copy(update={"anchors": [*anchors[:place], anchor, *anchors[place:]]})
         links = {(link.small, link.large): link for link in chain.manifest.links}
         pairs = [(low, high) for high, low in zip(manifest.anchors, manifest.anchors[1:])]
@@ -83,7 +87,10 @@ def add_anchor(
         if chain.files.revision is not None:
             return commit_index(chain.files, manifest, listing.read_bytes(), record.path, anchor, folder, token=token, create_pr=create_pr, say=say)
         write_text(chain.files.root / record.path, listing.read_text())
+    card = chain.files.root / "README.md"
+    text = chain_card(manifest, recipe=(chain.files.root / "recipe.yaml").is_file())
     write_text(chain.files.root / FILE_NAME, manifest.to_json())
+    write_text(card, merge_card(card.read_text(encoding="utf-8") if card.is_file() else None, text))
     return Publication(chain.name, None, {name: (repo_id, commit)})
 
 
@@ -91,10 +98,10 @@ def _link(small: Anchor, large: Anchor, configs: dict[str, Any]) -> Link:
     return plain_link(small, large, Kept.even(small.shape, large.shape, layer_types(configs[small.name], configs[large.name])))
 
 
-def _record(name: str, size: int, config: Any, files: dict[str, Path], chunks: PathRecord, location: Location) -> Anchor:
+def _record(name: str, size: int, config: Any, files: dict[str, Path], chunks: PathRecord, location: Location, license: str | None) -> Anchor:
     records = {path: FileRecord(sha256=sha256(found), bytes=found.stat().st_size) for path, found in files.items()}
     return Anchor(
         name=name, parameters=size, shape=shapes.shape_of(config), family=family_of(config).name,
         tokenizer_sha256=records["tokenizer.json"].sha256 if "tokenizer.json" in records else None, location=location, files=records, chunks=chunks,
-        origin="published",
+        origin="published", license=license,
     )

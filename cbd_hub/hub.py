@@ -15,12 +15,12 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
 from cbd_hub.client import NAME, api, explained
 from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError
 from cbd_hub.files import CHUNK_BYTES, check_file, sha256
-from cbd_hub.manifest import FILE_NAME, Anchor, Manifest, PathRecord, inside
+from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Anchor, Manifest, PathRecord, inside
 from cbd_hub.ranges import PartialFile
 
 
@@ -237,14 +237,14 @@ def open_chain(
     if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ManifestError(f"{name} is neither a folder nor a Hub id such as org/chain; check the path, or make a chain with `cbd distill`")
     try:
-        root = fetch(name, FILE_NAME, revision, options).parent
+        root = fetch(name, FILE_NAME, revision, options, MAX_BYTES).parent
     except IntegrityError as error:
         raise ManifestError(f"{name} is a repo without {FILE_NAME}, so it is no chain; is it one of a chain's anchors?") from error
     return ChainFiles(Manifest.read(root), root, name, root.name, options)
 
 
-def fetch(repo_id: str, path: str, revision: str | None, options: dict[str, Any]) -> Path:
-    """One file of a repo, in the standard cache.
+def fetch(repo_id: str, path: str, revision: str | None, options: dict[str, Any], limit: int | None = None) -> Path:
+    """One file of a repo, in the standard cache; one of more than ``limit`` bytes is refused before its body is read.
 
     Raises:
         ManifestError: If the repo or the revision does not exist.
@@ -252,7 +252,29 @@ def fetch(repo_id: str, path: str, revision: str | None, options: dict[str, Any]
         StorageError: If it is gated, offline, or the Hub cannot be reached.
     """
     with explained(repo_id, options.get("token")):
-        return Path(hf_hub_download(repo_id, path, revision=revision, **options, **NAME))
+        bar = None if limit is None else _bar_up_to(limit, f"{repo_id}/{path}")
+        return Path(hf_hub_download(repo_id, path, revision=revision, tqdm_class=bar, **options, **NAME))
+
+
+def _bar_up_to(limit: int, name: str) -> type[tqdm]:
+    """A progress bar that ends a download of too many bytes: the client asks it before it reads a body, and for every piece."""
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._came, self.disable = 0, True  # as a bar that is refused must be, to be thrown away
+            self._check(kwargs.get("total") or 0)
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._came += int(n or 0)
+            self._check(self._came)
+            return super().update(n)
+
+        def _check(self, size: float) -> None:
+            if size > limit:
+                raise ManifestError(f"{name} has {int(size):,} bytes or more, and no chain needs more than {limit:,}; it is refused, nothing was kept")
+
+    return Bar
 
 
 def download(repo_id: str, revision: str | None, patterns: list[str], options: dict[str, Any]) -> Path:

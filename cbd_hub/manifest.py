@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "chain.json"
-_MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 
 
 def _safe_path(path: str) -> str:
@@ -154,7 +154,7 @@ class Preview(Data):
 
 
 class Anchor(Data):
-    """One complete model of the chain."""
+    """One complete model of the chain; its licence is the teacher's where it has none of its own."""
 
     name: Name
     parameters: Parameters
@@ -170,6 +170,7 @@ class Anchor(Data):
     training: Training | None = None
     evaluations: list[Evaluation] = Field(default=[], max_length=1000)
     preview: Preview | None = None
+    license: str | None = Field(default=None, max_length=128)
 
     @property
     def weight_files(self) -> list[str]:
@@ -363,8 +364,8 @@ class Manifest(Data):
         path = folder / FILE_NAME
         if not path.is_file():
             raise ManifestError(f"{folder} is not a chain: it has no {FILE_NAME}; make one with `cbd distill` or `cbd assemble`")
-        if path.stat().st_size > _MAX_BYTES:
-            raise ManifestError(f"{path} has {path.stat().st_size:,} bytes, more than any chain needs ({_MAX_BYTES:,}); it is refused")
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestError(f"{path} has {path.stat().st_size:,} bytes, more than any chain needs ({MAX_BYTES:,}); it is refused")
         try:
             values = json.loads(path.read_bytes())
         except OSError as error:

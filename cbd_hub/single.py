@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import metadata_load
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig
 
-from cbd_hub.cards import cut_card
+from cbd_hub.cards import cut_card, license_of
 from cbd_hub.cut import choose_cut, measure_importance, mixes
 from cbd_hub.errors import ArgumentError, DataError, SizeError
 from cbd_hub.evaluation import Documents, Losses, document_losses
@@ -111,7 +110,7 @@ class Single:
             write_safetensors(
                 target / "model.safetensors", {name: (dtype, shapes[name]) for name in self.plan.tensors}, stream(self.plan, self.read, shapes, dtype)
             )
-            write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), license=_license(self.folder)))
+            write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), license=license_of(self.folder)))
 
 
 def cut_single(
@@ -223,12 +222,3 @@ def _own_text(model: Any, tokens: int) -> tuple[Documents, Documents]:
     half = len(ids) // 2
     first, second = (Documents(tuple(part), (0,) * len(part)) for part in (ids[:half], ids[half:]))
     return first, second
-
-
-def _license(folder: Path) -> str | None:
-    """The licence that a model's card names."""
-    try:
-        found = (metadata_load(folder / "README.md") or {}).get("license")
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, str) else None

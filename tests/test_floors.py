@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 # A module may import from the floors before its own; entries are modules or folders.
 FLOORS = [
     "errors", "sizes", "manifest", "texts", "families", "files", "client", "ranges", "hub", "shapes", "weights", "losses", "interpolation", "remote",
-    "evaluation", "cut", "cards", "measure", "single", "links", "retokenize", "plans", "model", "publish", "chain", "extend", "distill", "printing", "options",
+    "evaluation", "cut", "cards", "measure", "single", "links", "retokenize", "plans", "model", "upload", "publish", "chain", "extend", "distill", "printing", "options",
     "model_commands", "hub_commands", "cli",
 ]
 EXEMPT = {"__init__", "auto"}

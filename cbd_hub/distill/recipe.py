@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import shapes
+from cbd_hub.cards import license_of
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, unique_name
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.begun import Begun, dependencies
@@ -132,7 +133,7 @@ class _Run:
         write_text(self.target / "recipe.yaml", self.recipe.to_yaml())
         parent = anchors[0]
         repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
-        self.builder.finish(anchors, links, Teacher(repo_id=repo, parameters=parent.parameters))
+        self.builder.finish(anchors, links, Teacher(repo_id=repo, parameters=parent.parameters, license=license_of(self.source)))
 
     def _load(self, name: str) -> Any:
         return load_model(self.builder.anchor_folder(name), torch.float32).to(best_device())

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
-from cbd_hub.cards import anchor_card
+from cbd_hub.cards import anchor_card, license_of
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.wrapping import is_peft_model
 from cbd_hub.errors import StorageError
@@ -105,7 +105,7 @@ class AnchorTrainer(Trainer):
             parameter.numel() for key, parameter in model.named_parameters() if "cbd_projectors." not in key and (parameter.requires_grad or not adapter)
         )
         return anchor_card(
-            name, parameters, teacher_repo=teacher if is_repo_id(teacher) else None, license=None, facts=facts,
+            name, parameters, teacher_repo=teacher if is_repo_id(teacher) else None, license=license_of(Path(teacher)) if teacher else None, facts=facts,
             base=(base if is_repo_id(base) else "the base model's folder") if adapter else None, base_repo=base if is_repo_id(base) else None,
         )
 

@@ -43,6 +43,14 @@ def found(hub, request, kind, name, revision, **how):
     return ((repo, *at), None) if at else (None, Answer.error("RevisionNotFound", 404))
 
 
+def own_request(hub, request, kind, name, revision):
+    """Whether a revision is an open pull request of who asks."""
+    repo = hub.repos.get(key_of(kind, name))
+    number = revision.removeprefix("refs/pr/")
+    pull = repo.requests[int(number) - 1] if repo is not None and number != revision else None
+    return pull is not None and (pull["author"], pull["status"]) == (request.user, "open")
+
+
 def whoami(hub, request):
     if request.user is None:
         return Answer.error("", 401, "Invalid credentials in Authorization header")
@@ -59,6 +67,15 @@ def create(hub, request):
     status = 409 if key in hub.repos else 200
     hub.repos.setdefault(key, Repo(private=bool(body.get("private")) or body.get("visibility") == "private"))
     return Answer.json({"url": f"{request.base}/{key}"}, status)
+
+
+def delete(hub, request):
+    body = request.json()
+    if request.user not in hub.writers:
+        return Answer.error("", 403 if request.user else 401, "no rights")
+    kind = {"dataset": "datasets/", "space": "spaces/"}.get(body.get("type"), "")
+    gone = hub.repos.pop(f"{kind}{body.get('organization') or request.user}/{body['name']}", None)
+    return Answer.json({}) if gone is not None else Answer.error("RepoNotFound", 404)
 
 
 def settings(hub, request, kind, name):
@@ -138,7 +155,7 @@ def cdn(hub, request, digest):
 
 
 def preupload(hub, request, kind, name, revision):
-    at, error = found(hub, request, kind, name, revision, write="create_pr" not in request.query)
+    at, error = found(hub, request, kind, name, revision, write="create_pr" not in request.query and not own_request(hub, request, kind, name, revision))
     if error:
         return error
     answers = []
@@ -195,7 +212,7 @@ def verify_object(hub, request, oid):
 
 def commit(hub, request, kind, name, revision):
     pull = request.query.get("create_pr") == ["1"]
-    at, error = found(hub, request, kind, name, revision, write=not pull)
+    at, error = found(hub, request, kind, name, revision, write=not (pull or own_request(hub, request, kind, name, revision)))
     if error:
         return error
     if request.user is None:
@@ -216,13 +233,14 @@ def commit(hub, request, kind, name, revision):
                 return Answer.error("", 400, f"LFS object {value['oid']} was not uploaded")
             files[value["path"]] = hub.objects[value["oid"]]
         elif what == "deletedFile":
-            files.pop(value["path"], None)
+            if files.pop(value["path"], None) is None:
+                return Answer.error("EntryNotFound", 404, "A file with this name doesn't exist")
         elif what == "deletedFolder":
             files = {path: data for path, data in files.items() if not path.startswith(value["path"].rstrip("/") + "/")}
     more = {}
     branch = "main" if pull else revision
     if pull:
-        repo.requests.append(title)
+        repo.requests.append({"title": title, "author": request.user, "status": "open"})
         branch = f"refs/pr/{len(repo.requests)}"
         repo.branches[branch] = head
         more["pullRequestUrl"] = f"{request.base}/{key_of(kind, name)}/discussions/{len(repo.requests)}"
@@ -268,12 +286,13 @@ def discussions(hub, request, kind, name):
     repo, error = seen(hub, request, kind, name)
     if error:
         return error
+    wanted = {key: request.query[key][0] for key in ("author", "status") if key in request.query}
     listed = [
         {
-            "title": title, "num": number, "author": {"name": "org"}, "createdAt": "2026-01-01T00:00:00.000Z", "status": "open", "isPullRequest": True,
-            "repo": {"name": name, "type": "model"},
+            "title": pull["title"], "num": number, "author": {"name": pull["author"]}, "createdAt": "2026-01-01T00:00:00.000Z", "status": pull["status"],
+            "isPullRequest": True, "repo": {"name": name, "type": "model"},
         }
-        for number, title in enumerate(repo.requests, 1)
+        for number, pull in enumerate(repo.requests, 1) if all(pull[key] == value for key, value in wanted.items())
     ]
     return Answer.json({"discussions": listed, "count": len(listed), "start": 0})
 
@@ -299,6 +318,9 @@ def collections(hub, request):
 def collection(hub, request, slug):
     if slug not in hub.collections:
         return Answer.error("", 404, "no such collection")
+    if request.method == "DELETE":
+        del hub.collections[slug]
+        return Answer.json({})
     return Answer.json(_collection(hub.collections[slug]))
 
 
@@ -313,9 +335,10 @@ def collection_items(hub, request, slug):
 ROUTES = [
     (("GET",), "/api/whoami-v2", whoami),
     (("POST",), "/api/repos/create", create),
+    (("DELETE",), "/api/repos/delete", delete),
     (("POST",), "/api/validate-yaml", validate),
     (("GET", "POST"), "/api/collections", collections),
-    (("GET",), "/api/collections/(.+/[^/]+)", collection),
+    (("GET", "DELETE"), "/api/collections/(.+/[^/]+)", collection),
     (("POST",), "/api/collections/([^/]+/[^/]+)/items", collection_items),
     (("PUT",), API + "/settings", settings),
     (("GET",), API, info),

@@ -28,7 +28,7 @@ class Repo:
     commits: dict[str, tuple[str, dict[str, bytes]]] = field(default_factory=lambda: {EMPTY: ("initial commit", {})})
     branches: dict[str, str] = field(default_factory=lambda: {"main": EMPTY})
     tags: dict[str, str] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)  # titles of pull requests
+    requests: list[dict] = field(default_factory=list)  # title, author and status of pull requests
     private: bool = False
     gated: str | bool = False
     granted: set[str] = field(default_factory=set)
@@ -50,6 +50,7 @@ class Repo:
 
     def merge(self, number):
         """Merge a pull request as the Hub does: its files on main."""
+        self.requests[number - 1]["status"] = "merged"
         return self.commit(self.at(f"refs/pr/{number}")[1], f"merge #{number}")
 
 

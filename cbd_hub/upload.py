@@ -1,0 +1,191 @@
+"""One push to the Hub: what a repo holds already, one commit that is read back and compared, pull requests, tags, collections."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from cbd_hub.cards import check_card, merge_card
+from cbd_hub.client import api, explained
+from cbd_hub.errors import ArgumentError, IntegrityError
+from cbd_hub.files import sha256
+from cbd_hub.hub import fetch
+
+
+Content = Path | bytes
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a push did, or would do.
+
+    Attributes:
+        repo_id: The index repo, or the only one.
+        commit: Its commit; None in a dry run.
+        anchors: Repo and commit of each anchor.
+        bytes: Bytes of each repo's files.
+        tag: Tag of the index commit.
+        collection: Slug of the collection.
+        pull_requests: Addresses of the pull requests that were opened or gone on with.
+    """
+
+    repo_id: str
+    commit: str | None
+    anchors: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    tag: str | None = None
+    collection: str | None = None
+    pull_requests: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Repo:
+    """A repo to write to, with its files and card, and what is there already: on main, or in the pull request that an earlier push opened."""
+
+    id: str
+    message: str
+    files: dict[str, Content]
+    card: str
+    stale: tuple[str, ...] = ()  # suffixes and prefixes of files that go when they are not among the new ones
+    main: str | None = None
+    head: str | None = None
+    request: Discussion | None = None
+    there: frozenset[str] = frozenset()
+    private: bool | None = None
+    gated: Any = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its files and card."""
+        return sum(content.stat().st_size if isinstance(content, Path) else len(content) for content in self.files.values()) + len(self.card.encode())
+
+
+class Publisher:
+    """One push: the client, how to push, and what came of it."""
+
+    def __init__(
+        self, token: str | None, private: bool | None, gated: Literal["auto", "manual"] | None, create_pr: bool, message: str | None, say: Say | None
+    ) -> None:
+        self.client: HfApi = api(token)
+        self.token, self.private, self.gated, self.create_pr, self.message = token, private, gated, create_pr, message
+        self.say: Say = say or (lambda line: None)
+        self.pull_requests: list[str] = []
+        self._account: str | None = None
+
+    def look(self, repo: Repo) -> None:
+        """What is there, without writing: head, files and hand-written card; the new card is merged with it and validated.
+
+        With ``create_pr`` an open pull request of the same account and title is what is there: a push that was killed goes on with its own.
+
+        Raises:
+            ArgumentError: If the card would be refused, or the repo is public and was asked to be private.
+        """
+        with explained(repo.id, self.token, pushing=True):
+            try:
+                found = self.client.model_info(repo.id)
+            except RepositoryNotFoundError:
+                found = None
+            if found is not None:
+                repo.main = found.sha
+                repo.request = self._own_request(repo) if self.create_pr else None
+                if repo.request is not None:
+                    found = self.client.model_info(repo.id, revision=repo.request.git_reference)
+        if found is not None:
+            repo.head, repo.private, repo.gated = found.sha, found.private, found.gated
+            repo.there = frozenset(file.rfilename for file in found.siblings or [])
+            if self.private and not repo.private:
+                raise ArgumentError(f"{repo.id} is public, but private was asked; make it private in its settings, or push to another name")
+            if "README.md" in repo.there:
+                path = fetch(repo.id, "README.md", repo.head, {"token": self.token})
+                repo.card = merge_card(path.read_text(encoding="utf-8", errors="replace"), repo.card)
+        check_card(repo.card, repo.id)
+
+    def _own_request(self, repo: Repo) -> Discussion | None:
+        """The open pull request that this account has opened under the push's message."""
+        self._account = self._account or self.client.whoami()["name"]
+        listed = self.client.get_repo_discussions(repo.id, author=self._account, discussion_type="pull_request", discussion_status="open")
+        title = self.message or repo.message
+        return next((found for found in listed if found.is_pull_request and (found.title, found.author, found.status) == (title, self._account, "open")), None)
+
+    def put(self, repo: Repo) -> str:
+        """Make the repo where it is missing, send what it lacks in one commit, read back and compare; gives the commit.
+
+        Raises:
+            StorageError: If the Hub cannot be reached or refuses.
+            IntegrityError: If the Hub holds other bytes than were sent.
+        """
+        with explained(repo.id, self.token, pushing=True):
+            if repo.head is None:
+                self.client.create_repo(repo.id, private=self.private, exist_ok=True)
+                repo.head = self.client.model_info(repo.id).sha
+            if self.gated and repo.gated != self.gated and not self.create_pr:
+                self.client.update_repo_settings(repo.id, gated=self.gated)
+            contents: dict[str, Content] = {**repo.files, "README.md": repo.card.encode()}
+            operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
+            operations += [
+                CommitOperationDelete(path) for path in sorted(repo.there - contents.keys()) if path.endswith(repo.stale) or path.startswith(repo.stale)
+            ] if repo.stale else []
+            done = self.client.create_commit(
+                repo.id, operations, commit_message=self.message or repo.message, parent_commit=repo.head,
+                revision=None if repo.request is None else repo.request.git_reference, create_pr=self.create_pr and repo.request is None,
+            )
+            opened = done.pr_url if repo.request is None else repo.request.url
+            if opened is not None:
+                self.pull_requests.append(opened)
+            self._compare(repo, done.oid, contents)
+        return done.oid
+
+    def _compare(self, repo: Repo, commit: str, contents: Mapping[str, Content]) -> None:
+        held = {entry.path: entry for entry in self.client.list_repo_tree(repo.id, recursive=True, revision=commit) if isinstance(entry, RepoFile)}
+        for path, content in contents.items():
+            entry = held.get(path)
+            right = entry is not None and (
+                entry.lfs.sha256 == _sha256(content) if entry.lfs is not None else entry.blob_id == _blob_id(content)
+            )
+            if not right:
+                raise IntegrityError(f"{repo.id} holds other bytes of {path} than were sent; push again, the chain was not changed")
+
+    def tag(self, repo_id: str, commit: str, wanted: str | None) -> str:
+        """Tag a commit, with the next v1, v2, ... unless it has such a tag."""
+        with explained(repo_id, self.token, pushing=True):
+            tags = {tag.name: tag.target_commit for tag in self.client.list_repo_refs(repo_id).tags}
+            numbers = [int(name[1:]) for name in tags if name[:1] == "v" and name[1:].isdigit()]
+            ours = [name for name, target in tags.items() if target == commit]
+            if wanted is None and ours:
+                return ours[0]
+            name = wanted or f"v{max(numbers, default=0) + 1}"
+            if tags.get(name, commit) != commit:
+                raise ArgumentError(f"{repo_id} has the tag {name} on another commit; choose a new one, the chain itself is published")
+            self.client.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
+        return name
+
+    def collect(self, repo_id: str, notes: Mapping[str, str]) -> str:
+        """Put the index and the anchors into a collection of the chain's name."""
+        owner, name = repo_id.split("/")
+        with explained(repo_id, self.token, pushing=True):
+            made = self.client.create_collection(
+                name, namespace=owner, description="A language model in any size: a chain of anchors, made with cbd_hub", private=bool(self.private), exists_ok=True
+            )
+            listed = {item.item_id for item in made.items}
+            for item, note in notes.items():
+                if item not in listed:
+                    self.client.add_collection_item(made.slug, item, "model", note=note[:500], exists_ok=True)
+        return str(made.slug)
+
+
+def _sha256(content: Content) -> str:
+    return sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+
+
+def _blob_id(content: Content) -> str:
+    """The id that git gives a file."""
+    data = content.read_bytes() if isinstance(content, Path) else content
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
