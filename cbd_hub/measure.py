@@ -31,8 +31,8 @@ from cbd_hub.shapes import count, shape_of
 
 
 SHARES = (0.25, 0.5, 0.75)  # where on a segment the curve is measured, in parameters
-_ORDER_TOKENS = 512
-_ORDER_TRIALS = 62
+ORDER_TOKENS = 512
+ORDER_TRIALS = 62
 _ALPHAS = (1.0, 0.5)
 _GAINS = (1.0, 0.6)
 
@@ -77,7 +77,7 @@ def divergence_from(large: Any, plan: Plan, between: Between, documents: Documen
     return float(loss)
 
 
-def nested_order(layers: Sequence[int], distance: Callable[[Sequence[int]], float], trials: int = _ORDER_TRIALS) -> list[int]:
+def nested_order(layers: Sequence[int], distance: Callable[[Sequence[int]], float], trials: int = ORDER_TRIALS) -> list[int]:
     """The order in which layers come back that brings a model nearest to the larger neighbour at every depth on the way.
 
     An order is a path of nested sets. Where all sets can be measured with so many trials, up to 6 layers with 62 sets, it is the path with the least sum
@@ -119,7 +119,7 @@ def best_order(segment: Segment, models: dict[str, Any], documents: Documents, f
         documents: Calibration text.
         first: The dropped layers in an order to begin with, the most promising first.
     """
-    few = documents.first(_ORDER_TOKENS)
+    few = documents.first(ORDER_TOKENS)
     between = Between(models)
 
     def distance(back: Sequence[int]) -> float:

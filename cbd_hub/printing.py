@@ -75,17 +75,20 @@ def show_costs(costs: list[Any], parts: Any, as_json: bool) -> None:
     """What a recipe's stages would take, and how its documents are split."""
     counts = {"train": len(parts.train) if isinstance(parts.train, list) else None, "calibration": len(parts.calibration), "heldout": len(parts.heldout)}
     if as_json:
-        print_json({"stages": [{**dataclasses.asdict(cost), "shape": cost.shape.model_dump()} for cost in costs], "documents": counts})
+        print_json({"stages": [{**dataclasses.asdict(cost), "seconds": cost.seconds, "shape": cost.shape.model_dump()} for cost in costs], "documents": counts})
         return
     table_of("Stages, reckoned from steps timed on a few layers", [
         {
             "anchor": cost.anchor, "shape": cost.shape.text, "size": cost.size, "steps": cost.steps, "tokens": cost.tokens,
-            "memory": format_bytes(cost.memory), "time": duration(cost.seconds),
+            "memory": format_bytes(cost.memory), "training": duration(cost.training), "measuring": duration(cost.measuring),
         }
         for cost in costs
     ])
     out.print("documents: " + ", ".join(f"{name} {'a stream' if count is None else f'{count:,}'}" for name, count in counts.items()))
-    out.print(f"training {duration(sum(cost.seconds for cost in costs))} in all; cutting, order, curve, sampling, hidden states and steps on the path come on top")
+    out.print(
+        f"{duration(sum(cost.seconds for cost in costs))} in all. training: steps with clipping and optimiser, checkpoints; measuring: cut, loss, order, curve. "
+        "Sampling, hidden states and steps on the path come on top"
+    )
 
 
 def duration(seconds: float) -> str:

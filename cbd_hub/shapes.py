@@ -12,7 +12,7 @@ import numpy as np
 from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError
 from cbd_hub.families import Family, family_of
 from cbd_hub.manifest import Shape
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import as_int, format_size
 
 
 _FIELDS = tuple(Shape.model_fields)
@@ -173,12 +173,12 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
         ArgumentError: If a field is unknown, missing where the neighbours differ, or outside their range.
         ArchitectureError: If the architecture cannot have the shape.
     """
-    values = wish.model_dump() if isinstance(wish, Shape) else dict(wish)
+    values = wish.model_dump() if isinstance(wish, Shape) else {name: as_int(value) for name, value in wish.items()}
     for name, value in values.items():
         if name not in _FIELDS:
             raise ArgumentError(f'shape has no field "{name}"; its fields are {", ".join(_FIELDS)}')
         low, high = sorted((getattr(small, name), getattr(large, name)))
-        if not isinstance(value, int) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ArgumentError(f"shape {name}={value!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
     if small.heads * large.kv_heads == large.heads * small.kv_heads:
         values = follow(values, large, config)

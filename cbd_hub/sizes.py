@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from decimal import ROUND_HALF_UP, Decimal
+from numbers import Integral
+from typing import Any
 
 from cbd_hub.errors import SizeFormatError
 
@@ -20,6 +22,17 @@ def _split(text: str) -> tuple[Decimal, int]:
     return Decimal(match[1]), _UNITS[match[2].upper()]
 
 
+def as_int(value: Any) -> Any:
+    """A whole number of any kind, such as numpy's, as an int; anything else as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> as_int(np.int64(7)), as_int(True), as_int("7")
+        (7, True, '7')
+    """
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
 def parse_size(size: str | int) -> int:
     """A count of parameters from text such as "138M" or from an int.
 
@@ -33,6 +46,7 @@ def parse_size(size: str | int) -> int:
     if isinstance(size, str):
         number, unit = _split(size)
         return int((number * unit).to_integral_value(ROUND_HALF_UP))
+    size = as_int(size)
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise SizeFormatError(f'size={size!r} is not a size; give a positive int or text such as "138M"')
     return size
@@ -53,6 +67,7 @@ def parse_bytes(wish: str | int) -> int:
         if match and Decimal(match[1]):
             power = " KMGT".index(match[2].upper() or " ")
             return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
+    wish = as_int(wish)
     if isinstance(wish, bool) or not isinstance(wish, int) or wish <= 0:
         raise SizeFormatError(f'memory_budget={wish!r} is no count of bytes; write a number and a unit, such as "300MB" or "1.5GiB", or a positive int')
     return wish

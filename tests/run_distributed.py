@@ -11,7 +11,7 @@ import torch
 MODES = {
     "plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "on_policy": {"on_policy_fraction": 1.0, "max_new_tokens": 6},
     "minillm": {"objective": "minillm", "rollout_batch": 16, "inner_epochs": 1, "max_new_tokens": 6, "text_weight": 0.5},
-    "answers": {"teacher_answers": True, "max_new_tokens": 6}, "cached": {},
+    "answers": {"teacher_answers": True, "max_new_tokens": 6}, "cached": {}, "stream": {},
     "bridge": {"bridge": "span+vocab", "ce_weight": 0.5, "block_size": 24}, "bridge_hidden": {"bridge": "span", "hidden_weight": 1.0, "block_size": 24},
     "sharded": {}, "sharded_untied": {}, "sharded_hidden": {"hidden_weight": 1.0, "hidden_balance": True},
 }
@@ -34,8 +34,25 @@ def sharded(model, folder):
     return made
 
 
+def held_out(mode, teacher, folder):
+    """Evaluation sets of which no count divides by the batch: the last batches of two processes are filled up with rows that come again."""
+    import tiny
+    from datasets import IterableDataset
+    from test_distill import rows
+
+    from cbd_hub.distill.teacher_cache import write_cache
+
+    if "bridge" in MODES[mode]:
+        return [[{"prompt": text[:9], "completion": text[9 : 12 + index]} for index, text in enumerate(tiny.texts(count, seed=9))] for count in (3, 9, 11)]
+    sets = [rows(count, seed=9) for count in (3, 9, 11)]
+    if mode == "cached":
+        return [write_cache(teacher, held, folder / f"held{len(held)}_{os.environ.get('RANK', '0')}", top_k=24) for held in sets]
+    return [*sets, IterableDataset.from_generator(lambda: iter(sets[-1]))]
+
+
 def main(folder, mode):
     import tiny
+    from datasets import IterableDataset
     from test_distill import rows, student_of
 
     from cbd_hub import ChainDistiller, ChainDistillerConfig
@@ -46,20 +63,23 @@ def main(folder, mode):
     teacher = tiny.llama(tied=not mode.endswith("untied"))
     student, kept = student_of(teacher)
     config = ChainDistillerConfig(
-        str(folder / "out" / mode), max_steps=3, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, learning_rate=1e-2,
+        str(folder / "out" / mode), max_steps=4, per_device_train_batch_size=4 // processes, per_device_eval_batch_size=4 // processes, gradient_accumulation_steps=2, learning_rate=1e-2,
         bf16=False, disable_tqdm=True, save_strategy="no", optim="sgd", lr_scheduler_type="constant", warmup_steps=0, logging_steps=1,
         ddp_backend="gloo" if processes > 1 else None, max_grad_norm=0.0, **MODES[mode],
     )
     student.generation_config.eos_token_id = list(range(4, 60))  # so that what is sampled differs in length
     if mode.startswith("sharded"):
         teacher, student = sharded(teacher, folder / f"{mode}_teacher"), sharded(student, folder / f"{mode}_student")
-    cache = write_cache(teacher, rows(48), folder / f"cache{os.environ.get('RANK', '0')}", top_k=24) if mode == "cached" else None
-    data = [{"text": text} for text in tiny.texts(48)] if config.bridge else rows(48)
+    cache = write_cache(teacher, rows(11), folder / f"cache{os.environ.get('RANK', '0')}", top_k=24) if mode == "cached" else None
+    data = [{"text": text} for text in tiny.texts(11)] if config.bridge else rows(11)  # no multiple of the batch: an epoch's last batches are evened out
+    if mode == "stream":
+        data = IterableDataset.from_generator(lambda: iter(rows(11)))
     trainer = ChainDistiller(
         model=student, teacher=teacher, args=config, train_dataset=data, processing_class=tiny.tokenizer(), kept=kept, teacher_processing_class=tiny.tokenizer(),
         text_dataset=rows(16) if config.text_weight else None, teacher_cache=cache,
     )
     trainer.train()
+    evaluations = [trainer.evaluate(held)["eval_loss"] for held in held_out(mode, teacher, folder)]
     if mode.startswith("sharded") and processes > 1:
         for model in (trainer.model, trainer.teacher):
             assert all(isinstance(parameter, torch.distributed.tensor.DTensor) for parameter in model.parameters())
@@ -68,13 +88,13 @@ def main(folder, mode):
     if trainer.is_world_process_zero():
         torch.save(weights, folder / f"{mode}.pt")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        (folder / f"{mode}.json").write_text(json.dumps({"losses": losses, "processes": trainer.accelerator.num_processes}))
+        (folder / f"{mode}.json").write_text(json.dumps({"losses": losses, "evaluations": evaluations, "processes": trainer.accelerator.num_processes}))
 
 
 if __name__ == "__main__":
     from cbd_hub.distill.wrapping import whole
 
-    for mode in MODES:
+    for mode in sys.argv[2:] or MODES:
         main(Path(sys.argv[1]), mode)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # a process that ends with gloo's threads alive may abort

@@ -44,6 +44,14 @@ def test_one_process_equals_two(runs, mode):
         torch.testing.assert_close(tensor, together[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_evaluation_by_two_processes_counts_no_row_twice(runs, mode):
+    """Of sets that do not divide by the batch, and of a stream."""
+    alone, together = (json.loads((folder / f"{mode}.json").read_text())["evaluations"] for folder in runs)
+    assert len({*alone}) >= 3
+    assert alone == pytest.approx(together, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_accelerate_configurations_are_read(name):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -113,6 +113,22 @@ def test_head_loss_is_the_dense_reference_in_value_and_gradient(name, seed, temp
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(("rows", "vocab"), [(240, 40), (241, 40), (481, 40), (613, 2203), (1, 40)])
+def test_the_blocks_of_a_call_are_the_dense_reference(rows, vocab):
+    """At the sizes that are used: one block exactly, one row more, several with a shorter last one, and few rows at a time within them."""
+    hidden, head, teacher_hidden, teacher_head, labels = tensors(rows, rows, vocab)
+    labels = labels.clamp(min=0)  # so that all rows count
+    leaves = [hidden.requires_grad_(), head.requires_grad_(), torch.randn(vocab, dtype=torch.float64, requires_grad=True)]
+    assert head_module._BLOCK_ROWS["cpu"] == 240
+    assert vocab == 40 or head_module._CACHE_ELEMENTS // vocab < 240
+    value = distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, ce_weight=0.5, temperature=2.0, student_bias=leaves[2])
+    ours = hidden @ head.T + leaves[2]
+    expected = reference("forward_kl", ours, teacher_hidden @ teacher_head.T, 2.0).mean() + 0.5 * F.cross_entropy(ours, labels)
+    torch.testing.assert_close(value, expected)
+    for got, want in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_loss_in_other_dtypes_is_near_the_reference(dtype):
     hidden, head, teacher_hidden, teacher_head, labels = tensors(1, rows=200, vocab=90, hidden=16)

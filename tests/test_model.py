@@ -35,12 +35,12 @@ def same(first, second):
 def test_at_an_anchors_size_it_is_that_anchor_bit_for_bit(chain, options):
     for anchor in anchors(chain):
         stored = AutoModelForCausalLM.from_pretrained(chain / "anchors" / anchor.name)
-        for size in (anchor.parameters, anchor.name, str(anchor.parameters)):
+        for size in (anchor.parameters, anchor.name, str(anchor.parameters), np.int64(anchor.parameters)):
             model = CBDModel.from_chain(chain, size=size, **options)
             assert same(model, stored)
             assert model.config.cbd["strategy"] == "anchor"
-        by_shape = CBDModel.from_chain(chain, shape=anchor.shape, **options)
-        assert same(by_shape, stored)
+        for shape in (anchor.shape, {name: np.int64(value) for name, value in anchor.shape.model_dump().items()}):
+            assert same(CBDModel.from_chain(chain, shape=shape, **options), stored)
 
 
 def test_min_and_max(chain):

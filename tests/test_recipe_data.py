@@ -9,9 +9,11 @@ from conftest import recipe as make_recipe
 from safetensors.torch import load_file
 
 from cbd_hub import CBDModel, distill_chain
+from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.schema import Recipe
-from cbd_hub.distill.stages import read_parts
+from cbd_hub.distill.stages import plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.errors import DataError, RecipeError
+from cbd_hub.weights import read_config
 
 
 SHAPE = {"layers": 2, "ffn": 24}
@@ -118,3 +120,31 @@ def test_a_stream_that_is_all_set_aside_is_said(tmp_path):
     plain = make_recipe(tmp_path, "llama", [SHAPE])
     with pytest.raises(DataError, match="none is left to train on"):
         distill_chain({**plain, "data": {**plain["data"], "streaming": True}}, tmp_path / "chain")
+
+
+def test_the_papers_recipe_is_ready(tmp_path):
+    """The example, with models and data sets of this machine in the place of those of the Hub, passes every check that comes before training."""
+    example = Recipe.read(Path(__file__).parent.parent / "examples" / "paper_minillm.yaml").model_dump(exclude_none=True)
+    shapes = {"gpt2-xl": (4, 64, 128), "gpt2-large": (4, 48, 96), "gpt2-medium": (3, 32, 64), "gpt2": (2, 16, 32)}
+    for name, (layers, hidden, ffn) in shapes.items():
+        tiny.save(tiny.gpt2(layers=layers, hidden=hidden, heads=hidden // 8, ffn=ffn, n_positions=1024), tmp_path / name)
+
+    def local(name):
+        return str(tmp_path / name.split("/")[-1])
+
+    (tmp_path / "side.txt").write_text("\n\n".join(tiny.texts(200)))
+    made = {
+        **example, "teacher": local(example["teacher"]), "anchors": [{"checkpoint": local(anchor["checkpoint"])} for anchor in example["anchors"]],
+        "data": {**example["data"], "path": prompts(tmp_path / "dolly.jsonl")}, "text_data": {"path": str(tmp_path / "side.txt")},
+    }
+    read = Recipe.parse(made)
+    teacher = Path(read.teacher)
+    stages = plan_stages(read, teacher, read_config(teacher))
+    rows = {stage.name: stage_rows(read, stage.anchor, read_parts(read)) for stage in stages}
+    check_stages(read, stages, read_config(teacher), rows, stage_tokenizers(stages, tiny.tokenizer()))
+    args = stages[0].config(str(tmp_path / "out"))
+    assert [stage.checkpoint for stage in stages] == [local(name) for name in list(shapes)[1:]]
+    assert (args.objective, args.divergence, args.rollout_batch, args.inner_epochs, args.max_steps, args.max_new_tokens) == ("minillm", "reverse_kl", 256, 4, 5000, 512)
+    assert (args.teacher_mix, args.ratio_clip, args.length_normalised, args.text_weight, args.learning_rate) == (0.2, 0.2, True, 1.0, 5e-6)
+    assert args.train_batch_size * args.gradient_accumulation_steps == 64
+    assert all(text is not None for _, text in rows.values())

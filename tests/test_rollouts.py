@@ -1,5 +1,6 @@
 """Where the student's tokens come from: sampling, on-policy steps, MiniLLM's rollout batches, the teacher's answers."""
 
+import dataclasses
 import json
 import math
 
@@ -387,6 +388,27 @@ def test_prompts_are_whole_whatever_the_block_size(tmp_path):
     answered = sampler_for("llama", tmp_path / "b", Dataset.from_dict({"prompt": asked}), teacher_answers=True, max_new_tokens=3, max_steps=1)
     answered.train()
     assert sorted(answered.train_dataset["prompt"]) == sorted(asked)
+
+
+@pytest.mark.parametrize("options", [MINILLM, {"teacher_answers": True}])
+def test_answers_end_where_either_model_has_no_position_left(family, tmp_path, caplog, options):
+    """Also those of a teacher with more positions than the student; prompts that fill them all are left out, before training, and the log says both."""
+    student, teacher = tiny.FAMILIES[family](layers=2, seed=3), tiny.FAMILIES[family](**{"n_positions" if family == "gpt2" else "max_position_embeddings": 512})
+    asked = [{"input_ids": [5 + index] * length, "labels": [-100] * (length - 1) + [7]} for index, length in enumerate([250] * 15 + [300, 10])]
+    config = ChainDistillerConfig(
+        str(tmp_path), max_steps=1, bf16=False, disable_tqdm=True, save_strategy="no", per_device_train_batch_size=16, **{**options, "max_new_tokens": 20},
+    )
+    trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=Dataset.from_list(asked), processing_class=tiny.tokenizer())
+    trainer.train()
+    said = [rollout.row for rollout in trainer._rollouts[1]] if trainer._rollouts else list(trainer.train_dataset)
+    assert len(said) == 16
+    assert max(len(row["input_ids"]) for row in said) == 256
+    assert max(sum(label != -100 for label in row["labels"]) for row in said) == 20
+    assert "1 of 17 prompts fill the models' 256 positions and are left out" in caplog.text
+    assert "behind 15 of 17 prompts the models' 256 positions leave less room than max_new_tokens" in caplog.text
+    full = Dataset.from_list([{"input_ids": [5] * 300, "labels": [-100] * 299 + [7]}] * 16)
+    with pytest.raises(DataError, match="every prompt fills the models' 256 positions"):
+        ChainDistiller(model=student, teacher=teacher, args=dataclasses.replace(config, output_dir=str(tmp_path / "b")), train_dataset=full, processing_class=tiny.tokenizer()).train()
 
 
 def test_text_has_a_cross_entropy_and_a_count_of_its_own(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -93,7 +94,7 @@ def test_an_exact_shape_is_the_model_sliced(source):
     ours, theirs = model.get_parameter(rows), whole.get_parameter(rows)
     assert len(ours) == 80
     assert all((theirs == row).reshape(len(theirs), -1).all(1).any() for row in ours)
-    filled = CBDModel.from_pretrained(source, int(0.8 * size_of(source)), shape={"layers": 5}, calibration=TEXTS)
+    filled = CBDModel.from_pretrained(source, np.int64(0.8 * size_of(source)), shape={"layers": np.int32(5)}, calibration=TEXTS)
     assert filled.config.num_hidden_layers == 5
     assert abs(filled.num_parameters() - int(0.8 * size_of(source))) <= 0.005 * size_of(source)
 

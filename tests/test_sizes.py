@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,9 +7,10 @@ from cbd_hub.errors import SizeError
 from cbd_hub.sizes import format_bytes, format_size, matches, parse_size
 
 
-@pytest.mark.parametrize(("text", "parameters"), [("138M", 138_000_000), ("1.1B", 1_100_000_000), ("54K", 54_000), ("54k", 54_000), (" 7 M ", 7_000_000), ("12", 12), (5, 5)])
+@pytest.mark.parametrize(("text", "parameters"), [("138M", 138_000_000), ("1.1B", 1_100_000_000), ("54K", 54_000), ("54k", 54_000), (" 7 M ", 7_000_000), ("12", 12), (5, 5), (np.int64(7), 7)])
 def test_sizes_are_read(text, parameters):
     assert parse_size(text) == parameters
+    assert type(parse_size(text)) is int
 
 
 @pytest.mark.parametrize("wrong", ["138Q", "", "M", "-3M", "0", "0M", "1e6", "nan", "inf", "1.5.2M", "٣M" * 20, "9" * 50 + "T", 0, -1, True, 1.5, None])

@@ -20,9 +20,11 @@ from huggingface_hub import DatasetCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.torch import load_file, save_file
 from test_cli import run
 from test_distill import resumed as resumed_live
 from test_distill import rows as masked_rows
+from transformers import AutoModelForCausalLM
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig, distill_chain
 from cbd_hub.distill.cache_record import CacheRecord
@@ -262,6 +264,24 @@ def test_bf16_files_and_their_fp32_load_are_one_teacher(tmp_path):
     assert cache.record.source.teacher.dtype == "bfloat16"
     cache.check(teacher=tiny.llama().bfloat16().float())
     assert write(tmp_path / "d", tiny.llama(), dtype=torch.bfloat16).record.source.teacher.dtype == "bfloat16"
+
+
+def test_a_teacher_in_several_files_is_the_same_teacher(family, tmp_path):
+    """However its weights are spread over files; and another one as soon as one number in one file differs."""
+    teacher = tiny.FAMILIES[family]()
+    cache = write(tmp_path / "c", teacher)
+    teacher.save_pretrained(tmp_path / "one")
+    teacher.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 3
+    for name in ("one", "many"):
+        cache.check(teacher=AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    tensors = load_file(shards[-1])
+    key = min(tensors)
+    tensors[key].view(-1)[-1] += 1e-3
+    save_file(tensors, shards[-1], metadata={"format": "pt"})
+    with pytest.raises(DataError, match="another teacher"):
+        cache.check(teacher=AutoModelForCausalLM.from_pretrained(tmp_path / "many"))
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
-from cbd_hub.distill.rollouts import prompts_of
+from cbd_hub.distill.rollouts import positions_of, prompts_of
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
 from cbd_hub.interpolation.live import Output
@@ -120,10 +120,13 @@ class Bridge:
                 except DataError as error:
                     raise DataError(f"row {number:,}: the teacher's tokenizer: {error}") from error
                 read.append(({"input_ids": tokens.ids, "labels": tokens.labels}, row))
-        args = self.args
-        read = [(tokens, row) for tokens, row in read if prompts_of(tokens, args.max_new_tokens, args.prompt_share)]
-        self._asked = [row for _, row in read]
-        return Dataset.from_list([tokens for tokens, _ in read])
+        args, positions = self.args, positions_of(model)
+        asked = [(prompt, tokens, row) for tokens, row in read for prompt in prompts_of(tokens, args.max_new_tokens, args.prompt_share)]
+        fit = [entry for entry in asked if positions is None or len(entry[0].ids) < positions]
+        if len(fit) < len(asked):
+            logger.warning("%d of %d prompts fill the teacher's %d positions and are left out", len(asked) - len(fit), len(asked), positions)
+        self._asked = [row for *_, row in fit]
+        return Dataset.from_list([tokens for _, tokens, _ in fit])
 
     def answered(self, answers: Any) -> list[dict[str, Any]]:
         """The teacher's answers to `prompts` as rows of text.

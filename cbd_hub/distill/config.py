@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -109,6 +110,9 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if self.teacher_cache is not None:
             self.check_cached()
         super().__post_init__()
+        config: Any = self.accelerator_config
+        if config.dispatch_batches is None:
+            config.dispatch_batches = False  # the first process cannot hand out batches whose rows differ in length
 
     def _set_bridge(self) -> None:
         """Give the fields the values that go with a bridge.

@@ -128,7 +128,7 @@ class ChainDistiller(SamplingTrainer):
         super().__init__(
             model=model, args=args,
             train_dataset=self._set_up_sampling(
-                args, *(with_tokens(rows, processing_class, args, model) for rows in (unpacked(train_dataset, processing_class, args), text_dataset))
+                args, teacher, *(with_tokens(rows, processing_class, args, model) for rows in (unpacked(train_dataset, processing_class, args), text_dataset))
             ),
             eval_dataset=with_tokens(eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
         )

@@ -16,21 +16,35 @@ from datasets import Dataset
 from transformers import set_seed
 
 from cbd_hub import shapes
+from cbd_hub.cut import mixes
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.data import Parts
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.schema import Recipe
-from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
+from cbd_hub.distill.stages import (
+    CALIBRATION_TOKENS,
+    Stage,
+    calibration_of,
+    plan_stages,
+    read_parts,
+    stage_rows,
+    stage_tokenizers,
+)
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.hub import resolve_checkpoint
-from cbd_hub.interpolation.live import best_device
+from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
 from cbd_hub.losses.head import block_bytes
 from cbd_hub.manifest import Shape
+from cbd_hub.measure import ORDER_TOKENS, ORDER_TRIALS, SHARES
 from cbd_hub.weights import load_tokenizer, model_class, read_config
 
 
 _DEEP = 5  # layers of the deeper trial
-_REPEATS = 3
+_REPEATS = 5
+_NARROW = 256  # tokens of the vocabulary where layers are timed: a whole head would hide them
+_SAMPLE = 2**24  # numbers written to see how fast checkpoints are
+_ROAD = 11  # trials at each of the sizes where a segment is measured, about
 # What a trial leaves out: it has other layers than the teacher, and no text or prompts.
 _PLAIN = {
     "path_fraction": 0.0, "hidden_weight": 0.0, "hidden_balance": False, "hidden_layers": None, "on_policy_fraction": 0.0, "objective": "divergence",
@@ -49,7 +63,8 @@ class StageCost:
         steps: Optimiser steps.
         tokens: Tokens of all steps, at most.
         memory: Peak bytes: weights, gradients and optimiser state of the student, the teacher, activations and the loss head.
-        seconds: Time of all steps, without cutting and measuring.
+        training: Seconds of all steps, with clipping, optimiser and checkpoints.
+        measuring: Seconds of cutting, evaluating, and of the order, road and curve of the segment above.
     """
 
     anchor: str
@@ -58,14 +73,21 @@ class StageCost:
     steps: int
     tokens: int
     memory: int
-    seconds: float
+    training: float
+    measuring: float
+
+    @property
+    def seconds(self) -> float:
+        """All of the stage."""
+        return self.training + self.measuring
 
 
 def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None, *, parts: Parts | None = None) -> list[StageCost]:
     """Estimate every stage of a recipe without training.
 
     A step of the stage's own kind and batch is timed with models of its width, random weights and one or five layers, on this machine; time
-    and activations grow linearly in layers from there. Steps on the path, the hidden-state term, a bridge's second tokenisation, generation and saving are not counted.
+    and activations grow linearly in layers from there, and so do the forward passes by which a cut is chosen and a segment measured. Steps on the path,
+    the hidden-state term, a bridge's second tokenisation and generation are not counted.
 
     Args:
         recipe: The recipe.
@@ -117,30 +139,74 @@ def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
         teacher = copy.deepcopy(teacher)
         teacher.vocab_size = student.vocab_size
     plain = dataclasses.replace(stage, arguments={**stage.arguments, **_PLAIN})
-    base = _trial(plain, student, teacher, 1, 1)
     cached = "teacher_cache" in stage.arguments
-    deep, tall = min(_DEEP, layers), 1 if cached else min(_DEEP, above)
-    seconds, saved = base
-    if deep > 1:
-        further = _trial(plain, student, teacher, deep, 1)
-        seconds += max(further[0] - base[0], 0.0) * (layers - 1) / (deep - 1)
-        saved += (further[1] - base[1]) * (layers - 1) // (deep - 1)
-    if tall > 1:
-        seconds += max(_trial(plain, student, teacher, 1, tall)[0] - base[0], 0.0) * (above - 1) / (tall - 1)
-    size = shapes.parameter_count(student)
+    whole = _trial(plain, student, teacher, 1, 1)
+    narrow = [_with_vocabulary(config, min(_NARROW, student.vocab_size)) for config in (student, teacher)]
+    deep, tall = min(_DEEP, layers), min(_DEEP, above)
+    one = _trial(plain, *narrow, 1, 1)
+    ours = one if deep == 1 else _trial(plain, *narrow, deep, 1)
+    theirs = one if tall == 1 else _trial(plain, *narrow, 1, tall)
+
+    def rise(further: float, first: float, extra: int, depth: int) -> float:
+        return max(further - first, 0.0) * extra / max(depth - 1, 1)
+
+    step = whole.step + rise(ours.step, one.step, layers - 1, deep) + (0.0 if cached else rise(theirs.step, one.step, above - 1, tall))
+    saved = whole.saved + (ours.saved - one.saved) * (layers - 1) // max(deep - 1, 1)
+    forward = whole.forward + rise(theirs.forward, one.forward, above - 1, tall)  # of the teacher, in seconds a token
+    size, taught = shapes.parameter_count(student), shapes.parameter_count(teacher)
     with tempfile.TemporaryDirectory() as folder:
         args = stage.config(folder)
     weights = 16 * size  # fp32 weights, gradients, two Adam moments
     if not cached:
-        weights += (6 if args.bf16 else 4) * shapes.parameter_count(teacher)  # also in bf16
+        weights += (6 if args.bf16 else 4) * taught  # also in bf16
     tokens = args.train_batch_size * args.gradient_accumulation_steps * args.block_size
-    return StageCost(
-        stage.name, shapes.shape_of(student), size, args.max_steps, tokens * args.max_steps, weights + saved, seconds * args.max_steps
-    )
+    saves = 0 if args.save_strategy == "no" else -(-args.max_steps // max(int(args.save_steps), 1))
+    writing = (3 * saves + 1) * size / _written_a_second()
+    measuring = forward * _tokens_measured(stage, student, teacher)
+    return StageCost(stage.name, shapes.shape_of(student), size, args.max_steps, tokens * args.max_steps, weights + saved, step * args.max_steps + writing, measuring)
 
 
-def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) -> tuple[float, int]:
-    """Seconds of an optimiser step with models of a few layers, and bytes kept for the backward pass of a micro-batch, the loss head's blocks with them."""
+def _with_vocabulary(config: Any, size: int) -> Any:
+    """A config of a vocabulary without special tokens."""
+    config = copy.deepcopy(config)
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = size, None, None, None
+    return config
+
+
+def _tokens_measured(stage: Stage, student: Any, teacher: Any) -> int:
+    """Tokens of all forward passes that choose a cut and measure what is above the anchor, the teacher's counted whole and those of smaller models as much smaller."""
+    share = shapes.parameter_count(student) / shapes.parameter_count(teacher)
+    passes = 1.0 + share  # importance, and the anchor's loss
+    if stage.checkpoint is None:
+        passes += share * (1 if stage.shape is not None else len(mixes(stage.size or 0, teacher)) + 2)
+    if stage.bridged:
+        return round(CALIBRATION_TOKENS * passes)
+    middle = (1 + share) / 2
+    passes += 1 + share + middle * len(SHARES) * (_ROAD + 1)
+    dropped = shapes.shape_of(teacher).layers - shapes.shape_of(student).layers
+    trials = 0 if dropped < 2 else min(2**dropped - 2, ORDER_TRIALS)
+    return round(CALIBRATION_TOKENS * passes + trials * ORDER_TOKENS * (1 + middle))
+
+
+def _written_a_second() -> float:
+    """Numbers of fp32 that a checkpoint's files take in a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        torch.save(torch.zeros(_SAMPLE), f"{folder}/sample")
+        return _SAMPLE / (time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Seconds of an optimiser step, bytes kept for the backward pass of a micro-batch with the loss head's blocks, seconds of the teacher's forward pass a token."""
+
+    step: float
+    saved: int
+    forward: float
+
+
+def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) -> _Trial:
+    """A few steps with models of a few layers."""
     set_seed(0)
     models = []
     for config, depth in ((student, layers), (teacher, above)):
@@ -151,7 +217,8 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
         rows = torch.randint(0, student.vocab_size, (args.train_batch_size, args.block_size)).tolist()
         dataset: Any = Dataset.from_list([{"input_ids": row} for row in rows])
         if args.teacher_cache is not None:  # one of the same width, of this teacher's
-            dataset = write_cache(models[1], dataset, f"{folder}/cache", top_k=TeacherCache.open(args.teacher_cache).codec.top_k)
+            top_k = min(TeacherCache.open(args.teacher_cache).codec.top_k, student.vocab_size - 1)
+            dataset = write_cache(models[1], dataset, f"{folder}/cache", top_k=top_k)
         trainer = ChainDistiller(model=models[0], teacher=models[1], args=args, train_dataset=dataset)
         if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
             models[0].gradient_checkpointing_enable()
@@ -160,14 +227,19 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
         items = torch.tensor(batch["input_ids"].numel() * args.gradient_accumulation_steps, device=args.device)
         models[0].train()
 
-        def step(parts: int) -> None:
+        def step(parts: int = args.gradient_accumulation_steps) -> None:
             for _ in range(parts):
                 trainer.compute_loss(models[0], batch, num_items_in_batch=items).backward()
+            if args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(models[0].parameters(), args.max_grad_norm)
             assert trainer.optimizer is not None
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
-            _wait()
 
+        def forward() -> None:
+            document_losses(ModelRunner(models[1]), documents)
+
+        documents = Documents([torch.tensor(row) for row in rows], [1] * len(rows))
         kept: dict[int, int] = {}
         own = {parameter.untyped_storage().data_ptr() for model in models for parameter in model.parameters()}
 
@@ -179,14 +251,20 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             step(1)
-        times = []
-        for _ in range(_REPEATS):
-            began = time.perf_counter()
-            step(args.gradient_accumulation_steps)
-            times.append(time.perf_counter() - began)
-    return statistics.median(times), sum(kept.values()) + block_bytes(student.vocab_size, models[0].device, torch.bfloat16 if args.bf16 else torch.float32)
+        seconds = _seconds(step)
+        with frozen(models[1]):
+            ahead = _seconds(forward)
+    blocks = block_bytes(student.vocab_size, models[0].device, torch.bfloat16 if args.bf16 else torch.float32)
+    return _Trial(seconds, sum(kept.values()) + blocks, ahead / batch["input_ids"].numel())
 
 
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _seconds(act: Callable[[], None]) -> float:
+    """Seconds that something takes: the median of a few times."""
+    times = []
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        act()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)

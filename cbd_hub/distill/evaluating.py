@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import IGNORED, next_tokens, packed_dataset
 from cbd_hub.distill.saving import AnchorTrainer
+from cbd_hub.distill.sharing import Filled, without_rows
 from cbd_hub.errors import DataError
 from cbd_hub.shapes import check_positions
 
@@ -33,20 +35,25 @@ class EvaluatingTrainer(AnchorTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of a batch; logits are never formed."""
-        inputs = {**inputs, "labels": self._without_repeats(inputs["labels"])}
+        inputs = self._without_repeats(inputs)
         kept = int((next_tokens(inputs["labels"]) != IGNORED).sum())
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=1)
         self._summed = self._summed[0] + float(loss), self._summed[1] + kept
         return loss / max(kept, 1), None, None
 
-    def _without_repeats(self, labels: Tensor) -> Tensor:
-        """Labels of a batch without those of rows that come again, which even out the last batches of several processes."""
+    def _without_repeats(self, batch: Any) -> Any:
+        """A batch in which rows that come again do not count: they even out the last batches of several processes."""
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return labels
-        new = max(0, state.remainder - self.accelerator.process_index * len(labels))
-        return torch.cat([labels[:new], torch.full_like(labels[new:], IGNORED)])
+            return batch
+        return without_rows(batch, max(0, state.remainder - self.accelerator.process_index * len(batch["labels"])))
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        """Batches; of a stream every process reads all and takes its rows, so that they may differ in length."""
+        if self.args.world_size > 1 and isinstance(dataset, IterableDataset):
+            dataset = Filled(dataset, batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate.

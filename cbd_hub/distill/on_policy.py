@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,9 @@ from cbd_hub.distill.rollouts import (
     Sampling,
     batch_prompts,
     end_tokens,
+    fitting,
     generate,
+    positions_of,
     prompts_of,
     rollout_tensors,
     rollouts_from,
@@ -40,6 +43,8 @@ from cbd_hub.interpolation.live import ModelRunner, Output
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.losses.policy import length_normalised, minillm_loss, rewards_to_go
 
+
+logger = logging.getLogger(__name__)
 
 ROLLOUTS = "rollouts.safetensors"
 
@@ -75,6 +80,7 @@ class SamplingTrainer(EvaluatingTrainer):
     bridge: Any = None
     _student: Any
     _vocab_size: int | None
+    _positions: int | None = None  # most tokens that both models can read, or one where the other never reads the same row
     _prompts: Sequence[Prompt] = ()
     _text: Any = None
     _rollouts: tuple[int, list[Rollout]] | None = None  # of which rollout batch, and its responses
@@ -82,17 +88,23 @@ class SamplingTrainer(EvaluatingTrainer):
 
     # -- data ----------------------------------------------------------------------------------------------------------------
 
-    def _set_up_sampling(self, args: ChainDistillerConfig, dataset: Any, text: Any) -> Any:
+    def _set_up_sampling(self, args: ChainDistillerConfig, teacher: Any, dataset: Any, text: Any) -> Any:
         """The data set that the Trainer is to walk; MiniLLM's prompts and text are kept aside.
+
+        A response ends where the models have no position left, and the log says so.
 
         Raises:
             ArgumentError: If the arguments do not go with each other or with the data.
             DataError: If the data is a stream where it cannot be, or has no prompt.
         """
         check_sources(args, dataset, text)
+        if teacher is not None:
+            self._positions = positions_of(teacher) if self.bridge is not None else positions_of(self._student, teacher)
+        if args.on_policy_fraction and self._positions is not None and args.block_size + args.max_new_tokens > self._positions:
+            logger.info("completions end where prompt and completion fill the models' %d positions", self._positions)
         if not args.is_minillm or dataset is None:
             return dataset
-        self._prompts, self._text = _all_prompts(dataset, args), text
+        self._prompts, self._text = _all_prompts(dataset, args, self._positions), text
         return Ticks(max(1, len(self._prompts) // args.rollout_batch) * args.inner_epochs * args.rollout_batch)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -112,7 +124,7 @@ class SamplingTrainer(EvaluatingTrainer):
             tokenizer = self.processing_class if self.bridge is None else self.bridge.teacher
             with self.accelerator.autocast():
                 answers = teacher_answers(
-                    teacher, _all_prompts(self.train_dataset, config), Path(config.output_dir) / "answers", self._sampling(0.0, teacher, tokenizer=tokenizer),
+                    teacher, _all_prompts(self.train_dataset, config, self._positions), Path(config.output_dir) / "answers", self._sampling(0.0, teacher, tokenizer=tokenizer),
                     seed=config.seed, tokenizer=tokenizer, process=(config.process_index, config.world_size), wait=self.accelerator.wait_for_everyone,
                 )
             self.train_dataset = answers if self.bridge is None else with_tokens(self.bridge.answered(answers), self.processing_class, config, self._student)
@@ -122,7 +134,8 @@ class SamplingTrainer(EvaluatingTrainer):
         args: ChainDistillerConfig = self.args
         tokenizer = tokenizer or self.processing_class
         return Sampling(
-            end_tokens(tokenizer, *models), getattr(tokenizer, "pad_token_id", None) or 0, teacher_mix, args.sampling_temperature, self._vocab_size, args.generation_batch_size
+            end_tokens(tokenizer, *models), getattr(tokenizer, "pad_token_id", None) or 0, teacher_mix, args.sampling_temperature, self._vocab_size,
+            args.generation_batch_size, self._positions,
         )
 
     @property
@@ -137,6 +150,7 @@ class SamplingTrainer(EvaluatingTrainer):
         """The batches of an optimiser step, sampled where it is that step's turn, and the number of their kept tokens."""
         args: ChainDistillerConfig = self.args
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        batches[-1:] = [self._without_repeats(batch) for batch in batches[-1:]]
         if args.is_minillm:
             batches = self._policy_batches(len(batches), device)
         elif args.on_policy_fraction and random.Random(f"{args.seed} on-policy {self.state.global_step}").random() < args.on_policy_fraction:
@@ -314,8 +328,8 @@ def _nothing(row: Any) -> Any:
     return "" if isinstance(row.get("prompt"), (str, type(None))) else [{"role": "assistant", "content": ""}]
 
 
-def _all_prompts(dataset: Any, args: ChainDistillerConfig) -> list[Prompt]:
-    """The prompts of a data set.
+def _all_prompts(dataset: Any, args: ChainDistillerConfig, positions: int | None) -> list[Prompt]:
+    """The prompts of a data set behind which an answer fits.
 
     Raises:
         DataError: If there is none.
@@ -323,7 +337,7 @@ def _all_prompts(dataset: Any, args: ChainDistillerConfig) -> list[Prompt]:
     prompts = [prompt for row in dataset for prompt in prompts_of(row, args.max_new_tokens, args.prompt_share)]
     if not prompts:
         raise DataError("the training data has no prompt that anything could follow; give prompts with completions, chats, or text")
-    return prompts
+    return fitting(prompts, positions)
 
 
 def _policy_batch(rollouts: Sequence[Rollout], pad: int, normalised: bool) -> dict[str, Any]:

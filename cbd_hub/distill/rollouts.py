@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -20,6 +21,8 @@ from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.interpolation.live import frozen
 from cbd_hub.losses.head import widest
 
+
+logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -108,6 +111,38 @@ def batch_prompts(batch: Mapping[str, Tensor], max_new_tokens: int, prompt_share
     ]
 
 
+def positions_of(*models: Any) -> int | None:
+    """Most tokens of a row that all of these models can read; None where no config names a number."""
+    return min((limit for model in models if (limit := getattr(model.config, "max_position_embeddings", None))), default=None)
+
+
+def fitting(prompts: Sequence[Prompt], positions: int | None) -> list[Prompt]:
+    """The prompts that leave room for an answer, with no more room than there are positions; the log says what was left out or cut short.
+
+    Args:
+        prompts: Prompts.
+        positions: Most tokens of prompt and answer together; None for no bound.
+
+    Raises:
+        DataError: If there is none.
+
+    Example:
+        >>> fitting([Prompt([5, 6], 16), Prompt([5] * 9, 16)], 9)
+        [Prompt(ids=[5, 6], room=7)]
+    """
+    if positions is None:
+        return list(prompts)
+    fit = [dataclasses.replace(prompt, room=min(prompt.room, positions - len(prompt.ids))) for prompt in prompts if len(prompt.ids) < positions]
+    if len(fit) < len(prompts):
+        logger.warning("%d of %d prompts fill the models' %d positions and are left out", len(prompts) - len(fit), len(prompts), positions)
+    if prompts and not fit:
+        raise DataError(f"every prompt fills the models' {positions:,} positions, and no answer fits behind it; shorten the prompts")
+    short = sum(prompt.room > positions - len(prompt.ids) for prompt in prompts) - (len(prompts) - len(fit))
+    if short:
+        logger.warning("behind %d of %d prompts the models' %d positions leave less room than max_new_tokens; answers end there", short, len(prompts), positions)
+    return fit
+
+
 # -- sampling ----------------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +181,7 @@ class Sampling:
         temperature: Of the distributions that are drawn from; 0 takes the likeliest token.
         vocab_size: Rows of the heads that are real tokens; None for all.
         batch_size: Prompts answered at once.
+        positions: Most tokens of prompt and response together; None for as many as the models that draw can read.
     """
 
     ends: Sequence[int]
@@ -154,6 +190,7 @@ class Sampling:
     temperature: float = 1.0
     vocab_size: int | None = None
     batch_size: int = 32
+    positions: int | None = None
 
 
 def generate(model: Any, prompts: Sequence[Prompt], keys: Sequence[str], sampling: Sampling, *, teacher: Any = None) -> list[Rollout]:
@@ -183,7 +220,8 @@ def generate(model: Any, prompts: Sequence[Prompt], keys: Sequence[str], samplin
     if not sampling.temperature >= 0.0 or sampling.batch_size < 1:
         raise ArgumentError(f"temperature={sampling.temperature} and batch_size={sampling.batch_size}; give a temperature of 0 or more and a batch of 1 or more")
     models = [model] if teacher is None else [model, teacher]
-    roomy = [_fitted(prompt, models) for prompt in prompts]
+    most = min((limit for limit in (sampling.positions, positions_of(*models)) if limit is not None), default=None)
+    roomy = [_fitted(prompt, most) for prompt in prompts]
     order = sorted(range(len(roomy)), key=lambda index: len(roomy[index].ids))  # little padding
     found: dict[int, Rollout] = {}
     with frozen(*models):
@@ -193,9 +231,8 @@ def generate(model: Any, prompts: Sequence[Prompt], keys: Sequence[str], samplin
     return [found[index] for index in range(len(roomy))]
 
 
-def _fitted(prompt: Prompt, models: Sequence[Any]) -> Prompt:
-    """The prompt with no more room than the models have positions."""
-    most = min((limit for model in models if (limit := getattr(model.config, "max_position_embeddings", None))), default=None)
+def _fitted(prompt: Prompt, most: int | None) -> Prompt:
+    """The prompt with no more room than there are positions."""
     room = prompt.room if most is None else min(prompt.room, most - len(prompt.ids))
     if not prompt.ids or room < 1:
         raise DataError(f"a prompt of {len(prompt.ids):,} tokens leaves room for {max(room, 0)} more of {most or 'any number of'} positions; shorten the prompts, or drop empty ones")

@@ -24,7 +24,8 @@ class SamplingArguments:
         on_policy_fraction: Share of the optimiser steps taken on the student's own completions, 0 to 1; without cross-entropy there.
         teacher_answers: Train on the teacher's answers to the prompts instead of the data's own (sequence-level distillation,
             https://huggingface.co/papers/1606.07947); they are drawn once and kept in the output folder.
-        max_new_tokens: Most tokens of a response; of plain text, no more than were left out of the prompt.
+        max_new_tokens: Most tokens of a response; of plain text, no more than were left out of the prompt, and never more than both models have positions:
+            the log says where a response ends earlier or a prompt is left out for that.
         sampling_temperature: Of the distributions that are drawn from; 0 takes the likeliest token.
         prompt_share: Of data without prompts, the share of each block that is the prompt.
         generation_batch_size: Prompts a process answers at once.

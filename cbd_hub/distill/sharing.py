@@ -1,0 +1,52 @@
+"""Rows divided among processes: what evens out their last batches is there, and does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from cbd_hub.distill.packing import IGNORED
+
+
+_COUNTS = {"labels": IGNORED, "spans": -1, "teacher_spans": -1}  # what says that tokens count, and the value that says they do not
+
+
+def without_rows(batch: Mapping[str, Any], first: int) -> dict[str, Any]:
+    """A batch in which the rows from ``first`` on do not count.
+
+    Example:
+        >>> without_rows({"input_ids": torch.tensor([[5], [6]]), "labels": torch.tensor([[5], [6]])}, 1)["labels"].tolist()
+        [[5], [-100]]
+    """
+    found = {name: torch.cat([batch[name][:first], torch.full_like(batch[name][first:], value)]) for name, value in _COUNTS.items() if name in batch}
+    return {**batch, **found}
+
+
+class Filled(IterableDataset[dict[str, Any]]):
+    """A stream that ends with rows that do not count, up to a multiple of rows: processes that share it would otherwise read its first rows again.
+
+    Args:
+        stream: Rows.
+        multiple: Rows that all processes take at once.
+    """
+
+    def __init__(self, stream: Any, multiple: int) -> None:
+        self._stream, self._multiple = stream, multiple
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        count, first = 0, None
+        for row in self._stream:
+            first = first or row
+            count += 1
+            yield row
+        for _ in range(-count % self._multiple if first else 0):
+            assert first is not None
+            yield {**first, **{name: [value] * len(first.get(name, first["input_ids"])) for name, value in _COUNTS.items() if name in first or name == "labels"}}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the stream which epoch comes."""
+        if hasattr(self._stream, "set_epoch"):
+            self._stream.set_epoch(epoch)
