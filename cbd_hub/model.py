@@ -339,7 +339,7 @@ def _load_plan(
     dtype = weight_dtype(arguments.pop("dtype", None), dtype)
     if arguments.get("generation_config") is None:
         arguments["generation_config"] = generation()
-    state = lazy_state_dict(plan, read, stored_shapes(config), dtype)
+    state = lazy_state_dict(plan, read, stored_shapes(config), dtype, mapped=not arguments.pop("disable_mmap", False))
     with LOADING:
         model, info = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
