@@ -4,7 +4,7 @@
 
 In memory, page cache warm, a blend of the chain and a patch of random weights: `CBDModel.from_chain` of an in-between size against transformers'
 ``from_pretrained`` of that model saved on disk, which maps files and reads nothing yet; and both followed by one sum over every weight, after which both
-models have been read. ``floor`` allocates and fills as many bytes as the blend has, and does no more. On disk, whole commands and imports apart: a blend
+models have been read. On disk, whole commands and imports apart: a blend
 against mergekit's ``linear`` of two checkpoints of that very size, and a patch against its ``passthrough``. Time against size on chains of random weights in
 bf16; ``--hidden 640,832,1088,1344,2816`` goes to 2B (30 GB of disk, 16 GB of memory). Runs take turns; medians of wall time and of CPU time. Other work on the
 machine stretches the first and hardly the second. mergekit (0.1.5) has a Python of its own:
@@ -69,11 +69,9 @@ def touched(model: Any) -> None:
 def in_memory(chain: object, saved: Path, repeats: int, **wish: Any) -> Seconds:
     """Seconds to a model in memory."""
     load = AutoModelForCausalLM.from_pretrained
-    elements = sum(parameter.numel() for parameter in load(saved, dtype="auto").parameters())
     return in_turns({
         "from_chain": lambda: CBDModel.from_chain(chain, **wish), "from_pretrained": lambda: load(saved, dtype="auto"),
         "from_chain, touched": lambda: touched(CBDModel.from_chain(chain, **wish)), "from_pretrained, touched": lambda: touched(load(saved, dtype="auto")),
-        "floor": lambda: torch.empty(elements).fill_(1.0),
     }, repeats)
 
 
@@ -187,7 +185,7 @@ def main() -> None:
         work = Path(folder)
         plan = CBDModel.materialize(options.chain, options.size, strategy="blend", output_dir=work / "saved")
         patched = random_chain(work, 768, (24, 12))
-        patch = {"size": middle_of(patched), "strategy": "patch"}
+        patch: dict[str, Any] = {"size": middle_of(patched), "strategy": "patch"}
         found = CBDModel.materialize(work / "chain768", **patch, output_dir=work / "patched")
         results["parameters"] = {"blend": plan.parameters, "patch": found.parameters}
         results["memory"] = {

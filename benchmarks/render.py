@@ -123,12 +123,10 @@ def loading(data: dict[str, Any]) -> str:
             f"`from_chain` by {name}, {format_size(data['parameters'][name])}", f"{found['from_chain']['wall']:.2f}",
             *(f"{found['from_chain'][kind] / base[kind]:.1f}x" for kind in ("wall", "cpu")),
             *(f"{found['from_chain, touched'][kind] / found['from_pretrained, touched'][kind]:.1f}x" for kind in ("wall", "cpu")),
-            f"{found['floor']['cpu'] / base['cpu']:.1f}x",
         ])
-    head = ["fp32, page cache warm", "seconds", "to from_pretrained", "its CPU time", "both, then every weight read", "its CPU time", "floor, CPU time"]
+    head = ["fp32, page cache warm", "seconds", "to from_pretrained", "its CPU time", "both, then every weight read", "its CPU time"]
     lines = [
-        "`from_pretrained` maps files and reads nothing; a patch's tensors are mapped as well, a blend's have to be made, and filling as many bytes with ones, the "
-        "floor, already takes the share in the last column."
+        "`from_pretrained` maps files and reads nothing; a patch's tensors are mapped as well, a blend's have to be read and made."
     ]
     for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
         if "disk" in data:
