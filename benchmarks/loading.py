@@ -66,7 +66,7 @@ def touched(model: Any) -> None:
         parameter.detach().sum()
 
 
-def in_memory(chain: object, saved: Path, repeats: int, **wish: Any) -> Seconds:
+def in_memory(chain: str | Path, saved: Path, repeats: int, **wish: Any) -> Seconds:
     """Seconds to a model in memory."""
     load = AutoModelForCausalLM.from_pretrained
     return in_turns({
