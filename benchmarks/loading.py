@@ -2,10 +2,12 @@
 
     python benchmarks/loading.py --chain demo/chain --mergekit-python mergekit/bin/python
 
-In memory, page cache warm: `CBDModel.from_chain` of an in-between size against transformers' ``from_pretrained`` of that model saved on disk, as it is (files
-are mapped, nothing is read yet) and with ``disable_mmap`` (every byte is in memory, as after ours). On disk, whole commands and imports apart: a blend
-against mergekit's ``linear`` of two checkpoints of that very size, and a patch of random weights against its ``passthrough``. Time against size on
-chains of random weights. Runs take turns, medians; the machine's own load cancels in ratios only. mergekit (0.1.5) has a Python of its own:
+In memory, page cache warm, a blend of the chain and a patch of random weights: `CBDModel.from_chain` of an in-between size against transformers'
+``from_pretrained`` of that model saved on disk, which maps files and reads nothing yet; and both followed by one sum over every weight, after which both
+models have been read. On disk, whole commands and imports apart: a blend
+against mergekit's ``linear`` of two checkpoints of that very size, and a patch against its ``passthrough``. Time against size on chains of random weights in
+bf16; ``--hidden 640,832,1088,1344,2816`` goes to 2B (30 GB of disk, 16 GB of memory). Runs take turns; medians of wall time and of CPU time. Other work on the
+machine stretches the first and hardly the second. mergekit (0.1.5) has a Python of its own:
 ``python -m venv mergekit && mergekit/bin/pip install mergekit==0.1.5``. Writes benchmarks/results/loading.json.
 """
 
@@ -13,18 +15,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from measuring import in_turns, medians
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils.logging import disable_progress_bar
 
 from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub.interpolation.planner import Plan
@@ -34,12 +40,38 @@ from cbd_hub.sizes import format_size
 console = Console(width=120)
 
 
-def in_memory(chain: str, size: str, saved: Path, repeats: int) -> dict[str, list[float]]:
+Seconds = dict[str, dict[str, float]]  # name -> wall and cpu
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those that it has waited for."""
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> Seconds:
+    """Median seconds of every call, one after the other in each round; the first round is not counted."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            wall, cpu = time.perf_counter(), cpu_seconds()
+            call()
+            if repeat:
+                seconds[name].append((time.perf_counter() - wall, cpu_seconds() - cpu))
+    return {name: dict(zip(("wall", "cpu"), map(statistics.median, zip(*values)))) for name, values in seconds.items()}
+
+
+def touched(model: Any) -> None:
+    """Read every weight once."""
+    for parameter in model.parameters():
+        parameter.detach().sum()
+
+
+def in_memory(chain: str | Path, saved: Path, repeats: int, **wish: Any) -> Seconds:
     """Seconds to a model in memory."""
     load = AutoModelForCausalLM.from_pretrained
     return in_turns({
-        "from_chain": lambda: CBDModel.from_chain(chain, size), "from_pretrained": lambda: load(saved, dtype="auto"),
-        "from_pretrained, read": lambda: load(saved, dtype="auto", disable_mmap=True),
+        "from_chain": lambda: CBDModel.from_chain(chain, **wish), "from_pretrained": lambda: load(saved, dtype="auto"),
+        "from_chain, touched": lambda: touched(CBDModel.from_chain(chain, **wish)), "from_pretrained, touched": lambda: touched(load(saved, dtype="auto")),
     }, repeats)
 
 
@@ -53,7 +85,15 @@ def random_chain(folder: Path, hidden: int, layers: tuple[int, int], dtype: torc
         )
         paths.append(folder / f"{hidden}x{count}")
         AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(paths[-1])
-    return assemble_chain(paths, folder / f"chain{hidden}")
+    chain = assemble_chain(paths, folder / f"chain{hidden}", align=False)
+    for path in paths:
+        shutil.rmtree(path)
+    return chain
+
+
+def middle_of(chain: Chain) -> int:
+    """The size half way between two anchors."""
+    return sum(anchor.parameters for anchor in chain.anchors) // 2
 
 
 def slices_of(plan: Plan, folders: dict[str, Path]) -> list[dict[str, Any]]:
@@ -96,7 +136,7 @@ class Commands:
         return self.timed(self.python, "-m", "mergekit.scripts.run_yaml", path)
 
 
-def on_disk(chain: str, size: str, saved: Path, work: Path, python: str, repeats: int) -> dict[str, dict[str, list[float]]]:
+def on_disk(chain: str, size: str, saved: Path, patched: Chain, work: Path, python: str, repeats: int) -> dict[str, Seconds]:
     """Seconds of whole commands, and of their imports alone."""
     model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
     with torch.no_grad():
@@ -105,9 +145,8 @@ def on_disk(chain: str, size: str, saved: Path, work: Path, python: str, repeats
     model.save_pretrained(work / "other")
     commands = Commands(work, python)
     pair = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (saved, work / "other")]
-    patched = random_chain(work, 768, (24, 12))
     names = {anchor.name: work / f"chain768/anchors/{anchor.name}" for anchor in patched.anchors}
-    middle = sum(anchor.parameters for anchor in patched.anchors) // 2
+    middle = middle_of(patched)
     slices = slices_of(patched.plan(middle, strategy="patch"), names)
     return {
         "blend": in_turns({
@@ -131,35 +170,41 @@ def main() -> None:
     parser.add_argument("--chain", default="demo/chain")
     parser.add_argument("--size", default="117M")
     parser.add_argument("--mergekit-python", help="the Python of an environment with mergekit; without it the commands are not timed")
-    parser.add_argument("--hidden", default="512,768,1024,1536", help="hidden widths of the chains of random weights, bf16: time against size")
+    parser.add_argument("--hidden", default="640,832,1088,1344", help="hidden widths of the chains of random weights, bf16: time against size")
+    parser.add_argument("--work", type=Path, help="where the models are made; by default the system's temporary folder")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--command-repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loading.json"))
     options = parser.parse_args()
     torch.set_num_threads(2)
+    disable_progress_bar()
     results: dict[str, Any] = {
         "command": "python benchmarks/loading.py --chain demo/chain --mergekit-python mergekit/bin/python", "torch": torch.__version__, "repeats": options.repeats,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         plan = CBDModel.materialize(options.chain, options.size, strategy="blend", output_dir=work / "saved")
-        results["parameters"] = plan.parameters
-        results["memory"] = medians(in_memory(options.chain, options.size, work / "saved", options.repeats))
+        patched = random_chain(work, 768, (24, 12))
+        patch: dict[str, Any] = {"size": middle_of(patched), "strategy": "patch"}
+        found = CBDModel.materialize(work / "chain768", **patch, output_dir=work / "patched")
+        results["parameters"] = {"blend": plan.parameters, "patch": found.parameters}
+        results["memory"] = {
+            "blend": in_memory(options.chain, work / "saved", options.repeats, size=options.size, strategy="blend"),
+            "patch": in_memory(work / "chain768", work / "patched", options.repeats, **patch),
+        }
         console.print(results["memory"])
         if options.mergekit_python:
-            found = on_disk(options.chain, options.size, work / "saved", work, options.mergekit_python, options.repeats)
-            results["disk"] = {name: medians(seconds) for name, seconds in found.items()}
+            results["disk"] = on_disk(options.chain, options.size, work / "saved", patched, work, options.mergekit_python, options.command_repeats)
             console.print(results["disk"])
+        for path in work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         results["scale"] = []
-        chains = {}
         for hidden in map(int, filter(None, options.hidden.split(","))):
-            place = work / f"scale{hidden}"
-            place.mkdir()
-            chain = random_chain(place, hidden, (24, 16), torch.bfloat16)
-            chains[place / f"chain{hidden}"] = sum(anchor.parameters for anchor in chain.anchors) // 2
-        seconds = in_turns({str(path): lambda path=path, size=size: CBDModel.from_chain(path, size, strategy="blend") for path, size in chains.items()}, options.repeats)  # type: ignore[misc]
-        for (path, size), middle in zip(chains.items(), medians(seconds).values()):
-            results["scale"].append({"parameters": size, "seconds": middle})
-            console.print(f"{format_size(size)} in bf16 ({path.name}): {middle:.2f} s, {size / middle / 1e6:.0f}M parameters a second")
+            middle = middle_of(random_chain(work, hidden, (24, 16), torch.bfloat16))
+            seconds = in_turns({"blend": lambda hidden=hidden, middle=middle: CBDModel.from_chain(work / f"chain{hidden}", middle, strategy="blend")}, options.repeats)["blend"]  # type: ignore[misc]
+            shutil.rmtree(work / f"chain{hidden}")
+            results["scale"].append({"parameters": middle, **seconds})
+            console.print(f"{format_size(middle)} in bf16: {seconds['wall']:.2f} s, {middle / seconds['wall'] / 1e6:.0f}M parameters a second")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -116,20 +116,30 @@ def anchors(data: dict[str, Any]) -> str:
 
 def loading(data: dict[str, Any]) -> str:
     """Time to load and to write a size."""
-    memory = data["memory"]
+    rows = []
+    for name, found in data["memory"].items():
+        base = found["from_pretrained"]
+        rows.append([
+            f"`from_chain` by {name}, {format_size(data['parameters'][name])}", f"{found['from_chain']['wall']:.2f}",
+            *(f"{found['from_chain'][kind] / base[kind]:.1f}x" for kind in ("wall", "cpu")),
+            *(f"{found['from_chain, touched'][kind] / found['from_pretrained, touched'][kind]:.1f}x" for kind in ("wall", "cpu")),
+        ])
+    head = ["fp32, page cache warm", "seconds", "to from_pretrained", "its CPU time", "both, then every weight read", "its CPU time"]
     lines = [
-        f"`from_chain` of {format_size(data['parameters'])}, page cache warm, takes {memory['from_chain'] / memory['from_pretrained, read']:.2f}x the time of `from_pretrained` of that "
-        f"model from disk with every byte read, {memory['from_chain'] / memory['from_pretrained']:.1f}x where files are mapped and nothing is read yet."
+        "`from_pretrained` maps files and reads nothing; a patch's tensors are mapped as well, a blend's have to be read and made."
     ]
     for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
         if "disk" in data:
             ours, theirs, imports = data["disk"][name]["cbd make"], data["disk"][name][rival], data["disk"]["imports"]
-            apart = (theirs - imports["mergekit"]) / (ours - imports["cbd make"])
-            lines.append(f"`cbd make` by {name} is {theirs / ours:.1f}x as fast as {rival} 0.1.5 as whole commands, {apart:.1f}x without imports.")
+            apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
+            lines.append(
+                f"`cbd make` by {name} is {theirs['wall'] / ours['wall']:.1f}x as fast as {rival} 0.1.5 as whole commands ({theirs['cpu'] / ours['cpu']:.1f}x in CPU time, "
+                f"{apart:.1f}x without imports)."
+            )
     if data["scale"]:
-        rates = "; ".join(f"{format_size(row['parameters'])} {row['seconds']:.2f} s" for row in data["scale"])
-        lines.append(f"Time against size, bf16, random weights: {rates}.")
-    return " ".join([*lines, f"`{data['command']}`"])
+        rates = "; ".join(f"{format_size(row['parameters'])} {row['wall']:.2f} ({row['cpu']:.2f}) s" for row in data["scale"])
+        lines.append(f"Time (CPU time) of a blend against size, bf16, random weights: {rates}.")
+    return f"{table(head, rows)}\n\n{' '.join([*lines, '`' + data['command'] + '`'])}"
 
 
 def align(data: dict[str, Any]) -> str:

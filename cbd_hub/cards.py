@@ -65,8 +65,12 @@ def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: 
     recommended = [format_size(size) for link in reversed(manifest.links) for size in link.recommended_sizes]
     measured = [anchor.evaluations[-1] for anchor in manifest.anchors if anchor.evaluations]
     teacher = manifest.teacher
+    aligned = [
+        f"{link.small} is brought into {link.large}'s coordinates by a {found.residual} of the residual stream; a logit moves by up to {found.error:.1e}"
+        for link in manifest.links if link.strategies.blend is not None and (found := link.strategies.blend.align) is not None
+    ]
     return _render(
-        "chain.md.j2", name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
+        "chain.md.j2", aligned=aligned, name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
         teacher_repo=_hub_id(teacher.repo_id) if teacher else None, license=license_lines(shared_license(manifest, manifest.anchors)),
         teacher_parameters=format_size(teacher.parameters) if teacher else None, recipe=recipe,
         dataset=measured[-1].dataset if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None,

@@ -22,7 +22,7 @@ from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
 from cbd_hub.interpolation.planner import Kept, Maps, Plan, layer_types
-from cbd_hub.links import join
+from cbd_hub.links import calibration_of, join
 from cbd_hub.manifest import (
     FILE_NAME,
     Anchor,
@@ -282,7 +282,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 def assemble_chain(
     checkpoints: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], *, align: str | bool = "auto",
-    calibration: Any = None,
+    calibration: Any = None, report: Callable[[str, int, int | None], None] | None = None,
 ) -> Chain:
     """A chain from ready checkpoints, without training: the paper's way.
 
@@ -297,6 +297,7 @@ def assemble_chain(
         align: ``"auto"``: where that brings the neighbours nearer (with text: where the middle loses less). True: always. False: the anchors' own coordinates.
         calibration: Text on which the coordinates are fitted, and order, road and curve of each segment measured: a file or a pattern, a list of texts, or a
             ``datasets.Dataset`` with a column ``text``.
+        report: Called with what is done, how much of it, and of how much where that is known.
 
     Returns:
         The chain.
@@ -325,17 +326,20 @@ def assemble_chain(
     found.sort(key=lambda entry: -entry[0])
     for (large, large_folder, large_config), (small, small_folder, small_config) in zip(found, found[1:]):
         check_pair(large, large_folder, large_config, small, small_folder, small_config)
+    documents = None if texts is None else calibration_of(texts, found[0][1])
     target = Path(output_dir)
     with staged_folder(target) as root:
         builder = ChainBuilder(root, chain_name(target))
         anchors: list[Anchor] = []
         for parameters, folder, _ in found:
+            if report is not None:
+                report("copying", len(anchors), len(found))
             name = unique_name(parameters, [anchor.name for anchor in anchors])
             copy_checkpoint(folder, builder.anchor_folder(name))
             anchors.append(builder.record(name, origin="published", license=license_of(folder)))
         links = []
         folders = {anchor.name: folder for anchor, (_, folder, _) in zip(anchors, found)}
-        for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, texts), 1):
+        for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, documents, report), 1):
             links.append(joined.link)
             if joined.kept is not None:
                 maps = builder.save_kept(anchors[place].name, joined.kept, joined.maps)

@@ -33,7 +33,7 @@ from cbd_hub.options import (
     ToleranceOption,
     shape_of_text,
 )
-from cbd_hub.printing import err, hush_bars, middle, out, print_json, show_chain, show_costs, table_of, with_error
+from cbd_hub.printing import err, hush_bars, middle, out, print_json, reported, show_chain, show_costs, table_of, with_error
 from cbd_hub.sizes import format_bytes, format_size
 
 
@@ -107,7 +107,8 @@ def assemble(
     """Make a chain from ready checkpoints, without training."""
     from cbd_hub.chain import assemble_chain
     hush_bars()
-    chain = assemble_chain(checkpoints, out_dir, align="auto" if align is None else align, calibration=text)
+    with reported() as report:
+        chain = assemble_chain(checkpoints, out_dir, align="auto" if align is None else align, calibration=text, report=report)
     if as_json:
         print_json(json.loads(chain.manifest.to_json()))
         return
@@ -155,6 +156,8 @@ def plan(
     if planned.mix is not None:
         weights = planned.mix.model_dump()
         rows["weights"] = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in weights.items() if name == "alpha" or value != 1)
+    if planned.note is not None:
+        rows["note"] = planned.note
     rows["expected loss"] = "not measured" if planned.expected is None else f"{planned.expected:.3f} nats per token"
     rows["read"] = ", ".join(f"{format_bytes(count)} of {name}" for name, count in costs["bytes_read"].items())
     if "bytes_to_fetch" in costs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,9 @@ from cbd_hub.losses.alignment import prefix_of
 from cbd_hub.losses.log_probs import token_losses
 
 
+logger = logging.getLogger(__name__)
+
+ENOUGH = 2048  # calibration tokens; SmolLM2-135M cut to 24 x 1192 loses 4.72 nats by importance from 4,096, 4.81 from these, 4.96 from 1,024, 5.14 from 256
 _BATCH_TOKENS = 2048
 _IGNORED = -100
 
@@ -141,6 +145,10 @@ class Documents:
         blocks = len(stream) // block_size if max_tokens is None else min(len(stream), max(max_tokens, block_size)) // block_size
         if not blocks:
             raise DataError(f"the calibration text has {len(stream):,} tokens, less than one block of {block_size:,}; give a longer text or a smaller block_size")
+        if blocks * block_size < min(ENOUGH, max_tokens or ENOUGH):
+            logger.warning(
+                "the calibration text has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", blocks * block_size, ENOUGH
+            )
         ids = [torch.tensor(stream[start * block_size : (start + 1) * block_size]) for start in range(blocks)]
         return cls(tuple(ids), tuple(len(tokenizer.decode(block[1:]).encode()) for block in ids))
 

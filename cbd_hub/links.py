@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,21 @@ from cbd_hub.measure import measure_segment
 from cbd_hub.weights import load_model, load_tokenizer
 
 
+if TYPE_CHECKING:
+    from cbd_hub.interpolation.fitting import Report
+
+
 _BLOCK = 128
 _TOKENS = 4096
+
+
+def calibration_of(texts: Sequence[str], folder: Path) -> Documents:
+    """Calibration text as the tokenizer of a checkpoint reads it.
+
+    Raises:
+        DataError: If it is too short.
+    """
+    return Documents.packed(texts, load_tokenizer(folder), _BLOCK, _TOKENS)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class Joined:
 
 
 def join(
-    anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, calibration: Sequence[str] | None
+    anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, documents: Documents | None,
+    report: Report | None = None,
 ) -> Iterator[Joined]:
     """The segments of anchors in falling size.
 
@@ -48,9 +62,12 @@ def join(
         configs: Their configs.
         folders: Anchor name -> its checkpoint.
         align: ``"auto"``, True or False, as for `assemble_chain`.
-        calibration: Texts, or None.
+        documents: Calibration text, or None.
+        report: Called with what is done, how much of it, and of how much.
     """
-    documents = None if calibration is None else Documents.packed(calibration, load_tokenizer(folders[anchors[0].name]), _BLOCK, _TOKENS)
+    def said(small: Anchor) -> Report | None:
+        return None if report is None else lambda what, done, total: report(f"{small.name}: {what}", done, total)
+
     models: dict[str, Any] = {}
     for large, small, *pair in zip(anchors, anchors[1:], configs, configs[1:]):
         types = layer_types(pair[1], pair[0])
@@ -58,23 +75,24 @@ def join(
             models = {
                 name: models.get(name) or load_model(folders[name], torch.float32).to(best_device()) for name in (large.name, small.name)
             }
-        kept, maps, aligned = (None, None, None) if align is False else _aligned(models[small.name], models[large.name], align, documents)
+        kept, maps, aligned = (None, None, None) if align is False else _aligned(models[small.name], models[large.name], align, documents, said(small))
         if documents is None:
             yield Joined(plain_link(small, large, Kept.even(small.shape, large.shape, types) if kept is None else kept, aligned), kept, maps)
             continue
         measured = measure_segment(
-            models[small.name], models[large.name], kept, documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned
+            models[small.name], models[large.name], kept, documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned,
+            report=said(small),
         )
         yield Joined(measured.link(), kept, maps, measured.ends)
 
 
 def _aligned(
-    small: Any, large: Any, align: str | bool, documents: Documents | None
+    small: Any, large: Any, align: str | bool, documents: Documents | None, report: Report | None
 ) -> tuple[Kept | None, Maps | None, Aligned | None]:
     """The shared coordinates; none where ``auto`` finds that they bring the two no nearer."""
     from cbd_hub.interpolation.align import STEPS, brings_nearer, fit
     ids = None if documents is None else documents.ids
-    found = fit(small, large, ids, steps=STEPS)
+    found = fit(small, large, ids, steps=STEPS, report=report)
     if align == "auto" and not brings_nearer(found, small, large, ids):
         return None, None, None
     return found.kept, found.maps, Aligned(residual=found.residual, error=found.error)

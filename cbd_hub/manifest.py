@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 FILE_NAME = "chain.json"
 MAX_BYTES = 64 * 2**20
+# Several times what the largest published models have: layers times the wider of FFN and heads, and shapes on the way between two anchors.
+_MAX_UNITS = 2**24
+_MAX_BETWEEN = 2**28
 
 
 def _safe_path(path: str) -> str:
@@ -72,6 +75,13 @@ class Shape(Data):
     head_size: int = Field(ge=1, le=4096)
     ffn: int = Field(ge=1, le=2**20)
     vocab: int = Field(ge=1, le=2**24)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        units = self.layers * max(self.ffn, self.heads * self.head_size)
+        if units > _MAX_UNITS:
+            raise ValueError(f"{self.layers:,} layers of {units // self.layers:,} neurons or head channels are {units:,} units, and no more than {_MAX_UNITS:,} are planned for")
+        return self
 
     @property
     def text(self) -> str:
@@ -283,6 +293,8 @@ class Manifest(Data):
             raise ValueError(f"links must join the neighbours {pairs} in this order")
         for link in self.links:
             small, large = self.anchor(link.small), self.anchor(link.large)
+            if link.kind == "segment" and (between := _between(small.shape, large.shape)) > _MAX_BETWEEN:
+                raise ValueError(f"link {link.small}-{link.large}: {between:,} shapes lie between its anchors, and no more than {_MAX_BETWEEN:,} are searched")
             dropped = large.shape.layers - small.shape.layers
             sizes = [point.size for point in link.strategies.blend.road] if link.strategies.blend is not None else []
             if sizes != sorted(set(sizes)) or any(not small.parameters < size < large.parameters for size in sizes):
@@ -390,6 +402,15 @@ class Manifest(Data):
             message = re.sub(r"^Value error, ", "", first["msg"])
             more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
             raise ManifestError(f"{source} is refused at {where[:120]}: {message[:300]}{more}; fetch or make the chain again") from error
+
+
+def _between(small: Shape, large: Shape) -> int:
+    """How many shapes the search for a size between two may see."""
+    def span(first: int, second: int) -> int:
+        return abs(first - second) + 1
+
+    groups = span(small.heads // small.kv_heads, large.heads // large.kv_heads)
+    return span(small.layers, large.layers) * span(small.kv_heads, large.kv_heads) * groups * max(span(small.hidden, large.hidden), 2**10)
 
 
 def inside(folder: Path, relative: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from cbd_hub.interpolation.planner import (
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Aligned, Blend, CurvePoint, Evaluation, Link, Mix, Patch, RoadPoint, Shape, Strategies
 from cbd_hub.shapes import count, shape_of
+
+
+if TYPE_CHECKING:
+    from cbd_hub.interpolation.fitting import Report
 
 
 SHARES = (0.25, 0.5, 0.75)  # where on a segment the curve is measured, in parameters
@@ -181,7 +185,7 @@ def _depths(segment: Segment, point: RoadPoint) -> list[int]:
 
 def measure_segment(
     small: Any, large: Any, kept: Kept | None, documents: Documents, dataset: str, *, names: tuple[str, str], first: Sequence[int] | None = None,
-    maps: Maps | None = None, aligned: Aligned | None = None,
+    maps: Maps | None = None, aligned: Aligned | None = None, report: Report | None = None,
 ) -> Measured:
     """Order, road and curve of the segment between two loaded models.
 
@@ -195,6 +199,7 @@ def measure_segment(
         first: The dropped layers in an order to begin with; by default from the last one backwards.
         maps: How the smaller model is turned into the larger one's coordinates, where they were aligned.
         aligned: What is said of that in the link.
+        report: Called with what is done, how much of it, and of how much.
 
     Returns:
         What was measured.
@@ -209,6 +214,8 @@ def measure_segment(
     )
     models = {names[0]: small, names[1]: large}
     if len(begin) > 1:
+        if report is not None:
+            report("order of layers", 0, None)
         segment = dataclasses.replace(segment, order=best_order(segment, models, documents, begin))
     between = Between(models)
     low, high = segment.sizes
@@ -224,7 +231,9 @@ def measure_segment(
             return document_losses(between.run(plan), documents).mean
 
     road = []
-    for size in sizes:
+    for number, size in enumerate(sizes):
+        if report is not None:
+            report("fitting shape and mix", number, len(sizes))
         point = fit_road(segment, loss, size)
         shape = shape_at(segment, point)
         # The shape's own numbers: asked for again, they give it again.

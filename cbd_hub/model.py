@@ -173,8 +173,9 @@ class CBDModel:
         """A model of any size: the architecture's plain class, in eval mode, in the anchors' dtype unless ``dtype`` is given.
 
         At an anchor's size it is that anchor, bit for bit. Elsewhere the neighbours' parameters are combined in fp32, tensor by tensor, and
-        rounded once; peak anonymous memory is that of the model, twice its largest tensor and 64 MB. ``model.config.cbd`` says where it came
-        from. Arguments up to ``force_download`` are those of `plan`.
+        rounded once; peak anonymous memory is that of the model, twice its largest tensor and 64 MB. A tensor that is an anchor's own, bit for bit, is
+        mapped from its file as by transformers' own loader, and copied where it is written to, unless ``disable_mmap`` is given. ``model.config.cbd`` says
+        where it came from. Arguments up to ``force_download`` are those of `plan`.
 
         Args:
             chain: A local folder or a Hub id.
@@ -339,7 +340,7 @@ def _load_plan(
     dtype = weight_dtype(arguments.pop("dtype", None), dtype)
     if arguments.get("generation_config") is None:
         arguments["generation_config"] = generation()
-    state = lazy_state_dict(plan, read, stored_shapes(config), dtype)
+    state = lazy_state_dict(plan, read, stored_shapes(config), dtype, mapped=not arguments.pop("disable_mmap", False))
     with LOADING:
         model, info = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

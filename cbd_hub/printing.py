@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cbd_hub.sizes import format_bytes, format_size
@@ -44,6 +47,9 @@ def show_chain(chain: Any) -> None:
     table_of(f"Chain {chain.name}: {len(anchors)} anchors of the {' and '.join(dict.fromkeys(anchor.family for anchor in chain.anchors))} family", anchors)
     for link in chain.manifest.links:
         names = f"{link.kind} {link.small} to {link.large}"
+        aligned = link.strategies.blend.align if link.strategies.blend is not None else None
+        if aligned is not None:
+            out.print(f"{link.small} in {link.large}'s coordinates, by a {aligned.residual} of the residual stream: a logit moves by up to {aligned.error:.1e}")
         if link.curve:
             chord = Chord.of(chain.manifest, link)
             rows = [
@@ -117,6 +123,23 @@ def cell(value: Any) -> str:
 def print_json(value: Any) -> None:
     """Print one JSON object on a line."""
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+@contextmanager
+def reported() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on a terminal, and a line for each kind of work elsewhere; called with what is done, how much of it, and of how much where that is known."""
+    seen: set[str] = set()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if not err.is_terminal and what not in seen:
+                err.print(escape(what))
+            seen.add(what)
+            bar.update(task, description=escape(what), completed=done, total=total)
+
+        yield report
 
 
 def hush_bars() -> None:

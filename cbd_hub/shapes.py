@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError
 from cbd_hub.families import Family, family_of
@@ -22,10 +23,17 @@ def shape_of(config: Any) -> Shape:
     """The shape of a transformers config.
 
     Raises:
-        ArchitectureError: If the architecture has no axis table.
+        ArchitectureError: If the architecture has no axis table, or a number is out of all bounds.
     """
-    sizes = family_of(config).sizes(config)
-    return Shape(**{name: sizes[name] for name in _FIELDS})
+    family = family_of(config)
+    sizes = family.sizes(config)
+    try:
+        return Shape(**{name: sizes[name] for name in _FIELDS})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}={first['input']}: " if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ArchitectureError(f"a {family.name} of this config is refused: {where}{message[:1].lower()}{message[1:]}; check its config.json") from error
 
 
 def parameter_count(config: Any) -> int:

@@ -183,7 +183,8 @@ def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | 
         found = Shape.model_validate({**above.model_dump(), **follow(named, above, config)})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ArgumentError(f"shape {first['loc'][0]}={first['input']!r}: {first['msg'].lower()}") from error
+        where = f"{first['loc'][0]}={first['input']!r}" if first["loc"] else str(values)
+        raise ArgumentError(f"shape {where}: {first['msg'].removeprefix('Value error, ').lower()}") from error
     if wanted is not None and "ffn" not in values:
         found = found.model_copy(update={"ffn": min(fill_ffn(wanted, found, config), above.ffn)})
     check_cut(found, above, config)

@@ -1,12 +1,15 @@
 """Chains from ready checkpoints, random ones too: every other feature works on them."""
 
+import logging
+
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, BertConfig
 
 from cbd_hub import CBDModel, Chain, assemble_chain
-from cbd_hub.errors import ArchitectureError, ArgumentError, StorageError, VocabularyMismatchError, WeightsError
+from cbd_hub import chain as chain_room
+from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, StorageError, VocabularyMismatchError, WeightsError
 
 
 def three(family, folder, shapes=((6, 64), (4, 48), (2, 48))):
@@ -130,3 +133,27 @@ def test_published_gpt2_checkpoints_without_prefix(tmp_path):
 def test_options_of_another_kind_are_refused(options, message, tmp_path):
     with pytest.raises(ArgumentError, match=message):
         assemble_chain(["a", "b"], tmp_path / "chain", **options)
+
+
+def test_too_short_a_text_is_refused_before_anything_is_copied(tmp_path, monkeypatch):
+    """Copying and hashing take minutes for real models."""
+    checkpoints = [tiny.save(tiny.llama(layers=layers), tmp_path / f"m{layers}") for layers in (3, 2)]
+    monkeypatch.setattr(chain_room, "copy_checkpoint", lambda *_: pytest.fail("copied"))
+    with pytest.raises(DataError, match="less than one block"):
+        assemble_chain(checkpoints, tmp_path / "chain", calibration=["too short"])
+    assert not (tmp_path / "chain").exists()
+
+
+def test_what_takes_long_is_reported_and_the_alignment_s_error_shown(tmp_path, caplog):
+    checkpoints = [tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / f"m{layers}") for layers in (3, 2)]
+    seen = []
+    with caplog.at_level(logging.WARNING, "cbd_hub.evaluation"):
+        chain = assemble_chain(checkpoints, tmp_path / "chain", align=True, calibration=tiny.texts(8), report=lambda *entry: seen.append(entry))
+    assert "fewer than 2048" in caplog.text
+    kinds = {what.rpartition(": ")[2] for what, _, _ in seen}
+    assert {"copying", "fitting a permutation", "fitting shape and mix"} <= kinds
+    assert all(total is None or 0 <= done < total for _, done, total in seen)
+    error = chain.manifest.links[0].strategies.blend.align.error
+    assert f"a logit moves by up to {error:.1e}" in (tmp_path / "chain/README.md").read_text()
+    size = chain.anchors[1].parameters + 1000
+    assert "come in steps" in chain.plan(size, tolerance=0.5).note

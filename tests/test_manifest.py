@@ -5,9 +5,11 @@ import json
 import logging
 
 import pytest
+from transformers import LlamaConfig
 
-from cbd_hub.errors import ManifestError, SizeError
+from cbd_hub.errors import ArchitectureError, ManifestError, SizeError
 from cbd_hub.manifest import Manifest, inside
+from cbd_hub.shapes import shape_of
 
 
 SHAPE = {"layers": 4, "hidden": 8, "heads": 2, "kv_heads": 2, "head_size": 4, "ffn": 16, "vocab": 32}
@@ -73,6 +75,9 @@ def edit(path, value):
     (edit(["anchors", 0, "files"], {"../../x": {"sha256": "0" * 64, "bytes": 1}}), "plain relative path"),
     (edit(["anchors", 0, "files", "config.json", "sha256"], "zz"), "sha256"),
     (edit(["anchors", 0, "files", "config.json", "bytes"], -1), "bytes"),
+    (edit(["anchors", 0, "shape"], {**SHAPE, "layers": 4096, "ffn": 2**20}), "4,294,967,296 units"),
+    (edit(["anchors", 0, "shape"], {**SHAPE, "layers": 4096, "heads": 4096}), "67,108,864 units"),
+    (edit(["anchors", 0, "shape"], {**SHAPE, "hidden": 2**17, "heads": 4096, "kv_heads": 4096}), "shapes lie between"),
     (edit(["anchors", 0, "chunks"], {"path": "~/../x/..", "sha256": "0" * 64}), "plain relative path"),
     (edit(["anchors", 0, "shape", "layers"], 10**9), "layers"),
     (edit(["anchors", 0, "shape", "ffn"], 0), "ffn"),
@@ -139,3 +144,11 @@ def test_links_that_lead_out_of_the_folder_are_refused(tmp_path):
     with pytest.raises(ManifestError, match="leads out"):
         inside(chain, "out/secret")
     assert inside(chain, "a/b") == chain / "a/b"
+
+
+def test_a_config_out_of_all_bounds_is_refused():
+    """Where no chain.json was validated before: a model of its own, with a config that nobody could have trained."""
+    with pytest.raises(ArchitectureError, match="4,294,967,296 units.*check its config.json"):
+        shape_of(LlamaConfig(num_hidden_layers=4096, intermediate_size=2**20))
+    with pytest.raises(ArchitectureError, match="ffn=.*check its config.json"):
+        shape_of(LlamaConfig(intermediate_size=2**40))

@@ -14,7 +14,7 @@ from cbd_hub.errors import ArchitectureError, ArgumentError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, turned
-from cbd_hub.interpolation.fitting import Fit, Residual, activations, unit_orders
+from cbd_hub.interpolation.fitting import Fit, Report, Residual, activations, unit_orders
 from cbd_hub.interpolation.live import frozen
 from cbd_hub.interpolation.maps import Maps, places
 from cbd_hub.interpolation.plan import Kept, Segment, layer_types, small_eps
@@ -78,7 +78,8 @@ def align(model: Any, reference: Any, calibration: Sequence[Tensor] | None = Non
 
 
 def fit(
-    model: Any, reference: Any, calibration: Sequence[Tensor] | None = None, *, residual: Residual | None = None, steps: int = STEPS
+    model: Any, reference: Any, calibration: Sequence[Tensor] | None = None, *, residual: Residual | None = None, steps: int = STEPS,
+    report: Report | None = None,
 ) -> Alignment:
     """How a model is brought into a reference's coordinates; see `align`.
 
@@ -88,6 +89,7 @@ def fit(
         calibration: Token ids, equally long.
         residual: Kind of the map of the residual stream; by default the richest that is exact, and for tied heads what loses less half way on the text.
         steps: Gradient steps on the text after the fit.
+        report: Called with what is done, how much of it, and of how much.
     """
     family = family_of(model.config)
     if family is not family_of(reference.config):
@@ -107,24 +109,28 @@ def fit(
     with frozen(model, reference):
         acts = None if calibration is None else (activations(model, calibration), activations(reference, calibration))
         fitted = Fit(model, reference, acts, residual)
-        best = _tried(fitted, model, reference)
+        best = _tried(fitted, model, reference, report)
         if calibration is None:
             return best
         if residual is None and fitted.residual == "permutation" and "rotation" in fitted.choices:
-            other = _tried(Fit(model, reference, acts, "rotation"), model, reference)
+            turned_fit = Fit(model, reference, acts, "rotation")
+            turned_fit.read, turned_fit.products = fitted.read, fitted.products
+            other = _tried(turned_fit, model, reference, report)
             best = min((best, other), key=lambda one: middle_loss(segment_with(one, model, reference), models, calibration))
+            turned_fit.acts = None
         acts = fitted.acts = None  # gigabytes of a real model
         if steps:
             maps = refine(
-                segment_with(best, model, reference), models, calibration, steps=steps, rotary_width=fitted.rotary_width, centred=fitted.family.centred
+                segment_with(best, model, reference), models, calibration, steps=steps, rotary_width=fitted.rotary_width, centred=fitted.family.centred,
+                report=report,
             )
             best = replace(best, maps=maps)
             best = replace(best, error=_error(best, model, reference))
     return best
 
 
-def _tried(fitted: Fit, model: Any, reference: Any) -> Alignment:
-    fitted.run()
+def _tried(fitted: Fit, model: Any, reference: Any, report: Report | None = None) -> Alignment:
+    fitted.run(report)
     found = Alignment(*fitted.result(), fitted.residual, 0.0)
     found = replace(found, error=_error(found, model, reference))
     if found.error > _MOST and found.maps.queries is not None:  # an architecture whose positions are of another kind

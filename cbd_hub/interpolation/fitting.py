@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from cbd_hub.shapes import shape_of
 
 Residual = Literal["rotation", "permutation"]
 Activations = dict[str, Tensor]
+Report = Callable[[str, int, int | None], None]  # what is done, how much of it, and of how much where that is known
 _ROUNDS = 4
 
 
@@ -73,20 +74,22 @@ class Fit:
         self.neurons = torch.ones(self.small.layers, self.small.ffn)
         device = next(iter(self.weights[0].values())).device
         self.stream = torch.zeros(self.large.hidden, self.small.hidden, device=device)
-        self.read: dict[tuple[str, str, int], Tensor] = {}  # similarity of what tensors make of the norms' outputs
+        # Similarity of what tensors make of the norms' outputs, and of activations themselves; no map changes them.
+        self.read: dict[tuple[str, str, int], Tensor] = {}
+        self.products: dict[tuple[str, int], Tensor] = {}
         self.channels = np.ones(self.small.hidden, dtype=np.float32)
 
-    def run(self) -> None:
+    def run(self, report: Report | None = None) -> None:
         """Fit all maps."""
         self._fit_stream(self._stream_cross(first=True))
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS + 1):
+            if number:
+                self._fit_stream(self._stream_cross())
             for place, layer in enumerate(self.kept.layers.tolist()):
+                if report is not None:
+                    report(f"fitting a {self.residual}", number * len(self.kept.layers) + place, (_ROUNDS + 1) * len(self.kept.layers))
                 self._fit_heads(place, layer)
                 self._fit_neurons(place, layer)
-            self._fit_stream(self._stream_cross())
-        for place, layer in enumerate(self.kept.layers.tolist()):
-            self._fit_heads(place, layer)
-            self._fit_neurons(place, layer)
 
     def result(self) -> tuple[Kept, Maps]:
         """The maps as data."""
@@ -188,6 +191,14 @@ class Fit:
             self.read[key] = outputs[0].T @ outputs[1] / (outputs[0].norm() * outputs[1].norm()).clamp(min=1e-30)
         return found + self.read[key]
 
+    def _product(self, name: str, place: int, layer: int) -> Tensor:
+        """Similarity of the smaller one's activations (rows) and the larger one's on the text."""
+        if (name, place) not in self.products:
+            assert self.acts is not None
+            ours, theirs = (acts[f"{name}.{at}"] for acts, at in zip(self.acts, (place, layer)))
+            self.products[name, place] = ours.T @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+        return self.products[name, place]
+
     def _fit_neurons(self, place: int, layer: int) -> None:
         plain = torch.zeros(self.small.ffn, self.large.ffn, device=self.stream.device)
         signed = plain.clone()
@@ -195,9 +206,8 @@ class Fit:
             target = signed if linear_half(self.family, spec) else plain
             target += self._cross(spec, ours, theirs, norm, place, layer)
         if self.acts is not None:
-            ours, theirs = (acts[f"{self.family.ffn_input}.{at}"] for acts, at in zip(self.acts, (place, layer)))
             target = signed if any(linear_half(self.family, spec) for spec in self.family.tensors) else plain
-            target += ours.T @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+            target += self._product(self.family.ffn_input, place, layer)
         columns, signs = assign(plain, signed if bool(signed.any()) else None)
         self.neurons[place] = torch.from_numpy(signs)
         self.kept.ffn[layer] = _first(columns, self.kept.ffn[layer])
@@ -263,8 +273,7 @@ class Fit:
             for name, one, other in pieces:
                 found[name] += self._cross(spec, one, other, norm, place, layer, name)
         if self.acts is not None:
-            ours, theirs = (acts[f"{self.family.heads_input}.{at}"] for acts, at in zip(self.acts, (place, layer)))
-            found["o"] += ours.T @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+            found["o"] += self._product(self.family.heads_input, place, layer)
         return found
 
     def _stream_cross(self, *, first: bool = False) -> Tensor:
@@ -275,8 +284,7 @@ class Fit:
                 total += theirs @ ours.T / (ours.norm() * theirs.norm()).clamp(min=1e-30)
         if self.acts is not None:
             for place, layer in enumerate(self.kept.layers.tolist()):
-                ours, theirs = self.acts[0][f"state.{place}"], self.acts[1][f"state.{layer}"]
-                total += theirs.T @ ours / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+                total += self._product("state", place, layer).T
         return total
 
     def _fit_stream(self, cross: Tensor) -> None:

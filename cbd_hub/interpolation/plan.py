@@ -207,6 +207,11 @@ class Term:
     turns: tuple[Turn, ...] = ()
     offset: float = 0.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is the anchor's whole tensor as it is."""
+        return self.weight == 1.0 and self.offset == 0.0 and not self.takes and not self.turns
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -280,6 +285,13 @@ class Plan:
     eps: float = 1.0
     trough: str | None = None
 
+    @property
+    def note(self) -> str | None:
+        """Why the size that comes out is not the one asked for, where they are more than 0.2% apart."""
+        if abs(self.parameters - self.asked) <= 0.002 * self.asked:
+            return None
+        return f"between {self.small} and {self.large} sizes come in steps of whole layers, heads or channels; this is one beside what was asked ({self.parameters / self.asked - 1:+.2%})"
+
     def config(self, large: Any) -> Any:
         """The config of the model that comes out, from the larger neighbour's."""
         config = config_for(self.shape, large, list(self.layers))
@@ -307,7 +319,8 @@ class Plan:
                     known[term.tensor] = None
                 else:
                     old = known.get(term.tensor)
-                    known[term.tensor] = np.unique(take.index if old is None else np.concatenate([old, take.index]))
+                    chosen = take.index if old is None else np.concatenate([old, take.index])
+                    known[term.tensor] = np.flatnonzero(np.bincount(chosen))  # unique, in a tenth of its time
         return read
 
     def summary(self) -> dict[str, Any]:
@@ -315,7 +328,7 @@ class Plan:
         return {
             "chain": self.chain, "asked": self.asked, "parameters": self.parameters, "shape": self.shape.model_dump(),
             "small": self.small, "large": self.large, "strategy": self.strategy, **({} if self.mix is None else self.mix.model_dump()),
-            "expected_loss": self.expected, "trough": self.trough,
+            "expected_loss": self.expected, "trough": self.trough, "note": self.note,
             "tensors_read": {anchor: len(names) for anchor, names in sorted(self.sources().items())},
         }
 

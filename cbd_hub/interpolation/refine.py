@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cbd_hub.interpolation.fitting import Report
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner, frozen
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.planner import Plan, Segment, blend_plan, road_at, shape_at
@@ -22,7 +23,7 @@ _RATE = 0.01
 _BATCH_TOKENS = 1024
 
 
-def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, steps: int, rotary_width: int, centred: bool) -> Maps:
+def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, steps: int, rotary_width: int, centred: bool, report: Report | None = None) -> Maps:
     """The segment's maps after gradient steps on the cross-entropy of models in between, each map still orthogonal.
 
     A map M becomes ``exp(A - A^T) M``: of the residual stream any generator A (one that leaves the mean alone where norms subtract it), of queries and
@@ -36,6 +37,7 @@ def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, s
         steps: Gradient steps of about a thousand tokens, at sizes drawn along the segment.
         rotary_width: Channels of a head that rotary positions turn.
         centred: Whether norms subtract the mean.
+        report: Called with what is done, how much of it, and of how much.
     """
     assert segment.maps is not None
     fitted = segment.maps
@@ -67,7 +69,9 @@ def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, s
         for parameter in flags:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            for _ in range(steps):
+            for step in range(steps):
+                if report is not None:
+                    report("refining by gradient", step, steps)
                 chosen = torch.stack(draw.choices(list(ids), k=batch))
                 plan = middle(replace(segment, maps=now()), draw.choice(SHARES))
                 optimizer.zero_grad()
