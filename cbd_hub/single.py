@@ -111,7 +111,7 @@ class Single:
             write_safetensors(
                 target / "model.safetensors", {name: (dtype, shapes[name]) for name in self.plan.tensors}, stream(self.plan, self.read, shapes, dtype)
             )
-            write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), license=_license(self.folder)))
+            write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), license=license_of(self.folder)))
 
 
 def cut_single(
@@ -225,7 +225,7 @@ def _own_text(model: Any, tokens: int) -> tuple[Documents, Documents]:
     return first, second
 
 
-def _license(folder: Path) -> str | None:
+def license_of(folder: Path) -> str | None:
     """The licence that a model's card names."""
     try:
         found = (metadata_load(folder / "README.md") or {}).get("license")
