@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 import transformers
 from gold import GoldDistiller, HybridDistiller, available, gold_inputs, gold_loss
-from measuring import Peak, in_turns, medians
+from measuring import Peak
 from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
@@ -226,7 +227,7 @@ def align(bench: Bench) -> dict[str, Any]:
 
 
 def loss(bench: Bench) -> dict[str, Any]:
-    """Time and peak memory of a step of each loss alone, backward pass included, from random hidden states and heads of the real models' shapes."""
+    """CPU seconds and peak memory of a step of each loss alone, backward pass included, from random hidden states and heads of the real models' shapes."""
     folders = bench.folder("smollm2-135m"), bench.folder("gemma3-270m")
     tokenizers = tuple(load_tokenizer(folder) for folder in folders)
     shapes = [(config.vocab_size, config.hidden_size) for config in map(read_config, folders)]
@@ -253,17 +254,20 @@ def loss(bench: Bench) -> dict[str, Any]:
             made = gold_loss(hybrid, *tokenizers)
             made.crossentropy_weight = 0.0
             calls[name] = functools.partial(theirs, made)
-    memory = {}
-    for name, call in calls.items():
-        call()
-        heads[0].grad = torch.zeros_like(heads[0])
-        with Peak() as peak:
-            call()
-        memory[name] = peak.bytes
-    seconds = medians(in_turns(calls, bench.options.repeats))
+    heads[0].grad = torch.zeros_like(heads[0])
+    memory: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(bench.options.repeats):  # in turns
+        for name, call in calls.items():
+            with Peak() as peak:
+                began = time.thread_time()
+                call()
+                seconds[name].append(time.thread_time() - began)
+            memory[name] = max(memory.get(name, 0), peak.bytes)
+            console.print(f"{name}: {seconds[name][-1]:.2f} CPU seconds, {memory[name] / 2**20:,.0f} MiB")
     return {
         "blocks": bench.options.loss_batch, "tokens": int(batch["labels"].ne(-100).sum()), "teacher_tokens": int(batch["teacher_spans"].ge(0).sum()), "threads": torch.get_num_threads(),
-        **{name: {"seconds": seconds[name], "peak_bytes": memory[name]} for name in calls},
+        **{name: {"cpu_seconds": statistics.median(seconds[name]), "peak_bytes": memory[name]} for name in calls},
     }
 
 
