@@ -123,6 +123,25 @@ def cut_card(name: str, summary: dict[str, Any], *, license: str | None) -> str:
     )
 
 
+def retokenized_card(name: str, source: str, facts: dict[str, Any], *, trimmed: bool, license: str | None) -> str:
+    """The README of a model with another vocabulary.
+
+    Args:
+        name: Its name.
+        source: What the model that it was is called.
+        facts: What `cbd_hub.retokenize.Retokenized` holds.
+        trimmed: Whether its vocabulary is a part of the old one.
+        license: Licence of the model where it is known; it is never invented.
+
+    Returns:
+        Markdown with the metadata of a model card.
+    """
+    texts = {
+        key: "" if (value := facts[key]) is None else f"{value[0]:+.4f}" + ("" if value[1] is None else f" ± {value[1]:.4f}") for key in ("difference", "trained_difference")
+    }
+    return _render("retokenized.md.j2", name=name, repo=source if is_repo_id(source) else None, trimmed=trimmed, license=license_lines(license), **{**facts, **texts})
+
+
 def interpolant_card(
     name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str], manifest: Manifest | None = None
 ) -> str:

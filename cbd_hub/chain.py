@@ -214,7 +214,7 @@ class ChainBuilder:
         return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
 
     def record(
-        self, name: str, *, origin: Literal["source", "cut", "published"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
+        self, name: str, *, origin: Literal["source", "cut", "published", "random"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
         evaluations: Sequence[Evaluation] = (), license: str | None = None,
     ) -> Anchor:
         """Hash an anchor's files and describe it.

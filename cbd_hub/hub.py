@@ -288,13 +288,16 @@ def download(repo_id: str, revision: str | None, patterns: list[str], options: d
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, **options, **NAME))
 
 
-def resolve_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None = None, options: Mapping[str, Any] | None = None) -> Path:
+def resolve_checkpoint(
+    checkpoint: str | os.PathLike[str], revision: str | None = None, options: Mapping[str, Any] | None = None, *, weights: bool = True
+) -> Path:
     """The local folder of a checkpoint: a folder, or a Hub id that is fetched.
 
     Args:
         checkpoint: Folder or repo id.
         revision: Branch, tag or commit of a repo.
         options: ``token``, ``cache_dir``, ``local_files_only`` and ``force_download``.
+        weights: Whether the weights are wanted too.
 
     Raises:
         ArgumentError: If a folder comes with a revision.
@@ -312,7 +315,7 @@ def resolve_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None 
         name = ""
     if not name or folder.exists() or os.fspath(checkpoint).startswith((".", "/", "~")):
         raise StorageError(f"{checkpoint} is neither a model folder nor a Hub id; check the path")
-    return download(name, revision, ["*.safetensors", "README.md", *CHECKPOINT_FILES], dict(options or {}))
+    return download(name, revision, [*(["*.safetensors", "README.md"] if weights else []), *CHECKPOINT_FILES], dict(options or {}))
 
 
 def is_repo_id(name: str) -> bool:

@@ -175,7 +175,7 @@ class Anchor(Data):
     files: dict[SafePath, FileRecord] = Field(max_length=10_000)
     chunks: PathRecord | None = None
     parent: Name | None = None
-    origin: Literal["source", "cut", "published"]
+    origin: Literal["source", "cut", "published", "random"]
     maps: PathRecord | None = None
     training: Training | None = None
     evaluations: list[Evaluation] = Field(default=[], max_length=1000)

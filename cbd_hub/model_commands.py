@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cbd_hub.errors import ArgumentError
 from cbd_hub.options import ColumnOption, DtypeOption, JsonOption, ModelRevisionOption, OutOption, shape_of_text
 from cbd_hub.printing import cell, err, hush_bars, out, print_json, with_error
 
@@ -59,27 +60,46 @@ def retokenize(
     out_dir: OutOption,
     keep: Annotated[str | None, typer.Option("--keep", help='Trim the vocabulary to so many tokens: "16K".', show_default=False)] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Move to another tokenizer: local folder or Hub id.", show_default=False)] = None,
-    text: Annotated[str | None, typer.Option("--text", help="Text on which bits per byte are measured before and after.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text on which bits per byte are measured, and with --steps what is trained on.", show_default=False)] = None,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Distil so many steps from the model itself; a part of the text is held out for measuring.")] = 0,
+    bridge: Annotated[str, typer.Option("--bridge", help="What it learns by: span, vocab or span+vocab.")] = "span",
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Peak learning rate of that.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a step.")] = 8,
+    block_size: Annotated[int, typer.Option("--block-size", min=8, help="Tokens in a block.")] = 128,
     column: ColumnOption = "text",
     revision: ModelRevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Move a model to a smaller vocabulary or to another tokenizer, without training.
+    """Move a model to a smaller vocabulary or to another tokenizer, and with --steps let it learn from what it was.
 
     Trimmed, it keeps an exact prefix of its merges, so that every text still encodes. For another tokenizer new rows are composed of the old ones by their bytes.
+    A training that was stopped goes on with the same command.
     """
     from dataclasses import asdict
 
+    from cbd_hub.distill.moved import retokenize_and_train
     from cbd_hub.retokenize import retokenize as move
     from cbd_hub.texts import read_texts
     hush_bars()
-    made = move(model, out_dir, keep=keep, tokenizer=tokenizer, text=None if text is None else read_texts(text, column), revision=revision)
+    if steps and text is None:
+        raise ArgumentError("--steps trains on text, and none came; give --text too")
+    texts = None if text is None else read_texts(text, column)
+    if steps and texts is not None:
+        made = retokenize_and_train(
+            model, out_dir, texts, steps=steps, keep=keep, tokenizer=tokenizer, revision=revision, bridge=bridge, learning_rate=learning_rate, batch_size=batch_size,
+            block_size=block_size, quiet=as_json, progress=None if as_json else lambda line: err.print(escape(line)),
+        )
+    else:
+        made = move(model, out_dir, keep=keep, tokenizer=tokenizer, text=texts, revision=revision)
     if as_json:
         print_json({**asdict(made), "output_dir": str(out_dir)})
         return
     out.print(f"{made.parameters:,} parameters in {escape(str(out_dir))}: {made.vocab:,} tokens, {made.copied:,} rows copied and {made.composed:,} composed")
     if made.before is not None and made.difference is not None:
-        out.print(f"bits per byte {made.before:.3f} before and {made.after:.3f} after ({with_error(*made.difference)}, paired over documents of {escape(str(text))})")
+        which = f"{made.bytes:,} {'held-out ' if made.trained is not None else ''}bytes of {escape(str(text))}, paired over documents"
+        out.print(f"bits per byte {made.before:.3f} before and {made.after:.3f} after ({with_error(*made.difference)}; {which})")
+    if made.trained is not None and made.trained_difference is not None:
+        out.print(f"after {made.steps:,} steps ({made.tokens:,} tokens) {made.trained:.3f} ({with_error(*made.trained_difference)} to before)")
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 
 
@@ -97,6 +117,7 @@ def cache_teacher(
     student: Annotated[str | None, typer.Option("--student", help="A model to measure the tail's share of the divergence with.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")] = 8,
     column: ColumnOption = "text",
+    bos: Annotated[bool, typer.Option("--bos", help="Begin each block of joined text with what the tokenizer puts before a text, as gemma needs it.")] = False,
     dtype: DtypeOption = None,
     push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Push the cache to a data set on the Hub.", show_default=False)] = None,
     as_json: JsonOption = False,
@@ -111,7 +132,7 @@ def cache_teacher(
     hush_bars()
     cache, facts = cache_text(
         teacher, out_dir, text=text, recipe=recipe, column=column, block_size=block_size, max_tokens=tokens, top_k=top_k, bits=bits,
-        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor,
+        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor, bos=bos,
     )
     if as_json:
         print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})

@@ -193,7 +193,7 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
     teacher = files.manifest.teacher
     card = anchor_card(
         repo_id, anchor.parameters, teacher_repo=teacher.repo_id if teacher else None, license=shared_license(files.manifest, [anchor]),
-        facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=anchor.origin == "cut",
+        facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=anchor.origin in ("cut", "random"),
     )
     return Repo(repo_id, f"Anchor {anchor.name} of {chain}", contents, card, _OLD_MODEL)
 
@@ -206,7 +206,7 @@ def _anchor_facts(anchor: Anchor, recipe: dict[str, Any] | None) -> dict[str, st
     }
     if anchor.parent is not None:
         facts["cut from and taught by"] = f"anchor {anchor.parent}"
-    if recipe is not None and anchor.origin == "cut":
+    if recipe is not None and anchor.origin in ("cut", "random"):
         data, stage = recipe.get("data") or {}, {**(recipe.get("stage") or {}), **((recipe.get("stages") or {}).get(anchor.name) or {})}
         if isinstance(data, dict) and (source := data.get("dataset") or data.get("path")):
             facts["data"] = str(source)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from cbd_hub.cards import license_of, retokenized_card
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.evaluation import Losses, byte_losses
 from cbd_hub.families import family_of
-from cbd_hub.files import check_absent, staged_folder
+from cbd_hub.files import check_absent, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, best_device
 from cbd_hub.losses.alignment import byte_ends, token_bytes
@@ -28,6 +29,7 @@ from cbd_hub.sizes import parse_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config, read_generation_config, write_safetensors
 
 
+BITS = 1 / math.log(2)  # in a nat
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _OWN_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 
@@ -44,6 +46,12 @@ class Retokenized:
         before: Bits per byte of the original on the text that was given, or None.
         after: The same of the new model.
         difference: ``after - before`` with its standard error over documents, paired.
+        bytes: Length of the text that was measured on.
+        trained: Bits per byte after training, or None.
+        trained_difference: ``trained - before`` with its standard error.
+        steps: Optimiser steps of the training.
+        tokens: Tokens that it saw.
+        bridge: What it learned by.
     """
 
     vocab: int
@@ -53,6 +61,12 @@ class Retokenized:
     before: float | None = None
     after: float | None = None
     difference: tuple[float, float | None] | None = None
+    bytes: int = 0
+    trained: float | None = None
+    trained_difference: tuple[float, float | None] | None = None
+    steps: int = 0
+    tokens: int = 0
+    bridge: str | None = None
 
 
 def retokenize(
@@ -64,7 +78,7 @@ def retokenize(
     Trimmed, the tokenizer keeps its special and single-byte tokens and the first merges of its list, in order, so that every text still encodes and a kept token
     means what it meant; its row is copied. For another tokenizer a row is copied where a token of the same bytes, or the special token of the same
     use, is in the old vocabulary, and is else the mean of the rows of the old tokens that its bytes consist of
-    (https://huggingface.co/papers/2503.20083 trains on from there; so does ``ChainDistiller`` with ``bridge="span"``). Output heads that are not tied are treated alike.
+    (https://huggingface.co/papers/2503.20083 trains on from there; so does `cbd_hub.distill.moved.retokenize_and_train`). Output heads that are not tied are treated alike.
 
     Args:
         model: Folder or Hub id.
@@ -120,20 +134,23 @@ def retokenize(
         for path in staging.iterdir():
             path.chmod(0o644)
         load_model(staging, checkpoint.dtype)
-        losses = None if text is None else [_losses(folder, which, text) for folder, which in ((source, old), (staging, new))]
-    single = sum(len(part) == 1 for part in parts)
-    found = Retokenized(len(parts), single, len(parts) - single, parameter_count(made))
-    if losses is None:
-        return found
-    bits = 1 / math.log(2)
-    difference, error = losses[1].minus((1.0, losses[0]))
-    return Retokenized(
-        found.vocab, found.copied, found.composed, found.parameters, losses[0].mean * bits, losses[1].mean * bits,
-        (difference * bits, None if error is None else error * bits),
-    )
+        single = sum(len(part) == 1 for part in parts)
+        found = Retokenized(len(parts), single, len(parts) - single, parameter_count(made))
+        if text is not None:
+            before, after = (measured(folder, which, text) for folder, which in ((source, old), (staging, new)))
+            found = replace(found, before=before.mean * BITS, after=after.mean * BITS, difference=difference_of(after, before), bytes=int(before.tokens.sum()))
+        write_text(staging / "README.md", retokenized_card(target.name, os.fspath(model), asdict(found), trimmed=keep is not None, license=license_of(source)))
+    return found
 
 
-def _losses(folder: Path, tokenizer: Any, texts: Sequence[str]) -> Losses:
+def difference_of(losses: Losses, base: Losses) -> tuple[float, float | None]:
+    """The mean of losses minus that of others in bits, paired over documents, and its standard error."""
+    difference, error = losses.minus((1.0, base))
+    return difference * BITS, None if error is None else error * BITS
+
+
+def measured(folder: Path, tokenizer: Any, texts: Sequence[str]) -> Losses:
+    """Losses of a model folder on the bytes of texts, in fp32."""
     return byte_losses(ModelRunner(load_model(folder, torch.float32).to(best_device())), tokenizer, texts, bf16=False)
 
 

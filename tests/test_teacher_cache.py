@@ -156,11 +156,13 @@ def test_options_outside_their_range_are_refused(tmp_path):
 
 def test_top_log_probs_are_the_dense_reference():
     hidden, head, bias = torch.randn(9, 7, dtype=torch.float64), torch.randn(41, 7, dtype=torch.float64), torch.randn(41, dtype=torch.float64)
-    ids, listed, rest = top_log_probs(hidden, head, 5, bias=bias, logit_scale=0.5, softcap=3.0, vocab_size=37)
+    labels = torch.randint(0, 37, (9,))
+    ids, listed, rest, chosen = top_log_probs(hidden, head, 5, labels, bias=bias, logit_scale=0.5, softcap=3.0, vocab_size=37)
     expected = (3 * torch.tanh((hidden @ head.T + bias) * 0.5 / 3))[:, :37].log_softmax(-1)
     torch.testing.assert_close(listed, expected.gather(1, ids))
     torch.testing.assert_close(listed.sort(-1).values, expected.topk(5, -1).values.flip(-1))
     torch.testing.assert_close(rest.exp() + listed.exp().sum(-1), torch.ones(9, dtype=torch.float64))
+    torch.testing.assert_close(chosen, expected.gather(1, labels[:, None]).squeeze(1))
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------------
@@ -181,6 +183,9 @@ def test_a_cache_is_the_teacher(family, tmp_path):
         torch.testing.assert_close(log_probs.gather(1, kept_ids).sort(-1).values, log_probs.topk(K, -1).values.flip(-1), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.from_numpy(row["top_log_probs"][:-1]).double(), log_probs.gather(1, kept_ids), rtol=0, atol=cache.codec.step)
         assert not row["top_ids"][-1].any()
+        own = log_probs.gather(1, ids[0, 1:, None]).squeeze(1)
+        torch.testing.assert_close(torch.from_numpy(row["token_log_probs"][1:]).double(), own, rtol=1e-3, atol=1e-6)
+        assert row["token_log_probs"][0] == 0
         reads.append(1 - np.exp(row["top_log_probs"][:-1]).sum(-1))
     figures = cache.record.figures
     assert figures.tail_mass == pytest.approx(float(np.mean(reads)), rel=1e-3)
@@ -195,7 +200,8 @@ def test_a_cache_is_the_teacher(family, tmp_path):
 def test_datasets_reads_it_without_cbd_hub(cache, tmp_path):
     read = load_dataset(str(cache), cache_dir=str(tmp_path), split="train")
     opened = TeacherCache.open(cache)
-    assert read.column_names == ["input_ids", "teacher_top"]
+    assert read.column_names == ["input_ids", "token_log_probs", "teacher_top"]
+    assert np.allclose(read["token_log_probs"][5], opened[5]["token_log_probs"])
     assert len(read) == len(opened) > 64
     assert read["input_ids"][5] == opened[5]["input_ids"]
 
@@ -208,6 +214,7 @@ def test_chats_and_masked_rows_keep_their_columns_and_only_what_counts(tmp_path)
         assert {name: row[name] for name in block} == block
         predicts = np.array([*(label != -100 for label in row["labels"][1:]), False])
         assert (row["top_log_probs"].any(-1) == predicts).all()
+        assert (row["token_log_probs"] != 0).tolist() == np.roll(predicts, 1).tolist()
         with torch.no_grad():
             log_probs = teacher(torch.tensor([row["input_ids"]]), position_ids=torch.tensor([row["position_ids"]]), use_cache=False).logits[0].log_softmax(-1)
         kept = torch.from_numpy(row["top_ids"][predicts])
@@ -342,7 +349,7 @@ def test_damaged_files_and_rows_are_named(cache, tmp_path):
 
 
 @pytest.mark.parametrize(("column", "value", "message"), [
-    ("teacher_top", b"nonsense", "no zlib stream"), ("teacher_top", None, "no zlib stream"), ("input_ids", [400] * 32, "0 to 259"), ("input_ids", [-1] * 32, "0 to 259"),
+    ("teacher_top", b"nonsense", "no zlib stream"), ("token_log_probs", [0.5] * 32, "no log-probabilities"), ("token_log_probs", [-1.0], "no log-probabilities"), ("teacher_top", None, "no zlib stream"), ("input_ids", [400] * 32, "0 to 259"), ("input_ids", [-1] * 32, "0 to 259"),
     ("input_ids", [], "0 numbers"), ("input_ids", [5] * 9, "the top tokens are not"), ("input_ids", [None] * 32, "int"),
 ])
 def test_a_hostile_row_is_named(cache, tmp_path, column, value, message):
@@ -364,10 +371,10 @@ def test_a_hostile_row_is_named(cache, tmp_path, column, value, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda record: record.update(schema_version=2), "pip install -U"), (lambda record: record["source"].update(top_k=0), "source.top_k"),
+    (lambda record: record.update(schema_version=3), "pip install -U"), (lambda record: record["source"].update(top_k=0), "source.top_k"),
     (lambda record: record["shards"][0].update(path="../train-00000-of-00001.arrow"), "shards.0.path"), (lambda record: record["shards"].pop(), "contradicts itself"),
     (lambda record: record["source"].update(columns=["teacher"]), "contradicts itself"), (lambda record: record.pop("figures"), "figures"),
-    (lambda record: record["source"].update(columns=["input_ids", "labels"]), "rows of input_ids, teacher_top, not"),
+    (lambda record: record["source"].update(columns=["input_ids", "labels"]), "rows of input_ids, token_log_probs, teacher_top, not"),
 ])
 def test_a_hostile_record_is_refused(cache, tmp_path, change, message):
     shutil.copytree(cache, tmp_path / "c")
@@ -422,7 +429,7 @@ def test_training_from_the_cache_is_training_on_the_live_top_tokens(tmp_path, di
         value = trainer.compute_loss(trainer.model, batch)
         with torch.no_grad():
             target = ModelRunner(teacher)(batch["input_ids"])
-        ids, log_probs, _ = top_log_probs(target.hidden.flatten(0, 1), target.head.weight, K)
+        ids, log_probs, _, _ = top_log_probs(target.hidden.flatten(0, 1), target.head.weight, K, batch["input_ids"].flatten())
         output = ModelRunner(trainer.model)(batch["input_ids"])
         labels = torch.full_like(batch["labels"], -100)
         labels[:, :-1] = batch["labels"][:, 1:]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from cbd_hub.errors import DataError, StorageError
 from cbd_hub.files import write_text
 from cbd_hub.weights import weights_sha256
 
+
+logger = logging.getLogger(__name__)
 
 _SHARD = 256  # prompts of a file, and most that a kill can lose
 _MARK = "answers.json"
@@ -90,3 +93,33 @@ def _description(teacher: Any, prompts: Sequence[Prompt], sampling: Sampling, se
     del drawn["batch_size"]
     said = hashlib.sha256(json.dumps([dataclasses.astuple(prompt) for prompt in prompts]).encode()).hexdigest()
     return {"teacher": weights_sha256(teacher), "prompts": said, "seed": seed, **drawn, "ends": list(sampling.ends)}
+
+
+def answered_rows(rows: Sequence[Mapping[str, Any]], answers: Sequence[str], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows whose completions are the teacher's answers, as text; empty ones are left out.
+
+    Args:
+        rows: Prompts, chats or texts.
+        answers: The teacher's answer to each.
+        prompts: What it answered, as text; used where a row is plain text.
+
+    Raises:
+        DataError: If every answer is empty.
+    """
+    made: list[dict[str, Any]] = []
+    for row, answer, prompt in zip(rows, answers, prompts, strict=True):
+        if not answer.strip():
+            continue
+        if "messages" in row or not isinstance(row.get("prompt", ""), str):
+            messages = list(row["messages"] if "messages" in row else row["prompt"])
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            made.append({"messages": [*messages, {"role": "assistant", "content": answer.strip()}]})
+        else:
+            made.append({"prompt": row.get("prompt", prompt), "completion": answer})
+    if len(made) < len(rows):
+        logger.warning("%d of %d answers of the teacher are empty and are left out", len(rows) - len(made), len(rows))
+    if not made:
+        raise DataError("every answer of the teacher is empty; raise max_new_tokens, or look at its prompts and its end token")
+    return made
+

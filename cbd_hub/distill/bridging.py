@@ -9,29 +9,32 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import positions_of, prompts_of
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
-from cbd_hub.interpolation.live import Output
+from cbd_hub.interpolation.live import Head, Output
 from cbd_hub.losses.alignment import byte_ends, check_faithful, common_spans, prefix_of, utf8
-from cbd_hub.losses.bridge import shared_loss, shared_tokens, span_loss
+from cbd_hub.losses.bridge import shared_loss, shared_tokens, shared_top_loss, span_loss
 from cbd_hub.losses.log_probs import chosen_log_probs, token_losses
 from cbd_hub.shapes import check_positions
 
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("spans", "teacher_input_ids", "teacher_attention_mask", "teacher_spans")
+_CACHED = ("teacher_log_probs", "teacher_top_ids", "teacher_top_log_probs")
+COLUMNS = ("spans", "teacher_input_ids", "teacher_attention_mask", "teacher_spans", *_CACHED)
 _ROOM = 4  # tokens of the teacher in a row, for each of the student's
 
 
 @dataclass
-class _Side:
+class Side:
     """One tokenizer's view of a row: tokens, the span that each is in (-1 for none), and labels."""
 
     ids: list[int]
@@ -39,9 +42,16 @@ class _Side:
     labels: list[int]
 
     def add(self, ids: Sequence[int], span: int | Sequence[int], *, counts: bool = True) -> None:
+        """Tokens of one span, or with a span each."""
         self.ids += ids
         self.spans += [span] * len(ids) if isinstance(span, int) else span
         self.labels += ids if counts else [IGNORED] * len(ids)
+
+    def cut(self, room: int) -> None:
+        """Cut to so many tokens; a span that loses any counts no more."""
+        lost = set(self.spans[room:])
+        del self.ids[room:], self.labels[room:]
+        self.spans = [-1 if span in lost else span for span in self.spans[:room]]
 
 
 class Bridge:
@@ -109,7 +119,7 @@ class Bridge:
         rows = list(dataset)
         if rows and "input_ids" in rows[0]:
             raise DataError("bridge=text asks the teacher with its own tokenizer, and these rows have input_ids; give text, prompt and completion, or messages")
-        if _plain(rows):
+        if is_plain(rows):
             check_positions(self.args.block_size, model.config, f"block_size={self.args.block_size}")
             read = [(row, {"text": ""}) for row in packed_dataset(rows, self.teacher, self.args.block_size)]
         else:
@@ -143,9 +153,29 @@ class Bridge:
             rows: With ``text``, ``prompt`` and ``completion``, or ``messages``.
             room: Most tokens of the teacher in a row.
         """
-        yield from self._joined(self._pieces(rows), room) if _plain(rows) else self._single(rows, room)
+        yield from self._joined(self.pieces(rows), room) if is_plain(rows) else self._single(rows, room)
 
-    def _pieces(self, rows: Any) -> Iterator[tuple[list[int], list[int], bool]]:
+    def sides(self, rows: Any, room: int, teacher_room: int) -> Iterator[tuple[Side, Side]]:
+        """Prompts with completions and chats, one by one, each side cut to its room.
+
+        Raises:
+            DataError: If a row cannot be read; the message has its number, from 0.
+        """
+        short = 0
+        for number, row in enumerate(rows):
+            try:
+                check_row(row)
+                pair = self._answered(row)
+            except DataError as error:
+                raise DataError(f"row {number:,}: {error}") from error
+            for side, limit in zip(pair, (room, teacher_room)):
+                short += len(side.ids) > limit
+                side.cut(limit)
+            yield pair
+        if short:
+            logger.info("%d rows were longer than their block and were cut short", short)
+
+    def pieces(self, rows: Any) -> Iterator[tuple[list[int], list[int], bool]]:
         """Spans of texts, one after the other: tokens of both, and whether they stand for the same. Each text ends with the end-of-text tokens."""
         ends = [[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] for tokenizer in (self.student, self.teacher)]
         for number, row in enumerate(rows):
@@ -165,7 +195,7 @@ class Bridge:
         for ours, theirs, same in pieces:
             if len(row[0].ids) + len(ours) > size or len(row[1].ids) + len(theirs) > room:
                 if len(row[0].ids) > len(before[0]):
-                    yield _row(*row)
+                    yield row_of(*row)
                 row = self._begun(before)
                 if len(before[0]) + len(ours) > size or len(before[1]) + len(theirs) > room:
                     long += 1
@@ -177,32 +207,19 @@ class Bridge:
             logger.info("%d spans were longer than a block and were left out", long)
 
     @staticmethod
-    def _begun(before: tuple[list[int], list[int]]) -> tuple[_Side, _Side]:
-        sides = _Side([], [], []), _Side([], [], [])
+    def _begun(before: tuple[list[int], list[int]]) -> tuple[Side, Side]:
+        sides = Side([], [], []), Side([], [], [])
         for side, ids in zip(sides, before):
             side.add(ids, -1, counts=False)
         return sides
 
     def _single(self, rows: Any, room: int) -> Iterator[dict[str, list[int]]]:
-        short = 0
-        for number, row in enumerate(rows):
-            try:
-                check_row(row)
-                sides = self._answered(row)
-            except DataError as error:
-                raise DataError(f"row {number:,}: {error}") from error
-            for side, limit in zip(sides, (self.args.block_size, room)):
-                short += len(side.ids) > limit
-                del side.ids[limit:], side.labels[limit:]
-                lost = set(side.spans[limit:])
-                side.spans = [-1 if span in lost else span for span in side.spans[:limit]]
-            made = _row(*sides)
+        for pair in self.sides(rows, self.args.block_size, room):
+            made = row_of(*pair)
             if any(label != IGNORED for label in made["labels"][1:]):
                 yield made
-        if short:
-            logger.info("%d rows were longer than their block and were cut short", short)
 
-    def _answered(self, row: Mapping[str, Any]) -> tuple[_Side, _Side]:
+    def _answered(self, row: Mapping[str, Any]) -> tuple[Side, Side]:
         """A prompt with its completion, or a chat, whose answers are the same text for both."""
         response = next((name for name in RESPONSES if name in row), None)
         messages = row.get("messages")
@@ -212,7 +229,7 @@ class Bridge:
             return self._chat(messages)
         if response is None:
             raise DataError(f"a row has the columns {', '.join(row)}; give the prompt its completion")
-        text, sides = row[response], (_Side([], [], []), _Side([], [], []))
+        text, sides = row[response], (Side([], [], []), Side([], [], []))
         found = [byte_ends(text, tokenizer) for tokenizer in (self.student, self.teacher)]
         stops = common_spans(found[0][1], found[1][1], len(utf8(text)))[1:]
         ends = [[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] for tokenizer in (self.student, self.teacher)]
@@ -223,7 +240,7 @@ class Bridge:
             side.add(end, len(counts) if all(ends) else -1)
         return sides
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[_Side, _Side]:
+    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Side, Side]:
         """Both templates' renderings; spans are of what the assistant says, and of the special token that ends a turn."""
         sides, ends, renderings = [], [], []
         for who, tokenizer in (("student", self.student), ("teacher", self.teacher)):
@@ -235,7 +252,7 @@ class Bridge:
             ids, border = byte_ends(text, tokenizer)
             if ids != tokens.ids:
                 raise DataError(f"the {who}'s tokenizer reads its own chat template's text otherwise than the chat; give prompt and completion")
-            sides.append(_Side(ids, [-1] * len(ids), tokens.labels))
+            sides.append(Side(ids, [-1] * len(ids), tokens.labels))
             ends.append(border)
             renderings.append(text)
         span = 0
@@ -251,7 +268,7 @@ class Bridge:
                 span = self._turn(sides, [end - len(text[:place].encode()) for end, text, place in zip(ends, renderings, places)], len(utf8(said)), span)
         return sides[0], sides[1]
 
-    def _turn(self, sides: Sequence[_Side], ends: Sequence[np.ndarray], size: int, span: int) -> int:
+    def _turn(self, sides: Sequence[Side], ends: Sequence[np.ndarray], size: int, span: int) -> int:
         """Number the spans of one turn, whose text begins at byte 0 of ``ends``; the next free number comes back."""
         common = np.intersect1d(ends[0], ends[1])
         common = common[(common >= 0) & (common <= size)]
@@ -277,22 +294,22 @@ class Bridge:
             for name, ids in (("spans", "input_ids"), ("teacher_spans", "teacher_input_ids")):
                 length = batch[ids].shape[1]
                 batch[name] = torch.tensor([[*row[name], *[-1] * (length - len(row[name]))] for row in rows])
+            length = batch["teacher_input_ids"].shape[1]
+            for name in (name for name in _CACHED if name in rows[0]):
+                values = [torch.as_tensor(row[name]) for row in rows]
+                batch[name] = torch.stack([F.pad(value, (0, 0) * (value.dim() - 1) + (0, length - len(value))) for value in values])
         return batch
 
     # -- the loss ------------------------------------------------------------------------------------------------------------
 
-    def loss(self, output: Output, target: Output, inputs: Mapping[str, Tensor], num_items: Tensor | int) -> Tensor:
-        """The bridge's own terms on a batch, in nats, each a sum over spans divided by ``num_items``."""
+    def loss(self, output: Output, target: Output | None, inputs: Mapping[str, Tensor], num_items: Tensor | int) -> Tensor:
+        """The bridge's own terms on a batch, in nats, each a sum over spans divided by ``num_items``; without the teacher's output those of a teacher cache."""
         student, teacher = (_Spans.of(inputs[f"{name}spans"], inputs[f"{name}input_ids"]) for name in ("", "teacher_"))
         total = 0.0 * output.hidden.sum()
         remainder = torch.ones(student.count, dtype=torch.bool, device=output.hidden.device)
-        ours, theirs = output.head, target.head
+        ours = output.head
         if self.shared is not None and student.count:
-            total = total + shared_loss(
-                student.before(output.hidden, student.first), ours.weight, teacher.before(target.hidden, teacher.first), theirs.weight, self.shared,
-                num_items=num_items, student_bias=ours.bias, teacher_bias=theirs.bias, student_logit_scale=ours.logit_scale,
-                teacher_logit_scale=theirs.logit_scale, student_softcap=ours.softcap, teacher_softcap=theirs.softcap,
-            )
+            total = total + self._shared(student, teacher, output, target, inputs, num_items)
             partner = torch.full((len(ours.weight),), -1, device=remainder.device)
             partner[self.shared[:, 0]] = self.shared[:, 1].to(remainder.device)
             remainder = ~(student.single & teacher.single & (partner[student.tokens[student.first]] == teacher.tokens[teacher.first]))
@@ -301,15 +318,32 @@ class Bridge:
             log_probs = chosen_log_probs(
                 student.before(output.hidden, our_tokens), ours.weight, student.tokens[our_tokens], bias=ours.bias, logit_scale=ours.logit_scale, softcap=ours.softcap,
             )
-            hidden = teacher.before(target.hidden, their_tokens)
-            device = hidden.device.type
-            compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-            with torch.autocast(device, enabled=False):
-                costs = token_losses(
-                    hidden.to(compute), theirs.weight, teacher.tokens[their_tokens], bias=theirs.bias, logit_scale=theirs.logit_scale, softcap=theirs.softcap,
-                )
-            total = total + span_loss(log_probs, our_spans, -costs, their_spans, temperature=self.args.span_temperature, num_items=num_items)
+            if target is None:
+                known = inputs["teacher_log_probs"].flatten()[teacher.places[their_tokens]]
+            else:
+                known = _known(teacher.before(target.hidden, their_tokens), target.head, teacher.tokens[their_tokens])
+            total = total + span_loss(log_probs, our_spans, known, their_spans, temperature=self.args.span_temperature, num_items=num_items)
         return total
+
+    def _shared(
+        self, student: _Spans, teacher: _Spans, output: Output, target: Output | None, inputs: Mapping[str, Tensor], num_items: Tensor | int
+    ) -> Tensor:
+        """The divergence on shared tokens at the beginning of every span."""
+        assert self.shared is not None
+        ours, hidden = output.head, student.before(output.hidden, student.first)
+        options: dict[str, Any] = {
+            "num_items": num_items, "student_bias": ours.bias, "student_logit_scale": ours.logit_scale, "student_softcap": ours.softcap,
+        }
+        if target is None:
+            ids, log_probs = (teacher.before(inputs[name], teacher.first) for name in ("teacher_top_ids", "teacher_top_log_probs"))
+            partner = torch.full((int(self.shared[:, 1].max()) + 1,), -1, device=ids.device)
+            partner[self.shared[:, 1]] = self.shared[:, 0].to(ids.device)
+            return shared_top_loss(hidden, ours.weight, partner[ids.clamp(max=len(partner) - 1)].masked_fill(ids >= len(partner), -1), log_probs, **options)
+        theirs = target.head
+        return shared_loss(
+            hidden, ours.weight, teacher.before(target.hidden, teacher.first), theirs.weight, self.shared, teacher_bias=theirs.bias,
+            teacher_logit_scale=theirs.logit_scale, teacher_softcap=theirs.softcap, **options,
+        )
 
     def at_borders(self, output: Output, target: Output, inputs: Mapping[str, Tensor]) -> tuple[Output, Output, Tensor]:
         """States of both models at the last token of each span, where both have read the same text, and a mask that keeps them all."""
@@ -360,11 +394,20 @@ class _Spans:
         return tokens, self.numbers[tokens]
 
     def before(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Hidden states that predict some of these tokens, shape (n, H)."""
+        """Hidden states, or what else there is at each position, that predict some of these tokens, shape (n, H)."""
         return hidden.flatten(0, 1)[self.places[tokens] - 1]
 
 
-def _plain(rows: Any) -> bool:
+def _known(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
+    """The teacher's log-probabilities of tokens, in the dtype of autocast."""
+    device = hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return -token_losses(hidden.to(compute), head.weight, tokens, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
+
+
+def is_plain(rows: Any) -> bool:
+    """Whether rows are texts, by the first one."""
     return not {"messages", "prompt"} & set(next(iter(rows), {}))
 
 
@@ -379,7 +422,7 @@ def _text_of(row: Mapping[str, Any], number: int) -> str:
     return str(row["text"])
 
 
-def _row(student: _Side, teacher: _Side) -> dict[str, list[int]]:
+def row_of(student: Side, teacher: Side) -> dict[str, list[int]]:
     """A row of both sides; a span that one side has no prediction for, or lost to the cut, counts for neither."""
     held = set(student.spans[1:]) & set(teacher.spans[1:]) - {student.spans[0], teacher.spans[0]}
     return {
@@ -388,45 +431,17 @@ def _row(student: _Side, teacher: _Side) -> dict[str, list[int]]:
     }
 
 
-def check_heads(bridge: Bridge, student: Any, teacher: Any) -> None:
+def check_heads(bridge: Bridge, student: Any, teacher: Any = None) -> None:
     """Refuse tokenizers that are not those of the models.
 
     Raises:
         VocabularyMismatchError: Naming the model whose head has fewer rows than its tokenizer has tokens.
     """
     for name, tokenizer, model in (("student", bridge.student, student), ("teacher", bridge.teacher, teacher)):
+        if model is None:
+            continue
         highest = max(tokenizer.get_vocab().values(), default=0)
         if highest >= model.config.vocab_size:
             raise VocabularyMismatchError(
                 f"the {name}'s tokenizer has the token {highest:,} and its checkpoint a vocabulary of {model.config.vocab_size:,}; give the {name} its own tokenizer"
             )
-
-
-def answered_rows(rows: Sequence[Mapping[str, Any]], answers: Sequence[str], prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows whose completions are the teacher's answers, as text; empty ones are left out.
-
-    Args:
-        rows: Prompts, chats or texts.
-        answers: The teacher's answer to each.
-        prompts: What it answered, as text; used where a row is plain text.
-
-    Raises:
-        DataError: If every answer is empty.
-    """
-    made: list[dict[str, Any]] = []
-    for row, answer, prompt in zip(rows, answers, prompts, strict=True):
-        if not answer.strip():
-            continue
-        if "messages" in row or not isinstance(row.get("prompt", ""), str):
-            messages = list(row["messages"] if "messages" in row else row["prompt"])
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            made.append({"messages": [*messages, {"role": "assistant", "content": answer.strip()}]})
-        else:
-            made.append({"prompt": row.get("prompt", prompt), "completion": answer})
-    if len(made) < len(rows):
-        logger.warning("%d of %d answers of the teacher are empty and are left out", len(rows) - len(made), len(rows))
-    if not made:
-        raise DataError("every answer of the teacher is empty; raise max_new_tokens, or look at its prompts and its end token")
-    return made
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from cbd_hub.errors import DataError
 from cbd_hub.manifest import Data, FileRecord, Parameters, Sha256
 
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "cache.json"
 COLUMNS = ("input_ids", "labels", "position_ids")
 _TEXT = ("text", "prompt", "completion", "response", "messages")
@@ -42,17 +42,18 @@ class TextRecord(Data):
 
 
 class PackingRecord(Data):
-    """The blocks, in their order; ``predicted`` counts the positions whose next token counts."""
+    """The blocks, in their order; ``predicted`` counts the positions whose next token counts, ``prefix`` is what each block of joined text begins with."""
 
     sha256: Sha256
     block_size: int | None = Field(default=None, ge=1, le=2**20)
     blocks: int = Field(ge=1, le=2**40)
     tokens: int = Field(ge=1, le=2**50)
     predicted: int = Field(ge=1, le=2**50)
+    prefix: list[Annotated[int, Field(ge=0, lt=2**24)]] = Field(default=[], max_length=16)
 
 
 class Source(Data):
-    """All that decides what a cache holds; equal sources give equal caches."""
+    """All that decides what a cache holds; equal sources give equal caches. ``token_log_probs`` is not set in caches of schema 1, which lack these."""
 
     teacher: TeacherRecord
     tokenizer_sha256: Sha256 | None = None
@@ -64,6 +65,7 @@ class Source(Data):
     vocab_size: int = Field(ge=2, le=2**24)
     shard_blocks: int = Field(ge=1)
     student_sha256: Sha256 | None = None
+    token_log_probs: bool = False
 
 
 class StudentFigures(Data):
@@ -164,12 +166,13 @@ class IdentifiedBlocks:
         rows: Rows with ``text``, ``prompt`` and ``completion`` or ``messages``, or blocks that have ``input_ids``.
         tokenizer: A transformers tokenizer; needed unless rows have ``input_ids``.
         block_size: Tokens in a block.
+        prefix: Tokens that each block of joined text begins with.
 
     Raises:
         DataError: If there are no rows, or no tokenizer where one is needed.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, prefix: Sequence[int] = ()) -> None:
         self.documents = self.blocks = self.tokens = self.predicted = 0
         self._text, self._packing = hashlib.sha256(), hashlib.sha256()
         self._rows = iter(rows)
@@ -179,7 +182,7 @@ class IdentifiedBlocks:
         self.packed = "input_ids" in self._first
         if not self.packed and tokenizer is None:
             raise DataError(f"the rows have the columns {', '.join(self._first)} but no tokenizer came; pass one")
-        self._tokenizer, self.block_size = tokenizer, block_size
+        self._tokenizer, self.block_size, self._prefix = tokenizer, block_size, prefix
 
     @property
     def text_sha256(self) -> str | None:
@@ -202,7 +205,7 @@ class IdentifiedBlocks:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         drawn = self._documents()
-        for row in drawn if self.packed else pack(drawn, self._tokenizer, self.block_size):
+        for row in drawn if self.packed else pack(drawn, self._tokenizer, self.block_size, self._prefix):
             block = {name: np.asarray(row[name], np.int32) for name in COLUMNS if row.get(name) is not None}
             ids = block["input_ids"]
             if any(values.shape != (len(ids),) for values in block.values()) or not len(ids) or not all(row.get("attention_mask") or [1]):

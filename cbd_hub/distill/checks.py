@@ -17,9 +17,8 @@ from cbd_hub.distill.on_policy import check_sources
 from cbd_hub.distill.packing import pack
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import CBDError, DataError, RecipeError
-from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.shapes import check_positions, shape_of
-from cbd_hub.weights import one_line, read_config
+from cbd_hub.weights import one_line
 
 
 if TYPE_CHECKING:
@@ -48,10 +47,10 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
     above = teacher_config
     for stage, theirs, tokenizer in zip(stages, tokenizers, tokenizers[1:]):
         teacher_config = above
-        if stage.checkpoint is not None:
-            above = read_config(resolve_checkpoint(stage.checkpoint))
+        above = stage.base(above)
+        if not stage.own:
             layers = shape_of(above).layers
-        elif stage.shape is not None:
+        if stage.shape is not None:
             layers = stage.shape.layers
         with recipe.at(stage.anchor), tempfile.TemporaryDirectory() as folder:
             args = stage.config(folder)
@@ -60,7 +59,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
                 check_positions(args.block_size, above if stage.bridged else teacher_config, f"block_size={args.block_size}")
                 check_sources(args, *rows[stage.name])
                 _check_trainer(args)
-                _check_text(args, rows[stage.name][0], theirs if args.bridge == "text" else tokenizer)
+                _check_text(args, rows[stage.name][0], theirs if args.bridge == "text" or (args.bridge and args.teacher_cache) else tokenizer)
                 if args.bridge is not None:
                     Bridge(args, tokenizer, theirs)
             except CBDError as error:

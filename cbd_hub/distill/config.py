@@ -42,7 +42,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         path_fraction: Share of the optimiser steps in which a model in between student and teacher takes the student's place, 0 to 1.
         block_size: Tokens in a packed block, for data sets with a text column.
         teacher_cache: A folder or Hub data set made by ``cbd cache-teacher``, read instead of running the teacher: at temperature 1, without
-            ``hidden_weight`` and ``path_fraction``, which need the teacher itself.
+            ``hidden_weight`` and ``path_fraction``, which need the teacher itself. With a ``bridge`` it is made with the teacher's tokenizer, in whose tokens
+            ``block_size`` then counts.
         bridge: For a teacher with a tokenizer of its own, in the place of the divergence: ``text`` (its answers, by cross-entropy), ``span`` (its likelihood of
             every span that is whole tokens for both), ``vocab`` (its distribution on shared tokens, where both have a border), ``span+vocab`` (``span`` for the
             spans that are no shared token), ``hidden`` (the hidden-state term alone, with ``hidden_weight``, which goes with ``span`` and ``vocab`` too).
@@ -125,9 +126,11 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if not self.span_temperature > 0:
             raise ArgumentError(f"span_temperature={self.span_temperature} is not above 0; the paper's value is {TEMPERATURE:g}")
         plain: dict[str, object] = {
-            "divergence": "forward_kl", "temperature": 1.0, "path_fraction": 0.0, "on_policy_fraction": 0.0, "objective": "divergence", "teacher_cache": None,
+            "divergence": "forward_kl", "temperature": 1.0, "path_fraction": 0.0, "on_policy_fraction": 0.0, "objective": "divergence",
             **({"hidden_weight": 0.0} if self.bridge == "text" else {"teacher_answers": False}),
         }
+        if self.teacher_cache is not None and self.bridge in ("text", "hidden"):
+            raise ArgumentError(f"bridge={self.bridge} needs the teacher itself, its {'answers' if self.bridge == 'text' else 'hidden states'}; leave teacher_cache out, or use span or vocab")
         for name, value in plain.items():
             if getattr(self, name) != value:
                 raise ArgumentError(f"{name}={getattr(self, name)} does not go with bridge={self.bridge}, whose teacher has another vocabulary; leave it at {value}")

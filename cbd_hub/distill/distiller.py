@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import is_peft_available
 
+from cbd_hub.distill.bridge_cache import BridgedCache
 from cbd_hub.distill.bridging import COLUMNS, Bridge, check_heads
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import with_tokens
@@ -102,8 +103,14 @@ class ChainDistiller(SamplingTrainer):
         for name, why in (("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", "logits are never formed")):
             if kwargs.get(name) is not None:
                 raise ArgumentError(f"{name} would never be called: {why}; leave it out")
-        self.teacher_cache = _cached(args, teacher_cache, teacher, processing_class, train_dataset, eval_dataset)
-        if self.teacher_cache is not None:
+        reader = processing_class if args.bridge is None else teacher_processing_class
+        self.teacher_cache = _cached(args, teacher_cache, teacher, reader, train_dataset, eval_dataset)
+        if self.teacher_cache is not None and args.bridge is not None:
+            self.bridge, self._vocab_size, kept = Bridge(args, processing_class, teacher_processing_class), None, None
+            check_heads(self.bridge, model)
+            train_dataset = _bridged(self.bridge, self.teacher_cache, model, train_dataset, eval_dataset)
+            teacher = None
+        elif self.teacher_cache is not None:
             teacher, train_dataset, kept = None, self.teacher_cache, None
             self._vocab_size = _cached_vocabulary(model, self.teacher_cache)
         elif isinstance(teacher, torch.nn.Module) and args.bridge is not None:
@@ -120,7 +127,9 @@ class ChainDistiller(SamplingTrainer):
             model = _with_adapter(model, peft_config, args)
         if self.bridge is not None:
             kwargs.setdefault("data_collator", self.bridge.collate)
-            if args.bridge == "text":
+            if self.teacher_cache is not None:
+                pass
+            elif args.bridge == "text":
                 train_dataset = None if train_dataset is None else self.bridge.prompts(train_dataset, teacher)
             else:
                 train_dataset, eval_dataset = (self.bridge.with_tokens(rows, model, teacher) for rows in (train_dataset, eval_dataset))
@@ -187,7 +196,7 @@ class ChainDistiller(SamplingTrainer):
         model = without_compiler(model)
         module = self.accelerator.unwrap_model(model)
         student = module.get_base_model() if is_peft_model(module) else module
-        if "top_ids" in inputs or self.args.bridge == "text":
+        if "top_ids" in inputs or "teacher_log_probs" in inputs or self.args.bridge == "text":
             with self.accelerator.autocast():
                 return inside(model, module, lambda: compute(student, None), frozen=not torch.is_grad_enabled())
         if self.teacher is None:
@@ -238,7 +247,7 @@ class ChainDistiller(SamplingTrainer):
         args: ChainDistillerConfig = self.args
         ours = output.head
         bridged = None
-        if self.bridge is not None and target is not None:
+        if self.bridge is not None and (target is not None or "teacher_log_probs" in inputs):
             bridged = args.kd_weight * self.bridge.loss(output, target, inputs, num_items) if args.kd_weight else None
             if bridged is not None and not ce_weight:
                 return bridged
@@ -413,6 +422,20 @@ def _cached(
     rows = None if isinstance(train_dataset, TeacherCache) else train_dataset
     opened.check(teacher=teacher, tokenizer=tokenizer, rows=rows, block_size=args.block_size)
     return opened
+
+
+def _bridged(bridge: Bridge, cache: TeacherCache, student: Any, rows: Any, eval_dataset: Any) -> BridgedCache:
+    """The rows of a bridge from a teacher cache.
+
+    Raises:
+        ArgumentError: If the documents are missing, or rows to evaluate on came.
+    """
+    if rows is None or isinstance(rows, TeacherCache):
+        raise ArgumentError(f"bridge={bridge.args.bridge} reads the documents of {cache.name} with the student's tokenizer too; pass them as train_dataset")
+    if eval_dataset is not None:
+        raise ArgumentError("evaluation of a bridge runs the teacher, and a teacher cache stands in its place; leave eval_dataset out, and measure bits per byte")
+    room = 4 * bridge.args.block_size
+    return BridgedCache(bridge, cache, rows, min(room, getattr(student.config, "max_position_embeddings", None) or room))
 
 
 def _cached_vocabulary(student: Any, cache: TeacherCache) -> int | None:

@@ -107,10 +107,10 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None,
     costs = []
     for stage in stages:
         progress(f"{stage.name}: timing steps on a few layers")
-        own = config if stage.checkpoint is None else read_config(resolve_checkpoint(stage.checkpoint))
+        own = stage.base(config)
         if stage.checkpoint is None:
             assert stage.size is not None
-            own = shapes.config_for(stage.shape or likely_shape(stage.size, config), config)
+            own = shapes.config_for(stage.shape or likely_shape(stage.size, own), own)
         costs.append(_cost(stage, own, config))
         config = own
     return costs

@@ -99,14 +99,26 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
     return Tokens(whole, labels)
 
 
-def joined_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str, list[int]]]:
-    """Rows joined end to end and cut into full blocks; attention crosses their borders. The last, unfilled block is left out."""
+def joined_blocks(rows: Iterable[Tokens], block_size: int, prefix: Sequence[int] = ()) -> Iterator[dict[str, list[int]]]:
+    """Rows joined end to end and cut into full blocks; attention crosses their borders. The last, unfilled block is left out.
+
+    Args:
+        rows: The rows.
+        block_size: Tokens in a block.
+        prefix: Tokens that each block begins with and that do not count.
+
+    Raises:
+        DataError: If the prefix leaves no room in a block.
+    """
     ids: list[int] = []
+    room = block_size - len(prefix)
+    if room < 1:
+        raise DataError(f"a block of {block_size} tokens has no room beside the {len(prefix)} that it begins with; give a larger block_size")
     for row in rows:
         ids += row.ids
-        while len(ids) >= block_size:
-            yield {"input_ids": ids[:block_size]}
-            ids = ids[block_size:]
+        while len(ids) >= room:
+            yield {"input_ids": [*prefix, *ids[:room]], **({"labels": [IGNORED] * len(prefix) + ids[:room]} if prefix else {})}
+            ids = ids[room:]
 
 
 def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str, list[int]]]:
@@ -134,12 +146,12 @@ def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str
         yield block
 
 
-def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int) -> Iterator[dict[str, list[int]]]:
-    """Blocks of rows: plain text joined end to end, anything with a prompt packed with exact borders."""
+def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, prefix: Sequence[int] = ()) -> Iterator[dict[str, list[int]]]:
+    """Blocks of rows: plain text joined end to end, each block after the prefix; anything with a prompt packed with exact borders."""
     first, rows = _peek(iter(rows))
     tokens = tokenised(rows, tokenizer)
     plain = first is not None and "text" in first and "messages" not in first and "prompt" not in first
-    return joined_blocks(tokens, block_size) if plain else segment_blocks(tokens, block_size)
+    return joined_blocks(tokens, block_size, prefix) if plain else segment_blocks(tokens, block_size)
 
 
 def _peek(rows: Iterator[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, Iterator[Mapping[str, Any]]]:

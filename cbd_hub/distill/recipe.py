@@ -177,17 +177,17 @@ class _Run:
         if stage.checkpoint is not None and stage.size is not None and not stage.bridged:  # only now is the shape above it known for sure
             source = resolve_checkpoint(stage.checkpoint)
             check_pair(parent.parameters, self.builder.anchor_folder(parent.name), large.config, stage.size, source, read_config(source))
-        if stage.checkpoint is None:
+        if stage.own:
             importance = measure_importance(large, self.calibrations[self._place(stage.name)])
             cut = self._cut(stage, large, importance, parent)
             maps = self.builder.save_kept(stage.name, cut.kept)
         if not folder.exists():
-            self._train(stage, large, cut, importance, folder)
+            self._train(stage, large, cut, importance, folder, parent)
         small = self._load(stage.name)
         entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small, stage.name))
         result = json.loads((self.work / f"{stage.name}.training.json").read_text())
         anchors.append(self.builder.record(
-            stage.name, origin="published" if cut is None else "cut", parent=None if cut is None else parent.name, maps=maps,
+            stage.name, origin=stage.origin, parent=None if cut is None else parent.name, maps=maps,
             training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256()),
             evaluations=[Evaluation(**entry)],
         ))
@@ -211,14 +211,20 @@ class _Run:
             raise RecipeError(f"anchor {stage.wish} comes out as large as the one above it ({format_size(parent.parameters)}); ask for a smaller one")
         return Cut.of(large, shape, importance, parent.name)
 
-    def _train(self, stage: Stage, large: Any, cut: Cut | None, importance: Importance | None, folder: Path) -> None:
+    def _beginning(self, stage: Stage, parent: Anchor) -> Any:
+        """The untrained student of a stage that is not cut from the anchor above it."""
+        if stage.start is None:
+            return load_model(resolve_checkpoint(str(stage.checkpoint)), torch.float32)
+        if stage.start.folder is None:
+            return stage.start.random_model()
+        whole = load_model(stage.start.folder, torch.float32).to(best_device())
+        importance = measure_importance(whole, self.calibrations[self._place(stage.name)])
+        return cut_model(whole, self._cut(stage, whole, importance, parent).plan)
+
+    def _train(self, stage: Stage, large: Any, cut: Cut | None, importance: Importance | None, folder: Path, parent: Anchor) -> None:
         run_dir = self.work / stage.name
         set_seed(self.recipe.seed)
-        if cut is not None:
-            student = cut_model(large, cut.plan)
-        else:
-            assert stage.checkpoint is not None
-            student = load_model(resolve_checkpoint(stage.checkpoint), torch.float32)
+        student = self._beginning(stage, parent) if cut is None else cut_model(large, cut.plan)
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
         arguments = stage.config(str(run_dir), self.recipe.seed)

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.starts import StartData
 from cbd_hub.errors import ArgumentError, CBDError, RecipeError
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
@@ -108,7 +109,7 @@ class Recipe(_Strict):
 
     Attributes:
         teacher: Hub id or folder.
-        anchors: Sizes, shapes or checkpoints, in falling size.
+        anchors: Sizes, shapes or checkpoints, in falling size; beyond a bridge also what says its origin (`cbd_hub.distill.starts.StartData`).
         data: What is trained, calibrated and evaluated on.
         text_data: Text of MiniLLM's cross-entropy term, where ``text_weight`` is set; by default that of ``data``.
         stage: Training arguments of every stage.
@@ -127,10 +128,15 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
-        for anchor in self.anchors:
-            if isinstance(anchor, dict):
+        for index, anchor in enumerate(self.anchors):
+            if isinstance(anchor, dict) and "origin" in anchor:
+                StartData.read(anchor, f"anchors.{index}")
+            elif isinstance(anchor, dict):
                 if not set(anchor) <= {*Shape.model_fields, "checkpoint"} or ("checkpoint" in anchor and len(anchor) > 1):
-                    raise ValueError(f"anchors: {anchor} is no size, no shape ({', '.join(Shape.model_fields)}) and no checkpoint")
+                    raise ValueError(
+                        f"anchors.{index}: {anchor} is no size, no shape ({', '.join(Shape.model_fields)}) and no checkpoint alone; "
+                        "beyond a bridge it may say its origin: cut (of a checkpoint) or random (of a config)"
+                    )
             else:
                 parse_size(anchor)
         for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
@@ -258,10 +264,14 @@ def anchor_key(anchor: str | int | dict[str, Any]) -> str:
     Example:
         >>> anchor_key("99M"), anchor_key({"layers": 20, "ffn": 1024}), anchor_key({"checkpoint": "openai-community/gpt2"})
         ('99M', 'layers=20,ffn=1024', 'openai-community/gpt2')
+        >>> anchor_key({"origin": "cut", "checkpoint": "openai-community/gpt2", "size": "99M"})
+        'origin=cut,checkpoint=openai-community/gpt2,size=99M'
     """
     if not isinstance(anchor, dict):
         return str(anchor)
-    return str(anchor["checkpoint"]) if "checkpoint" in anchor else ",".join(f"{name}={value}" for name, value in anchor.items())
+    if set(anchor) == {"checkpoint"}:
+        return str(anchor["checkpoint"])
+    return ",".join(f"{name}={value.get('model_type') if isinstance(value, dict) else value}" for name, value in anchor.items())
 
 
 def _check_data(where: str, value: Any) -> None:

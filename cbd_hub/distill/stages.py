@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -23,7 +23,8 @@ from cbd_hub.distill.data import (
     split_stream,
 )
 from cbd_hub.distill.packing import tokenised
-from cbd_hub.distill.schema import Recipe, RecipeData
+from cbd_hub.distill.schema import Recipe, RecipeData, anchor_key
+from cbd_hub.distill.starts import Start
 from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError
 from cbd_hub.evaluation import Documents
 from cbd_hub.hub import resolve_checkpoint
@@ -47,6 +48,7 @@ class Stage:
         shape: The exact shape wanted, or None.
         checkpoint: A published checkpoint to start from, or None.
         arguments: Training arguments; with ``bridge`` the anchor is of another vocabulary or architecture than the one above it.
+        start: What it begins as where it says its origin, or None.
     """
 
     name: str
@@ -56,6 +58,27 @@ class Stage:
     shape: Shape | None
     checkpoint: str | None
     arguments: dict[str, Any]
+    start: Start | None = None
+
+    @property
+    def origin(self) -> Literal["cut", "published", "random"]:
+        """Where its first weights are from."""
+        return self.start.origin if self.start is not None else "cut" if self.checkpoint is None else "published"
+
+    @property
+    def own(self) -> bool:
+        """Whether it is cut from the anchor above it."""
+        return self.checkpoint is None and self.start is None
+
+    def base(self, above: Any) -> Any:
+        """The config that its shape is a change of.
+
+        Args:
+            above: That of the anchor above it.
+        """
+        if self.start is not None:
+            return self.start.config
+        return above if self.checkpoint is None else read_config(resolve_checkpoint(self.checkpoint))
 
     @property
     def bridged(self) -> bool:
@@ -88,12 +111,21 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
     taken = [unique_name(above, [])]
     stages: list[Stage] = []
     for wish in recipe.anchors:
-        shape, checkpoint, arguments = None, None, recipe.stage_arguments(wish)
-        if arguments.get("bridge") is not None and not (isinstance(wish, dict) and "checkpoint" in wish):
+        shape, checkpoint, start, arguments = None, None, None, recipe.stage_arguments(wish)
+        if arguments.get("bridge") is not None and not (isinstance(wish, dict) and {"checkpoint", "origin"} & set(wish)):
             with recipe.at(wish):
-                raise RecipeError(f"bridge={arguments['bridge']} leads to an anchor of another vocabulary or architecture; give it as {{checkpoint: ...}}, and bridge under stages (stage of anchor {wish})")
+                raise RecipeError(
+                    f"bridge={arguments['bridge']} leads to an anchor of another vocabulary or architecture; give it as {{checkpoint: ...}} or with its origin, "
+                    f"and bridge under stages (stage of anchor {wish})"
+                )
         with recipe.at(wish, "anchors"):
-            if isinstance(wish, dict) and "checkpoint" in wish:
+            if isinstance(wish, dict) and "origin" in wish:
+                if arguments.get("bridge") is None:
+                    raise RecipeError(f"anchor {anchor_key(wish)} says its origin, so that nothing can be interpolated between it and the one above it; set a bridge in its stage")
+                start = Start.of(wish)
+                size, shape, own = start.size, start.shape, start.config
+                source, whole, exact = (size, start.tokenizer, own), shape or shapes.shape_of(own), shape is not None
+            elif isinstance(wish, dict) and "checkpoint" in wish:
                 checkpoint = str(wish["checkpoint"])
                 folder = resolve_checkpoint(checkpoint)
                 config = read_config(folder)
@@ -117,7 +149,7 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
             if size < least:
                 raise RecipeError(f"anchor {wish} is smaller than the embeddings and one layer, {format_size(least)}; ask for more")
         name = unique_name(size, taken)
-        stage = Stage(name, wish, str(wish), size, shape, checkpoint, arguments)
+        stage = Stage(name, wish, str(wish) if start is None else anchor_key(wish), size, shape, checkpoint, arguments, start)
         with recipe.at(wish):
             if stage.config("unused").path_fraction and checkpoint is not None:
                 raise RecipeError(f"path_fraction needs an anchor cut from the one above it; set it to 0 for a checkpoint (stage of anchor {wish})")
@@ -196,7 +228,10 @@ def stage_tokenizers(stages: Sequence[Stage], teacher: Any) -> list[Any]:
     """The tokenizers of the teacher and of each stage's anchor: another one from a bridge on."""
     found = [teacher]
     for stage in stages:
-        found.append(load_tokenizer(resolve_checkpoint(str(stage.checkpoint))) if stage.bridged else found[-1])
+        if not stage.bridged:
+            found.append(found[-1])
+        else:
+            found.append(load_tokenizer(resolve_checkpoint(str(stage.checkpoint)) if stage.start is None else stage.start.tokenizer))
     return found
 
 

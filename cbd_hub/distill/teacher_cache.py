@@ -40,6 +40,7 @@ from cbd_hub.errors import CBDError, DataError, StorageError, VocabularyMismatch
 from cbd_hub.files import check_file, disk_error, sha256, write_text
 from cbd_hub.hub import download, is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.losses.alignment import prefix_of
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.losses.log_probs import top_log_probs
 from cbd_hub.shapes import check_positions, parameter_count
@@ -49,13 +50,15 @@ from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
 SHARD_TOKENS = 2**18
 _WORK = ".work"
 _TOP = "teacher_top"
+_TOKEN = "token_log_probs"
 
 
 class TeacherCache(TorchDataset[dict[str, Any]]):
     """A teacher cache as a data set: blocks with the teacher's top tokens at every position that predicts one that counts.
 
     A row has ``input_ids`` and, where the blocks had them, ``labels`` and ``position_ids``; ``top_ids``, int64, and ``top_log_probs``, float32,
-    each of shape (length, k), zero where nothing counts.
+    each of shape (length, k), zero where nothing counts; ``token_log_probs``, float32, shape (length,), of each token itself after those before it, zero where it
+    does not count (caches of schema 1 lack these).
 
     Example:
         >>> import tempfile
@@ -90,7 +93,7 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
         if not folder.is_dir() and is_repo_id(os.fspath(cache)):
             folder = download(os.fspath(cache), revision, [FILE_NAME, "data/*"], {"repo_type": "dataset", "token": token})
         record = CacheRecord.read(folder)
-        wanted = _features(record.source.columns)
+        wanted = _features(record.source)
         parts = []
         for shard in record.shards:
             path = folder / shard.path
@@ -114,6 +117,10 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
         except (DataError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"row {index} of {self.name} is damaged: {one_line(error)}; fetch or make the cache again") from error
 
+    def ids(self, index: int) -> list[int]:
+        """The tokens of a block."""
+        return list(self._rows[index]["input_ids"])
+
     def _decoded(self, row: dict[str, Any]) -> dict[str, Any]:
         length, vocab = len(row["input_ids"]), self.codec.vocab_size
         for name, low, high in (("input_ids", 0, vocab), ("labels", -100, vocab), ("position_ids", 0, length)):
@@ -126,6 +133,8 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
         row["top_ids"] = np.zeros((length, self.codec.top_k), np.int64)
         row["top_log_probs"] = np.zeros((length, self.codec.top_k), np.float32)
         row["top_ids"][keep], row["top_log_probs"][keep] = ids, log_probs
+        if self.record.source.token_log_probs:
+            row[_TOKEN] = _checked(row[_TOKEN], keep)
         return row
 
     def check(self, *, teacher: Any = None, tokenizer: Any = None, rows: Iterable[Mapping[str, Any]] | None = None, block_size: int = 128) -> None:
@@ -147,7 +156,7 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
             self._same("tokenizer", "tokenizer", source.tokenizer_sha256, tokenizer_sha256(tokenizer))
         if rows is None:
             return
-        given = IdentifiedBlocks(rows, tokenizer, block_size)
+        given = IdentifiedBlocks(rows, tokenizer, block_size, source.packing.prefix)
         raw = not given.packed and source.text.sha256 is not None
         if raw and block_size != source.packing.block_size:
             raise DataError(f"{self.name} was made for another sequence packing: blocks of {source.packing.block_size} tokens, not {block_size}{_REMEDY}")
@@ -168,8 +177,21 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
 _REMEDY = "; make a cache for this one with `cbd cache-teacher`, or leave teacher_cache out"
 
 
-def _features(columns: Iterable[str]) -> Features:
-    return Features({**{name: List(Value("int32")) for name in columns}, _TOP: Value("binary")})
+def _features(source: Source) -> Features:
+    own = {_TOKEN: List(Value("float16"))} if source.token_log_probs else {}
+    return Features({**{name: List(Value("int32")) for name in source.columns}, **own, _TOP: Value("binary")})
+
+
+def _checked(values: Any, keep: np.ndarray) -> np.ndarray:
+    """Log-probabilities of a block's tokens, where ``keep`` says which positions predict one that counts.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    found = np.asarray(values, np.float32)
+    if found.shape != keep.shape or not np.isfinite(found).all() or found.max() > 0 or found[~np.roll(keep, 1)].any():
+        raise ValueError(f"{_TOKEN} are no log-probabilities of its tokens")
+    return found
 
 
 @dataclass
@@ -198,15 +220,15 @@ class _Asker:
     student: Any = None
     sums: _Sums = field(default_factory=_Sums)
 
-    def __call__(self, blocks: list[dict[str, np.ndarray]]) -> list[bytes]:
-        """The encoded top tokens of each block."""
+    def __call__(self, blocks: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+        """The encoded top tokens of each block, and the log-probabilities of its own."""
         batch = {name: tensor.to(self.teacher.device, torch.int64) for name, tensor in collate(blocks).items()}
         keep = next_tokens(batch["labels"]) != IGNORED
         inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         target = ModelRunner(self.teacher)(*inputs)
         head, hidden = target.head, target.hidden[keep].float()
-        ids, log_probs, log_rest = top_log_probs(
-            hidden, head.weight, self.codec.top_k, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+        ids, log_probs, log_rest, own = top_log_probs(
+            hidden, head.weight, self.codec.top_k, next_tokens(batch["labels"])[keep], bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
             vocab_size=self.codec.vocab_size,
         )
         if not torch.isfinite(log_probs).all():
@@ -214,11 +236,14 @@ class _Asker:
         order = ids.argsort(-1)
         exact = (ids.gather(1, order).cpu().numpy(), log_probs.gather(1, order).cpu().numpy(), log_rest.cpu().numpy())
         encoded, kept, start = [], np.empty_like(exact[1]), 0
-        for count in keep.sum(1).tolist():
-            here = slice(start, start + count)
-            encoded.append(self.codec.encode(*(part[here] for part in exact)))
-            kept[here] = self.codec.decode(encoded[-1], count)[1]
-            start += count
+        for block, positions in zip(blocks, keep.cpu().numpy()):
+            here = slice(start, start + int(positions.sum()))
+            listed = self.codec.encode(*(part[here] for part in exact))
+            chosen = np.zeros(len(positions), np.float16)
+            chosen[np.roll(positions, 1)] = own[here].clamp(-6e4, 0.0).cpu().numpy()
+            encoded.append({_TOP: listed, _TOKEN: chosen[: len(block["input_ids"])]})
+            kept[here] = self.codec.decode(listed, here.stop - start)[1]
+            start = here.stop
         costs = rounding_kl(exact[1], exact[2], kept)
         self.sums.positions += len(costs)
         self.sums.rounding += float(costs.sum())
@@ -249,7 +274,7 @@ class _Asker:
 def write_cache(
     teacher: Any, rows: Iterable[Mapping[str, Any]], folder: str | os.PathLike[str], *, tokenizer: Any = None, block_size: int = 128,
     top_k: int = 128, bits: int = 8, max_tokens: int | None = None, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS,
-    dtype: torch.dtype | None = None, student: Any = None, progress: Callable[[int, int], None] | None = None,
+    dtype: torch.dtype | None = None, student: Any = None, bos: bool = False, progress: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Run a teacher over a text once and keep its top-k log-probabilities, as a folder that ``datasets.load_dataset`` reads.
 
@@ -271,6 +296,7 @@ def write_cache(
         shard_tokens: Tokens in a shard, which is what is lost at most when it is stopped.
         dtype: What the teacher computes in; its own by default. Logits are made in fp32.
         student: A model to measure the tail's share of the divergence with; costs a second forward pass.
+        bos: Begin each block of joined text with what the tokenizer puts before a text, such as gemma's ``<bos>``, without which it is no good teacher.
         progress: Called with the blocks done and the blocks in all.
 
     Returns:
@@ -286,7 +312,8 @@ def write_cache(
     codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, len(tokenizer)))
     if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:
         raise VocabularyMismatchError(f"the student has a vocabulary of {student.config.vocab_size:,}, the cache one of {codec.vocab_size:,}; give a student of the teacher's vocabulary")
-    identified = IdentifiedBlocks(rows, tokenizer, block_size)
+    prefix = prefix_of(tokenizer) if bos and tokenizer is not None else []
+    identified = IdentifiedBlocks(rows, tokenizer, block_size, prefix)
     if not identified.packed:
         check_positions(block_size, teacher.config, f"block_size={block_size}")
     blocks, complete = [], True
@@ -313,11 +340,11 @@ def write_cache(
         text=TextRecord(sha256=identified.text_sha256, documents=identified.documents, complete=complete),
         packing=PackingRecord(
             sha256=identified.packing_sha256, block_size=None if identified.packed else block_size, blocks=identified.blocks,
-            tokens=identified.tokens, predicted=identified.predicted,
+            tokens=identified.tokens, predicted=identified.predicted, prefix=prefix,
         ),
         columns=list(blocks[0]), top_k=top_k, bits=bits, vocab_size=codec.vocab_size,
         shard_blocks=max(1, shard_tokens // max(len(block["input_ids"]) for block in blocks)),
-        student_sha256=None if student is None else weights_sha256(student),
+        student_sha256=None if student is None else weights_sha256(student), token_log_probs=True,
     )
     if dtype is not None and teacher.dtype != dtype:
         teacher = copy.deepcopy(teacher).to(dtype)
@@ -349,11 +376,11 @@ def _write(
         if facts is None:
             asker = _Asker(codec, teacher, student)
             partial = work / "shard.partial"
-            with ArrowWriter(path=str(partial), features=_features(source.columns), writer_batch_size=batch_size) as writer:
+            with ArrowWriter(path=str(partial), features=_features(source), writer_batch_size=batch_size) as writer:
                 for start in range(first, last, batch_size):
                     part = blocks[start : min(start + batch_size, last)]
-                    for block, top in zip(part, asker(part), strict=True):
-                        writer.write({**block, _TOP: top})
+                    for block, found in zip(part, asker(part), strict=True):
+                        writer.write({**block, **found})
                     progress(start + len(part), len(blocks))
                 writer.finalize()
             facts = {"bytes": partial.stat().st_size, "sha256": sha256(partial), "sums": vars(asker.sums)}

@@ -26,7 +26,7 @@ from cbd_hub.losses.alignment import byte_spans, token_bytes
 from cbd_hub.losses.head import widest
 
 
-__all__ = ["byte_spans", "shared_loss", "shared_tokens", "span_loss"]
+__all__ = ["byte_spans", "shared_loss", "shared_tokens", "shared_top_loss", "span_loss"]
 
 TEMPERATURE = 100.0
 _LEAST = 1e-9  # nats: a span cannot be surer than that
@@ -165,15 +165,72 @@ def shared_loss(
     return total / (max(len(student_hidden), 1) if num_items is None else num_items)
 
 
-def _outcomes(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None, shared: Tensor) -> Tensor:
-    """Log-probabilities of the shared tokens and, in the last column, of any other."""
+def shared_top_loss(
+    student_hidden: Tensor, student_head: Tensor, ids: Tensor, log_probs: Tensor, *, num_items: int | Tensor | None = None, student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0, student_softcap: float | None = None,
+) -> Tensor:
+    """As `shared_loss`, of a teacher of whom only the likeliest tokens are known: those of them that are shared are outcomes, and all others one more.
+
+    Fewer outcomes than all shared tokens are, so that it is never above `shared_loss`.
+
+    Args:
+        student_hidden: Last hidden states before common borders, shape (N, H). Receives a gradient.
+        student_head: Output projection, shape (V, H). Receives a gradient.
+        ids: The teacher's likeliest tokens as ids of the student, distinct in a row, -1 where it has none, shape (N, k).
+        log_probs: The teacher's log-probabilities of them, shape (N, k).
+        num_items: What the sum is divided by; None for the number of rows.
+        student_bias: Shape (V,), or None.
+        student_logit_scale: Factor on the student's logits.
+        student_softcap: ``cap * tanh(logits / cap)`` on the student's scaled logits, or None.
+
+    Returns:
+        Scalar, at least 0; 0 with a live graph without rows.
+
+    Example:
+        >>> hidden, head = torch.randn(6, 8), torch.randn(50, 8)
+        >>> top = (hidden @ head.t()).log_softmax(-1).topk(5)
+        >>> abs(round(shared_top_loss(hidden, head, top.indices, top.values).item(), 5))
+        0.0
+    """
+    device = student_hidden.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
+
+    def block(hidden: Tensor, head: Tensor, bias: Tensor | None, ids: Tensor, known: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            found = _log_probs(hidden.to(compute) @ head.to(compute).t(), bias, student_logit_scale, student_softcap).gather(1, ids.clamp(min=0))
+            held = ids >= 0
+            student, teacher = (_with_rest(values.masked_fill(~held, -torch.inf)) for values in (found, known.to(found.dtype)))
+            held = torch.cat([held, held.new_ones(len(held), 1)], -1)
+            return (teacher.exp() * (teacher - student).masked_fill(~held, 0.0)).sum()
+
+    rows = max(1, _BLOCK_ELEMENTS // len(student_head))
+    total = 0.0 * student_hidden.sum()
+    for start in range(0, len(student_hidden), rows):
+        place = slice(start, start + rows)
+        part: Tensor = checkpoint(block, student_hidden[place], student_head, student_bias, ids[place], log_probs[place], use_reentrant=False)
+        total = total + part
+    return total / (max(len(student_hidden), 1) if num_items is None else num_items)
+
+
+def _log_probs(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     logits = products.to(torch.promote_types(products.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
     logits = logits * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    log_probs = logits.log_softmax(-1)
-    least = torch.finfo(logits.dtype).eps
-    others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    return logits.log_softmax(-1)
+
+
+def _with_rest(log_probs: Tensor) -> Tensor:
+    """Log-probabilities of some outcomes and, in the last column, of any other."""
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(log_probs.dtype).eps).log()
+    return torch.cat([log_probs, rest], -1)
+
+
+def _outcomes(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None, shared: Tensor) -> Tensor:
+    """Log-probabilities of the shared tokens and, in the last column, of any other."""
+    log_probs = _log_probs(products, bias, scale, softcap)
+    least = torch.finfo(log_probs.dtype).eps
+    others = torch.ones(log_probs.shape[-1], dtype=torch.bool, device=log_probs.device)
     others[shared] = False
     rest = (log_probs[:, others].exp().sum(-1, keepdim=True)).clamp(min=least).log()
     return torch.cat([log_probs[:, shared], rest], -1)

@@ -43,27 +43,29 @@ def token_losses(
 
 @torch.no_grad()
 def top_log_probs(
-    hidden: Tensor, head: Tensor, k: int, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+    hidden: Tensor, head: Tensor, k: int, labels: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest tokens of every row and the mass of the others, without an N x V tensor.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The likeliest tokens of every row, the mass of the others, and the token that is there, without an N x V tensor.
 
     Args:
         hidden: Last hidden states, shape (N, H). Their dtype is the dtype of the product.
         head: Output projection, shape (V, H).
         k: How many tokens, below V.
+        labels: Next token of each row, shape (N,).
         bias: Shape (V,), or None.
         logit_scale: Factor on the logits.
         softcap: ``cap * tanh(logits / cap)``, or None.
         vocab_size: Rows of the head that are real tokens; None for all.
 
     Returns:
-        Their ids, shape (N, k), in no order; their log-probabilities, shape (N, k); the log-probability of any other token, shape (N,).
+        Their ids, shape (N, k), in no order; their log-probabilities, shape (N, k); the log-probability of any other token, shape (N,); that of the next
+        token, shape (N,).
 
     Example:
-        >>> ids, listed, rest = top_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), 3)
-        >>> listed.exp()[0], rest.exp()
-        (tensor([0.1250, 0.1250, 0.1250]), tensor([0.6250, 0.6250]))
+        >>> ids, listed, rest, chosen = top_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), 3, torch.tensor([5, 0]))
+        >>> listed.exp()[0], rest.exp(), chosen.exp()
+        (tensor([0.1250, 0.1250, 0.1250]), tensor([0.6250, 0.6250]), tensor([0.1250, 0.1250]))
     """
     head = head[:vocab_size].to(hidden.dtype)
     bias = None if bias is None else bias[:vocab_size]
@@ -71,13 +73,15 @@ def top_log_probs(
     parts = []
     for start in range(0, len(hidden), rows):
         logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
+        chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
         listed, ids = logits.topk(k, -1, sorted=False)
         rest = logits.scatter_(1, ids, -math.inf).logsumexp(-1)
         whole = torch.logaddexp(listed.logsumexp(-1), rest)
-        parts.append((ids, listed - whole[:, None], rest - whole))
+        parts.append((ids, listed - whole[:, None], rest - whole, chosen - whole))
     if not parts:
-        return hidden.new_zeros(0, k, dtype=torch.int64), hidden.new_zeros(0, k), hidden.new_zeros(0)
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+        return hidden.new_zeros(0, k, dtype=torch.int64), hidden.new_zeros(0, k), hidden.new_zeros(0), hidden.new_zeros(0)
+    tops, listings, rests, choices = zip(*parts)
+    return torch.cat(tops), torch.cat(listings), torch.cat(rests), torch.cat(choices)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""A model with another vocabulary that learns from what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from cbd_hub.cards import license_of, retokenized_card
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.data import split_documents
+from cbd_hub.distill.distiller import ChainDistiller
+from cbd_hub.distill.progress import StageProgress
+from cbd_hub.errors import ArgumentError, StorageError
+from cbd_hub.evaluation import Losses
+from cbd_hub.files import check_absent, held, staged_folder, write_text
+from cbd_hub.hub import resolve_checkpoint
+from cbd_hub.interpolation.live import best_device
+from cbd_hub.retokenize import BITS, Retokenized, difference_of, measured, retokenize
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
+
+
+_BRIDGES = ("span", "vocab", "span+vocab")
+
+
+def retokenize_and_train(
+    model: str | os.PathLike[str], output_dir: str | os.PathLike[str], text: Sequence[str], *, steps: int, keep: int | str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None, revision: str | None = None, bridge: str = "span", ce_weight: float = 1.0, learning_rate: float = 1e-4,
+    batch_size: int = 8, block_size: int = 128, bf16: bool = True, save_steps: int = 25, heldout: float = 0.05, seed: int = 0, quiet: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Retokenized:
+    """Write a model with another vocabulary, as `cbd_hub.retokenize.retokenize` does, after a short distillation from the model itself.
+
+    The work lies in a hidden folder beside the output until that is there, so that a run that was stopped goes on with the same call.
+
+    Args:
+        model: Folder or Hub id.
+        output_dir: The folder to make.
+        text: Texts: some are held out for bits per byte, the others are trained on.
+        steps: Optimiser steps.
+        keep: Tokens to keep, such as 16000 or "16K".
+        tokenizer: Folder or Hub id of another tokenizer.
+        revision: Branch, tag or commit of a model on the Hub.
+        bridge: ``span``, ``vocab`` or ``span+vocab``.
+        ce_weight: Weight of the cross-entropy with the text.
+        learning_rate: Peak learning rate.
+        batch_size: Blocks a step.
+        block_size: Tokens in a block.
+        bf16: Whether products run in bf16.
+        save_steps: Steps between checkpoints.
+        heldout: Share of the texts that nothing is trained on.
+        seed: Of the split and of the order.
+        quiet: Show no progress bar.
+        progress: Called with a line for each step of the work.
+
+    Returns:
+        What became of the model, with bits per byte before, after the rows were composed, and after training.
+
+    Raises:
+        ArgumentError: If an option is none, or the vocabulary cannot be changed so.
+        DataError: If there is too little text.
+        StorageError: If the folder is in the way or the disk is full, or holds an unfinished run of other options.
+
+    Example:
+        >>> retokenize_and_train("org/chain-64M", "./moved", texts, steps=500, tokenizer="openai-community/gpt2")  # doctest: +SKIP
+    """
+    if bridge not in _BRIDGES:
+        raise ArgumentError(f"bridge={bridge!r} is not known here; choose one of {', '.join(_BRIDGES)}")
+    if steps < 1:
+        raise ArgumentError(f"steps={steps} trains nothing; give 1 or more, or use retokenize")
+    target, say = Path(output_dir), progress or (lambda line: None)
+    check_absent(target)
+    parts = split_documents(text, heldout, heldout, seed)
+    asked = {
+        "model": os.fspath(model), "revision": revision, "keep": keep, "tokenizer": None if tokenizer is None else os.fspath(tokenizer), "steps": steps, "bridge": bridge,
+        "ce_weight": ce_weight, "learning_rate": learning_rate, "batch_size": batch_size, "block_size": block_size, "bf16": bf16, "heldout": heldout, "seed": seed,
+        "texts": len(text), "characters": sum(map(len, text)),
+    }
+    work = target.absolute().parent / f".{target.absolute().name}.work"
+    with held(work, str(target)):
+        source = resolve_checkpoint(model, revision)
+        found, made = _trained(work, target, source, [*parts.heldout, *parts.calibration], parts.rows(), asked, save_steps, quiet, say)
+        with staged_folder(target) as staging:
+            for path in sorted(made.iterdir()):
+                shutil.copyfile(path, staging / path.name)
+            write_text(staging / "README.md", retokenized_card(target.name, os.fspath(model), asdict(found), trimmed=keep is not None, license=license_of(source)))
+    shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+def _begun(path: Path, asked: dict[str, Any], target: Path) -> dict[str, Any] | None:
+    """What an unfinished run made of the model; None where there is none.
+
+    Raises:
+        StorageError: If it was asked for something else.
+    """
+    if not path.is_file():
+        return None
+    known: dict[str, Any] = json.loads(path.read_text())
+    name = next((name for name, value in asked.items() if known["asked"].get(name) != value), None)
+    if name is not None:
+        raise StorageError(
+            f"{target} has an unfinished run with {name}={known['asked'].get(name)!r}, and {asked[name]!r} is asked; ask for the same, or remove {path.parent} to begin anew"
+        )
+    return dict(known["made"])
+
+
+def _trained(
+    work: Path, target: Path, source: Path, heldout: Sequence[str], rows: list[Any], asked: dict[str, Any], save_steps: int, quiet: bool, say: Callable[[str], None]
+) -> tuple[Retokenized, Path]:
+    """What became of the model, and the folder of the trained one."""
+    start, final = work / "start", work / "model"
+    old = load_tokenizer(source)
+    made = _begun(work / "made.json", asked, target)
+    if made is None:
+        shutil.rmtree(start, ignore_errors=True)  # there if it was killed between the two
+        made = asdict(retokenize(source, start, keep=asked["keep"], tokenizer=asked["tokenizer"]))
+        write_text(work / "made.json", json.dumps({"asked": asked, "made": made}))
+    new = load_tokenizer(start)
+    losses = {
+        name: _remembered(work / f"{name}.npz", folder, tokenizer, heldout) for name, folder, tokenizer in (("before", source, old), ("after", start, new))
+    }
+    say(f"bits per byte on {int(losses['before'].tokens.sum()):,} held-out bytes: {losses['before'].mean * BITS:.3f} before, {losses['after'].mean * BITS:.3f} after")
+    if not final.is_dir():
+        _train(work, source, (start, final), (old, new), rows, asked, save_steps, quiet)
+    facts = json.loads((work / "training.json").read_text())
+    losses["trained"] = _remembered(work / "trained.npz", final, new, heldout)
+    before = losses["before"]
+    return replace(
+        Retokenized(**made), before=before.mean * BITS, after=losses["after"].mean * BITS, trained=losses["trained"].mean * BITS,
+        difference=difference_of(losses["after"], before), trained_difference=difference_of(losses["trained"], before), bytes=int(before.tokens.sum()),
+        steps=asked["steps"], tokens=facts["tokens"], bridge=asked["bridge"],
+    ), final
+
+
+def _remembered(path: Path, folder: Path, tokenizer: Any, texts: Sequence[str]) -> Losses:
+    if not path.is_file():
+        losses = measured(folder, tokenizer, texts)
+        temporary = path.with_name(f"partial.{path.name}")
+        np.savez(temporary, nats=losses.nats, tokens=losses.tokens)
+        os.replace(temporary, path)
+    stored = np.load(path)
+    return Losses(stored["nats"], stored["tokens"])
+
+
+def _train(
+    work: Path, source: Path, folders: tuple[Path, Path], tokenizers: tuple[Any, Any], rows: list[Any], asked: dict[str, Any], save_steps: int, quiet: bool
+) -> None:
+    start, final = folders
+    run_dir = work / "run"
+    set_seed(asked["seed"])
+    args = ChainDistillerConfig(
+        str(run_dir), max_steps=asked["steps"], seed=asked["seed"], bridge=asked["bridge"], ce_weight=asked["ce_weight"], learning_rate=asked["learning_rate"],
+        per_device_train_batch_size=asked["batch_size"], block_size=asked["block_size"], bf16=asked["bf16"], save_steps=save_steps, disable_tqdm=quiet, report_to="none",
+        logging_steps=min(10, asked["steps"]),
+    )
+    student, teacher = (load_model(folder, torch.float32).to(best_device()) for folder in (start, source))
+    trainer = ChainDistiller(
+        model=student, teacher=teacher, args=args, train_dataset=rows, processing_class=tokenizers[1], teacher_processing_class=tokenizers[0],
+        callbacks=[StageProgress("retokenize", args)],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(run_dir) if run_dir.is_dir() else None)
+    write_text(work / "training.json", json.dumps({"tokens": int(trainer.state.num_input_tokens_seen)}))
+    with staged_folder(final) as staging:
+        made = trainer.accelerator.unwrap_model(trainer.model)
+        made.to(Checkpoint(start, read_config(start)).dtype).save_pretrained(staging)
+        tokenizers[1].save_pretrained(staging)
+        for path in staging.iterdir():
+            path.chmod(0o644)
