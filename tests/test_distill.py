@@ -8,14 +8,15 @@ import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.path import path_plan
-from cbd_hub.errors import ArgumentError, DataError, TrainingError, VocabularyMismatchError
+from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.evaluation import Documents
-from cbd_hub.interpolation.live import Between
+from cbd_hub.interpolation.live import Between, check_head
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
 
@@ -428,3 +429,31 @@ def test_a_device_without_float64_gets_none(monkeypatch, tmp_path):
         narrow = head.distillation_loss(hidden, weight, hidden.detach() + 1, weight, labels, ce_weight=1.0)
         narrow.backward()
     torch.testing.assert_close(narrow, whole)
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere", "hyperclovax"])
+def test_scaled_logits_are_the_models_own(kind):
+    shape = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    field = "logit_scale" if kind == "cohere" else "logits_scaling"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **{field: 3.0}, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    check_head(model)
+    setattr(model.config, field, 1.5)
+    if kind != "cohere":  # which keeps its own copy of the factor
+        check_head(model)
+    else:
+        with pytest.raises(ArchitectureError, match="its logits are not what its output head makes"):
+            check_head(model)
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(tmp_path):
+    class Louder(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found.logits = 3 * found.logits
+            return found
+
+    student = tiny.llama(layers=2)
+    teacher = Louder(tiny.llama().config)
+    with pytest.raises(ArchitectureError, match="Louder: its logits"):
+        ChainDistiller(model=student, teacher=teacher, args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows())

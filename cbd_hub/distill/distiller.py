@@ -32,11 +32,8 @@ from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import compile_base, inside, is_peft_model, is_sharded, prepare_teacher, shards, without_compiler
 from cbd_hub.errors import ArgumentError, TrainingError, VocabularyMismatchError
-from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
-from cbd_hub.interpolation.planner import (
-    Kept,
-    Plan,
-)
+from cbd_hub.interpolation.live import Between, ModelRunner, Output, check_head, frozen, router_loss
+from cbd_hub.interpolation.planner import Kept, Plan
 from cbd_hub.losses.head import distillation_loss
 
 
@@ -120,6 +117,9 @@ class ChainDistiller(SamplingTrainer):
             self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
         else:
             raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model, or a teacher_cache")
+        loaded: list[Any] = [found for found in (model, teacher) if isinstance(found, torch.nn.Module) and not is_sharded(found)]
+        for found in loaded:
+            check_head(found.get_base_model() if is_peft_model(found) else found)
         if kept is None and args.path_fraction:
             raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
         student = self._student = model

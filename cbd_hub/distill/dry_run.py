@@ -141,11 +141,11 @@ def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
     plain = dataclasses.replace(stage, arguments={**stage.arguments, **_PLAIN})
     cached = "teacher_cache" in stage.arguments
     whole = _trial(plain, student, teacher, 1, 1)
-    narrow = [_with_vocabulary(config, min(_NARROW, student.vocab_size)) for config in (student, teacher)]
+    low, high = (_with_vocabulary(config, min(_NARROW, student.vocab_size)) for config in (student, teacher))
     deep, tall = min(_DEEP, layers), min(_DEEP, above)
-    one = _trial(plain, *narrow, 1, 1)
-    ours = one if deep == 1 else _trial(plain, *narrow, deep, 1)
-    theirs = one if tall == 1 else _trial(plain, *narrow, 1, tall)
+    one = _trial(plain, low, high, 1, 1)
+    ours = one if deep == 1 else _trial(plain, low, high, deep, 1)
+    theirs = one if tall == 1 else _trial(plain, low, high, 1, tall)
 
     def rise(further: float, first: float, extra: int, depth: int) -> float:
         return max(further - first, 0.0) * extra / max(depth - 1, 1)
@@ -239,7 +239,7 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
         def forward() -> None:
             document_losses(ModelRunner(models[1]), documents)
 
-        documents = Documents([torch.tensor(row) for row in rows], [1] * len(rows))
+        documents = Documents(tuple(torch.tensor(row) for row in rows), (1,) * len(rows))
         kept: dict[int, int] = {}
         own = {parameter.untyped_storage().data_ptr() for model in models for parameter in model.parameters()}
 

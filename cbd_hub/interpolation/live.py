@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
+from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.plan import Plan
@@ -67,9 +68,10 @@ class Runner(Protocol):
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    return {
-        "logit_scale": float(getattr(config, "logit_scale", None) or 1.0), "softcap": getattr(config, "final_logit_softcapping", None),
-    }
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = divisor if config.model_type.startswith("hyperclovax") else 1.0 / divisor  # that one multiplies by it
+    return {"logit_scale": float(scale), "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
 def _check_positions(config: Any, input_ids: Tensor, position_ids: Tensor | None) -> None:
@@ -104,6 +106,25 @@ class ModelRunner:
         return Output(
             output.last_hidden_state, Head(head.weight, getattr(head, "bias", None), **_settings(self.config)),
             tuple(output.hidden_states[1:]) if states else None, getattr(output, "router_logits", None) if routed else None,
+        )
+
+
+def check_head(model: Any) -> None:
+    """Compare a model's logits on a few tokens with what its output head makes of its last hidden states.
+
+    Raises:
+        ArchitectureError: If they differ: its architecture does something more to its logits, which a loss from hidden states would not see.
+    """
+    with frozen(model):
+        ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
+        said, output = model(input_ids=ids, use_cache=False).logits.float(), ModelRunner(model)(ids)
+        head = output.head
+        made = torch.nn.functional.linear(output.hidden, head.weight, head.bias).float() * head.logit_scale
+        made = made if head.softcap is None else head.softcap * torch.tanh(made / head.softcap)
+    if said.isfinite().all() and not torch.allclose(made, said, rtol=0.0, atol=0.02 * float(said.abs().max())):
+        raise ArchitectureError(
+            f"{type(model).__name__}: its logits are not what its output head makes of its last hidden states, with the scale and soft cap that its config names, "
+            "and the loss is made from these; choose a model of another architecture"
         )
 
 
