@@ -102,7 +102,7 @@ def head(data: dict[str, Any]) -> str:
             f"{memory['cbd_hub']:.0f} / {smallest:.0f} / {memory.get('TRL', float('nan')):.0f}",
         ])
     names = ["N x V", "seconds", "to floor", "to Liger's best", "to TRL", "to dense", "peak MiB: ours / Liger's least / TRL"]
-    return f"{table(names, rows)}\n\nForward and backward of the loss head, H 576, two CPU threads; ratios of time, less is faster. `{data['command']}`"
+    return f"{table(names, rows)}\n\nForward and backward of the loss head, H 576, two CPU threads; ratios of time, less is faster. Peak memory above the inputs and a head's gradient in their dtype; ours is summed in fp32, of which the second half counts here in bf16. `{data['command']}`"
 
 
 def anchors(data: dict[str, Any]) -> str:
