@@ -183,6 +183,8 @@ class Picker:
         """
         if dtype not in BYTES:
             raise ArgumentError(f"dtype {dtype[:40]!r} is not known; choose one of {', '.join(BYTES)}")
+        if not budget.strip():
+            raise SizeError('no memory was given; write a number and a unit, such as "512MB"')
         parsed = parse_bytes(budget.strip() if budget.strip()[-1:].upper() == "B" else f"{budget.strip()}B")
         least = self.smallest * BYTES[dtype]
         if parsed < least:

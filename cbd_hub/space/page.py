@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from cbd_hub.errors import CBDError
 from cbd_hub.sizes import format_size
@@ -47,6 +48,12 @@ _LINK_JS = """(size, prompt) => {
   window.history.replaceState(window.history.state, '', link);
   return link.href;
 }"""
+# Gradio's own colours of buttons miss the contrast of 4.5 that people with weak sight need.
+_CONTRAST = {
+    "button_primary_background_fill": "*primary_600", "button_primary_background_fill_hover": "*primary_700", "button_primary_background_fill_dark": "*primary_600",
+    "button_cancel_background_fill": "#b91c1c", "button_cancel_background_fill_hover": "#991b1b", "button_cancel_background_fill_dark": "#b91c1c",
+    "body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300", "block_label_text_color": "*neutral_600", "block_title_text_color": "*neutral_700",
+}
 _HEAD = '<meta name="viewport" content="width=device-width, initial-scale=1"><script>document.documentElement.lang = "en"</script>'
 
 
@@ -88,12 +95,18 @@ class _Page:
 
     def shown(self, value: float) -> tuple[Any, ...]:
         """The size of a place of the slider: its numbers, the curve, the Python lines, and its name for links."""
-        facts = self.picker.facts(self.picker.at(value))
+        try:
+            facts = self.picker.facts(self.picker.at(value))
+        except CBDError as error:
+            return render.refusal(error), gr.skip(), gr.skip(), gr.skip()
         return render.facts_card(facts, self.picker), curve_figure(self.picker, facts), self.picker.snippet(facts.parameters), str(facts.parameters)
 
     def budgeted(self, budget: str, dtype: str) -> tuple[Any, ...]:
         """The slider at the largest size that fits."""
-        size = self.picker.fits(budget, dtype)
+        try:
+            size = self.picker.fits(budget, dtype)
+        except CBDError as error:
+            return gr.skip(), render.refusal(error)
         return gr.update(value=self.scale.value(size)), f'<p class="cbd-status" role="status">The largest size that fits into {escape(budget.strip())} in {dtype}: <b>{format_size(size)}</b></p>'
 
     def opened(self, request: gr.Request) -> tuple[Any, ...]:
@@ -140,7 +153,7 @@ class _Page:
 
     # what programs call: names and arguments of the API and of the MCP tools
 
-    def api(self) -> None:
+    def register(self) -> None:
         """Register the functions for ``gradio_client`` and MCP."""
         desk = self.desk
 
@@ -224,10 +237,10 @@ class _Page:
 
         glances: list[Callable[..., Any]] = [sizes, describe, largest, snippet]
         for glance in glances:
-            gr.api(polite(glance), api_name=glance.__name__, queue=False)
+            api(polite(glance), api_name=glance.__name__, queue=False)
         works: list[Callable[..., Any]] = [generate, compare, *([chat] if desk.chats else [])]
         for work in works:
-            gr.api(polite(work), api_name=work.__name__, **self.turn)
+            api(polite(work), api_name=work.__name__, **self.turn)
 
     # the page
 
@@ -276,10 +289,10 @@ class _Page:
 
             outputs = [card, plot, code, exact_size]
             glance: dict[str, Any] = {"queue": False, "show_progress": "hidden", **self.own}
-            opening = page.load(polite(self.opened), None, [self.slider, self.prompt, *outputs], **glance)
+            opening = page.load(self.opened, None, [self.slider, self.prompt, *outputs], **glance)
             opening.then(None, [exact_size, self.prompt], link, js=_LINK_JS, **glance)
-            self.slider.change(polite(self.shown), self.slider, outputs, trigger_mode="always_last", **glance)
-            gr.on([fit.click, budget.submit, dtype.change], polite(self.budgeted), [budget, dtype], [self.slider, fitted], **glance)
+            self.slider.change(self.shown, self.slider, outputs, trigger_mode="always_last", **glance)
+            gr.on([fit.click, budget.submit, dtype.change], self.budgeted, [budget, dtype], [self.slider, fitted], **glance)
             gr.on([exact_size.change, self.prompt.change], None, [exact_size, self.prompt], link, js=_LINK_JS, **glance)
             self._run(polite(self.written), [self.slider, self.prompt, *knobs], [text, note], write, stop_writing, [self.prompt.submit])
             if chat is not None:
@@ -287,7 +300,7 @@ class _Page:
                 self._run(polite(self.chatted), [self.slider, message, talk, *knobs], [talk, message, said], ask, stop, [message.submit])
                 clear.click(lambda: ([], ""), None, [talk, message], **glance)
             self._run(polite(self.compared), [*side[0], side[1], side[2], *knobs], [*side[3], *side[4]], side[5], side[6], [])
-            self.api()
+            self.register()
         page.queue(max_size=self.desk.limits.waiting, default_concurrency_limit=self.desk.limits.workers)
         return page
 
@@ -371,7 +384,7 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
         **more: What Gradio's ``launch`` takes.
     """
     return page.launch(
-        server_name=host, server_port=port, mcp_server=mcp, prevent_thread_lock=not block, theme=gr.themes.Default(primary_hue="indigo"),
+        server_name=host, server_port=port, mcp_server=mcp, prevent_thread_lock=not block, theme=gr.themes.Default(primary_hue="indigo").set(**_CONTRAST),
         css=files("cbd_hub.space").joinpath("page.css").read_text(), head=_HEAD, ssr_mode=False, max_file_size="1kb", show_error=True, enable_monitoring=False,
         footer_links=["api", "settings"], quiet=True, **more,
     )

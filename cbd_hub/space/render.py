@@ -97,3 +97,8 @@ def status(written: Written | None, dtype: str = "") -> str:
         f"{format_bytes(written.process)} the whole process" if written.state == "done" else "",
     ) if part]
     return f'<p class="cbd-status" role="status">{" · ".join(parts)}</p>'
+
+
+def refusal(error: Exception) -> str:
+    """Why something was not done."""
+    return f'<p class="cbd-status cbd-warning" role="alert">{escape(str(error))}</p>'
