@@ -244,4 +244,5 @@ def plain_name(files: Any, anchor: str) -> str:
 
 
 def _point(size: int, entry: Evaluation, strategy: str) -> Point:
-    return Point(size, entry.loss, entry.stderr, strategy, entry.dataset, entry.tokens)
+    dataset = entry.dataset.rpartition("/")[2] if entry.dataset.startswith("/") else entry.dataset  # a place on the owner's machine says nothing to others
+    return Point(size, entry.loss, entry.stderr, strategy, dataset, entry.tokens)
