@@ -35,6 +35,7 @@ from cbd_hub.options import (
 )
 from cbd_hub.printing import err, hush_bars, middle, out, print_json, reported, show_chain, show_costs, table_of, with_error
 from cbd_hub.sizes import format_bytes, format_size
+from cbd_hub.space_command import commands as space_commands
 
 
 app = typer.Typer(
@@ -327,6 +328,7 @@ def _quiet() -> None:
 
 app.add_typer(model_commands)
 app.add_typer(hub_commands)
+app.add_typer(space_commands)
 
 
 def main() -> NoReturn:

@@ -65,3 +65,7 @@ class IntegrityError(CBDError, OSError):
 
 class StorageError(CBDError, OSError):
     """A file or folder that cannot be read or written."""
+
+
+class BusyError(CBDError, RuntimeError):
+    """No room or no turn for a request now; the same request may go through later."""

@@ -68,8 +68,10 @@ class _Prepared:
     config: Any
     checkpoints: Mapping[str, Checkpoint]
     nearest: Anchor
+    tick: Callable[[], None] = lambda: None
 
     def read(self, anchor: str, tensor: str) -> Tensor:
+        self.tick()
         return self.checkpoints[anchor][tensor]
 
     @property
@@ -118,6 +120,21 @@ def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
         "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
     }
     return _Prepared(files, plan, config, read, nearest)
+
+
+def load(files: ChainFiles, plan: Plan, *, fetched: Callable[[], None], tick: Callable[[], None], **arguments: Any) -> Any:
+    """The model of a plan in an opened chain, for who shows how far it is.
+
+    Args:
+        files: The chain.
+        plan: The plan.
+        fetched: Called when all that the plan reads is there.
+        tick: Called before each term of the plan is read, from several threads.
+        **arguments: What transformers' loader takes.
+    """
+    prepared = replace(_prepare(files, plan), tick=tick)
+    fetched()
+    return _load(prepared, _check_loader_arguments(arguments))
 
 
 class CBDModel:

@@ -65,6 +65,18 @@ def bytes_to_fetch(files: ChainFiles, anchor: Anchor, config: Any, rows: Rows) -
     return total
 
 
+def bytes_needed(files: ChainFiles, anchor: Anchor, config: Any, rows: Rows) -> int:
+    """Bytes of an anchor's weights that `open_weights` fetches into an empty cache, without a request: a file whose header is not at hand counts whole."""
+    total = 0
+    for name in anchor.weight_files:
+        size, header = anchor.files[name].bytes, _previewed(anchor, name)
+        if header is None and files.remote(anchor) is None:
+            header = read_header(files.path(anchor, name))
+        read = size if header is None else chunk_bytes(chunks_of(spans_read(*header, config, rows)), size)
+        total += size if read >= _WHOLE * size else read
+    return total
+
+
 def spans_read(header: Mapping[str, Any], start: int, config: Any, rows: Rows | None) -> Spans:
     """The stretches of a weight file that are read: its header, and the rows of its tensors.
 

@@ -55,6 +55,14 @@ def chain(family, tmp_path_factory):
     return folder / "chain"
 
 
+@pytest.fixture(scope="session")
+def shown(tmp_path_factory):
+    """A chain for the Space: three anchors, measured in between."""
+    folder = tmp_path_factory.mktemp("shown")
+    distill_chain(recipe(folder, "llama", [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}]), folder / "chain")
+    return folder / "chain"
+
+
 def online(monkeypatch, address, home):
     """Point the official client of this process at a server, with a cache of its own; the client itself stays as it is."""
     monkeypatch.setattr(constants, "ENDPOINT", address)

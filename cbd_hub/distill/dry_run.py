@@ -107,11 +107,11 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None,
     costs = []
     for stage in stages:
         progress(f"{stage.name}: timing steps on a few layers")
-        own = stage.base(config)
+        own = base = stage.base(config)
         if stage.checkpoint is None:
             assert stage.size is not None
             own = shapes.config_for(stage.shape or likely_shape(stage.size, own), own)
-        costs.append(_cost(stage, own, config))
+        costs.append(_cost(stage, own, config, base))
         config = own
     return costs
 
@@ -133,7 +133,7 @@ def likely_shape(size: int, config: Any) -> Shape:
     return min(found, key=lambda entry: entry[:3])[-1]
 
 
-def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
+def _cost(stage: Stage, student: Any, teacher: Any, base: Any) -> StageCost:
     layers, above = shapes.shape_of(student).layers, shapes.shape_of(teacher).layers
     if stage.bridged:  # timed in one vocabulary, with as many tokens on both sides
         teacher = copy.deepcopy(teacher)
@@ -162,7 +162,7 @@ def _cost(stage: Stage, student: Any, teacher: Any) -> StageCost:
     tokens = args.train_batch_size * args.gradient_accumulation_steps * args.block_size
     saves = 0 if args.save_strategy == "no" else -(-args.max_steps // max(int(args.save_steps), 1))
     writing = (3 * saves + 1) * size / _written_a_second()
-    measuring = forward * _tokens_measured(stage, student, teacher)
+    measuring = forward * _tokens_measured(stage, student, teacher, base)
     return StageCost(stage.name, shapes.shape_of(student), size, args.max_steps, tokens * args.max_steps, weights + saved, step * args.max_steps + writing, measuring)
 
 
@@ -173,12 +173,12 @@ def _with_vocabulary(config: Any, size: int) -> Any:
     return config
 
 
-def _tokens_measured(stage: Stage, student: Any, teacher: Any) -> int:
+def _tokens_measured(stage: Stage, student: Any, teacher: Any, base: Any) -> int:
     """Tokens of all forward passes that choose a cut and measure what is above the anchor, the teacher's counted whole and those of smaller models as much smaller."""
     share = shapes.parameter_count(student) / shapes.parameter_count(teacher)
     passes = 1.0 + share  # importance, and the anchor's loss
     if stage.checkpoint is None:
-        passes += share * (1 if stage.shape is not None else len(mixes(stage.size or 0, teacher)) + 2)
+        passes += share * (1 if stage.shape is not None else len(mixes(stage.size or 0, base)) + 2)
     if stage.bridged:
         return round(CALIBRATION_TOKENS * passes)
     middle = (1 + share) / 2

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 EMPTY = "0" * 40
-LFS_SUFFIXES = (".safetensors", ".bin", ".png")
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".whl")
 
 
 def blob_id(data: bytes) -> str:

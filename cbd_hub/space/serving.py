@@ -1,0 +1,41 @@
+"""From a chain's name to a page that is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cbd_hub.chain import Chain
+from cbd_hub.errors import ArgumentError, CBDError
+from cbd_hub.space.desk import Desk
+from cbd_hub.space.limits import Limits
+
+
+def check_gradio() -> None:
+    """Refuse to go on where the page's libraries are missing.
+
+    Raises:
+        ArgumentError: Saying how to install them.
+    """
+    from importlib.util import find_spec
+    missing = [name for name in ("gradio", "plotly") if find_spec(name) is None]
+    if missing:
+        raise ArgumentError(f"the Space needs {' and '.join(missing)}; run pip install 'cbd-hub[space]'")
+
+
+def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits: Limits | None = None, **how: Any) -> None:
+    """Serve the page of a chain; where it cannot be opened, a page that says why.
+
+    Args:
+        chain: Local folder or Hub id.
+        revision: Branch, tag or commit of the chain's index repo.
+        mcp: Whether programs may use it as an MCP server.
+        limits: What a visitor may have; by default what the environment says.
+        **how: What `cbd_hub.space.page.launch` takes.
+    """
+    check_gradio()
+    from cbd_hub.space.page import build_page, launch, message_page
+    try:
+        page = build_page(Desk(Chain.from_pretrained(chain, revision=revision), Limits.from_environment() if limits is None else limits))
+    except CBDError as error:
+        page, mcp = message_page(str(error)), False
+    launch(page, mcp=mcp, **how)

@@ -1,0 +1,428 @@
+"""The Space without a browser: what a visitor can ask for, what is refused, the API, and how it is deployed."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from test_cli import run
+from transformers import AutoModelForCausalLM
+
+from cbd_hub import CBDModel, Chain
+from cbd_hub.errors import ArgumentError, BusyError, DataError, IntegrityError, SizeError
+from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.interpolation.live import ModelRunner
+from cbd_hub.plans import plan_costs
+from cbd_hub.space.desk import Desk
+from cbd_hub.space.facts import Scale
+from cbd_hub.space.limits import Limits
+from cbd_hub.space.models import ModelCache
+from cbd_hub.space.push import is_release, push_space, wheel
+from cbd_hub.space.writing import Sampling, Writer
+
+
+pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def desk(shown):
+    return Desk(Chain.from_pretrained(shown), Limits(download=True, new_tokens=64, prompt_tokens=200))
+
+
+def middle(desk):
+    first, second = desk.chain.anchors[:2]
+    return (first.parameters + second.parameters) // 2
+
+
+def last(states):
+    *_, end = states
+    return end
+
+
+def test_facts_are_those_of_the_plan_and_of_the_model(desk):
+    for wish in ("min", "max", middle(desk)):
+        facts, plan = desk.picker.facts(wish), desk.chain.plan(wish, tolerance=0.99)
+        model = CBDModel.from_chain(desk.chain.files.name, facts.parameters, tolerance=0.99)
+        assert facts.parameters == plan.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert (facts.layers, facts.hidden, facts.loss, facts.strategy) == (plan.shape.layers, plan.shape.hidden, plan.expected, plan.strategy)
+        assert facts.memory == {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters, "int8": facts.parameters}
+        assert facts.stderr > 0
+        assert 0 < facts.download <= sum(anchor.files[name].bytes for anchor in desk.chain.anchors for name in anchor.weight_files)
+    assert desk.picker.facts("min").position == 1.0
+    assert 0 < desk.picker.facts(middle(desk)).position < 1
+    assert desk.models.sizes == [], "no weight was loaded for them"
+
+
+def test_the_error_at_a_measured_size_is_the_measured_one(desk):
+    point = next(point for link in desk.chain.manifest.links for point in link.curve)
+    facts = desk.picker.facts(point.size)
+    if facts.strategy == point.strategy:
+        assert facts.stderr == pytest.approx(point.stderr)
+    anchor = desk.chain.anchors[0]
+    assert desk.picker.facts("max").stderr == pytest.approx(anchor.evaluations[-1].stderr)
+
+
+def test_the_download_is_what_a_load_fetches(hub, shown, desk, monkeypatch):
+    Chain.from_pretrained(shown).push_to_hub("org/tiny")
+    remote = Desk(Chain.from_pretrained("org/tiny"))
+    for wish in ("min", middle(desk)):
+        plan = remote.chain.plan(wish)
+        assert remote.picker.facts(wish).download == sum(plan_costs(remote.picker.files, plan)["bytes_to_fetch"].values()) == desk.picker.facts(wish).download
+
+
+def test_every_place_of_the_slider_is_a_size(desk):
+    picker, scale = desk.picker, desk.picker.scale
+    snaps = {snap.size for snap in picker.snaps}
+    assert {anchor.parameters for anchor in desk.chain.anchors} <= snaps
+    for snap in snaps:
+        assert picker.at(scale.value(snap)) == snap
+    assert picker.at(scale.low) == picker.smallest
+    assert picker.at(scale.high + 1) == picker.largest
+    places = [scale.low + share / 40 * (scale.high - scale.low) for share in range(41)]
+    sizes = [picker.at(place) for place in places]
+    assert sizes == sorted(sizes)
+    assert [picker.size(size) for size in sizes] == sizes
+    with pytest.raises(ArgumentError, match="the slider has no number"):
+        picker.at(float("nan"))
+    assert Scale.of(54_000, 54_000).high > Scale.of(54_000, 54_000).low
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
+def test_a_budget_gives_the_largest_size_that_fits(desk, dtype, width):
+    budget = middle(desk) * width + 10
+    size = desk.picker.fits(f"{budget}B", dtype)
+    assert size * width <= budget
+    above = [other for other in (desk.picker.at(desk.picker.scale.low + share / 60 * (desk.picker.scale.high - desk.picker.scale.low)) for share in range(61)) if other > size]
+    assert all(other * width > budget for other in above)
+    assert desk.picker.fits("99GB", dtype) == desk.picker.largest
+    with pytest.raises(SizeError, match="hold no size of this chain"):
+        desk.picker.fits("1kB", dtype)
+    with pytest.raises(SizeError, match="write a number and a unit"):
+        desk.picker.fits("a lot", dtype)
+
+
+def test_a_continuation_is_what_transformers_generates(desk):
+    size, prompt = middle(desk), "a small model learns"
+    end = last(desk.generate(size, prompt, Sampling(new_tokens=20)))
+    model, tokenizer = desk.chain.model(desk.picker.size(size), tolerance=0.99), desk.chain.tokenizer()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=20, do_sample=False)
+    assert end.text == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert end.state == "done"
+    assert end.tokens == 20
+    assert end.tokens_per_second > 0
+    assert end.memory == 4 * end.size
+    assert end.process > 10**7
+
+
+def test_a_long_prompt_is_read_in_parts_with_the_same_result(desk):
+    model, tokenizer = desk.chain.model("max"), desk.chain.tokenizer()
+    ids = tokenizer("every size between two anchors of one chain " * 4)["input_ids"]
+    writer = Writer(model, tokenizer, ids, Sampling(new_tokens=8))
+    steps = 0
+    while not writer.done:
+        writer.step()
+        steps += 1
+    whole = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=8, do_sample=False)
+    assert writer.new == whole[0, len(ids) :].tolist()
+    assert steps == -(-len(ids) // 64) + 7
+
+
+def test_a_seed_gives_the_same_text_whoever_else_draws(desk):
+    sampling = Sampling(temperature=1.0, top_p=0.9, new_tokens=16, seed=3)
+    first = last(desk.generate("max", "a model", sampling)).text
+    torch.manual_seed(99)
+    assert last(desk.generate("max", "a model", sampling)).text == first
+    assert last(desk.generate("max", "a model", Sampling(1.0, 0.9, 16, 4))).text != first
+    assert last(desk.compare(["max", "min"], "a model", sampling))[0].text == first
+
+
+def test_a_closed_continuation_computes_nothing_more(desk, monkeypatch):
+    steps = []
+    step = Writer.step
+    monkeypatch.setattr(Writer, "step", lambda writer: (steps.append(1), time.sleep(0.05), step(writer)))
+    states = desk.generate("max", "a model", Sampling(new_tokens=60))
+    while next(states).state != "writing":
+        pass
+    states.close()
+    done = len(steps)
+    time.sleep(0.2)
+    assert len(steps) == done < 60
+    assert not any(entry.users for entry in desk.models._held.values())
+
+
+def test_a_chat_goes_through_the_template(desk, monkeypatch):
+    end = last(desk.chat("max", [{"role": "user", "content": "a size?"}], Sampling(new_tokens=4)))
+    tokenizer, model = desk.chain.tokenizer(), desk.chain.model("max")
+    ids = tokenizer("user: a size?\n", return_tensors="pt")["input_ids"]
+    assert end.text == tokenizer.decode(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
+    with pytest.raises(ArgumentError, match="the message is empty"):
+        last(desk.chat("max", [{"role": "user", "content": " "}], Sampling()))
+
+
+def test_side_by_side_answers_alone_and_perplexity_is_the_evaluations(desk):
+    text = "every size between two anchors learns from its teacher. " * 4
+    ends = last(desk.compare(["min", middle(desk), "max"], "a model", Sampling(new_tokens=8), text))
+    assert [end.size for end in ends] == [desk.picker.smallest, desk.picker.size(middle(desk)), desk.picker.largest]
+    ids = torch.tensor(desk.chain.tokenizer()(text)["input_ids"][:200])
+    for end in ends:
+        assert end.text == last(desk.generate(end.size, "a model", Sampling(new_tokens=8))).text
+        blocks = [ids[:128], ids[128:]]
+        losses = document_losses(ModelRunner(desk.chain.model(end.size, tolerance=0.99)), Documents(tuple(blocks), (0, 0)))
+        assert end.perplexity == pytest.approx(losses.perplexity, rel=1e-3)
+    with pytest.raises(DataError, match="fewer than two tokens"):
+        last(desk.compare(["min", "max"], "a model", Sampling(new_tokens=1), "x"))
+    with pytest.raises(ArgumentError, match="compare two or three"):
+        desk.compare(["min", "min"], "a", Sampling())
+
+
+@pytest.mark.parametrize(("size", "prompt", "sampling", "error", "says"), [
+    ("900B", "a", {}, SizeError, "is outside the chain"),
+    ("../../etc/passwd", "a", {}, SizeError, "cannot be read"),
+    ("org/other", "a", {}, SizeError, "cannot be read"),
+    ("max", " ", {}, ArgumentError, "the prompt is empty"),
+    ("max", "a" * 201, {}, ArgumentError, "has 201 tokens, more than 19"),
+    ("max", "a" * 10**6, {}, ArgumentError, "1,000,000 characters"),
+    ("max", "a", {"new_tokens": 65}, ArgumentError, "more than 64"),
+])
+def test_what_is_refused_says_why(desk, size, prompt, sampling, error, says):
+    with pytest.raises(error, match=says):
+        last(desk.generate(size, prompt, Sampling(**sampling)))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"new_tokens": 0}, {"seed": -1}, {"temperature": "hot"}, {"seed": True}])
+def test_numbers_out_of_range_are_refused(wrong):
+    with pytest.raises(ArgumentError, match="is outside"):
+        Sampling(**wrong)
+
+
+class Gate:
+    """Models that are made when a test lets them."""
+
+    def __init__(self):
+        self.open, self.made = threading.Event(), []
+
+    def __call__(self, size, entry):
+        assert self.open.wait(20)
+        entry.arrived()
+        self.made.append(size)
+        if isinstance(self.open, Exception):
+            raise self.open
+        return SimpleNamespace(size=size)
+
+
+def settled(entries):
+    return [entry.future.result(20).size for entry in entries]
+
+
+def test_models_are_bounded_and_the_oldest_goes_first(desk):
+    small, mid, large = desk.picker.smallest, desk.picker.size(middle(desk)), desk.picker.largest
+    gate = Gate()
+    gate.open.set()
+    cache = ModelCache(desk.picker, 4 * (small + large), make=gate)
+    for size in (small, large, small):
+        with cache.hold([size]) as entries:
+            assert settled(entries) == [size]
+    assert cache.sizes == [large, small]
+    assert gate.made == [small, large], "what is held is not made again"
+    with cache.hold([small]) as used, cache.hold([mid]) as entries:
+        assert settled(used + entries) == [small, mid]
+        assert cache.sizes == [small, mid], "the oldest that nobody used went"
+        assert cache.bytes <= cache.limit
+        with pytest.raises(BusyError, match="busy with other sizes"), cache.hold([large]):
+            pass
+    with pytest.raises(ArgumentError, match="at a time; choose smaller sizes, or fewer"), cache.hold([small, mid, large]):
+        pass
+
+
+def test_who_stops_waiting_is_free_and_the_model_is_there_for_the_next(desk):
+    gate = Gate()
+    slow = Desk(desk.chain, desk.limits)
+    slow.models._make = gate
+    states = slow.generate("max", "a", Sampling())
+    assert next(states).note == "getting the bytes of " + desk.chain.anchors[0].name
+    started = time.monotonic()
+    states.close()
+    assert time.monotonic() - started < 1
+    gate.open.set()
+    with slow.models.hold([desk.picker.largest]) as entries:
+        assert settled(entries) == [desk.picker.largest]
+    assert gate.made == [desk.picker.largest]
+
+
+def test_a_load_that_failed_says_so_and_is_tried_anew(desk, monkeypatch):
+    failing = Desk(desk.chain, desk.limits)
+    tries = []
+
+    def make(size, entry):
+        tries.append(size)
+        raise IntegrityError("model.safetensors differs from its recorded hash; fetch the chain again")
+
+    failing.models._make = make
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="recorded hash"):
+            last(failing.generate("max", "a", Sampling()))
+    assert len(tries) == 2
+    assert failing.models.sizes == []
+
+
+def test_a_load_tells_how_far_it_is(desk):
+    fresh = Desk(desk.chain, desk.limits)
+    with fresh.models.hold([desk.picker.size(middle(desk))]) as (entry,):
+        entry.future.result(60)
+        assert entry.fetched
+        assert entry.share == 1.0
+        assert entry.read == entry.terms
+
+
+def test_the_python_lines_run_and_give_that_size(desk, capsys):
+    size = desk.picker.size(middle(desk))
+    place = {}
+    exec(desk.picker.snippet(size), place)
+    assert sum(parameter.numel() for parameter in place["model"].parameters()) == size
+    exec(desk.picker.snippet("min"), place)
+    assert place["model"].config.cbd["strategy"] == "anchor"
+
+
+def test_a_checkpoint_is_an_ordinary_one_and_only_where_it_is_allowed(desk, tmp_path):
+    with desk.checkpoint(middle(desk)) as archive:
+        zipfile.ZipFile(archive).extractall(tmp_path)
+    assert not archive.exists()
+    (folder,) = tmp_path.iterdir()
+    loaded, ours = AutoModelForCausalLM.from_pretrained(folder), desk.chain.model(desk.picker.size(middle(desk)), tolerance=0.99)
+    assert all(torch.equal(ours.get_parameter(name), tensor) for name, tensor in loaded.named_parameters())
+    with pytest.raises(ArgumentError, match="downloads are off"), Desk(desk.chain).checkpoint("max"):
+        pass
+
+
+def test_links_reopen_and_hostile_ones_fall_back(desk):
+    assert desk.opened({"size": "max", "prompt": "hello"}) == (desk.picker.largest, "hello")
+    assert desk.opened({"size": "../../x" * 1000, "prompt": "y" * 10**6}) == (desk.default, "y" * desk.limits.characters)
+    assert desk.opened({}) == (desk.default, "")
+
+
+def test_limits_come_from_the_environment():
+    assert Limits.from_environment({"CBD_NEW_TOKENS": "9", "CBD_DOWNLOAD": "true"}) == Limits(new_tokens=9, download=True)
+    with pytest.raises(ArgumentError, match="CBD_WAITING='many' is no count"):
+        Limits.from_environment({"CBD_WAITING": "many"})
+    with pytest.raises(ArgumentError, match="workers=0"):
+        Limits(workers=0)
+
+
+@pytest.fixture(scope="module")
+def served(desk):
+    from cbd_hub.space.page import build_page, launch
+    page = build_page(desk)
+    _, address, _ = launch(page, host="127.0.0.1", block=False, mcp=True)
+    yield address
+    page.close()
+
+
+def test_programs_ask_the_same(served, desk):
+    from gradio_client import Client
+    client = Client(served, verbose=False)
+    names = set(client.view_api(return_format="dict")["named_endpoints"])
+    assert names == {"/sizes", "/describe", "/largest", "/snippet", "/generate", "/chat", "/compare"}
+    assert client.predict("max", api_name="/describe") == json.loads(json.dumps(desk.picker.facts("max").data()))
+    assert client.predict(f"{4 * desk.picker.smallest}B", api_name="/largest")["parameters"] == desk.picker.smallest
+    assert client.predict("max", api_name="/snippet") == desk.picker.snippet("max")
+    job = client.submit("max", "a model", 0, 1, 12, 0, api_name="/generate")
+    assert job.result(60) is not None
+    assert job.outputs()[-1]["text"] == last(desk.generate("max", "a model", Sampling(new_tokens=12))).text
+    job = client.submit("min,max", "a model", "a text of two", 0, 1, 4, 0, api_name="/compare")
+    job.result(60)
+    assert [side["size"] for side in job.outputs()[-1]] == [desk.picker.smallest, desk.picker.largest]
+    assert all(side["perplexity"] > 1 for side in job.outputs()[-1])
+    with pytest.raises(Exception, match="is outside the chain"):
+        client.predict("900B", api_name="/describe")
+    with pytest.raises(Exception, match="the prompt is empty"):
+        client.predict("max", "", api_name="/generate")
+
+
+def test_files_are_not_served(served, shown):
+    import httpx
+    for path in ("/etc/passwd", str(shown / "chain.json"), "..%2f..%2fetc%2fpasswd"):
+        assert httpx.get(f"{served}gradio_api/file={path}").status_code in (403, 404)
+    sent = httpx.post(f"{served}gradio_api/upload", files={"files": ("x.bin", b"x" * 4096)})
+    assert sent.status_code in (400, 413)
+
+
+def test_tools_for_agents_are_listed(served):
+    import httpx
+    schema = httpx.get(f"{served}gradio_api/mcp/schema").json()
+    assert {tool["name"].rpartition("_")[2] for tool in schema} >= {"describe", "generate", "compare", "largest"}
+
+
+def test_importing_the_library_and_the_command_imports_no_gradio():
+    code = "import sys, cbd_hub, cbd_hub.cli; sys.exit('gradio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_space_is_deployed_and_its_app_serves_the_chain(hub, shown, tmp_path):
+    Chain.from_pretrained(shown).push_to_hub("org/tiny")
+    chain = Chain.from_pretrained("org/tiny")
+    hub.forget()
+    assert push_space(chain, "org/look", dry_run=True).commit is None
+    assert "spaces/org/look" not in hub.repos
+    done = push_space(chain, "org/look")
+    commit, files = hub.repos["spaces/org/look"].at("main")
+    assert done.commit == commit
+    card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    repos = ["org/tiny", *(f"org/tiny-{anchor.name}" for anchor in Chain.from_pretrained(shown).anchors)]
+    from importlib.metadata import distribution, version
+    assert {name: card[name] for name in ("sdk", "sdk_version", "python_version", "app_file", "models", "suggested_hardware")} == {
+        "sdk": "gradio", "sdk_version": version("gradio"), "python_version": "3.12", "app_file": "app.py", "models": repos, "suggested_hardware": "cpu-basic",
+    }
+    for line, repo in zip(card["preload_from_hub"], repos):
+        name, paths, revision = line.split(" ")
+        assert name == repo
+        assert set(paths.split(",")) <= set(hub.repos[repo].commits[revision][1])
+    assert json.loads(files["space.json"]) == {"chain": "org/tiny", "revision": chain.files.revision}
+    (made,) = [name for name in files if name.endswith(".whl")]
+    assert not is_release(distribution("cbd-hub"))
+    assert b"gradio[mcp]" in files["requirements.txt"]
+    assert b"cbd-hub" not in files["requirements.txt"]
+    assert push_space(chain, "org/look").commit == commit, "nothing is sent a second time"
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    code = (
+        "import runpy, sys, types; sys.modules['cbd_hub.space.serving'] = types.SimpleNamespace(serve=lambda *a, **k: print(a, k)); runpy.run_path('app.py')\n"
+        "import cbd_hub; print(cbd_hub.__file__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ".cbd_hub" in ran.stdout
+    assert chain.files.revision in ran.stdout
+
+
+def test_a_wheel_of_the_running_code_installs(tmp_path):
+    name, data = wheel()
+    assert wheel()[1] == data
+    (tmp_path / name).write_bytes(data)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path / "site", tmp_path / name], check=True)
+    for path in ("cbd_hub/space/page.css", "cbd_hub/py.typed", "cbd_hub/model_cards/chain.md.j2", "cbd_hub/spaces/size_picker/app.py"):
+        assert (tmp_path / "site" / path).is_file(), path
+
+
+@pytest.fixture
+def cbd(monkeypatch, capsys):
+    return lambda *arguments: run(monkeypatch, capsys, *arguments)
+
+
+def test_the_command_refuses_in_one_line(cbd, shown, hub, tmp_path):
+    for arguments, code, says in (
+        ([tmp_path / "none"], 1, "neither a folder nor a Hub id"),
+        (["org/none"], 1, "no repo on the Hub"),
+        ([shown, "--memory", "much"], 2, "no count of bytes"),
+        ([shown, "--dtype", "int3"], 2, "no dtype"),
+        ([shown, "--push", "org/look"], 2, "cbd push"),
+        ([shown, "--push", "no name"], 2, "cannot be the name of a repo"),
+    ):
+        got, _, printed = cbd("space", *arguments)
+        assert (got, printed.count("\n")) == (code, 1), printed
+        assert says in printed
