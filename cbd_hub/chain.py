@@ -326,7 +326,7 @@ def assemble_chain(
     found.sort(key=lambda entry: -entry[0])
     for (large, large_folder, large_config), (small, small_folder, small_config) in zip(found, found[1:]):
         check_pair(large, large_folder, large_config, small, small_folder, small_config)
-    documents = None if texts is None else calibration_of(texts, found[0][1])
+    calibrated = None if texts is None else calibration_of(texts, found[0][1])
     target = Path(output_dir)
     with staged_folder(target) as root:
         builder = ChainBuilder(root, chain_name(target))
@@ -339,7 +339,7 @@ def assemble_chain(
             anchors.append(builder.record(name, origin="published", license=license_of(folder)))
         links = []
         folders = {anchor.name: folder for anchor, (_, folder, _) in zip(anchors, found)}
-        for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, documents, report), 1):
+        for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, calibrated, report), 1):
             links.append(joined.link)
             if joined.kept is not None:
                 maps = builder.save_kept(anchors[place].name, joined.kept, joined.maps)

@@ -154,6 +154,29 @@ class Documents:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Calibration text in two readings.
+
+    Attributes:
+        blocks: Joined end to end in blocks of one length: units are weighed on them and coordinates fitted.
+        documents: One by one, as `cbd eval` reads held-out text: every loss that a chain states is measured on them. In joined blocks a model that has not
+            learned where our texts end would look worse than it is, a teacher more than its anchors.
+    """
+
+    blocks: Documents
+    documents: Documents
+
+    @classmethod
+    def read(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int) -> Calibration:
+        """Both readings of some texts, each to ``max_tokens``.
+
+        Raises:
+            DataError: If the texts do not fill one block.
+        """
+        return cls(*(read(texts, tokenizer, block_size, max_tokens) for read in (Documents.packed, Documents.read)))
+
+
+@dataclass(frozen=True)
 class Losses:
     """Summed loss in nats and predicted tokens of each document.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cbd_hub.evaluation import Documents
+from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.interpolation.live import best_device
 from cbd_hub.interpolation.planner import Kept, Maps, layer_types
 from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Shape, Strategies
@@ -25,13 +25,13 @@ _BLOCK = 128
 _TOKENS = 4096
 
 
-def calibration_of(texts: Sequence[str], folder: Path) -> Documents:
+def calibration_of(texts: Sequence[str], folder: Path) -> Calibration:
     """Calibration text as the tokenizer of a checkpoint reads it.
 
     Raises:
         DataError: If it is too short.
     """
-    return Documents.packed(texts, load_tokenizer(folder), _BLOCK, _TOKENS)
+    return Calibration.read(texts, load_tokenizer(folder), _BLOCK, _TOKENS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Joined:
 
 
 def join(
-    anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, documents: Documents | None,
+    anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, calibration: Calibration | None,
     report: Report | None = None,
 ) -> Iterator[Joined]:
     """The segments of anchors in falling size.
@@ -62,7 +62,7 @@ def join(
         configs: Their configs.
         folders: Anchor name -> its checkpoint.
         align: ``"auto"``, True or False, as for `assemble_chain`.
-        documents: Calibration text, or None.
+        calibration: Calibration text, or None.
         report: Called with what is done, how much of it, and of how much.
     """
     def said(small: Anchor) -> Report | None:
@@ -71,16 +71,18 @@ def join(
     models: dict[str, Any] = {}
     for large, small, *pair in zip(anchors, anchors[1:], configs, configs[1:]):
         types = layer_types(pair[1], pair[0])
-        if align is not False or documents is not None:
+        if align is not False or calibration is not None:
             models = {
                 name: models.get(name) or load_model(folders[name], torch.float32).to(best_device()) for name in (large.name, small.name)
             }
-        kept, maps, aligned = (None, None, None) if align is False else _aligned(models[small.name], models[large.name], align, documents, said(small))
-        if documents is None:
+        kept, maps, aligned = (None, None, None) if align is False else _aligned(
+            models[small.name], models[large.name], align, None if calibration is None else calibration.blocks, said(small)
+        )
+        if calibration is None:
             yield Joined(plain_link(small, large, Kept.even(small.shape, large.shape, types) if kept is None else kept, aligned), kept, maps)
             continue
         measured = measure_segment(
-            models[small.name], models[large.name], kept, documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned,
+            models[small.name], models[large.name], kept, calibration.documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned,
             report=said(small),
         )
         yield Joined(measured.link(), kept, maps, measured.ends)

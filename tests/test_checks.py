@@ -14,9 +14,9 @@ from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.cache_command import cache_text
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.schema import Recipe
-from cbd_hub.distill.stages import calibration_of, read_parts
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, calibration_of, read_parts
 from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError
-from cbd_hub.evaluation import document_losses
+from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import held
 from cbd_hub.interpolation.live import ModelRunner
 
@@ -121,7 +121,7 @@ def test_of_chats_the_answers_are_measured_alone(tmp_path):
     plain = make_recipe(tmp_path, "llama", ANCHORS)
     read = Recipe.parse({**plain, "data": {**plain["data"], "path": str(tmp_path / "chat.jsonl"), "block_size": 250}})
     parts, tok, model = read_parts(read), tiny.tokenizer(), tiny.llama()
-    documents = calibration_of(parts, tok, 250)
+    documents = calibration_of(parts, tok, 250).documents
     nats = tokens = size = 0
     for row in parts.calibration:
         ids = torch.tensor([tok.apply_chat_template(row["messages"], tokenize=True, return_dict=False)])
@@ -169,3 +169,15 @@ def test_wrong_rows_are_named_by_their_line(tmp_path):
     (tmp_path / "t.csv").write_text("text\n1\n2\n")
     with pytest.raises(DataError, match='row 0: "text" is no text but int'):
         distill_chain({**plain, "data": {**plain["data"], "path": str(tmp_path / "t.csv")}}, tmp_path / "chain")
+
+
+def test_a_chain_states_the_losses_that_its_models_have_on_the_texts_one_by_one(tmp_path):
+    recipe = make_recipe(tmp_path, "llama", ANCHORS[:1])
+    chain, read = distill_chain(recipe, tmp_path / "chain"), Recipe.parse(recipe)
+    documents = Documents.read(read_parts(read).calibration, chain.tokenizer(), read.data.block_size, CALIBRATION_TOKENS)
+    for anchor in chain.anchors:
+        losses = document_losses(ModelRunner(chain.model(anchor.parameters, dtype=torch.float32)), documents)
+        assert anchor.evaluations[0].loss == pytest.approx(losses.mean, rel=1e-6)
+    point = chain.manifest.links[0].curve[1]
+    losses = document_losses(ModelRunner(chain.model(point.size, strategy=point.strategy, dtype=torch.float32)), documents)
+    assert point.loss == pytest.approx(losses.mean, abs=2e-3)

@@ -64,7 +64,7 @@ class Bench:
         parts, self.tokenizer = read_parts(self.recipe), chain.tokenizer()
         self.rows, block = parts.rows(), self.recipe.data.block_size
         self.heldout = Documents.read(parts.heldout, self.tokenizer, block, HELDOUT_TOKENS)
-        self.calibration = Documents.packed(parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
+        self.calibration, self.documents = (read(parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS) for read in (Documents.packed, Documents.read))
         self.teacher = chain.model("max", dtype=torch.float32)
         self.whole = shape_of(self.teacher.config)
         for folder in ("models", "losses", "segments"):
@@ -143,7 +143,7 @@ class Bench:
         path, cut = self.work / "segments" / f"{name}{_suffix(seed)}.link.json", self.cut(name)
         if not path.is_file():
             measured = measure_segment(
-                small, self.teacher, cut.kept, self.calibration, "calibration", names=("small", "large"), first=self.importance.order(cut.kept)
+                small, self.teacher, cut.kept, self.documents, "calibration", names=("small", "large"), first=self.importance.order(cut.kept)
             )
             path.write_text(measured.link().model_dump_json())
         link = Link.model_validate_json(path.read_text())

@@ -147,12 +147,12 @@ class _Run:
         return found
 
     def _evaluation(self, model: Any, name: str) -> dict[str, Any]:
-        calibration = self.calibrations[self._place(name)]
+        documents = self.calibrations[self._place(name)].documents
         with frozen(model):
-            losses = document_losses(ModelRunner(model), calibration)
+            losses = document_losses(ModelRunner(model), documents)
         if not math.isfinite(losses.mean):
             raise TrainingError(f"a model of {self.target} has the loss {losses.mean} on the calibration text; lower learning_rate, or look at the weights")
-        bits = bits_per_byte(losses, calibration) if any(stage.bridged for stage in self.stages) else None
+        bits = bits_per_byte(losses, documents) if any(stage.bridged for stage in self.stages) else None
         entry = Evaluation(loss=losses.mean, bits_per_byte=bits, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)
         return entry.model_dump()
 
@@ -178,7 +178,7 @@ class _Run:
             source = resolve_checkpoint(stage.checkpoint)
             check_pair(parent.parameters, self.builder.anchor_folder(parent.name), large.config, stage.size, source, read_config(source))
         if stage.own:
-            importance = measure_importance(large, self.calibrations[self._place(stage.name)])
+            importance = measure_importance(large, self.calibrations[self._place(stage.name)].blocks)
             cut = self._cut(stage, large, importance, parent)
             maps = self.builder.save_kept(stage.name, cut.kept)
         if not folder.exists():
@@ -201,7 +201,7 @@ class _Run:
         def choose() -> dict[str, Any]:
             if wish is None:
                 self.progress(f"{stage.name}: which mix of layers and FFN loses least")
-            cut = choose_cut(large, size, importance, self.calibrations[self._place(stage.name)], name=parent.name, wish=wish)
+            cut = choose_cut(large, size, importance, self.calibrations[self._place(stage.name)].blocks, name=parent.name, wish=wish)
             for shape, loss in sorted(cut.tried.items(), key=lambda entry: entry[1]):
                 self.progress(f"  {shape.text:<22}{loss:.3f} nats untrained")
             return {"shape": cut.plan.shape.model_dump()}
@@ -218,7 +218,7 @@ class _Run:
         if stage.start.folder is None:
             return stage.start.random_model()
         whole = load_model(stage.start.folder, torch.float32).to(best_device())
-        importance = measure_importance(whole, self.calibrations[self._place(stage.name)])
+        importance = measure_importance(whole, self.calibrations[self._place(stage.name)].blocks)
         return cut_model(whole, self._cut(stage, whole, importance, parent).plan)
 
     def _train(self, stage: Stage, large: Any, cut: Cut | None, importance: Importance | None, folder: Path, parent: Anchor) -> None:
@@ -266,7 +266,7 @@ class _Run:
             self.progress(f"{names[0]} to {names[1]}: order, alpha and curve of the segment")
             first = None if cut is None or importance is None else importance.order(cut.kept)
             measured = measure_segment(
-                small, large, None if cut is None else cut.kept, self.calibrations[self._place(stage.name)], self.dataset, names=names, first=first
+                small, large, None if cut is None else cut.kept, self.calibrations[self._place(stage.name)].documents, self.dataset, names=names, first=first
             )
             return measured.link().model_dump()
 

@@ -26,7 +26,7 @@ from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.schema import Recipe, RecipeData, anchor_key
 from cbd_hub.distill.starts import Start
 from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError
-from cbd_hub.evaluation import Documents
+from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import format_size, matches, parse_size
@@ -235,16 +235,17 @@ def stage_tokenizers(stages: Sequence[Stage], teacher: Any) -> list[Any]:
     return found
 
 
-def calibration_of(parts: Parts, tokenizer: Any, block_size: int) -> Documents:
-    """The calibration documents: texts joined into blocks; of prompts and chats the answers count alone, as in training.
+def calibration_of(parts: Parts, tokenizer: Any, block_size: int) -> Calibration:
+    """The calibration text; of prompts and chats the answers count alone, as in training.
 
     Raises:
         DataError: If there is too little.
     """
     if all(isinstance(document, str) for document in parts.calibration):
-        return Documents.packed(parts.calibration, tokenizer, block_size, CALIBRATION_TOKENS)
+        return Calibration.read(parts.calibration, tokenizer, block_size, CALIBRATION_TOKENS)
     rows = ((tokens.ids, tokens.labels) for tokens in tokenised(map(as_row, parts.calibration), tokenizer))
-    return Documents.answered(rows, tokenizer, block_size, CALIBRATION_TOKENS)
+    answers = Documents.answered(rows, tokenizer, block_size, CALIBRATION_TOKENS)
+    return Calibration(answers, answers)
 
 
 def stage_rows(recipe: Recipe, anchor: str | int | dict[str, Any], parts: Parts) -> tuple[Any, Any]:
