@@ -2,8 +2,8 @@
 
     python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--free] [--seeds 3]
 
-The teacher, text and split are those of `make demo`. Four anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
-as the least-loss cut chooses) and distilled alike; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
+The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
+as the least-loss cut chooses) and distilled alike, that of hidden width also with 30% of its steps on the path; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection, boomerang distillation and a student distilled for that shape
 alone; in the middle, also after the same heal of all of them: a 20th of the stage's steps from the teacher. ``--seeds`` repeats the middle of each segment with other seeds.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
@@ -48,7 +48,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from rivals import collapsed, selected
 
 
-SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}}
+SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}, "hidden, path 0.3": {"hidden": 423}}
+PATH = {"hidden, path 0.3": 0.3}  # the share of the anchor's steps on the path
 HEAL = 0.05  # of a stage's steps
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
 HELDOUT_TOKENS = 16000
@@ -122,7 +123,8 @@ class Bench:
         """A segment's smaller end."""
         cut = self.cut(name)
         return self.trained(
-            f"{name}/anchor{_suffix(seed)}", lambda: cut_model(self.teacher, cut.plan), seed=seed, kept=cut.kept, order=self.importance.order(cut.kept)
+            f"{name}/anchor{_suffix(seed)}", lambda: cut_model(self.teacher, cut.plan), seed=seed, kept=cut.kept, order=self.importance.order(cut.kept),
+            path_fraction=PATH.get(name, 0.0),
         )
 
     def healed(self, name: str, start: Callable[[], Any]) -> Losses:
