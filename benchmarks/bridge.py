@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from gold import GoldDistiller, HybridDistiller, available, gold_inputs, gold_loss
@@ -97,13 +96,12 @@ class Bench:
 
     def losses(self, name: str, model: Callable[[], Any], tokenizer: Any) -> Losses:
         """Held-out losses in nats and bytes, measured once."""
-        path = self.work / "losses" / f"{name.replace('/', ', ')}.npz"
-        if not path.is_file():
+        def measured() -> Losses:
             found = byte_losses(ModelRunner(model().eval()), tokenizer, self.heldout, max_bytes=self.options.heldout_bytes)
-            np.savez(path, nats=found.nats, tokens=found.tokens)
             console.print(f"{name}: {found.mean * BITS:.4f} bits per byte")
-        stored = np.load(path)
-        return Losses(stored["nats"], stored["tokens"])
+            return found
+
+        return Losses.kept(self.work / "losses" / f"{name.replace('/', ', ')}.npz", measured)
 
     def trained(self, name: str, start: Callable[[], Any], teacher: Any, tokenizers: tuple[Any, Any], rival: str) -> Any:
         """A student after its training, and what its steps took."""

@@ -15,7 +15,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
-from cbd_hub import distill_chain  # noqa: E402
+from cbd_hub import assemble_chain, distill_chain  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -33,6 +33,13 @@ def recipe(folder, family, anchors, **more):
         "stage": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "bf16": False, "disable_tqdm": True, **more.pop("stage", {})},
         **more,
     }
+
+
+def assembled(folder, *depths, **shape):
+    """A chain of random llamas of these depths, without training; its folder."""
+    models = [tiny.save(tiny.llama(layers=layers, seed=layers, **shape), folder / f"m{layers}") for layers in depths]
+    assemble_chain(models, folder / "chain")
+    return folder / "chain"
 
 
 @pytest.fixture(scope="session", params=sorted(tiny.FAMILIES))

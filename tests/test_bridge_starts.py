@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from cbd_hub import CBDModel, distill_chain
-from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.schema import Recipe, anchor_key
 from cbd_hub.distill.starts import Start
@@ -76,15 +75,7 @@ def test_killed_and_run_again_it_comes_out_the_same(kind, other, tmp_path, monke
     (cost,) = dry_run(Recipe.parse(recipe))
     assert cost.shape == anchor.shape or kind == "size"
     assert cost.shape.vocab == 331
-    step, count = ChainDistiller.training_step, [0]
-
-    def killed(self, *args, **kwargs):
-        count[0] += 1
-        if count[0] == 3:
-            raise tiny.Killed
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(ChainDistiller, "training_step", killed)
+    tiny.killed_in_training(monkeypatch, 3)
     with pytest.raises(tiny.Killed):
         distill_chain(recipe, tmp_path / "again")
     distill_chain(recipe, tmp_path / "again")

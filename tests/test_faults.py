@@ -9,10 +9,10 @@ import subprocess
 
 import pytest
 import tiny
-import torch
+from conftest import assembled
 from test_remote import killed_at
 
-from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub import CBDModel, Chain
 from cbd_hub.errors import CBDError, ManifestError, StorageError
 from cbd_hub.manifest import MAX_BYTES
 
@@ -23,25 +23,13 @@ SHAPE = {"layers": 7}
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A chain of two models of several chunks each, which differ in layers."""
-    folder = tmp_path_factory.mktemp("faults")
-    for layers in (8, 5):
-        tiny.save(tiny.llama(layers=layers, hidden=256, heads=4, kv_heads=4, ffn=700, seed=layers), folder / f"m{layers}")
-    assemble_chain([folder / "m8", folder / "m5"], folder / "chain")
-    return folder / "chain"
+    return assembled(tmp_path_factory.mktemp("faults"), 8, 5, hidden=256, heads=4, kv_heads=4, ffn=700)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A chain of two tiny models."""
-    folder = tmp_path_factory.mktemp("small")
-    for layers in (4, 2):
-        tiny.save(tiny.llama(layers=layers), folder / f"m{layers}")
-    assemble_chain([folder / "m4", folder / "m2"], folder / "chain")
-    return folder / "chain"
-
-
-def same(model, other):
-    return all(torch.equal(model.get_parameter(name), tensor) for name, tensor in other.named_parameters())
+    return assembled(tmp_path_factory.mktemp("small"), 4, 2)
 
 
 def with_files_up_to(limit, work):
@@ -79,7 +67,7 @@ def test_a_load_onto_a_full_disk_says_so_and_goes_on_later(hub, wide):
     Chain.from_pretrained(wide).push_to_hub("org/wide")
     for limit in (0, 2000, 100_000, 3 * 2**20):
         refused(with_files_up_to(limit, lambda: CBDModel.from_chain("org/wide", shape=SHAPE)))
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
 def test_what_is_written_onto_a_full_disk_is_whole_or_not_there(hub, wide, tmp_path):
@@ -102,7 +90,7 @@ def test_a_small_disk(hub, wide, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("this account may not mount a disk")
+        pytest.skip("a real full disk is a small one that root mounts, and this account may not; RLIMIT_FSIZE stands in above")
     try:
         Chain.from_pretrained(wide).push_to_hub("org/wide")
         for size in ("64k", "1m", "9m", "20m"):
@@ -111,7 +99,7 @@ def test_a_small_disk(hub, wide, tmp_path):
                 CBDModel.from_chain("org/wide", shape=SHAPE, cache_dir=disk / "cache")
         subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         hub.forget()
-        assert same(CBDModel.from_chain("org/wide", shape=SHAPE, cache_dir=disk / "cache"), CBDModel.from_chain(wide, shape=SHAPE))
+        assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE, cache_dir=disk / "cache"), CBDModel.from_chain(wide, shape=SHAPE))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 

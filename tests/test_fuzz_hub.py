@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import pytest
 import tiny
+from conftest import assembled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,12 +36,7 @@ NASTY = st.one_of(
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    from cbd_hub import assemble_chain
-    folder = tmp_path_factory.mktemp("fuzz")
-    for layers in (4, 2):
-        tiny.save(tiny.llama(layers=layers), folder / f"m{layers}")
-    assemble_chain([folder / "m4", folder / "m2"], folder / "chain")
-    return folder / "chain"
+    return assembled(tmp_path_factory.mktemp("fuzz"), 4, 2)
 
 
 def one_line(error):

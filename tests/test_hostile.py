@@ -7,21 +7,17 @@ import struct
 import time
 
 import pytest
-import tiny
 import torch
+from conftest import assembled
 
-from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub import CBDModel, Chain
 from cbd_hub.errors import CBDError, IntegrityError, ManifestError, WeightsError
 from cbd_hub.files import CHUNK_BYTES
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hostile")
-    for layers in (4, 2):
-        tiny.save(tiny.llama(layers=layers), folder / f"m{layers}")
-    assemble_chain([folder / "m4", folder / "m2"], folder / "chain")
-    return folder / "chain"
+    return assembled(tmp_path_factory.mktemp("hostile"), 4, 2)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from test_retokenize import saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.moved import retokenize_and_train
 from cbd_hub.errors import ArgumentError, DataError, StorageError
 
@@ -44,15 +43,7 @@ def test_it_learns_and_goes_on_bit_for_bit_when_killed(options, source, tmp_path
         assert f"| {value:.4f} |" in card
     assert len(AutoTokenizer.from_pretrained(tmp_path / "whole")) == AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.vocab_size == made.vocab
 
-    step, count = ChainDistiller.training_step, [0]
-
-    def killed(self, *args, **kwargs):
-        count[0] += 1
-        if count[0] == 4:
-            raise tiny.Killed
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(ChainDistiller, "training_step", killed)
+    count = tiny.killed_in_training(monkeypatch, 4)
     with pytest.raises(tiny.Killed):
         retokenize_and_train(source / "model", tmp_path / "again", texts, **options)
     assert not (tmp_path / "again").exists()

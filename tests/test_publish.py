@@ -4,7 +4,6 @@ import json
 
 import pytest
 import tiny
-import torch
 from conftest import recipe
 from huggingface_hub import ModelCard
 
@@ -27,10 +26,6 @@ def middle(chain):
     return (first.parameters + second.parameters) // 2
 
 
-def same(model, other):
-    return all(torch.equal(model.get_parameter(name), tensor) for name, tensor in other.named_parameters())
-
-
 def test_a_pushed_chain_is_the_chain(hub, llama, tmp_path):
     chain = Chain.from_pretrained(llama)
     said = []
@@ -48,12 +43,12 @@ def test_a_pushed_chain_is_the_chain(hub, llama, tmp_path):
     remote = Chain.from_pretrained("org/tiny")
     assert remote.files.revision == commit
     size = middle(llama)
-    assert same(CBDModel.from_chain("org/tiny", size=size), CBDModel.from_chain(llama, size))
+    assert tiny.same(CBDModel.from_chain("org/tiny", size=size), CBDModel.from_chain(llama, size))
     assert "hf_test" not in repr(remote.files) + str(hub.repos)
     text = remote.tokenizer()("a model").input_ids
     assert text == chain.tokenizer()("a model").input_ids
     remote.save_pretrained(tmp_path / "pulled")
-    assert same(CBDModel.from_chain(tmp_path / "pulled", size=size), CBDModel.from_chain(llama, size))
+    assert tiny.same(CBDModel.from_chain(tmp_path / "pulled", size=size), CBDModel.from_chain(llama, size))
     ours, theirs = (json.loads((folder / "chain.json").read_text()) for folder in (llama, tmp_path / "pulled"))
     for anchor in theirs["anchors"]:
         assert anchor["preview"] is None
@@ -201,7 +196,7 @@ def test_a_third_party_adds_an_anchor(hub, llama, tmp_path):
     Chain.from_pretrained(llama).save_pretrained(tmp_path / "local")
     add_anchor(Chain.from_pretrained(tmp_path / "local"), tmp_path / "small", "third/small")
     local = Chain.from_pretrained(tmp_path / "local")
-    assert same(CBDModel.from_chain(tmp_path / "local", size="min"), CBDModel.from_chain("org/tiny", size="min"))
+    assert tiny.same(CBDModel.from_chain(tmp_path / "local", size="min"), CBDModel.from_chain("org/tiny", size="min"))
     done = local.push_to_hub("org/more")
     assert done.anchors[local.anchors[-1].name][0] == "third/small", "an anchor in a repo of its own stays there"
     assert CBDModel.from_chain("org/more", size="min").config.num_hidden_layers == 1

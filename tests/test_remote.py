@@ -7,9 +7,10 @@ import signal
 import pytest
 import tiny
 import torch
+from conftest import assembled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub import CBDModel, Chain
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, SizeError, StorageError
 from cbd_hub.files import CHUNK_BYTES
 from cbd_hub.hub import open_chain
@@ -23,11 +24,7 @@ SHAPE = {"layers": 7}
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A chain of two models of several chunks each, which differ in layers."""
-    folder = tmp_path_factory.mktemp("wide")
-    for layers in (8, 5):
-        tiny.save(tiny.llama(layers=layers, hidden=256, heads=4, kv_heads=4, ffn=1000, seed=layers), folder / f"m{layers}")
-    assemble_chain([folder / "m8", folder / "m5"], folder / "chain")
-    return folder / "chain"
+    return assembled(tmp_path_factory.mktemp("wide"), 8, 5, hidden=256, heads=4, kv_heads=4, ffn=1000)
 
 
 @pytest.fixture
@@ -36,10 +33,6 @@ def published(hub, wide):
     commit = Chain.from_pretrained(wide).push_to_hub("org/wide").commit
     hub.forget()
     return commit
-
-
-def same(model, other):
-    return all(torch.equal(model.get_parameter(name), tensor) for name, tensor in other.named_parameters())
 
 
 def weights(hub):
@@ -51,7 +44,7 @@ def test_a_patch_costs_its_own_bytes_and_chunk_rounding(hub, wide, published):
     local = CBDModel.from_chain(wide, shape=SHAPE)
     plan = CBDModel.plan(wide, shape=SHAPE)
     assert plan.strategy == "patch"
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), local)
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), local)
     own = 4 * plan.parameters
     sent = sum(entry.sent for entry in weights(hub))
     pieces = sum(1 for entry in weights(hub))
@@ -62,18 +55,18 @@ def test_a_patch_costs_its_own_bytes_and_chunk_rounding(hub, wide, published):
     record = Chain.from_pretrained(wide).manifest.anchor(large).files["model.safetensors"]
     assert sum(entry.sent for entry in weights(hub) if f"wide-{large}" in entry.path) < record.bytes - CHUNK_BYTES
     with hub.counted() as asked:
-        assert same(CBDModel.from_chain("org/wide", shape=SHAPE), local)
+        assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), local)
     assert [(entry.method, entry.path) for entry in asked] == [("HEAD", "/org/wide/resolve/main/chain.json")]
     with hub.counted() as asked:
-        assert same(CBDModel.from_chain("org/wide", shape=SHAPE, revision=published), local)
-        assert same(CBDModel.from_chain("org/wide", shape=SHAPE, local_files_only=True), local)
+        assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE, revision=published), local)
+        assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE, local_files_only=True), local)
     assert not asked
     # A further size of the segment costs what is missing, an anchor is the whole file in the standard cache.
     hub.forget()
     CBDModel.from_chain("org/wide", shape={"layers": 6})
     assert sum(entry.sent for entry in weights(hub)) <= CHUNK_BYTES
     hub.forget()
-    assert same(CBDModel.from_chain("org/wide", size="max"), CBDModel.from_chain(wide, size="max"))
+    assert tiny.same(CBDModel.from_chain("org/wide", size="max"), CBDModel.from_chain(wide, size="max"))
     assert [entry.range for entry in weights(hub)] == [None]
 
 
@@ -93,14 +86,14 @@ def test_a_plan_prints_the_bytes_in_five_requests(hub, wide, published):
 
 def test_a_server_without_ranges_still_serves(hub, wide, published):
     hub.ranges = False
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
 def test_connections_that_break_and_servers_that_are_busy(hub, wide, published):
     large = f"GET /org/wide-{Chain.from_pretrained(wide).anchors[0].name}/resolve"
     for fault in ({"cut": 5_000_000}, {"status": 429, "headers": {"Retry-After": "0"}}, {"status": 503}, {"drop": "before"}, {"cut": 100}):
         hub.fail(large, skip=2, **fault)
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
 def test_wrong_bytes_are_refused_and_the_cache_stays_usable(hub, wide, published):
@@ -108,7 +101,7 @@ def test_wrong_bytes_are_refused_and_the_cache_stays_usable(hub, wide, published
     with pytest.raises(IntegrityError, match="was recorded|differs from its recorded hash"):
         CBDModel.from_chain("org/wide", shape=SHAPE)
     hub.faults.clear()
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
 def test_damage_in_the_cache_is_mended(hub, wide, published):
@@ -119,10 +112,10 @@ def test_damage_in_the_cache_is_mended(hub, wide, published):
         file.seek(100)
         file.write(b"damage")
     os.utime(path, (1, 1))
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
     with path.open("r+b") as file:
         file.truncate(100)
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
 def test_what_vanished_or_shut_is_one_clear_error(hub, wide, published):
@@ -140,7 +133,7 @@ def test_what_vanished_or_shut_is_one_clear_error(hub, wide, published):
         CBDModel.from_chain(f"org/wide-{anchor}", shape=SHAPE)
     with pytest.raises(StorageError, match="cannot be reached"):
         CBDModel.from_chain("org/wide", shape=SHAPE, local_files_only=True, cache_dir="/nowhere")
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
 def test_the_largest_size_that_fits_is_found_without_a_download(hub, wide, published):
@@ -166,7 +159,7 @@ def test_auto_classes_open_a_chain(hub, wide, published):
     model = AutoModelForCausalLM.from_pretrained("org/wide", size=small.parameters, dtype=torch.bfloat16)
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.dtype == torch.bfloat16
-    assert same(AutoModelForCausalLM.from_pretrained(f"org/wide-{small.name}"), CBDModel.from_chain(wide, size="min"))
+    assert tiny.same(AutoModelForCausalLM.from_pretrained(f"org/wide-{small.name}"), CBDModel.from_chain(wide, size="min"))
     assert AutoTokenizer.from_pretrained("org/wide")("a").input_ids == tiny.tokenizer()("a").input_ids
     with pytest.raises(ArgumentError, match="say which"):
         AutoModelForCausalLM.from_pretrained("org/wide")
@@ -250,7 +243,7 @@ def test_a_load_killed_at_any_request_leaves_a_usable_cache(hub, wide, published
     while killed_at(hub, number, when, lambda: load("org/wide", SHAPE, queue.Queue())):
         number += 1
     assert number >= 1
-    assert same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
 def test_no_token_is_ever_shown(hub, wide, published, caplog, capsys, monkeypatch):

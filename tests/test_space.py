@@ -27,7 +27,7 @@ from cbd_hub.space.push import is_release, push_space, wheel
 from cbd_hub.space.writing import Sampling, Writer
 
 
-pytest.importorskip("gradio")
+pytest.importorskip("gradio", reason="the Space's tests need gradio: pip install 'cbd-hub[dev]'")
 
 
 @pytest.fixture(scope="module")

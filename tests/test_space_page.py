@@ -14,7 +14,7 @@ from cbd_hub.space.limits import Limits
 from cbd_hub.space.writing import Writer
 
 
-pytest.importorskip("gradio")
+pytest.importorskip("gradio", reason="the Space's tests need gradio: pip install 'cbd-hub[dev]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright: pip install 'cbd-hub[dev]'")
 BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARTEFACTS = Path(__file__).parent.parent / "artefacts" / "space"

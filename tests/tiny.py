@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -138,8 +139,27 @@ def save(model, folder: Path) -> Path:
     return folder
 
 
+def same(model, other):
+    """Whether all parameters of ``other`` stand in ``model``, bit for bit."""
+    return all(torch.equal(model.get_parameter(name), tensor) for name, tensor in other.named_parameters())
+
+
 class Killed(Exception):
     """Instead of a signal: the run ends at once."""
+
+
+def killed_in_training(monkeypatch, number):
+    """Let the trainer's step of that number, counted over all runs from here on, be the one in which a run is killed; gives the count."""
+    step, count = Trainer.training_step, [0]
+
+    def training_step(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == number:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    return count
 
 
 def stopped_and_resumed(make, folder, stop):

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -33,7 +32,7 @@ from rich.table import Table
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
 from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
-from cbd_hub.evaluation import Documents, Losses, document_losses
+from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.plan import Plan
@@ -65,7 +64,7 @@ class Bench:
         parts, self.tokenizer = read_parts(self.recipe), chain.tokenizer()
         self.rows, block = parts.rows(), self.recipe.data.block_size
         self.heldout = Documents.read(parts.heldout, self.tokenizer, block, HELDOUT_TOKENS)
-        self.calibration, self.documents = (read(parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS) for read in (Documents.packed, Documents.read))
+        self.calibration = Calibration.read(parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
         self.teacher = chain.model("max", dtype=torch.float32)
         self.whole = shape_of(self.teacher.config)
         for folder in ("models", "losses", "segments"):
@@ -74,7 +73,7 @@ class Bench:
     @functools.cached_property
     def importance(self) -> Any:
         """Importance of the teacher's units on calibration text."""
-        return measure_importance(self.teacher, self.calibration)
+        return measure_importance(self.teacher, self.calibration.blocks)
 
     def trained(self, name: str, start: Callable[[], Any], *, steps: int | None = None, seed: int = 0, **options: Any) -> Any:
         """A student that learned from the teacher, by the recipe's settings where ``options`` do not say otherwise."""
@@ -96,15 +95,14 @@ class Bench:
 
     def losses(self, name: str, run: Callable[[], Any]) -> Losses:
         """Held-out losses of what ``run`` gives: a model, or a runner."""
-        path = self.work / "losses" / f"{name.replace('/', ', ')}.npz"
-        if not path.is_file():
+        def measured() -> Losses:
             found = run()
             with frozen(self.teacher):
                 losses = document_losses(ModelRunner(found.eval()) if isinstance(found, torch.nn.Module) else found, self.heldout)
-            np.savez(path, nats=losses.nats, tokens=losses.tokens)
             console.print(f"{name}: {losses.mean:.4f}")
-        stored = np.load(path)
-        return Losses(stored["nats"], stored["tokens"])
+            return losses
+
+        return Losses.kept(self.work / "losses" / f"{name.replace('/', ', ')}.npz", measured)
 
     def cut(self, name: str) -> Cut:
         """The cut from the teacher that begins a segment's anchor."""
@@ -112,7 +110,7 @@ class Bench:
         if isinstance(wish, int):
             path = self.work / "segments" / f"{name}.shape.json"
             if not path.is_file():
-                chosen = choose_cut(self.teacher, wish, self.importance, self.calibration)
+                chosen = choose_cut(self.teacher, wish, self.importance, self.calibration.blocks)
                 path.write_text(chosen.plan.shape.model_dump_json())
             shape = Shape.model_validate_json(path.read_text())
         else:
@@ -145,7 +143,7 @@ class Bench:
         path, cut = self.work / "segments" / f"{name}{_suffix(seed)}.link.json", self.cut(name)
         if not path.is_file():
             measured = measure_segment(
-                small, self.teacher, cut.kept, self.documents, "calibration", names=("small", "large"), first=self.importance.order(cut.kept)
+                small, self.teacher, cut.kept, self.calibration.documents, "calibration", names=("small", "large"), first=self.importance.order(cut.kept)
             )
             path.write_text(measured.link().model_dump_json())
         link = Link.model_validate_json(path.read_text())
@@ -168,7 +166,7 @@ class Bench:
         if name == "influence":
             path = self.work / "segments" / "boomerang.order.json"
             if not path.is_file():
-                path.write_text(json.dumps(best_order(segment, {"small": student, "large": self.teacher}, self.calibration, order)))
+                path.write_text(json.dumps(best_order(segment, {"small": student, "large": self.teacher}, self.calibration.documents, order)))
             segment = dataclasses.replace(segment, order=json.loads(path.read_text()))
         plan = patch_plan(segment, self.nearest_depth(size))
         tensors = plan.tensors
@@ -193,7 +191,7 @@ def rows_of(bench: Bench, name: str, free: bool, seeds: int) -> Iterator[dict[st
     teacher = bench.losses("teacher", lambda: bench.teacher)
     anchor = bench.losses(f"{name}/anchor", lambda: small)
     low, high = segment.sizes
-    text = torch.stack(bench.calibration.ids[:1])
+    text = torch.stack(bench.calibration.blocks.ids[:1])
     for share in sorted(SHARES, key=lambda share: share != 0.5):
         plan = segment_plan(segment, round(low + share * (high - low)))
         shape, size = plan.shape, plan.parameters

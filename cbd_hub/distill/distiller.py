@@ -127,11 +127,9 @@ class ChainDistiller(SamplingTrainer):
             model = _with_adapter(model, peft_config, args)
         if self.bridge is not None:
             kwargs.setdefault("data_collator", self.bridge.collate)
-            if self.teacher_cache is not None:
-                pass
-            elif args.bridge == "text":
+            if args.bridge == "text":
                 train_dataset = None if train_dataset is None else self.bridge.prompts(train_dataset, teacher)
-            else:
+            elif self.teacher_cache is None:
                 train_dataset, eval_dataset = (self.bridge.with_tokens(rows, model, teacher) for rows in (train_dataset, eval_dataset))
         kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
         super().__init__(

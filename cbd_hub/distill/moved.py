@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub.cards import license_of, retokenized_card
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.progress import StageProgress
+from cbd_hub.distill.progress import show_stage
 from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.evaluation import Losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
@@ -84,7 +84,7 @@ def retokenize_and_train(
     asked = {
         "model": os.fspath(model), "revision": revision, "keep": keep, "tokenizer": None if tokenizer is None else os.fspath(tokenizer), "steps": steps, "bridge": bridge,
         "ce_weight": ce_weight, "learning_rate": learning_rate, "batch_size": batch_size, "block_size": block_size, "bf16": bf16, "heldout": heldout, "seed": seed,
-        "texts": len(text), "characters": sum(map(len, text)),
+        "text_sha256": hashlib.sha256("\0".join(text).encode()).hexdigest(),
     }
     work = target.absolute().parent / f".{target.absolute().name}.work"
     with held(work, str(target)):
@@ -128,29 +128,19 @@ def _trained(
         write_text(work / "made.json", json.dumps({"asked": asked, "made": made}))
     new = load_tokenizer(start)
     losses = {
-        name: _remembered(work / f"{name}.npz", folder, tokenizer, heldout) for name, folder, tokenizer in (("before", source, old), ("after", start, new))
+        name: Losses.kept(work / f"{name}.npz", partial(measured, folder, tokenizer, heldout)) for name, folder, tokenizer in (("before", source, old), ("after", start, new))
     }
     say(f"bits per byte on {int(losses['before'].tokens.sum()):,} held-out bytes: {losses['before'].mean * BITS:.3f} before, {losses['after'].mean * BITS:.3f} after")
     if not final.is_dir():
         _train(work, source, (start, final), (old, new), rows, asked, save_steps, quiet)
     facts = json.loads((work / "training.json").read_text())
-    losses["trained"] = _remembered(work / "trained.npz", final, new, heldout)
+    losses["trained"] = Losses.kept(work / "trained.npz", partial(measured, final, new, heldout))
     before = losses["before"]
     return replace(
         Retokenized(**made), before=before.mean * BITS, after=losses["after"].mean * BITS, trained=losses["trained"].mean * BITS,
         difference=difference_of(losses["after"], before), trained_difference=difference_of(losses["trained"], before), bytes=int(before.tokens.sum()),
         steps=asked["steps"], tokens=facts["tokens"], bridge=asked["bridge"],
     ), final
-
-
-def _remembered(path: Path, folder: Path, tokenizer: Any, texts: Sequence[str]) -> Losses:
-    if not path.is_file():
-        losses = measured(folder, tokenizer, texts)
-        temporary = path.with_name(f"partial.{path.name}")
-        np.savez(temporary, nats=losses.nats, tokens=losses.tokens)
-        os.replace(temporary, path)
-    stored = np.load(path)
-    return Losses(stored["nats"], stored["tokens"])
 
 
 def _train(
@@ -167,10 +157,8 @@ def _train(
     student, teacher = (load_model(folder, torch.float32).to(best_device()) for folder in (start, source))
     trainer = ChainDistiller(
         model=student, teacher=teacher, args=args, train_dataset=rows, processing_class=tokenizers[1], teacher_processing_class=tokenizers[0],
-        callbacks=[StageProgress("retokenize", args)],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    show_stage(trainer, "retokenize")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run_dir) if run_dir.is_dir() else None)
     write_text(work / "training.json", json.dumps({"tokens": int(trainer.state.num_input_tokens_seen)}))
     with staged_folder(final) as staging:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.files import write_text
 
 
@@ -54,15 +54,22 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
 
 
+def show_stage(trainer: Trainer, name: str) -> None:
+    """Show a stage's own bar instead of the Trainer's."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StageProgress(name, trainer.args))
+
+
 class StageProgress(TrainerCallback):
     """Shows a stage while it trains.
 
     Args:
         name: What to call it.
-        args: Its training arguments.
+        args: Its `ChainDistillerConfig`.
     """
 
-    def __init__(self, name: str, args: ChainDistillerConfig) -> None:
+    def __init__(self, name: str, args: Any) -> None:
         self._name = name
         self._tokens = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
         self._disabled = bool(args.disable_tqdm)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import shapes
@@ -24,7 +23,7 @@ from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importan
 from cbd_hub.distill.begun import Begun, dependencies
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.progress import METRICS, StageProgress
+from cbd_hub.distill.progress import METRICS, show_stage
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
@@ -233,10 +232,9 @@ class _Run:
         tokenizer = self.tokenizers[place]
         trainer = ChainDistiller(
             model=student, teacher=large, args=arguments, train_dataset=rows, processing_class=tokenizer, kept=kept, order=order,
-            text_dataset=text, teacher_processing_class=self.tokenizers[place - 1] if stage.bridged else None, callbacks=[StageProgress(f"{stage.name}", arguments)],
+            text_dataset=text, teacher_processing_class=self.tokenizers[place - 1] if stage.bridged else None,
         )
-        trainer.remove_callback(ProgressCallback)
-        trainer.remove_callback(PrinterCallback)
+        show_stage(trainer, stage.name)
         last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
         self.progress(f"{stage.name}: {'goes on from ' + Path(last).name if last else 'learns'}, {arguments.max_steps} steps")
         started = time.monotonic()

@@ -139,7 +139,7 @@ class _Page:
                 notes.append(render.status(state, self.dtype))
             yield (*texts, *notes)
 
-    def packed(self, value: float, progress: gr.Progress | None = None) -> Any:
+    def packed(self, value: float) -> Any:
         """The checkpoint of a size, in Gradio's own folder of files to send."""
         with self.desk.checkpoint(self.picker.at(value)) as archive:
             kept = Path(tempfile.mkdtemp(prefix="cbd-", dir=self._cache())) / archive.name
