@@ -3,7 +3,7 @@
     python benchmarks/teacher_cache.py --chain demo/chain --text wikipedia.jsonl
 
 Teacher and student are the chain's first two anchors; blocks of 128 tokens, 8 a step, bf16 autocast, the student and AdamW in fp32. Steps take turns,
-medians of seven after one round that does not count; decoding the cache's rows is part of its step. Bytes and errors are those that ``cbd cache-teacher``
+medians of 21 after one round that does not count; decoding the cache's rows is part of its step. Bytes and errors are those that ``cbd cache-teacher``
 prints, at k 128 and 50, with the tail's share measured with the student. Writes benchmarks/results/teacher_cache.json.
 """
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--chain", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/teacher_cache.json"))
     options = parser.parse_args()
     torch.set_num_threads(2)

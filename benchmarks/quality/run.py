@@ -274,7 +274,7 @@ def main() -> None:
         rows = sorted([row for row in rows if row["segment"] != name] + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({
-            "command": "python benchmarks/quality/run.py", "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
+            "command": "python benchmarks/quality/run.py --demo demo --work quality" + (" --free" if options.free else ""), "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
             "torch": torch.__version__, "transformers": transformers.__version__,
         }, indent=1) + "\n")
 
