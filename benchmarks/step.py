@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.distill.wrapping import short_attention
 
 
 Step = Callable[[int, int], None]
@@ -41,8 +43,11 @@ def stepper_of_batches(trainer: Any) -> Callable[[dict[str, torch.Tensor]], None
     """One optimiser step of a trainer on a batch."""
     trainer.create_optimizer()
 
+    ours = isinstance(trainer, ChainDistiller)
+
     def step(batch: dict[str, torch.Tensor]) -> None:
-        trainer.training_step(trainer.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
+        with short_attention(trainer.args, trainer.model, trainer.teacher) if ours else nullcontext():  # as its `train` does
+            trainer.training_step(trainer.model, batch, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum())
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=False)  # gradients stay allocated, so that both are measured above them
     return step

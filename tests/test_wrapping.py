@@ -1,55 +1,57 @@
-"""Compiled students, and mixtures of experts whose auxiliary loss stays."""
+"""What a training step changes in a model for as long as it runs."""
 
 import pytest
 import tiny
 import torch
-from test_distill import rows, trainer_for, weights
-from transformers import AutoModelForCausalLM, MixtralConfig
 
-from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.losses.divergence import forward_kl
-
-
-def test_compiling_changes_no_update_and_no_name(family, tmp_path):
-    plain = trainer_for(family, tmp_path / "a", hidden_weight=0.5)
-    compiled = trainer_for(family, tmp_path / "b", hidden_weight=0.5, torch_compile=True, torch_compile_backend="aot_eager")
-    plain.train()
-    calls = []
-    compiled.model.base_model.register_forward_hook(lambda *_: calls.append(1))
-    compiled.train()
-    assert compiled.model.base_model._compiled_call_impl is not None
-    assert list(weights(plain)) == list(weights(compiled))
-    for name, tensor in weights(plain).items():
-        torch.testing.assert_close(tensor, weights(compiled)[name], rtol=1e-4, atol=1e-6, msg=name)
+from cbd_hub import ChainDistillerConfig
+from cbd_hub.distill.wrapping import short_attention, sparse_rows
+from cbd_hub.interpolation.live import ModelRunner
+from cbd_hub.losses.head import distillation_loss
 
 
-def mixture(layers=2, seed=0):
-    config = MixtralConfig(
-        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.7, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_embedding_sends_back_its_rows_alone_and_the_gradient_is_the_same(tied: bool) -> None:
+    """That of two dense gradients, also added to one that is there; in float64, since only the order of the sums differs."""
+    model = tiny.llama(tied=tied).double().train()
+    teacher = tiny.llama(seed=1).double()
+    ids = torch.tensor([[3, 7, 3, 9, 3, 1], [2, 2, 4, 7, 5, 8]])
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1).flatten()
+    target = ModelRunner(teacher)(ids)
+
+    def gradients(sparse: bool) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for _ in range(2):
+            if sparse:
+                with sparse_rows(model):
+                    output = ModelRunner(model)(ids)
+                    assert model.get_input_embeddings().sparse is tied
+            else:
+                output = ModelRunner(model)(ids)
+            distillation_loss(output.hidden.flatten(0, 1), output.head.weight, target.hidden.flatten(0, 1).detach(), target.head.weight.detach(), labels).backward()
+        assert not model.get_input_embeddings().sparse
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    dense, rows = gradients(False), gradients(True)
+    for name, gradient in dense.items():
+        assert not rows[name].is_sparse
+        torch.testing.assert_close(rows[name], gradient, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("teacher", ["mixture", "dense"])
-def test_the_auxiliary_loss_of_a_mixture_stays(tmp_path, teacher):
-    """The training loss is the divergence and the model's own weighted load balancing loss; evaluation has the divergence alone."""
-    student = mixture(seed=1)
-    args = ChainDistillerConfig(str(tmp_path), max_steps=2, bf16=False, disable_tqdm=True, save_strategy="no")
-    trainer = ChainDistiller(
-        model=student, teacher=mixture() if teacher == "mixture" else tiny.llama(), args=args, train_dataset=rows(16), processing_class=tiny.tokenizer()
-    )
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
-    student.train()
-    ours = student(**{name: batch[name] for name in ("input_ids", "attention_mask")})
-    theirs = trainer.teacher(**{name: batch[name] for name in ("input_ids", "attention_mask")})
-    keep = batch["labels"][:, 1:] != -100
-    expected = forward_kl(ours.logits[:, :-1], theirs.logits[:, :-1], keep)
-    assert ours.aux_loss > 0
-    torch.testing.assert_close(trainer.compute_loss(student, batch), expected + 0.7 * ours.aux_loss, rtol=1e-4, atol=1e-5)
-    student.eval()
-    torch.testing.assert_close(trainer.compute_loss(student, batch), expected, rtol=1e-4, atol=1e-5)
-    before = student.model.layers[0].mlp.gate.weight.detach().clone()
-    trainer.train()
-    assert not torch.equal(student.model.layers[0].mlp.gate.weight, before)
+def test_attention_is_plain_on_short_blocks_in_bf16_and_what_it_was_afterwards(tmp_path) -> None:
+    """Longer blocks, fp32, samples of the model's own and another attention are left alone."""
+    model, other = tiny.llama(), tiny.llama(seed=1)
+    other.set_attn_implementation("eager")
+
+    def within(**options: object) -> list[str]:
+        args = ChainDistillerConfig(str(tmp_path), use_cpu=True, **{"bf16": True, "block_size": 128, **options})
+        with short_attention(args, model, other, None):
+            return [each.config._attn_implementation for each in (model, other)]
+
+    assert within() == ["eager", "eager"]
+    assert [model.config._attn_implementation, other.config._attn_implementation] == ["sdpa", "eager"]
+    for options in ({"block_size": 129}, {"bf16": False}, {"on_policy_fraction": 0.5}):
+        assert within(**options) == ["sdpa", "eager"], options
+    with pytest.raises(ZeroDivisionError), short_attention(ChainDistillerConfig(str(tmp_path), use_cpu=True, bf16=True), model):
+        1 / 0  # noqa: B018
+    assert model.config._attn_implementation == "sdpa"

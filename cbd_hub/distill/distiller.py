@@ -9,6 +9,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,17 @@ from cbd_hub.distill.packing import collate, next_tokens
 from cbd_hub.distill.path import path_plan, segment_to
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.distill.wrapping import compile_base, inside, is_peft_model, is_sharded, prepare_teacher, shards, without_compiler
+from cbd_hub.distill.wrapping import (
+    compile_base,
+    inside,
+    is_peft_model,
+    is_sharded,
+    prepare_teacher,
+    shards,
+    short_attention,
+    sparse_rows,
+    without_compiler,
+)
 from cbd_hub.errors import ArgumentError, TrainingError, VocabularyMismatchError
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, check_head, frozen, router_loss
 from cbd_hub.interpolation.planner import Kept, Plan
@@ -223,7 +234,9 @@ class ChainDistiller(SamplingTrainer):
         if num_items is None:
             num_items = keep.sum().clamp(min=1)
         runner = ModelRunner(student) if plan is None else self._between.run(plan)
-        output = runner(*_batch(inputs), states=hidden is not None)
+        whole_head = training and plan is None and self.bridge is None and not args.torch_compile
+        with sparse_rows(student) if whole_head else nullcontext():
+            output = runner(*_batch(inputs), states=hidden is not None)
         loss = self._head_loss(output, target, labels, num_items, 0.0 if "own" in inputs else args.ce_weight, inputs)
         if hidden is not None and target is not None:
             matched: tuple[Output, Output, Tensor] = (output, target, keep) if self.bridge is None else self.bridge.at_borders(output, target, inputs)
@@ -335,17 +348,18 @@ class ChainDistiller(SamplingTrainer):
                 self._load_from_checkpoint(last)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        if self.hidden is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        if not isinstance(last, str):
-            self._draw_answers()
-            self._start_hidden()
-        self.hidden.attach(student)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self.hidden.detach(student)
+        with short_attention(self.args, student, self.teacher):
+            if self.hidden is None:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            if not isinstance(last, str):
+                self._draw_answers()
+                self._start_hidden()
+            self.hidden.attach(student)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self.hidden.detach(student)
 
 
 class _Settle(TrainerCallback):

@@ -7,7 +7,8 @@ Of the paths here those through accelerate's FSDP and DeepSpeed need accelerator
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from cbd_hub.errors import ArgumentError
 
 
 T = TypeVar("T")
+_SHORT = 128  # tokens of a block
 
 
 def without_compiler(model: Any) -> Any:
@@ -108,6 +110,43 @@ def compile_base(model: Any, backend: str | None, mode: str | None) -> None:
     if mode is not None:
         settings["mode"] = mode
     model.base_model.compile(**settings)
+
+
+@contextmanager
+def short_attention(args: Any, *models: Any) -> Iterator[None]:
+    """Where a CPU trains on short blocks in bf16, attention by two plain products while the block runs: the fused kernel's backward pass takes several times as long there.
+
+    Args:
+        args: The trainer's `ChainDistillerConfig`.
+        models: Loaded models or None; one whose attention is not the default ``sdpa`` keeps it.
+    """
+    short = args.device.type == "cpu" and args.bf16 and args.block_size <= _SHORT and not (args.on_policy_fraction or args.is_minillm)
+    with ExitStack() as stack:
+        for model in models:
+            if short and model is not None and model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation("eager")
+                stack.callback(model.set_attn_implementation, "sdpa")
+        yield
+
+
+@contextmanager
+def sparse_rows(model: Any) -> Iterator[None]:
+    """A forward pass whose tied embedding sends back only the rows that it read: the head's gradient, which is whole, takes them up, and no second one is made.
+
+    Args:
+        model: A plain causal language model whose head is in the loss.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = embedding.weight
+    tied = type(weight) is torch.nn.Parameter and weight is head.weight and weight.device.type in ("cpu", "cuda") and not hasattr(weight, "ds_id")
+    if not tied or embedding.sparse:
+        yield
+        return
+    embedding.sparse = True
+    try:
+        yield
+    finally:
+        embedding.sparse = False
 
 
 @torch.no_grad()

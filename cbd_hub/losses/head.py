@@ -193,6 +193,46 @@ def _few_rows(
     return total, gradient
 
 
+class _HeadGradient:
+    """The gradient of a head, summed over blocks of rows.
+
+    Several blocks are summed in fp32. Where the head is narrower, the sum is held in slices, each let go when its rows are rounded, so that the two are
+    never there whole at once.
+    """
+
+    def __init__(self, head: Tensor, size: int, blocks: int, accumulate: torch.dtype) -> None:
+        self._shape, self._dtype, self._size, self._empty = head.shape, head.dtype, size, True
+        self._whole = head.new_empty(head.shape) if blocks == 1 or head.dtype == accumulate else None
+        self._slices = list(self._whole.split(_SLICE_ROWS)) if self._whole is not None else [
+            head.new_empty((min(_SLICE_ROWS, len(head) - low), head.shape[1]), dtype=accumulate) for low in range(0, len(head), _SLICE_ROWS)
+        ]
+
+    def add(self, slope: Tensor, hidden: Tensor) -> None:
+        """Add a block: slopes of its logits, shape (rows, V), times its hidden states, shape (rows, H)."""
+        for low, part in zip(range(0, self._size, _SLICE_ROWS), self._slices):
+            ours = slope[:, low : low + _SLICE_ROWS].t()
+            into = part[: len(ours)]
+            if into.dtype == hidden.dtype:
+                torch.addmm(into, ours, hidden, beta=0 if self._empty else 1, out=into)
+            elif self._empty:
+                into.copy_(ours @ hidden)
+            else:
+                into.add_(ours @ hidden)
+        self._empty = False
+
+    def times(self, scale: Tensor) -> Tensor:
+        """The sum times a scalar, in the head's dtype; it is given away."""
+        used = 0 if self._empty else self._size
+        for low, part in zip(range(0, self._shape[0], _SLICE_ROWS), self._slices):
+            part[max(0, used - low) :] = 0  # no row reached it, or it is padding
+        if self._whole is not None:
+            return self._whole.mul_(scale)
+        whole = self._slices[0].new_empty(self._shape, dtype=self._dtype)
+        for rows in whole.split(_SLICE_ROWS):
+            rows.copy_(self._slices.pop(0).mul_(scale))
+        return whole
+
+
 class _HeadLoss(torch.autograd.Function):
     """Sum over rows; the gradients are made in the forward pass and scaled in the backward pass."""
 
@@ -211,13 +251,12 @@ class _HeadLoss(torch.autograd.Function):
             None if bias is None else bias[:size].to(accumulate), None if teacher_bias is None else teacher_bias[:size].to(accumulate)
         )
         d_hidden = torch.empty_like(hidden, dtype=accumulate) if wants[0] else None
-        d_head = torch.empty(head.shape, dtype=accumulate, device=head.device) if wants[1] else None
-        if d_head is not None:
-            d_head[0 if rows == 0 else size :] = 0  # the first block fills the rest
         d_bias = torch.zeros(bias.shape, dtype=accumulate, device=head.device) if bias is not None and wants[2] else None
         total = torch.zeros((), dtype=widest(hidden.device), device=hidden.device)
-        blocks = max(1, math.ceil(rows / _block_rows(hidden.device)))
+        alone = head.dtype != accumulate and 2 * rows * compute.itemsize <= accumulate.itemsize * head.shape[1]  # its logits are less than a wide sum
+        blocks = 1 if alone else max(1, math.ceil(rows / _block_rows(hidden.device)))
         block, few = max(1, math.ceil(rows / blocks)), max(1, _CACHE_ELEMENTS // size)  # of equal size: a short last one would cost as much
+        d_head = _HeadGradient(head, size, blocks, accumulate) if wants[1] else None
         products = torch.empty(block, size, dtype=compute, device=hidden.device)
         # Room to work on a few rows, taken once: fresh tensors for every few rows would cost more than the arithmetic.
         desk = torch.empty(5, min(few, block), size, dtype=accumulate, device=hidden.device)
@@ -246,10 +285,7 @@ class _HeadLoss(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[start : start + block] = ours @ weight
             if d_head is not None:
-                for low in range(0, size, _SLICE_ROWS):
-                    rows_of_head = slice(low, min(low + _SLICE_ROWS, size))
-                    product = ours[:, rows_of_head].t() @ part
-                    d_head[rows_of_head] = product if start == 0 else d_head[rows_of_head].add_(product)
+                d_head.add(ours, part)
         del products, teacher_products, desk
         ctx.gradients = [d_hidden, d_head, d_bias]
         ctx.dtypes = [hidden.dtype, head.dtype, None if bias is None else bias.dtype]
@@ -261,9 +297,12 @@ class _HeadLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None  # given away and not copied: the head's is as large as the head
         if gradients is None:
             raise RuntimeError("this loss has been walked backward already, and its gradients are given away; compute it anew")
+        d_hidden, d_head, d_bias = gradients
         # Each leaves in its input's dtype, as autograd wants it.
-        scaled = (None if gradient is None else gradient.mul_(scale).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes))
-        return (*scaled, *(None,) * 8)
+        return (
+            None if d_hidden is None else d_hidden.mul_(scale).to(ctx.dtypes[0]), None if d_head is None else d_head.times(scale),
+            None if d_bias is None else d_bias.mul_(scale).to(ctx.dtypes[2]), *(None,) * 8,
+        )
 
 
 def distillation_loss(
