@@ -52,8 +52,8 @@ def parse_size(size: str | int) -> int:
     return size
 
 
-def parse_bytes(wish: str | int) -> int:
-    """A count of bytes from text such as "300MB" (decimal) or "1.5GiB" (binary), or from an int.
+def parse_bytes(wish: str | int, name: str = "memory_budget") -> int:
+    """A count of bytes from text such as "300MB" (decimal) or "1.5GiB" (binary), or from an int; ``name`` is what an error calls it.
 
     Raises:
         SizeFormatError: If it is none.
@@ -69,7 +69,7 @@ def parse_bytes(wish: str | int) -> int:
             return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
     wish = as_int(wish)
     if isinstance(wish, bool) or not isinstance(wish, int) or wish <= 0:
-        raise SizeFormatError(f'memory_budget={wish!r} is no count of bytes; write a number and a unit, such as "300MB" or "1.5GiB", or a positive int')
+        raise SizeFormatError(f'{name}={wish!r} is no count of bytes; write a number and a unit, such as "300MB" or "1.5GiB", or a positive int')
     return wish
 
 

@@ -53,7 +53,7 @@ def space(
     from cbd_hub.space.page import build_page, launch
     if dtype is not None:
         weight_dtype(dtype, None)  # type: ignore[arg-type]
-    limits = Limits(memory=parse_bytes(memory), prompt_tokens=prompt_tokens, new_tokens=new_tokens, waiting=waiting, download=download)
+    limits = Limits(memory=parse_bytes(memory, "--memory"), prompt_tokens=prompt_tokens, new_tokens=new_tokens, waiting=waiting, download=download)
     page = build_page(Desk(opened, limits, dtype))
     _, address, _ = launch(page, host=host, port=port, mcp=mcp, block=False, inbrowser=browser)
     err.print(f"{escape(opened.name)} at {escape(address)} (Ctrl-C stops it)" + (f", MCP at {escape(address)}gradio_api/mcp/" if mcp else ""))

@@ -62,7 +62,7 @@ class Limits:
             if field.name == "download":
                 found[field.name] = text.lower() in ("1", "true", "yes")
             elif field.name == "memory":
-                found[field.name] = parse_bytes(text)
+                found[field.name] = parse_bytes(text, name)
             elif text.isdecimal():
                 found[field.name] = int(text)
             else:
