@@ -31,6 +31,7 @@ from cbd_hub.distill.stages import (
     stage_tokenizers,
 )
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.distill.wrapping import short_attention
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
@@ -249,9 +250,10 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            step(1)
-        seconds = _seconds(step)
+        with short_attention(args, *models):  # as training has it
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                step(1)
+            seconds = _seconds(step)
         with frozen(models[1]):
             ahead = _seconds(forward)
     blocks = block_bytes(student.vocab_size, models[0].device, torch.bfloat16 if args.bf16 else torch.float32)
