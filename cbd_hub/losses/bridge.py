@@ -15,6 +15,7 @@ Only log-probabilities of the tokens that are there are needed: no distribution,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses.alignment import byte_spans, token_bytes
-from cbd_hub.losses.head import widest
+from cbd_hub.losses.head import _few_at_once, _gradients_times, _HeadGradient, _scaled, _through_scaling, widest
 
 
 __all__ = ["byte_spans", "shared_loss", "shared_tokens", "shared_top_loss", "span_loss"]
@@ -115,7 +116,7 @@ def shared_loss(
 ) -> Tensor:
     """KL(teacher || student) of the next token in nats, where K shared tokens are K outcomes and all others one more; a sum over rows divided by ``num_items``.
 
-    Rows are walked in blocks whose logits are formed anew in the backward pass; there is never an N x V tensor.
+    Rows are walked in blocks whose gradients are made with the loss, in the forward pass; there is never an N x V tensor.
 
     Args:
         student_hidden: Last hidden states before common borders, shape (N, H). Receives a gradient.
@@ -149,20 +150,73 @@ def shared_loss(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
     ours, theirs = shared.to(student_hidden.device).unbind(1)
 
-    def block(hidden: Tensor, head: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-        with torch.autocast(device, enabled=False):
-            student = _outcomes(hidden.to(compute) @ head.to(compute).t(), bias, student_logit_scale, student_softcap, ours)
-            with torch.no_grad():
-                teacher = _outcomes(target.to(compute) @ teacher_head.to(compute).t(), teacher_bias, teacher_logit_scale, teacher_softcap, theirs)
-            return (teacher.exp() * (teacher - student)).sum()
-
-    rows = max(1, _BLOCK_ELEMENTS // (len(student_head) + len(teacher_head)))
-    total = 0.0 * student_hidden.sum()
-    for start in range(0, len(student_hidden), rows):
-        place = slice(start, start + rows)
-        part: Tensor = checkpoint(block, student_hidden[place], student_head, student_bias, teacher_hidden[place].detach(), use_reentrant=False)
-        total = total + part
+    options = _Scaling(student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap, compute)
+    with torch.autocast(device, enabled=False):
+        total: Tensor = _SharedLoss.apply(student_hidden, student_head, student_bias, teacher_hidden.detach(), teacher_head.detach(), teacher_bias, ours, theirs, options)
     return total / (max(len(student_hidden), 1) if num_items is None else num_items)
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """What is between products and logits."""
+
+    student_scale: float
+    teacher_scale: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+    compute: torch.dtype
+
+
+def _split(logits: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a few rows of logits: log-probabilities of the shared tokens, that of any other, the probabilities of the others where they stand, and their least sum."""
+    probabilities = logits.softmax(-1)
+    listed = logits[:, shared] - (logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log())
+    others = probabilities.index_fill_(1, shared, 0.0)
+    rest = others.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).eps)
+    return listed, rest.log(), others, rest
+
+
+class _SharedLoss(torch.autograd.Function):
+    """Sum over rows. With p the student's probabilities, the slope of a shared token's logit is ``p - p_T``, that of any other's ``p (1 - rest_T / rest)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, target: Tensor, teacher_head: Tensor, teacher_bias: Tensor | None, ours: Tensor, theirs: Tensor,
+        options: _Scaling,
+    ) -> Tensor:
+        compute = options.compute
+        wide = torch.promote_types(compute, torch.float32)
+        rows = max(1, _BLOCK_ELEMENTS // (len(head) + len(teacher_head)))
+        few = _few_at_once(max(len(head), len(teacher_head)), hidden.device)
+        weight, teacher_weight = head.to(compute), teacher_head.to(compute)
+        d_hidden = torch.zeros_like(hidden, dtype=wide)
+        d_head = _HeadGradient(head, len(head), 1 if len(hidden) <= rows else 2, wide)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        total = hidden.new_zeros((), dtype=widest(hidden.device))
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows].to(compute)
+            products, aims = part @ weight.t(), target[start : start + rows].to(compute) @ teacher_weight.t()
+            for first in range(0, len(part), few):
+                place = slice(first, first + few)
+                logits = _scaled(products[place], bias, options.student_scale, options.student_softcap)
+                known, known_rest, _, least = _split(_scaled(aims[place], teacher_bias, options.teacher_scale, options.teacher_softcap), theirs)
+                listed, rest, slope, held = _split(logits, ours)
+                likely = known.exp()
+                total += torch.linalg.vecdot(likely, known - listed).sum(dtype=total.dtype) + (least * (known_rest - rest)).sum(dtype=total.dtype)
+                slope.mul_(1 - least / held).index_copy_(1, ours, listed.exp_().sub_(likely))
+                slope = _through_scaling(slope, logits, options.student_scale, options.student_softcap)
+                if d_bias is not None:
+                    d_bias += slope.sum(0)
+                products[place] = slope
+            d_hidden[start : start + rows] = products @ weight
+            d_head.add(products, part)
+        ctx.gradients = d_hidden, d_head, d_bias
+        ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
+        return total.to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return (*_gradients_times(grad_outputs[0], ctx), *(None,) * 6)
 
 
 def shared_top_loss(
@@ -224,13 +278,3 @@ def _with_rest(log_probs: Tensor) -> Tensor:
     """Log-probabilities of some outcomes and, in the last column, of any other."""
     rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(log_probs.dtype).eps).log()
     return torch.cat([log_probs, rest], -1)
-
-
-def _outcomes(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None, shared: Tensor) -> Tensor:
-    """Log-probabilities of the shared tokens and, in the last column, of any other."""
-    log_probs = _log_probs(products, bias, scale, softcap)
-    least = torch.finfo(log_probs.dtype).eps
-    others = torch.ones(log_probs.shape[-1], dtype=torch.bool, device=log_probs.device)
-    others[shared] = False
-    rest = (log_probs[:, others].exp().sum(-1, keepdim=True)).clamp(min=least).log()
-    return torch.cat([log_probs[:, shared], rest], -1)

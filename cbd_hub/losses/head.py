@@ -21,7 +21,7 @@ from cbd_hub.losses.divergence import check_options
 
 # Rows of a block: each block adds to the whole of the head's gradient, which must cost little beside its products.
 _BLOCK_ROWS = {"cpu": 240, "other": 1024}
-_CACHE_ELEMENTS = 2**19  # logits worked on at once
+_AT_ONCE = {"cpu": 2**19, "other": 2**24}  # logits worked on at once: what a CPU's cache holds, what fills an accelerator
 _SLICE_ROWS = 4096  # of the head's gradient, made at once
 
 
@@ -44,6 +44,10 @@ class _Options:
 
 def _block_rows(device: torch.device) -> int:
     return _BLOCK_ROWS["cpu" if device.type == "cpu" else "other"]
+
+
+def _few_at_once(vocab_size: int, device: torch.device) -> int:
+    return max(1, _AT_ONCE["cpu" if device.type == "cpu" else "other"] // vocab_size)
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -233,6 +237,18 @@ class _HeadGradient:
         return whole
 
 
+def _gradients_times(scale: Tensor, ctx: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients that a forward pass made, each in its input's dtype, as autograd wants it. They are given away and not copied: the head's is as large as the head."""
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        raise RuntimeError("this loss has been walked backward already, and its gradients are given away; compute it anew")
+    d_hidden, d_head, d_bias = gradients
+    return (
+        None if d_hidden is None else d_hidden.mul_(scale).to(ctx.dtypes[0]), None if d_head is None else d_head.times(scale),
+        None if d_bias is None else d_bias.mul_(scale).to(ctx.dtypes[1]),
+    )
+
+
 class _HeadLoss(torch.autograd.Function):
     """Sum over rows; the gradients are made in the forward pass and scaled in the backward pass."""
 
@@ -255,7 +271,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=widest(hidden.device), device=hidden.device)
         alone = head.dtype != accumulate and 2 * rows * compute.itemsize <= accumulate.itemsize * head.shape[1]  # its logits are less than a wide sum
         blocks = 1 if alone else max(1, math.ceil(rows / _block_rows(hidden.device)))
-        block, few = max(1, math.ceil(rows / blocks)), max(1, _CACHE_ELEMENTS // size)  # of equal size: a short last one would cost as much
+        block, few = max(1, math.ceil(rows / blocks)), _few_at_once(size, hidden.device)  # of equal size: a short last one would cost as much
         d_head = _HeadGradient(head, size, blocks, accumulate) if wants[1] else None
         products = torch.empty(block, size, dtype=compute, device=hidden.device)
         # Room to work on a few rows, taken once: fresh tensors for every few rows would cost more than the arithmetic.
@@ -287,22 +303,13 @@ class _HeadLoss(torch.autograd.Function):
             if d_head is not None:
                 d_head.add(ours, part)
         del products, teacher_products, desk
-        ctx.gradients = [d_hidden, d_head, d_bias]
-        ctx.dtypes = [hidden.dtype, head.dtype, None if bias is None else bias.dtype]
+        ctx.gradients = (d_hidden, d_head, d_bias)
+        ctx.dtypes = (hidden.dtype, None if bias is None else bias.dtype)
         return total.to(accumulate)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (scale,) = grad_outputs
-        gradients, ctx.gradients = ctx.gradients, None  # given away and not copied: the head's is as large as the head
-        if gradients is None:
-            raise RuntimeError("this loss has been walked backward already, and its gradients are given away; compute it anew")
-        d_hidden, d_head, d_bias = gradients
-        # Each leaves in its input's dtype, as autograd wants it.
-        return (
-            None if d_hidden is None else d_hidden.mul_(scale).to(ctx.dtypes[0]), None if d_head is None else d_head.times(scale),
-            None if d_bias is None else d_bias.mul_(scale).to(ctx.dtypes[2]), *(None,) * 8,
-        )
+        return (*_gradients_times(grad_outputs[0], ctx), *(None,) * 8)
 
 
 def distillation_loss(

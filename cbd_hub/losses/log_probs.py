@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbd_hub.errors import VocabularyMismatchError
-from cbd_hub.losses.head import _block_rows, _scaled, _through_scaling
+from cbd_hub.losses.head import _block_rows, _HeadGradient, _scaled, _through_scaling
 
 
 @torch.no_grad()
@@ -112,10 +112,10 @@ class _ChosenLogProbs(torch.autograd.Function):
         scale = grad_outputs[0]
         accumulate = torch.float64 if head.compute == torch.float64 else torch.float32
         d_hidden = torch.zeros_like(hidden, dtype=accumulate)
-        d_weight = torch.zeros_like(weight, dtype=accumulate)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulate)
         matrix = weight.to(head.compute)
         rows = _block_rows(hidden.device)
+        d_weight = _HeadGradient(weight, len(weight), math.ceil(len(hidden) / rows), accumulate)
         for start in range(0, len(hidden), rows):
             place = slice(start, start + rows)
             part = hidden[place].to(head.compute)
@@ -128,8 +128,8 @@ class _ChosenLogProbs(torch.autograd.Function):
                 d_bias += slope.sum(0)
             slope = slope.to(head.compute)
             d_hidden[place] = slope @ matrix
-            d_weight += slope.t() @ part
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None if d_bias is None or bias is None else d_bias.to(bias.dtype), None, None
+            d_weight.add(slope, part)
+        return d_hidden.to(hidden.dtype), d_weight.times(scale.new_ones(())), None if d_bias is None or bias is None else d_bias.to(bias.dtype), None, None
 
 
 def chosen_log_probs(
