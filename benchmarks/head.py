@@ -1,6 +1,6 @@
 """The loss head against its floor and its rivals: time and memory of forward + backward of the forward KL.
 
-    python benchmarks/head.py [--quick]
+    python benchmarks/head.py [--quick] [--only 512x49152 ...]
 
 Floor: the four matrix products alone. Dense: full logits, log_softmax, kl_div. Liger 0.8.5 ``LigerFusedLinearJSDLoss(beta=0)`` at its best
 chunk size, TRL 1.16 ``ChunkedDivergenceFunction(beta=0)``; a rival that is not installed is left out. Runs alternate, five of each; medians. Peak
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,7 @@ def main() -> None:
     """Time and weigh every contender on a grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the demo's head only")
+    parser.add_argument("--only", action="append", help="cases of these rows x vocabulary; the others stay as the file has them")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/head.json"))
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
@@ -127,8 +129,13 @@ def main() -> None:
             (2048, 49_152, "float32", 0.5), (512, 49_152, "bfloat16", 0.0), (512, 151_936, "float32", 0.0), (2048, 151_936, "bfloat16", 0.0),
             (8192, 49_152, "bfloat16", 0.0),
         ]
-    results = []
+    def place(case: dict[str, Any]) -> int:
+        return cases.index((case["rows"], case["vocab"], case["dtype"], case["masked"]))
+
+    results: list[dict[str, Any]] = json.loads(options.out.read_text())["cases"] if options.only and options.out.is_file() else []
     for rows, vocab, dtype, masked in cases:
+        if options.only and f"{rows}x{vocab}" not in options.only:
+            continue
         data = inputs(rows, vocab, 576, getattr(torch, dtype), masked)
         calls: dict[str, Callable[[], object]] = {"floor": lambda data=data: floor(data)}  # type: ignore[misc]
         runs = contenders(data)
@@ -142,6 +149,7 @@ def main() -> None:
         for name in runs:
             command = [sys.executable, __file__, "--peak", name, str(rows), str(vocab), dtype, str(masked)]
             memory[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        results = [case for case in results if (case["rows"], case["vocab"], case["dtype"], case["masked"]) != (rows, vocab, dtype, masked)]
         results.append({"rows": rows, "vocab": vocab, "dtype": dtype, "masked": masked, "seconds": middle, "all_seconds": seconds, "peak_mib": memory})
         table = Table("", "seconds", "ratio to ours", "peak MiB", title=f"N {rows}, V {vocab:,}, H 576, {dtype}, {masked:.0%} masked", title_justify="left")
         for name, value in middle.items():
@@ -149,7 +157,7 @@ def main() -> None:
         Console(width=100).print(table)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({
-            "command": "python benchmarks/head.py" + (" --quick" if options.quick else ""), "python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor(), "cases": results,
+            "command": "python benchmarks/head.py" + (" --quick" if options.quick else ""), "python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor(), "cases": sorted(results, key=place),
         }, indent=1) + "\n")
 
 
