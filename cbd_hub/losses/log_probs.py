@@ -13,6 +13,9 @@ from cbd_hub.errors import VocabularyMismatchError
 from cbd_hub.losses.head import _block_rows, _HeadGradient, _scaled, _through_scaling
 
 
+_BLOCK_ELEMENTS = 2**24  # logits held at once, of a wide vocabulary
+
+
 @torch.no_grad()
 def token_losses(
     hidden: Tensor, head: Tensor, labels: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None
@@ -32,10 +35,11 @@ def token_losses(
         tensor([8., 8.])
     """
     head = head.to(hidden.dtype)
-    rows = _block_rows(hidden.device)
+    rows = max(1, min(_block_rows(hidden.device), _BLOCK_ELEMENTS // len(head)))
     losses = []
     for start in range(0, len(hidden), rows):
-        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
+        products = hidden[start : start + rows] @ head.t()
+        logits = _scaled(products, bias, logit_scale, softcap, None if products.itemsize == 2 else products)
         chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
         losses.append(logits.logsumexp(-1) - chosen)
     return torch.cat(losses) if losses else hidden.new_zeros(0)
