@@ -69,8 +69,8 @@ class Healed(Data):
         """The same in words."""
         return {
             "taught by": f"anchor {self.teacher}", "trained": self.by, "on": f"{self.tokens:,} tokens, {self.steps:,} optimiser steps",
-            "held-out loss before": _value(self.loss_before, self.stderr_before), "held-out loss after": _value(self.loss, self.stderr),
-            "difference": _value(self.difference, self.difference_stderr, "+"), "measured on": f"{self.heldout_tokens:,} tokens in {self.documents:,} documents",
+            "held-out loss before": value_text(self.loss_before, self.stderr_before), "held-out loss after": value_text(self.loss, self.stderr),
+            "difference": value_text(self.difference, self.difference_stderr, "+"), "measured on": f"{self.heldout_tokens:,} tokens in {self.documents:,} documents",
         }
 
 
@@ -372,10 +372,11 @@ def _hub_id(name: Any) -> str | None:
 
 
 def _loss(entry: Evaluation) -> str:
-    return _value(entry.loss, entry.stderr)
+    return value_text(entry.loss, entry.stderr)
 
 
-def _value(value: float, stderr: float | None, sign: str = "") -> str:
+def value_text(value: float, stderr: float | None, sign: str = "") -> str:
+    """A figure with its standard error, where it has one; ``sign`` as in a format."""
     return f"{value:{sign}.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
 
 

@@ -1,5 +1,6 @@
 """Healing: the loss falls and the record says by how much, the best weights come back, a killed run goes on bit for bit, two processes are one."""
 
+import gc
 import json
 import os
 import subprocess
@@ -32,8 +33,10 @@ TEXTS = tiny.texts(120)
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Anchors of 6 and 3 layers."""
-    return assembled(tmp_path_factory.mktemp("heal"), 6, 3)
+    """Anchors of 4 and 2 layers; a collection that comes with every training leaves out what was there before."""
+    gc.freeze()
+    yield assembled(tmp_path_factory.mktemp("heal"), 4, 2)
+    gc.unfreeze()
 
 
 def middle(chain):
@@ -41,7 +44,7 @@ def middle(chain):
 
 
 def between(chain, **options):
-    return CBDModel.from_chain(chain, middle(chain), tolerance=0.2, **options)
+    return CBDModel.from_chain(chain, middle(chain), **options)
 
 
 def data(texts=TEXTS):
@@ -174,7 +177,7 @@ def test_early_stopping_gives_back_the_best_weights(chain, monkeypatch):
 
 @pytest.mark.parametrize("config", [None, "lora"])
 def test_where_nothing_helps_the_model_comes_back_as_it_was(chain, config, caplog):
-    model = heal(between(chain), chain, data(), peft_config=lora() if config else None, **{**OPTIONS, "max_steps": 20, "learning_rate": 30.0, "optim": "sgd", "warmup_steps": 0})
+    model = heal(between(chain), chain, data(), peft_config=lora() if config else None, **{**OPTIONS, "max_steps": 20, "learning_rate": 1.0, "warmup_steps": 0})
     record = model.config.cbd["healed"]
     assert (record["steps"], record["tokens"], record["difference"]) == (0, 0, 0.0)
     assert tiny.same(model, between(chain))
@@ -240,7 +243,7 @@ def test_a_teacher_cache_stands_in_for_the_neighbour(chain, tmp_path):
         heal(between(chain), chain, rows[:-1], teacher_cache=cache, eval_dataset=held, **options)
     with pytest.raises(ArgumentError, match="hidden_weight=1.0 needs the teacher itself"):
         heal(between(chain), chain, teacher_cache=cache, eval_dataset=held, hidden_weight=1.0, **options)
-    stranger = write_cache(tiny.llama(layers=6, seed=77), rows, tmp_path / "stranger", tokenizer=tokenizer, block_size=32)
+    stranger = write_cache(tiny.llama(layers=4, seed=77), rows, tmp_path / "stranger", tokenizer=tokenizer, block_size=32)
     with pytest.raises(DataError, match="made for another teacher"):
         heal(between(chain), chain, teacher_cache=stranger, eval_dataset=held, **options)
     below = write_cache(opened.model("min"), rows, tmp_path / "below", tokenizer=tokenizer, block_size=32)
@@ -251,14 +254,14 @@ def test_a_teacher_cache_stands_in_for_the_neighbour(chain, tmp_path):
 
 
 def test_what_is_refused(chain, tmp_path):
-    other = assembled(tmp_path / "other", 6, 2)
+    from peft import get_peft_model
+
+    other = assembled(tmp_path / "other", 5, 3)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    anchor, plain, peft = CBDModel.from_chain(chain, "max"), tiny.llama(layers=4), None
-    from peft import get_peft_model
-    peft = get_peft_model(between(chain), lora())
+    anchor, plain, adapted = CBDModel.from_chain(chain, "max"), tiny.llama(layers=3), get_peft_model(between(chain), lora())
     wrong = [
-        (plain, data(), {}, ArgumentError, "was not made from a chain"), (peft, data(), {}, ArgumentError, "has an adapter"), (anchor, data(), {}, SizeError, "is the anchor .* needs no healing"),
+        (plain, data(), {}, ArgumentError, "was not made from a chain"), (adapted, data(), {}, ArgumentError, "has an adapter"), (anchor, data(), {}, SizeError, "is the anchor .* needs no healing"),
         (between(other), data(), {}, ArgumentError, "is no size of"), (None, None, {}, ArgumentError, "neither dataset nor teacher_cache"), (None, [], {}, DataError, "dataset holds no rows"),
         (None, data(["one"]), {}, DataError, "different documents"), (None, "text.txt", {}, ArgumentError, "dataset is a str"), (None, {"train": data()}, {}, DataError, "row 0 is no row but str"),
         (None, [{"text": "a"}, {"text": 3}], {}, DataError, "dataset row 1: text is no text but int"), (None, data(), {"eval_dataset": data()}, DataError, "none is left"),
@@ -267,7 +270,7 @@ def test_what_is_refused(chain, tmp_path):
         (None, data(), {"learning_rat": 1.0}, ArgumentError, "did you mean learning_rate="), (None, data(), {"path_fraction": 0.3}, ArgumentError, "path_fraction= cannot be set here"),
         (None, data(), {"num_train_epochs": 3}, ArgumentError, "give max_steps, or tokens"), (None, data(), {"heldout": 1.0}, ArgumentError, "heldout=1.0"),
         (None, data(), {"patience": 0}, ArgumentError, "patience=0"), (None, data(), {"block_size": 300}, ArgumentError, "more than the model's 256 positions"),
-        (None, data(), {"optim": "magic"}, ArgumentError, "magic"), (None, data(["a b", "c d", "e f"]), {}, DataError, "does not fill one block"),
+        (None, data(), {"optim": "magic"}, ArgumentError, "magic"), (None, data(), {"adam_beta1": 2.0}, ArgumentError, "beta"), (None, data(["a b", "c d", "e f"]), {}, DataError, "does not fill one block"),
         (None, data(), {"peft_config": lora(target_modules=["lm_head"])}, ArgumentError, "output head"),
     ]
     for model, dataset, options, kind, said in wrong:
@@ -333,7 +336,7 @@ def test_cards_tell_of_the_heal(hub, chain, tmp_path):
     data_of = {name: card.data for name, card in cards.items()}
     assert (data_of["whole"].base_model, data_of["whole"].base_model_relation, data_of["whole"].library_name) == (anchors, "finetune", "transformers")
     assert {"merge", "distillation", "cbd-chain:org/tiny"} <= {*data_of["whole"].tags}
-    assert (data_of["adapter"].base_model, data_of["adapter"].base_model_relation, data_of["adapter"].library_name) == ("org/tiny", "adapter", "peft")
+    assert (data_of["adapter"].base_model, data_of["adapter"].base_model_relation, data_of["adapter"].library_name) == (["org/tiny"], "adapter", "peft")
     record = whole.config.cbd["healed"]
     text = cards["whole"].text
     assert "without training" not in text.partition("```")[0]
@@ -357,7 +360,7 @@ def test_the_command(chain, tmp_path, monkeypatch, capsys):
 
     (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
     (tmp_path / "empty.txt").touch()
-    size = ["--size", middle(chain), "--tolerance", 0.2]
+    size = ["--size", middle(chain)]
     text = ["--text", tmp_path / "text.txt", "--batch-size", 4, "--block-size", 32, "--heldout", 0.1, "--learning-rate", 3e-3]
     code, printed, said = cbd(chain, *size, *text, "--steps", 4, "--out", tmp_path / "out")
     assert code == 0, said
@@ -372,7 +375,7 @@ def test_the_command(chain, tmp_path, monkeypatch, capsys):
         ([*size], 2, "neither --text nor --cache"), ([*size, "--text", tmp_path / "empty.txt"], 1, "holds no text"), ([*size, "--text", tmp_path / "none.txt"], 1, "no file matches"),
         (["--size", "max", *text], 1, "is the anchor"), (["--size", "9B", *text], 1, "outside the chain"), (text, 2, "neither size nor shape"), ([*size, *text, "--adapter"], 2, "no --lora was given"),
         ([*size, *text, "--out", tmp_path / "out"], 1, "not an empty folder"), ([*size, *text, "--cache", tmp_path], 1, "is no teacher cache"),
-        ([*size, *text, "--steps", 3, "--tokens", 5], 2, "give one of them"), ([*size, *text, "--heldout", 2], 2, "heldout=2.0"), ([*size, *text, "--learning-rate", "nan"], 2, "learning_rate=nan"),
+        ([*size, *text, "--steps", 3, "--tokens", 5], 2, "give one of them"), ([*size, *text, "--heldout", 2], 2, "heldout=2.0"), ([*size, *text, "--learning-rate", "nan"], 2, "Invalid learning rate: nan"),
     ):
         code, _, said = cbd(chain, *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "new"]))
         assert (code, said.count("\n")) == (expected, 1), said

@@ -21,16 +21,17 @@ from accelerate.utils import broadcast_object_list, wait_for_everyone
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from cbd_hub.cards import Healed
+from cbd_hub.cards import Healed, value_text
 from cbd_hub.chain import Chain
 from cbd_hub.distill.begun import unfinished
+from cbd_hub.distill.checks import check_optimiser
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.distill.progress import show_stage
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import is_peft_model
 from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError
-from cbd_hub.evaluation import document_losses
+from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES
 from cbd_hub.interpolation.live import ModelRunner, frozen
@@ -115,47 +116,67 @@ def heal(
         raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset" if cache is not None else "neither dataset nor teacher_cache came; pass one")
     rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed)
     documents = documents_of(held_rows, tokenizer, args.block_size, heldout_tokens)
-    say = progress if progress is not None and args.process_index == 0 else lambda line: None
-    target, dtype = None if output_dir is None else Path(output_dir), model.dtype
     asked = {
         "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": _fingerprint([rows if isinstance(rows, list) else [], held_rows]),
         "peft_config": None if peft_config is None else str(peft_config.to_dict()), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
         **training, "max_steps": args.max_steps, "processes": args.world_size,
     }
-    use_cache = model.config.use_cache
+    target, first = None if output_dir is None else Path(output_dir), args.process_index == 0
+    dtype, use_cache = model.dtype, model.config.use_cache
     with _workplace(target, asked, args) as work:
-        set_seed(args.seed)
         args.output_dir = str(work / "run")
-        healer = Healer(
-            documents, patience, model=_cast(model, torch.float32), teacher=opened.model(teacher.parameters, dtype=None if cache is not None or not args.bf16 else torch.bfloat16),
-            args=args, train_dataset=rows, processing_class=tokenizer, teacher_cache=cache, peft_config=peft_config,
-        )
-        if not math.isfinite(healer.start.mean):
-            raise TrainingError(f"the model has the loss {healer.start.mean} on the held-out text before anything is learned; look at its weights, and make it anew")
-        show_stage(healer, f"heal {format_size(made['parameters'])}")
-        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        say(
-            f"{format_size(made['parameters'])}: {_figure(healer.start.mean, healer.start.stderr)} nats per token on {documents.tokens:,} held-out tokens; "
-            f"{'goes on from ' + Path(last).name if last else 'learns'} from {teacher.name}, {args.max_steps} steps at most"
-        )
-        healer.train(last)
-        step, seen = healer.best
-        if not step:
-            logger.warning("no evaluation was below the loss at the start, and the model is as it was; lower learning_rate, or give more text")
-        wait_for_everyone()
-        result = _result(healer, dtype, merge)
-        result.config.use_cache = use_cache  # the Trainer switches it off
-        with frozen(result):
-            after = document_losses(ModelRunner(result.get_base_model() if is_peft_model(result) else result), documents)
-        difference, error = after.minus((1.0, healer.start))
-        result.config.cbd = {**made, "healed": Healed(
-            teacher=teacher.name, by=_way(peft_config), steps=step, tokens=seen, loss=after.mean, stderr=after.stderr, loss_before=healer.start.mean, stderr_before=healer.start.stderr,
-            difference=difference, difference_stderr=error, documents=len(documents.ids), heldout_tokens=documents.tokens, earlier=made.get("healed"),
-        ).model_dump()}
-        say(f"after {step:,} steps ({seen:,} tokens) {_figure(after.mean, after.stderr)}: {_figure(difference, error, '+')}, paired")
-        if target is not None and args.process_index == 0:
-            _save(result, opened, made, target)
-    return result
+        set_seed(args.seed)
+        try:
+            healer = Healer(
+                documents, patience, model=_cast(model, torch.float32), teacher=opened.model(teacher.parameters, dtype=torch.bfloat16 if args.bf16 and cache is None else None),
+                args=args, train_dataset=rows, processing_class=tokenizer, teacher_cache=cache, peft_config=peft_config,
+            )
+            _train(healer, teacher.name, progress if progress is not None and first else lambda line: None)
+        except BaseException:
+            _cast(model, dtype)
+            raise
+        healed = _result(healer, dtype, merge)
+        healed.config.use_cache = use_cache  # the Trainer switches it off
+        record = _record(healed, healer, documents, teacher=teacher.name, by=_way(peft_config), earlier=made.get("healed"))
+        healed.config.cbd = {**made, "healed": record.model_dump()}
+        if progress is not None and first:
+            told = record.table()
+            progress(f"after {told['on']}: {told['held-out loss after']} ({told['difference']}, paired)")
+        if target is not None and first:
+            _save(healed, opened, made, target)
+    return healed
+
+
+def _train(healer: Healer, teacher: str, say: Callable[[str], None]) -> None:
+    """Let it learn, from its last checkpoint on where there is one.
+
+    Raises:
+        TrainingError: If a loss is no number.
+    """
+    start, output_dir, size = healer.start, healer.args.output_dir, format_size(healer.model.config.cbd["parameters"])
+    if not math.isfinite(start.mean):
+        raise TrainingError(f"the model has the loss {start.mean} on the held-out text before anything is learned; look at its weights, and make it anew")
+    show_stage(healer, f"heal {size}")
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    say(
+        f"{size}: {value_text(start.mean, start.stderr)} nats per token on {int(start.tokens.sum()):,} held-out tokens; "
+        f"{'goes on from ' + Path(last).name if last else 'learns'} from {teacher}, {healer.args.max_steps:,} steps at most"
+    )
+    healer.train(last)
+    if not healer.best[0]:
+        logger.warning("no evaluation was below the loss at the start, and the model is as it was; lower learning_rate, or give more text")
+    wait_for_everyone()
+
+
+def _record(model: Any, healer: Healer, documents: Documents, **facts: Any) -> Healed:
+    """What came of it, measured on the model as it is given back."""
+    with frozen(model):
+        after = document_losses(ModelRunner(model.get_base_model() if is_peft_model(model) else model), documents)
+    (step, tokens), (difference, error) = healer.best, after.minus((1.0, healer.start))
+    return Healed(
+        steps=step, tokens=tokens, loss=after.mean, stderr=after.stderr, loss_before=healer.start.mean, stderr_before=healer.start.stderr, difference=difference,
+        difference_stderr=error, documents=len(documents.ids), heldout_tokens=documents.tokens, **facts,
+    )
 
 
 def _made(model: Any) -> dict[str, Any]:
@@ -249,6 +270,7 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
     args.eval_steps = args.save_steps = training.get("eval_steps", -(-steps // _EVALUATIONS))
     if "logging_steps" not in training:
         args.logging_steps = min(10, steps)
+    check_optimiser(args)
     return args
 
 
@@ -299,13 +321,14 @@ def _result(healer: Healer, dtype: torch.dtype, merge: bool) -> Any:
 
 def _save(model: Any, chain: Chain, made: Mapping[str, Any], target: Path) -> None:
     """Write the model, or the adapter with the config of what it belongs on, with the tokenizer of the nearer anchor."""
+    adapter = is_peft_model(model)
     nearest = min(chain.neighbours(made["parameters"]), key=lambda anchor: abs(anchor.parameters - made["parameters"]))
     with staged_folder(target) as staging:
-        if is_peft_model(model):
+        if adapter:
             for config in model.peft_config.values():
                 config.base_model_name_or_path = made["chain"]
-        model.save_pretrained(staging)
-        if is_peft_model(model):
+        model.save_pretrained(staging, **({"save_embedding_layers": False} if adapter else {}))
+        if adapter:
             model.config.save_pretrained(staging)
             (staging / "README.md").unlink(missing_ok=True)  # a form to fill in; `cbd push` writes the card
         for path in (chain.files.checked(nearest, name) for name in TOKENIZER_FILES if name in nearest.files):
@@ -324,7 +347,3 @@ def _way(peft_config: Any) -> str:
 
 def _fingerprint(rows: Any) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _figure(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
