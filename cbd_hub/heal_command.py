@@ -40,7 +40,7 @@ def heal(
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Tokens to learn from at most, instead.", show_default=False)] = None,
     lora: Annotated[int | None, typer.Option("--lora", metavar="RANK", min=1, help="Train a LoRA of this rank on all linear layers, and merge it.", show_default=False)] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="With --lora: write the adapter alone, a PEFT folder.")] = False,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate; 2e-4 by default, 1e-3 with --lora.", show_default=False)] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate; 1e-4 by default, 1e-3 with --lora.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a step and process.")] = 8,
     block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; 128, or the cache's.", show_default=False)] = None,
     heldout: Annotated[float, typer.Option("--heldout", help="Share of the text that is held out.")] = 0.05,

@@ -82,7 +82,7 @@ class Bench:
         for part in parts:
             tokens = self.tokens // part
             found[tokens] = self.losses(f"{name}.{tokens}{tag}", lambda tokens=tokens: self.healed(plan, tokens, **options))  # type: ignore[misc]
-        curve = [{"tokens": tokens, "loss": losses.mean, "stderr": losses.stderr, "to_alone": losses.minus((1.0, alone))} for tokens, losses in found.items()]
+        curve: list[dict[str, Any]] = [{"tokens": tokens, "loss": losses.mean, "stderr": losses.stderr, "to_alone": losses.minus((1.0, alone))} for tokens, losses in found.items()]
         return {
             "parameters": plan.parameters, "shape": plan.shape.text, "neighbours": [plan.small, plan.large], "alone": {"tokens": self.tokens, "loss": alone.mean, "stderr": alone.stderr},
             "curve": curve, "reached": next((point["tokens"] for point in curve if point["to_alone"][0] <= 0), None),

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 STEPS = 100
 _EVALUATIONS = 5  # in a run, if eval_steps does not say otherwise
 _DEFAULTS: dict[str, Any] = {"ce_weight": 1.0, "bf16": True, "per_device_train_batch_size": 8, "seed": 0, "report_to": "none", "save_total_limit": 2}
-_LEARNING_RATES = {"full": 2e-4, "adapter": 1e-3}
+_LEARNING_RATES = {"full": 1e-4, "adapter": 1e-3}
 _OWN = {
     "output_dir": "it is heal's own", "teacher_cache": "it is heal's own", "num_train_epochs": "give max_steps, or tokens", "bridge": "neighbours have one vocabulary",
     "path_fraction": "the model is itself one on the path", "eval_strategy": "eval_steps says when", "save_strategy": "eval_steps says when", "save_steps": "eval_steps says when",
@@ -85,7 +85,7 @@ def heal(
         teacher_cache: A `TeacherCache`, its folder or its Hub id, made with an anchor above the model, which is then not run.
         revision: Branch, tag or commit of a chain on the Hub; by default the one that the model was made from.
         progress: Called with a line for each step of the work.
-        **training: Fields of `ChainDistillerConfig`, such as ``max_steps``, ``learning_rate`` (2e-4, of an adapter 1e-3), ``eval_steps``, ``block_size`` or ``seed``.
+        **training: Fields of `ChainDistillerConfig`, such as ``max_steps``, ``learning_rate`` (1e-4, of an adapter 1e-3), ``eval_steps``, ``block_size`` or ``seed``.
 
     Returns:
         The model in eval mode: of its plain class, or a ``PeftModel``.
