@@ -361,6 +361,7 @@ def test_the_command(chain, tmp_path, monkeypatch, capsys):
     def cbd(*arguments):
         return run(monkeypatch, capsys, "heal", *arguments)
 
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
     (tmp_path / "empty.txt").touch()
     size = ["--size", middle(chain)]
@@ -384,3 +385,4 @@ def test_the_command(chain, tmp_path, monkeypatch, capsys):
         assert (code, said.count("\n")) == (expected, 1), said
         assert message in said
         assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "empty.txt", "out", "text.txt"]

@@ -270,7 +270,8 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
     args.eval_steps = args.save_steps = training.get("eval_steps", -(-steps // _EVALUATIONS))
     if "logging_steps" not in training:
         args.logging_steps = min(10, steps)
-    check_optimiser(args)
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        check_optimiser(args)
     return args
 
 
