@@ -196,6 +196,25 @@ def quality(data: dict[str, Any]) -> str:
     )
 
 
+def heal(data: dict[str, Any]) -> str:
+    """What healing needs to reach a model distilled on its own."""
+    rows, words = [], []
+    for row in data["rows"]:
+        alone, size = row["alone"], format_size(row["parameters"])
+        for point in row["curve"]:
+            how = f"healed on {point['tokens']:,}" if point["tokens"] else "as made"
+            rows.append([f"{size}, {how}", f"{point['loss']:.3f} ± {point['stderr']:.3f}", pair(point["to_alone"])])
+        rows.append([f"{size}, distilled on its own on {alone['tokens']:,}", f"{alone['loss']:.3f} ± {alone['stderr']:.3f}", ""])
+        reached = row["reached"]
+        words.append(
+            f"{size} reaches it on none of these" if reached is None else f"{size} is there as made, untrained" if not reached else f"{size} reaches it on {reached:,} tokens, 1/{alone['tokens'] / reached:.0f}"
+        )
+    return (
+        f"{table(['size and tokens', 'loss', 'to its own'], rows)}\n\nHealed by default settings, against the same shape cut from the teacher and distilled on its own with a stage's settings; "
+        f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired: {'; '.join(words)}. `{data['command']}`"
+    )
+
+
 def fill(document: Path, renders: dict[str, Any]) -> None:
     """Fill the marked blocks of a document that have results."""
     text = document.read_text(encoding="utf-8")
@@ -216,7 +235,7 @@ def main() -> None:
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     fill(ROOT / "README.md", {
         "demo": demo, "boomerang": boomerang, "step": step, "teacher_cache": teacher_cache, "head": head, "anchors": anchors, "align": align, "memory": memory,
-        "loading": loading, "hub": hub,
+        "loading": loading, "hub": hub, "heal": heal,
     })
     fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": quality})
 

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from cbd_hub.chain import Chain, assemble_chain
     from cbd_hub.distill.config import ChainDistillerConfig
     from cbd_hub.distill.distiller import ChainDistiller
+    from cbd_hub.distill.heal import heal
     from cbd_hub.distill.recipe import distill_chain
     from cbd_hub.distill.schema import Recipe
     from cbd_hub.errors import CBDError
     from cbd_hub.model import CBDModel
 
 __all__ = [
-    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "distill_chain",
+    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "distill_chain", "heal",
 ]
 
 _WHERE = {
@@ -32,6 +33,7 @@ _WHERE = {
     "Recipe": "cbd_hub.distill.schema",
     "assemble_chain": "cbd_hub.chain",
     "distill_chain": "cbd_hub.distill.recipe",
+    "heal": "cbd_hub.distill.heal",
 }
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 from huggingface_hub import RepoCard, metadata_load
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from pydantic import Field
 
 from cbd_hub.errors import ArgumentError
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.curve import Chord
-from cbd_hub.manifest import Anchor, Evaluation, Manifest
+from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Name
 from cbd_hub.sizes import format_size
 
 
@@ -32,6 +33,45 @@ _LICENSES = """
     llama3.2 llama3.3 llama4 grok2-community gemma unknown other
 """
 LICENSES = frozenset(_LICENSES.split())
+
+
+class Healed(Data):
+    """What ``config.cbd["healed"]`` says of a model that `cbd_hub.heal` gave.
+
+    Attributes:
+        teacher: The anchor that it learned from.
+        by: ``full``, or the adapter that was trained.
+        steps: Optimiser steps of the weights that were kept.
+        tokens: Tokens that these have learned from.
+        loss: Held-out loss, nats per token, and ``stderr`` its standard error over documents, where there are two or more.
+        loss_before: The same before.
+        difference: Of the two, paired over documents.
+        documents: Held-out documents.
+        heldout_tokens: Predicted tokens in them.
+        earlier: What it said before, of a model that was healed already.
+    """
+
+    teacher: Name
+    by: str = Field(max_length=64)
+    steps: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    loss: float
+    stderr: float | None = None
+    loss_before: float
+    stderr_before: float | None = None
+    difference: float
+    difference_stderr: float | None = None
+    documents: int = Field(ge=1)
+    heldout_tokens: int = Field(ge=1)
+    earlier: dict[str, Any] | None = None
+
+    def table(self) -> dict[str, str]:
+        """The same in words."""
+        return {
+            "taught by": f"anchor {self.teacher}", "trained": self.by, "on": f"{self.tokens:,} tokens, {self.steps:,} optimiser steps",
+            "held-out loss before": value_text(self.loss_before, self.stderr_before), "held-out loss after": value_text(self.loss, self.stderr),
+            "difference": value_text(self.difference, self.difference_stderr, "+"), "measured on": f"{self.heldout_tokens:,} tokens in {self.documents:,} documents",
+        }
 
 
 def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: Mapping[str, str] | None = None, recipe: bool = True) -> str:
@@ -143,9 +183,10 @@ def retokenized_card(name: str, source: str, facts: dict[str, Any], *, trimmed: 
 
 
 def interpolant_card(
-    name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str], manifest: Manifest | None = None
+    name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str], manifest: Manifest | None = None,
+    healed: Healed | None = None, base: str | None = None,
 ) -> str:
-    """The README of a model made from a chain.
+    """The README of a model made from a chain, or of an adapter that heals one.
 
     Args:
         name: Its repo id.
@@ -155,13 +196,16 @@ def interpolant_card(
         license: Licence that the anchors have in common, where it is known.
         facts: The plan.
         manifest: The chain, where it has a repo.
+        healed: How it was healed.
+        base: Of an adapter alone, the Python that makes the model that it belongs on.
 
     Returns:
         Markdown with the metadata of a model card.
     """
     return _render(
         "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=list(facts.items()),
-        example="" if manifest is None else _span(manifest)["example"],
+        example="" if manifest is None else _span(manifest)["example"], healed=[] if healed is None else list(healed.table().items()),
+        teacher=None if healed is None else healed.teacher, base=base,
     )
 
 
@@ -328,7 +372,12 @@ def _hub_id(name: Any) -> str | None:
 
 
 def _loss(entry: Evaluation) -> str:
-    return f"{entry.loss:.3f}" + (f" ± {entry.stderr:.3f}" if entry.stderr is not None else "")
+    return value_text(entry.loss, entry.stderr)
+
+
+def value_text(value: float, stderr: float | None, sign: str = "") -> str:
+    """A figure with its standard error, where it has one; ``sign`` as in a format."""
+    return f"{value:{sign}.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
 
 
 def _above(loss: float, chord: float | None) -> str:

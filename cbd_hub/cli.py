@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cbd_hub.errors import ArgumentError, CBDError, DataError
+from cbd_hub.heal_command import commands as heal_commands
 from cbd_hub.hub_commands import commands as hub_commands
 from cbd_hub.model_commands import commands as model_commands
 from cbd_hub.options import (
@@ -327,6 +328,7 @@ def _quiet() -> None:
 
 
 app.add_typer(model_commands)
+app.add_typer(heal_commands)
 app.add_typer(hub_commands)
 app.add_typer(space_commands)
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from pydantic import ValidationError
 
-from cbd_hub.cards import anchor_card, chain_card, check_card, curve_picture, interpolant_card, shared_license
+from cbd_hub.cards import Healed, anchor_card, chain_card, check_card, curve_picture, interpolant_card, shared_license
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
@@ -31,7 +32,8 @@ from cbd_hub.weights import Checkpoint, read_config, read_header
 
 _NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
 _OLD_MODEL = (".safetensors", ".safetensors.index.json", *TOKENIZER_FILES)  # goes when a repo gets another model
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+_ADAPTER = "adapter_config.json"
+_MODEL_FILES = ("config.json", _ADAPTER, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def push_chain(
@@ -84,10 +86,10 @@ def push_model(
     folder: Path, repo_id: str, *, private: bool | None = None, gated: Literal["auto", "manual"] | None = None, token: str | None = None,
     create_pr: bool = False, commit_message: str | None = None, dry_run: bool = False, say: Say | None = None,
 ) -> Publication:
-    """Publish a model that was made from a chain, with a card that names both anchors and the plan.
+    """Publish a model that was made from a chain, healed or not, with a card that names both anchors and the plan.
 
     Args:
-        folder: What `CBDModel.materialize` or ``save_pretrained`` wrote.
+        folder: What `CBDModel.materialize`, `cbd_hub.heal` or ``save_pretrained`` wrote; a PEFT folder of `cbd_hub.heal` is published as an adapter.
         repo_id: The repo.
         private: Whether a repo made now is private.
         gated: Let readers ask for access.
@@ -107,17 +109,27 @@ def push_model(
     made = getattr(config, "cbd", None)
     if not isinstance(made, dict) or not isinstance(made.get("parameters"), int):
         raise WeightsError(f"{folder} is neither a chain nor a model made from one (its config.json has no cbd); make one with `cbd make`")
-    Checkpoint(folder, config)
+    adapter = (folder / _ADAPTER).is_file()
+    if not adapter:
+        Checkpoint(folder, config)
+    try:
+        healed = None if made.get("healed") is None else Healed.model_validate(made["healed"])
+    except ValidationError as error:
+        raise WeightsError(f"{folder / 'config.json'} is refused at cbd.healed.{'.'.join(map(str, error.errors()[0]['loc']))}; heal the model again") from error
     chain, manifest, bases, license = None, None, [], None
     if is_repo_id(str(made.get("chain"))) and made.get("revision"):
         chain = str(made["chain"])
         manifest = open_chain(chain, revision=str(made["revision"]), token=token).manifest
         bases = [manifest.anchor(name).location.repo_id for name in made.get("neighbours", [])]
-        bases = [chain if base == "." else base for base in bases]
+        bases = [chain] if adapter else [chain if base == "." else base for base in bases]
         license = shared_license(manifest, [manifest.anchor(name) for name in made.get("neighbours", [])])
-    facts = {name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in made.items() if value is not None}
+    facts = {name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in made.items() if value is not None and name != "healed"}
     files: dict[str, Content] = {path.name: path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.suffix == ".safetensors"}
-    card = interpolant_card(repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest)
+    options = {"size": made["parameters"], **{name: made[name] for name in ("strategy", "revision") if made.get(name)}}
+    base = f"CBDModel.from_chain({json.dumps(made.get('chain'))}, {', '.join(f'{name}={json.dumps(value)}' for name, value in options.items())})"
+    card = interpolant_card(
+        repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed, base=base if adapter else None,
+    )
     repo = Repo(repo_id, "Model made with cbd_hub", files, card, _OLD_MODEL)
     return _push_one(repo, Publisher(token, private, gated, create_pr, commit_message, say), dry_run)
 

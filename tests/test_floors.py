@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 FLOORS = [
     "errors", "sizes", "manifest", "texts", "families", "files", "client", "ranges", "hub", "shapes", "weights", "losses", "interpolation", "remote",
     "evaluation", "cut", "cards", "measure", "single", "links", "retokenize", "plans", "model", "upload", "publish", "chain", "extend", "distill", "printing", "space", "options",
-    "model_commands", "hub_commands", "space_command", "cli",
+    "model_commands", "heal_command", "hub_commands", "space_command", "cli",
 ]
 EXEMPT = {"__init__", "auto"}
 

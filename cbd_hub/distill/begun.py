@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cbd_hub.errors import RecipeError
+from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.files import write_text
 
 
@@ -72,6 +72,27 @@ class Begun:
             if changed is not None:
                 key, old, new = changed
                 raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
+
+
+def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, Any] | None:
+    """What an unfinished run has written down, what it was asked for among it (``asked``); None where there is none.
+
+    Args:
+        path: The record.
+        asked: What is asked for now.
+        target: What the run makes.
+
+    Raises:
+        StorageError: If it was asked for something else.
+    """
+    if not path.is_file():
+        return None
+    known: dict[str, Any] = json.loads(path.read_text())
+    changed = _difference(known["asked"], json.loads(json.dumps(asked, default=str)))
+    if changed is not None:
+        name, old, new = changed
+        raise StorageError(f"{target} has an unfinished run with {name}={old!r}, and {new!r} is asked; ask for the same, or remove {path.parent} to begin anew")
+    return known
 
 
 def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:

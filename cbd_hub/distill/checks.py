@@ -16,7 +16,7 @@ from cbd_hub.distill.hidden import check_layers
 from cbd_hub.distill.on_policy import check_sources
 from cbd_hub.distill.packing import pack
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.errors import CBDError, DataError, RecipeError
+from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError
 from cbd_hub.shapes import check_positions, shape_of
 from cbd_hub.weights import one_line
 
@@ -67,17 +67,26 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
 
 
 def _check_trainer(args: ChainDistillerConfig) -> None:
-    """Let transformers' Trainer say what it would refuse, on a model of one number.
+    """Refuse what a stage's Trainer would refuse.
 
     Raises:
-        RecipeError: If it refuses.
+        CBDError: If it would.
     """
     if args.eval_strategy != "no":
         raise RecipeError(f"eval_strategy={args.eval_strategy.value} needs an evaluation set, and a recipe has none; leave it out, `cbd eval` measures the chain")
+    check_optimiser(args)
+
+
+def check_optimiser(args: ChainDistillerConfig) -> None:
+    """Let transformers' Trainer say what it would refuse, on a model of one number.
+
+    Raises:
+        ArgumentError: If it refuses.
+    """
     try:
-        Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=[{}]).create_optimizer()
+        Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=[{}], eval_dataset=[{}]).create_optimizer()
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise RecipeError(one_line(error)) from error
+        raise ArgumentError(one_line(error)) from error
 
 
 def _check_text(args: ChainDistillerConfig, rows: Any, tokenizer: Any) -> None:

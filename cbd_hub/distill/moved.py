@@ -17,11 +17,12 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub.cards import license_of, retokenized_card
+from cbd_hub.distill.begun import unfinished
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.progress import show_stage
-from cbd_hub.errors import ArgumentError, StorageError
+from cbd_hub.errors import ArgumentError
 from cbd_hub.evaluation import Losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
@@ -98,34 +99,18 @@ def retokenize_and_train(
     return found
 
 
-def _begun(path: Path, asked: dict[str, Any], target: Path) -> dict[str, Any] | None:
-    """What an unfinished run made of the model; None where there is none.
-
-    Raises:
-        StorageError: If it was asked for something else.
-    """
-    if not path.is_file():
-        return None
-    known: dict[str, Any] = json.loads(path.read_text())
-    name = next((name for name, value in asked.items() if known["asked"].get(name) != value), None)
-    if name is not None:
-        raise StorageError(
-            f"{target} has an unfinished run with {name}={known['asked'].get(name)!r}, and {asked[name]!r} is asked; ask for the same, or remove {path.parent} to begin anew"
-        )
-    return dict(known["made"])
-
-
 def _trained(
     work: Path, target: Path, source: Path, heldout: Sequence[str], rows: list[Any], asked: dict[str, Any], save_steps: int, quiet: bool, say: Callable[[str], None]
 ) -> tuple[Retokenized, Path]:
     """What became of the model, and the folder of the trained one."""
     start, final = work / "start", work / "model"
     old = load_tokenizer(source)
-    made = _begun(work / "made.json", asked, target)
-    if made is None:
+    known = unfinished(work / "made.json", asked, target)
+    if known is None:
         shutil.rmtree(start, ignore_errors=True)  # there if it was killed between the two
-        made = asdict(retokenize(source, start, keep=asked["keep"], tokenizer=asked["tokenizer"]))
-        write_text(work / "made.json", json.dumps({"asked": asked, "made": made}))
+        known = {"asked": asked, "made": asdict(retokenize(source, start, keep=asked["keep"], tokenizer=asked["tokenizer"]))}
+        write_text(work / "made.json", json.dumps(known))
+    made = known["made"]
     new = load_tokenizer(start)
     losses = {
         name: Losses.kept(work / f"{name}.npz", partial(measured, folder, tokenizer, heldout)) for name, folder, tokenizer in (("before", source, old), ("after", start, new))
