@@ -83,7 +83,7 @@ class Bench:
             transformers.set_seed(seed)
             stage = {**self.recipe.stage_arguments(self.recipe.anchors[0]), "max_steps": steps or self.steps, "save_strategy": "no", "report_to": "none", **options}
             console.print(f"{name}: {stage['max_steps']} steps")
-            student = start()
+            student = start().requires_grad_(True)
             with tempfile.TemporaryDirectory() as temporary:
                 arguments = ChainDistillerConfig(temporary, seed=seed, **{"disable_tqdm": True, **stage})
                 ChainDistiller(
