@@ -19,6 +19,7 @@ from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.live import Between, frozen
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan
 from cbd_hub.manifest import Mix, Shape
+from cbd_hub.precision import products
 from cbd_hub.shapes import check_cut, count, fill_ffn, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import LOADING
@@ -144,7 +145,7 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
     with frozen(model), _hooks(handles):
         for ids in _equal_batches(documents):  # no padding: every position counts
             positions += ids.numel()
-            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+            with products(model.device, bf16=bf16):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
     norm = np.stack([written(family.ffn_input, layer).cpu().double().norm(dim=1).numpy() for layer in range(shape.layers)])
     return Importance(influence / positions, ffn / positions * norm, heads / positions, hidden / positions, shape.kv_heads)

@@ -22,6 +22,7 @@ from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Runner
 from cbd_hub.losses.alignment import prefix_of
 from cbd_hub.losses.log_probs import token_losses
+from cbd_hub.precision import has_bf16, products
 
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) 
     Args:
         runner: A model or a plan that runs.
         documents: The documents.
-        bf16: Whether products run in bf16 (under autocast); logits and losses are fp32 either way.
+        bf16: Whether products run in bf16 (under autocast) on a device that is quick at it; logits and losses are fp32 either way.
 
     Returns:
         The losses, in the documents' order.
@@ -257,8 +258,9 @@ def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) 
 def _batch_losses(runner: Runner, documents: Documents, chosen: Sequence[int], bf16: bool) -> list[tuple[float, int]]:
     """Summed loss and count of the predicted tokens of some documents."""
     device = runner.device
+    bf16 = bf16 and has_bf16(device.type)
     input_ids, mask, targets = documents.batch(chosen, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    with products(device, bf16=bf16):
         output = runner(input_ids, mask)
     predicts = targets != _IGNORED
     head = output.head

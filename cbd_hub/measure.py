@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.curve import Chord
@@ -27,6 +26,7 @@ from cbd_hub.interpolation.planner import (
 )
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Aligned, Blend, CurvePoint, Evaluation, Link, Mix, Patch, RoadPoint, Shape, Strategies
+from cbd_hub.precision import products
 from cbd_hub.shapes import count, shape_of
 
 
@@ -70,7 +70,7 @@ class Measured:
 def divergence_from(large: Any, plan: Plan, between: Between, documents: Documents) -> float:
     """Mean KL(large || plan's model) in nats per predicted token."""
     ids, mask, labels = documents.batch(range(len(documents.ids)), large.device)
-    with torch.autocast(large.device.type, dtype=torch.bfloat16):
+    with products(large.device):
         teacher, student = ModelRunner(large)(ids, mask), between.run(plan)(ids, mask)
         loss = distillation_loss(
             student.hidden.flatten(0, 1), student.head.weight, teacher.hidden.flatten(0, 1), teacher.head.weight, labels.flatten(),

@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 # A module may import from the floors before its own; entries are modules or folders.
 FLOORS = [
-    "errors", "sizes", "manifest", "texts", "families", "files", "client", "ranges", "hub", "shapes", "weights", "losses", "interpolation", "remote",
+    "errors", "sizes", "precision", "manifest", "texts", "families", "files", "client", "ranges", "hub", "shapes", "weights", "losses", "interpolation", "remote",
     "evaluation", "cut", "cards", "measure", "single", "links", "retokenize", "plans", "model", "upload", "publish", "chain", "extend", "distill", "printing", "space", "options",
     "model_commands", "heal_command", "hub_commands", "space_command", "cli",
 ]

@@ -13,6 +13,7 @@ from cbd_hub.errors import ArgumentError
 from cbd_hub.losses.bridge import TEMPERATURE
 from cbd_hub.losses.divergence import check_options
 from cbd_hub.losses.hidden import HIDDEN_LOSSES
+from cbd_hub.precision import has_bf16, say_fp32
 
 
 BRIDGES = ("text", "span", "vocab", "span+vocab", "hidden")
@@ -24,7 +25,7 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
 
     Everything of ``transformers.TrainingArguments``, with defaults for short distillations, what `cbd_hub.distill.sampling.SamplingArguments` has of where
     the student's tokens come from, and the fields below. Without an accelerator
-    ``use_cpu`` is set, so that ``bf16=True`` means bf16 autocast there too.
+    ``use_cpu`` is set, so that ``bf16=True`` means bf16 autocast there too; a CPU that has no instructions for it computes in fp32, and says so.
 
     Args:
         divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon`` or ``skew_kl``.
@@ -86,6 +87,9 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.bf16 and self.use_cpu and not has_bf16("cpu"):
+            self.bf16 = False
+            say_fp32()
         check_options(self.divergence, self.temperature, self.beta, self.skew)
         if self.bridge is not None:
             self._set_bridge()
