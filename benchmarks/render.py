@@ -77,14 +77,17 @@ def step(data: dict[str, Any]) -> str:
 def teacher_cache(data: dict[str, Any]) -> str:
     """What a teacher cache saves and costs."""
     rows = [
-        [k, f"{one['bytes_per_token']:.0f}", f"{one['rounding_kl']:.1e}", f"{one['tail_mass']:.3f}", f"{one['student']['full'] - one['student']['kept']:.3f}"]
-        for k, one in data["figures"].items()
+        [
+            str(one["top_k"]), str(one["draws"]), f"{one['bytes_per_token']:.0f}", f"{one['rounding_kl']:.1e}", f"{one['tail_mass']:.3f}",
+            *(f"{value:.4f}" for value in (one["student"]["full"], one["student"]["kept"])), f"{one['student']['kept'] - one['student']['full']:+.4f}",
+        ]
+        for one in data["figures"].values()
     ]
     live, cached = data["seconds"]["live teacher"], data["seconds"]["cache, k 128"]
+    names = ["top k", "draws", "bytes a token", "KL of rounding", "tail mass", "KL to the student", "from the cache", "error"]
     return (
-        f"{table(['top k', 'bytes a token', 'KL of rounding', 'tail mass', 'divergence hidden in the tail'], rows)}\n\nA teacher cache of the demo's text, nats per "
-        f"token; the last column is the part of the forward KL to the 99M anchor that one bucket for the rest cannot show. A step from it takes 1/{live / cached:.2f} "
-        f"of a step with the live teacher. `{data['command']}`"
+        f"{table(names, rows)}\n\nA teacher cache of {data['tokens']:,} tokens of the demo's text, nats per token. With no draws the rest is one bucket. The student: {data['student']}. "
+        f"A step from a cache takes 1/{live / cached:.2f} of a step with the live teacher. `{data['command']}`"
     )
 
 

@@ -59,6 +59,7 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         ('forward_kl', 0.0004, 'cosine')
     """
 
+    bf16: bool = field(default=False, metadata={"help": "Products in bf16 by autocast; a CPU without instructions for it computes in fp32."})
     learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share if below 1."})
