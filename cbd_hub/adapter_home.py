@@ -51,7 +51,7 @@ class Stand:
         """That of a plan's model."""
         names = [anchor.name for anchor in files.manifest.anchors]
         config = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
-        return cls(names.index(plan.small), names.index(plan.large), Place(plan.shape, plan.mix or Mix(alpha=0.0)), config, by)
+        return cls(names.index(plan.small), names.index(plan.large), Place.of(plan), config, by)
 
     def named(self, files: ChainFiles) -> str:
         """It in words."""
@@ -106,7 +106,8 @@ def _recorded(files: ChainFiles, adapter: Adapter) -> Stand | None:
         if not isinstance(made, Mapping) or misfit_of(adapter, config) is not None:
             return None
         shape = shape_of(config)
-        found = Stand.of(files, plan_in(files, shape=shape), "config.json")
+        strategy = made.get("strategy")
+        found = Stand.of(files, plan_in(files, shape=shape, strategy=strategy if strategy in ("blend", "patch") else "auto"), "config.json")
         if "alpha" in made and found.small != found.large:
             found = replace(found, place=Place(shape, Mix(**{name: made[name] for name in Mix.model_fields if name in made})))
         names = {files.manifest.anchors[place].name for place in (found.small, found.large)}

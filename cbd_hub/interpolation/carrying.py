@@ -7,13 +7,14 @@ its weight at 1 in place of its share of the average. Norm and width factors and
 - From the smaller one (``share=1``): units that it lacks get none, and so do layers, but for those that the plan replicates.
 - From a size in between: first back into the larger neighbour's coordinates by the inverse of the terms that make it from the larger one, then down as from there.
 - To the smaller one: the larger one's terms at that shape give its units in common coordinates, and the inverse of its own turns brings them into its own.
+- Blocks of the larger neighbour that a patch has put in whole stand in its own order of units: they get and give its changes as they are.
 - To and from the smaller one padded without a change of what it computes, which `auto` makes where no mix is better: by way of the smaller one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.blend import blend_plan, source_layer
@@ -35,10 +36,23 @@ class Place:
     Attributes:
         shape: Its shape.
         mix: How it was made; gains of 1 where it was patched.
+        whole: Layers of the larger neighbour that stand there as they are, by place.
     """
 
     shape: Shape
     mix: Mix
+    whole: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Place:
+        """That of a plan's model."""
+        whole = {}
+        if plan.strategy == "patch":
+            for place, layer in enumerate(plan.layers):
+                own = [terms for name, terms in plan.tensors.items() if f".{place}." in name]
+                if all(len(terms) == 1 and terms[0].plain and terms[0].anchor == plan.large for terms in own):
+                    whole[place] = layer
+        return cls(plan.shape, plan.mix or Mix(alpha=0.0), whole)
 
     @property
     def padded(self) -> bool:
@@ -91,6 +105,13 @@ def _forth(segment: Segment, changes: Changes, target: Place, anchor: str) -> Ch
     for name, terms in terms_of(segment, target, anchor)[1].items():
         if len(shapes[name]) == 2 and (change := carried(terms, changes, _pair(shapes[name]))) is not None:
             found[name] = change
+    if target.whole:
+        own = changes if anchor == segment.large else carry(segment, changes, Place(segment.small_shape, Mix(alpha=1.0)), Place(segment.large_shape, Mix(alpha=0.0)))
+        for spec in (spec for spec in family_of(segment.config).tensors if spec.per_layer):
+            for place, layer in target.whole.items():
+                found.pop(spec.name.format(layer=place), None)
+                if (change := own.get(spec.name.format(layer=layer))) is not None:
+                    found[spec.name.format(layer=place)] = change
     return found
 
 
@@ -114,7 +135,9 @@ def _back(segment: Segment, changes: Changes, source: Place, anchor: str) -> Cha
         for layer, position in where.items() if spec.per_layer else ((0, 0),):
             name = spec.name.format(layer=layer)
             change = None if position is None else changes.get(spec.name.format(layer=position))
-            if change is not None and name in terms:
+            if change is not None and spec.per_layer and anchor == segment.large and source.whole.get(position) == layer:
+                found[name] = change
+            elif change is not None and name in terms:
                 key = terms[name][0].tensor
                 found[key] = carried_back(terms[name], change, _pair(shapes[key]))
     return found
