@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cbd_hub.adapter_files import Adapter, Module
-from cbd_hub.errors import ArchitectureError, ArgumentError, WeightsError
+from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError, WeightsError
 from cbd_hub.families import Family, family_of
 from cbd_hub.families.table import Dimension, dimension_size
 from cbd_hub.hub import ChainFiles
@@ -112,7 +112,7 @@ def _recorded(files: ChainFiles, adapter: Adapter) -> Stand | None:
             found = replace(found, place=Place(shape, Mix(**{name: made[name] for name in Mix.model_fields if name in made})))
         names = {files.manifest.anchors[place].name for place in (found.small, found.large)}
         return found if names == set(made.get("neighbours", ())) else None
-    except (WeightsError, ArchitectureError, ArgumentError, ValidationError, TypeError):
+    except (WeightsError, ArchitectureError, ArgumentError, SizeError, ValidationError, TypeError):
         return None
 
 

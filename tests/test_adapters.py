@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cbd_hub import CBDModel, Chain, assemble_chain, carry_adapter, heal
 from cbd_hub.adapter_files import CONFIG, LINEAGE, WEIGHTS
-from cbd_hub.errors import ArgumentError, CBDError, SizeError, StorageError, WeightsError
+from cbd_hub.errors import ArgumentError, CBDError, SizeError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.align import fit, segment_with
 from cbd_hub.interpolation.carrying import Place, carry
@@ -25,7 +25,8 @@ from cbd_hub.interpolation.low_rank import LowRank, carried, carried_back
 from cbd_hub.interpolation.patch import patch_plan
 from cbd_hub.interpolation.plan import Take, Term
 from cbd_hub.interpolation.planner import PADDING, blend_plan
-from cbd_hub.manifest import Blend, Mix
+from cbd_hub.manifest import Blend, Link, Manifest, Mix
+from cbd_hub.publish import push_model
 
 
 MIX = Mix(alpha=0.3, layer_gain=0.5, neuron_gain=0.7, head_gain=0.6, channel_gain=0.4)
@@ -456,7 +457,6 @@ def test_files_that_are_missing_pickled_or_broken(chain, tmp_path):
 
 
 def test_a_bridge_is_not_crossed(tmp_path):
-    from cbd_hub.manifest import Link, Manifest
     chain = chain_of(tmp_path, tiny.llama(layers=4, seed=1), tiny.llama(layers=3, seed=2), tiny.llama(layers=2, seed=3))
     manifest = Manifest.read(chain)
     links = [Link(kind="bridge", small=link.small, large=link.large) if place == 1 else link for place, link in enumerate(manifest.links)]
@@ -533,5 +533,11 @@ def test_adapters_from_the_hub(hub, chain, tmp_path):
     for name in ("org/lora", f"org/lora@{commit}"):
         made = carry_adapter(name, chain, middles(chain)[0])
         assert (made.plan.adapter["adapter"], made.plan.adapter["revision"]) == (name, commit)
+    made.save(tmp_path / "out")
+    push_model(tmp_path / "out", "org/carried")
+    card = HfApi().hf_hub_download("org/carried", "README.md")
+    assert "| adapter | org/lora" in open(card).read()
+    again = carry_adapter("org/carried", chain, "min")
+    assert again.plan.adapter["home"] == {**made.plan.adapter["target"], "found_by": "config.json"}
     with pytest.raises(CBDError, match="org/nothing"):
         carry_adapter("org/nothing", chain, "min")

@@ -135,9 +135,11 @@ def _back(segment: Segment, changes: Changes, source: Place, anchor: str) -> Cha
         for layer, position in where.items() if spec.per_layer else ((0, 0),):
             name = spec.name.format(layer=layer)
             change = None if position is None else changes.get(spec.name.format(layer=position))
-            if change is not None and spec.per_layer and anchor == segment.large and source.whole.get(position) == layer:
+            if change is None or position is None:
+                continue
+            if spec.per_layer and anchor == segment.large and source.whole.get(position) == layer:
                 found[name] = change
-            elif change is not None and name in terms:
+            elif name in terms:
                 key = terms[name][0].tensor
                 found[key] = carried_back(terms[name], change, _pair(shapes[key]))
     return found
