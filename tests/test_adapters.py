@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,7 +317,7 @@ def test_across_two_segments_step_by_step(chain, tmp_path):
     way = sizes(chain)[1]
     for home, target in ((first, lower), (last, upper), (upper, last), (lower, upper)):
         adapter = on(chain, home, tmp_path / f"{home}")
-        made = assert_all_ways_agree(chain, target, adapter, tmp_path / f"{home}-{target}") if home == first else carry_adapter(adapter, chain, target)
+        made = carry_adapter(adapter, chain, target)
         assert made.plan.adapter["steps"] == 2
         carry_adapter(adapter, chain, way, output_dir=tmp_path / f"{home}-way")
         again = carry_adapter(tmp_path / f"{home}-way", chain, target)
@@ -508,9 +509,7 @@ def test_the_command_carries_and_merges(chain, tmp_path, monkeypatch, capsys):
     adapter = on(chain, "max", tmp_path / "lora")
     size = middles(chain)[0]
     code, text, _ = cbd("carry", adapter, chain, "--size", size, "--out", tmp_path / "out")
-    assert code == 0
-    assert "carried from" in text
-    assert "PeftModel.from_pretrained" in text
+    assert (code, "carried from" in text, "PeftModel.from_pretrained" in text) == (0, True, True)
     code, text, _ = cbd("carry", adapter, chain, "--size", size, "--out", tmp_path / "json", "--json")
     assert json.loads(text)["ranks"] == {"home": "3", "target": "3"}
     code, text, _ = cbd("plan", chain, "--size", size, "--adapter", adapter)
@@ -536,7 +535,7 @@ def test_adapters_from_the_hub(hub, chain, tmp_path):
     made.save(tmp_path / "out")
     push_model(tmp_path / "out", "org/carried")
     card = HfApi().hf_hub_download("org/carried", "README.md")
-    assert "| adapter | org/lora" in open(card).read()
+    assert "| adapter | org/lora" in Path(card).read_text()
     again = carry_adapter("org/carried", chain, "min")
     assert again.plan.adapter["home"] == {**made.plan.adapter["target"], "found_by": "config.json"}
     with pytest.raises(CBDError, match="org/nothing"):
