@@ -218,6 +218,25 @@ def heal(data: dict[str, Any]) -> str:
     )
 
 
+def adapter(data: dict[str, Any]) -> str:
+    """What a LoRA keeps of its gain when it is carried."""
+    anchor = data["anchor"]
+
+    def kept(row: dict[str, Any]) -> str:
+        share, error = row["kept"]
+        return f"{share:.0%}" + ("" if error is None else f" ± {error:.0%}")
+
+    rows = [[format_size(anchor["parameters"]) + ", its own", f"{anchor['base'][0]:.3f}", f"{anchor['adapted'][0]:.3f}", pair(anchor["gain"]), "", ""]]
+    for row in data["rows"]:
+        anew = f"{row['anew'][0]:.3f} ({pair(row['carried_to_anew'])})" if "anew" in row else ""
+        rows.append([format_size(row["parameters"]), f"{row['base'][0]:.3f}", f"{row['carried'][0]:.3f}", pair(row["gain"]), kept(row), anew])
+    head = ["size", "without it", "with it", "gain", "kept of its gain", "trained anew there (carried to that)"]
+    return (
+        f"{table(head, rows)}\n\nA LoRA of rank {data['rank']}, trained on {data['tokens']:,} tokens of another domain on the largest anchor and carried without training; "
+        f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. The goal of 80% at the middle is {'reached' if data['reached'] else 'missed'}. `{data['command']}`"
+    )
+
+
 def fill(document: Path, renders: dict[str, Any]) -> None:
     """Fill the marked blocks of a document that have results."""
     text = document.read_text(encoding="utf-8")
@@ -238,7 +257,7 @@ def main() -> None:
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     fill(ROOT / "README.md", {
         "demo": demo, "boomerang": boomerang, "step": step, "teacher_cache": teacher_cache, "head": head, "anchors": anchors, "align": align, "memory": memory,
-        "loading": loading, "hub": hub, "heal": heal,
+        "loading": loading, "hub": hub, "heal": heal, "adapter": adapter,
     })
     fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": quality})
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from cbd_hub.adapters import carry_adapter
     from cbd_hub.chain import Chain, assemble_chain
     from cbd_hub.distill.config import ChainDistillerConfig
     from cbd_hub.distill.distiller import ChainDistiller
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from cbd_hub.model import CBDModel
 
 __all__ = [
-    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "distill_chain", "heal",
+    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "carry_adapter", "distill_chain", "heal",
 ]
 
 _WHERE = {
@@ -32,6 +33,7 @@ _WHERE = {
     "ChainDistillerConfig": "cbd_hub.distill.config",
     "Recipe": "cbd_hub.distill.schema",
     "assemble_chain": "cbd_hub.chain",
+    "carry_adapter": "cbd_hub.adapters",
     "distill_chain": "cbd_hub.distill.recipe",
     "heal": "cbd_hub.distill.heal",
 }

@@ -15,11 +15,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cbd_hub.adapter_command import commands as adapter_commands
 from cbd_hub.errors import ArgumentError, CBDError, DataError
 from cbd_hub.heal_command import commands as heal_commands
 from cbd_hub.hub_commands import commands as hub_commands
 from cbd_hub.model_commands import commands as model_commands
 from cbd_hub.options import (
+    AdapterOption,
+    AdapterSizeOption,
     AlphaOption,
     BudgetOption,
     ChainArgument,
@@ -34,7 +37,19 @@ from cbd_hub.options import (
     ToleranceOption,
     shape_of_text,
 )
-from cbd_hub.printing import err, hush_bars, middle, out, print_json, reported, show_chain, show_costs, table_of, with_error
+from cbd_hub.printing import (
+    adapter_text,
+    err,
+    hush_bars,
+    middle,
+    out,
+    print_json,
+    reported,
+    show_chain,
+    show_costs,
+    table_of,
+    with_error,
+)
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space_command import commands as space_commands
 
@@ -132,16 +147,20 @@ def show(chain: ChainArgument, revision: RevisionOption = None, as_json: JsonOpt
 @app.command()
 def plan(
     chain: ChainArgument, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None,
-    tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
+    tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, adapter: AdapterOption = None, adapter_size: AdapterSizeOption = None,
+    dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Say what a size would be made of, and what would be fetched, without touching a weight."""
     from dataclasses import replace
 
+    from cbd_hub.adapters import carried_to
     from cbd_hub.hub import open_chain
     from cbd_hub.plans import plan_costs, plan_in
     hush_bars()
     files = replace(open_chain(chain, revision=revision), glance=True)
     planned = plan_in(files, size, memory_budget=budget, dtype=dtype, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
+    if adapter is not None:
+        planned = carried_to(files, planned, adapter, adapter_size, weights=False).plan
     costs = plan_costs(files, planned)
     if as_json:
         print_json({**planned.summary(), **costs})
@@ -165,6 +184,8 @@ def plan(
     if "bytes_to_fetch" in costs:
         rows["fetch"] = ", ".join(f"{format_bytes(count)} of {name}" for name, count in costs["bytes_to_fetch"].items())
     rows["in memory"] = ", ".join(f"{format_bytes(count)} in {dtype}" for dtype, count in costs["bytes_in_memory"].items())
+    if planned.adapter is not None:
+        rows["adapter"] = adapter_text(planned.adapter)
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out.print(table)
@@ -178,19 +199,21 @@ def plan(
 def make(
     chain: ChainArgument, out_dir: OutOption, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto",
     alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, dtype: DtypeOption = None,
-    revision: RevisionOption = None, as_json: JsonOption = False,
+    adapter: AdapterOption = None, adapter_size: AdapterSizeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
     from cbd_hub.model import CBDModel
     hush_bars()
     made = CBDModel.materialize(
         chain, size, output_dir=out_dir, memory_budget=budget, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype,
-        revision=revision,
+        adapter=adapter, adapter_size=adapter_size, revision=revision,
     )
     if as_json:
         print_json({**made.summary(), "output_dir": str(out_dir)})
         return
     out.print(f"{made.parameters:,} parameters ({made.shape.text}, {made.strategy}) in {escape(str(out_dir))}")
+    if made.adapter is not None:
+        out.print(f"with the adapter {escape(adapter_text(made.adapter))}, merged")
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 
 
@@ -329,6 +352,7 @@ def _quiet() -> None:
 
 app.add_typer(model_commands)
 app.add_typer(heal_commands)
+app.add_typer(adapter_commands)
 app.add_typer(hub_commands)
 app.add_typer(space_commands)
 

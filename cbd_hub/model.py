@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from cbd_hub.adapter_files import lora_config
+from cbd_hub.adapters import carried_to
 from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Anchor, Shape
-from cbd_hub.plans import anchor_config, plan_in, weight_dtype
+from cbd_hub.plans import anchor_config, made_config, plan_in, weight_dtype
 from cbd_hub.remote import open_weights
 from cbd_hub.single import cut_single
 from cbd_hub.sizes import format_size
@@ -52,10 +54,10 @@ _REFUSED = {
     "key_mapping": "anchors keep their checkpoint keys",
     "variant": "a chain has one set of weights; choose dtype instead",
     "subfolder": "name the chain itself",
-    "adapter_kwargs": "load an adapter onto the returned model with peft",
+    "adapter_kwargs": "name the adapter by adapter=, with its revision as org/lora@revision",
 }
 _OWN = (
-    "size", "memory_budget", "shape", "strategy", "alpha", "tolerance", "revision", "token", "cache_dir", "local_files_only", "force_download",
+    "size", "memory_budget", "shape", "strategy", "alpha", "tolerance", "adapter", "adapter_size", "revision", "token", "cache_dir", "local_files_only", "force_download",
 )
 
 
@@ -112,14 +114,7 @@ def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
     nearest = min(anchors.values(), key=lambda anchor: abs(anchor.parameters - plan.parameters))
     rows: dict[str, Any] = dict.fromkeys(anchors) if plan.strategy == "anchor" else plan.rows()
     read = {name: open_weights(files, anchor, anchor_config(files, anchor), rows[name]) for name, anchor in anchors.items() if name in plan.sources()}
-    large = files.manifest.anchor(plan.large)
-    config = plan.config(anchor_config(files, large))
-    config.cbd = {
-        "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
-        "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
-        "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
-    }
-    return _Prepared(files, plan, config, read, nearest)
+    return _Prepared(files, plan, made_config(files, plan), read, nearest)
 
 
 def load(files: ChainFiles, plan: Plan, *, fetched: Callable[[], None], tick: Callable[[], None], **arguments: Any) -> Any:
@@ -144,7 +139,7 @@ class CBDModel:
     def plan(
         chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
-        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
     ) -> Plan:
         """What `from_chain` would do, without touching a weight: ``print`` it for a table.
@@ -159,6 +154,8 @@ class CBDModel:
             alpha: Weight of the smaller neighbour in a blend, 0 to 1; by default the fitted mix, else by size distance. A given one is the
                 paper's plain formula: units that only the larger neighbour holds are added as they are.
             tolerance: Largest accepted distance from the size, as a share of it.
+            adapter: A LoRA of another size that is to be carried to this one, as in `carry_adapter`: its home is found and the way there checked.
+            adapter_size: The size that the adapter was trained at, where its files and shapes do not tell.
             revision: Branch, tag or commit of the chain's index repo.
             token: Hub token; None for the stored one.
             cache_dir: Another place for the Hub's cache.
@@ -178,13 +175,14 @@ class CBDModel:
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        return plan_in(replace(files, glance=True), size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        plan = plan_in(replace(files, glance=True), size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        return plan if adapter is None else carried_to(files, plan, adapter, adapter_size, weights=False).plan
 
     @staticmethod
     def from_chain(
         chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
-        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
     ) -> Any:
         """A model of any size: the architecture's plain class, in eval mode, in the anchors' dtype unless ``dtype`` is given.
@@ -202,6 +200,8 @@ class CBDModel:
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
             tolerance: Largest accepted distance from the size, as a share of it.
+            adapter: A LoRA, folder or Hub id (``org/lora@revision``), trained at any size of the chain: carried to this one as in `carry_adapter` and loaded by peft.
+            adapter_size: The size that the adapter was trained at, where its files and shapes do not tell.
             revision: Revision of the chain's index repo.
             token: Hub token.
             cache_dir: Another place for the Hub's cache.
@@ -226,13 +226,19 @@ class CBDModel:
         plan = plan_in(
             files, size, memory_budget=memory_budget, dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance
         )
-        return _load(_prepare(files, plan), arguments)
+        carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
+        if carried is None:
+            return _load(_prepare(files, plan), arguments)
+        lora_config(carried.config)  # refused before the work, not after it
+        made = _load(_prepare(files, carried.plan), arguments)
+        carried.load_into(made[0] if isinstance(made, tuple) else made)
+        return made
 
     @staticmethod
     def materialize(
         chain: str | os.PathLike[str], size: str | int | None = None, *, output_dir: str | os.PathLike[str],
         memory_budget: str | int | None = None, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
-        dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
+        adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
         **transformers_kwargs: Any,
     ) -> Plan:
@@ -250,6 +256,8 @@ class CBDModel:
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
             tolerance: Largest accepted distance from the size, as a share of it.
+            adapter: A LoRA as in `from_chain`, merged: added to the weights in fp32, which are then rounded once.
+            adapter_size: The size that the adapter was trained at, where its files and shapes do not tell.
             dtype: Dtype on disk; by default the anchors'.
             revision: Revision of the chain's index repo.
             token: Hub token.
@@ -270,6 +278,9 @@ class CBDModel:
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
         plan = plan_in(files, size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
+        changes = None if carried is None else {name: change.added_to for name, change in carried.changes().items()}
+        plan = plan if carried is None else carried.plan
         prepared = _prepare(files, plan)
         chosen = weight_dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:
@@ -282,7 +293,7 @@ class CBDModel:
             prepared.config.save_pretrained(folder)
             stored = stored_shapes(prepared.config)
             layout = {name: (chosen, stored[name]) for name in plan.tensors}
-            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, stored, chosen))
+            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, stored, chosen, changes))
         prepared.remember()
         return plan
 

@@ -21,6 +21,8 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloa
 BudgetOption = Annotated[
     str | None, typer.Option("--memory-budget", help='Bytes for the weights in the dtype instead, such as "300MB": the largest size that fits.', show_default=False)
 ]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="A LoRA of any size of the chain, carried to this one: PEFT folder or Hub id.", show_default=False)]
+AdapterSizeOption = Annotated[str | None, typer.Option("--adapter-size", help="The size that the LoRA was trained at, where its files and shapes do not tell.", show_default=False)]
 PrivateOption = Annotated[bool | None, typer.Option("--private/--public", help="Whether repos made now are private; the account's default otherwise.", show_default=False)]
 GatedOption = Annotated[str | None, typer.Option("--gated", metavar="auto|manual", help="Let readers ask for access.", show_default=False)]
 PullRequestOption = Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead, where you may not write.")]

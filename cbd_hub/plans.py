@@ -137,6 +137,18 @@ def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, a
     return found
 
 
+def made_config(files: ChainFiles, plan: Plan) -> Any:
+    """The config of a plan's model, with ``cbd``: where it came from."""
+    config = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
+    config.cbd = {
+        "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
+        "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
+        "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
+        **({} if plan.adapter is None else {"adapter": dict(plan.adapter)}),
+    }
+    return config
+
+
 def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
     """What a plan costs, from shapes and headers alone: bytes read and, on the Hub, fetched of each anchor; bytes of the model in memory by dtype."""
     read: dict[str, int] = {}

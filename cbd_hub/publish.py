@@ -89,7 +89,7 @@ def push_model(
     """Publish a model that was made from a chain, healed or not, with a card that names both anchors and the plan.
 
     Args:
-        folder: What `CBDModel.materialize`, `cbd_hub.heal` or ``save_pretrained`` wrote; a PEFT folder of `cbd_hub.heal` is published as an adapter.
+        folder: What `CBDModel.materialize`, `cbd_hub.heal` or ``save_pretrained`` wrote; a PEFT folder of `cbd_hub.heal` or `carry_adapter` is published as an adapter.
         repo_id: The repo.
         private: Whether a repo made now is private.
         gated: Let readers ask for access.
@@ -123,9 +123,11 @@ def push_model(
         bases = [manifest.anchor(name).location.repo_id for name in made.get("neighbours", [])]
         bases = [chain] if adapter else [chain if base == "." else base for base in bases]
         license = shared_license(manifest, [manifest.anchor(name) for name in made.get("neighbours", [])])
-    facts = {name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in made.items() if value is not None and name != "healed"}
+    facts = {name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in made.items() if value is not None and name not in ("healed", "adapter")}
+    if isinstance(carried := made.get("adapter"), dict) and isinstance(home := carried.get("home"), dict):
+        facts["adapter"] = f"{carried.get('adapter')}, of {home.get('size')}"
     files: dict[str, Content] = {path.name: path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.suffix == ".safetensors"}
-    options = {"size": made["parameters"], **{name: made[name] for name in ("strategy", "revision") if made.get(name)}}
+    options = {"size": made["parameters"], **{name: made[name] for name in ("strategy", "revision") if made.get(name) not in (None, "", "anchor")}}
     base = f"CBDModel.from_chain({json.dumps(made.get('chain'))}, {', '.join(f'{name}={json.dumps(value)}' for name, value in options.items())})"
     card = interpolant_card(
         repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed, base=base if adapter else None,

@@ -269,6 +269,7 @@ class Plan:
         expected: Measured or interpolated loss in nats per token at this size, where the chain has a curve.
         eps: Factor on the eps of the larger neighbour's norms.
         trough: Why the measured curve says that this size is a poor choice, where it does.
+        adapter: What is carried to this size besides: where an adapter came from, and what became of it.
     """
 
     chain: str
@@ -284,6 +285,7 @@ class Plan:
     expected: float | None = None
     eps: float = 1.0
     trough: str | None = None
+    adapter: Mapping[str, Any] | None = None
 
     @property
     def note(self) -> str | None:
@@ -328,7 +330,7 @@ class Plan:
         return {
             "chain": self.chain, "asked": self.asked, "parameters": self.parameters, "shape": self.shape.model_dump(),
             "small": self.small, "large": self.large, "strategy": self.strategy, **({} if self.mix is None else self.mix.model_dump()),
-            "expected_loss": self.expected, "trough": self.trough, "note": self.note,
+            "expected_loss": self.expected, "trough": self.trough, "note": self.note, "adapter": self.adapter,
             "tensors_read": {anchor: len(names) for anchor, names in sorted(self.sources().items())},
         }
 

@@ -19,12 +19,13 @@ from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, 
 
 
 __all__ = [
-    "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
+    "PADDING", "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
     "segment_of", "segment_plan", "shape_at", "small_eps", "strategy_at",
 ]
 
 STRATEGIES = ("auto", "blend", "patch")
-_PADDING = Mix(alpha=1.0, layer_gain=0.0, neuron_gain=0.0, head_gain=0.0, channel_gain=0.0)
+# The smaller neighbour in a larger shape, without a change of what it computes.
+PADDING = Mix(alpha=1.0, layer_gain=0.0, neuron_gain=0.0, head_gain=0.0, channel_gain=0.0)
 
 
 def road_at(segment: Segment, size: int) -> RoadPoint:
@@ -127,7 +128,7 @@ def segment_plan(
     if strategy == "auto" and expected is not None and ends[0] is not None and expected > ends[0]:
         trough = f"{trough}; this is {segment.small} padded, which is no better than {segment.small}"
         plain = replace(segment, blend=Blend(), maps=None)  # turned coordinates can be near only, its own are exact
-        return replace(blend_plan(plain, found, _PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
+        return replace(blend_plan(plain, found, PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
     if chosen == "patch":
         return replace(patch_plan(segment, found, chain=chain, asked=size, expected=expected), trough=trough)
     mix = Mix(**{name: getattr(point, name) for name in Mix.model_fields}) if alpha is None else Mix(alpha=alpha)
