@@ -191,10 +191,23 @@ def one_device(device_map: Any, default: torch.device) -> torch.device:
         device_map = next(iter(device_map.values()))
     if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return default
+    return named_device(device_map)
+
+
+def named_device(name: Any) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ArgumentError: If there is none on which a speed can be measured.
+    """
     try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f'device_map={device_map!r} names no device on which a speed can be measured; give one, such as "cpu" or "cuda:0"') from error
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ArgumentError(f'device {str(name)[:40]!r} is none on which a speed can be measured here; give one, such as "cpu" or "cuda:0"') from error
+    if device.type == "meta":
+        raise ArgumentError('device "meta" computes nothing; give one on which a speed can be measured, such as "cpu" or "cuda:0"')
+    return device
 
 
 def record_path(key: Mapping[str, Any]) -> Path:
