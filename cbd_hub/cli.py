@@ -356,7 +356,6 @@ def _tell_of_speed() -> None:
     if not any(isinstance(handler, _Lines) for handler in told.handlers):
         told.addHandler(_Lines())
     told.setLevel(logging.INFO)
-    told.propagate = False
 
 
 app.add_typer(model_commands)

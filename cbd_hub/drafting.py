@@ -220,7 +220,7 @@ def draft_table(
     for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens), ("rounds", rounds), ("num_assistant_tokens", num_assistant_tokens)):
         if value is not None and value < 1:
             raise ArgumentError(f"{name}={value} is below 1; give 1 or more")
-    goal = opened.manifest.size(target)
+    goal = opened.plan(target).parameters
     drafts = draft_sizes(opened, goal, sizes)
     place = best_device() if device is None else device
     say = report or (lambda what, done, total: None)
@@ -255,7 +255,8 @@ def draft_sizes(chain: Chain, target: int, sizes: Sequence[str | int] | None = N
         return anchor.shape.vocab == own.shape.vocab and anchor.tokenizer_sha256 == own.tokenizer_sha256
 
     if sizes is None:
-        found = [size for size in usual_sizes(manifest) if size < target and fits(manifest.neighbours(size)[0])]
+        found = [chain.plan(size, tolerance=0.5).parameters for size in usual_sizes(manifest) if size < target and fits(manifest.neighbours(size)[0])]
+        found = sorted({size for size in found if size < target}, reverse=True)
         if not found:
             raise SizeError(f"no size of {manifest.name} with the vocabulary of {format_size(target)} lies below it, so that none can draft for it; choose a larger target")
         return found

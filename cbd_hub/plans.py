@@ -130,7 +130,10 @@ def speed_of(files: ChainFiles, plan: Plan, watch: Stopwatch) -> Speed:
 
 
 def usual_sizes(manifest: Manifest) -> list[int]:
-    """The sizes of a chain to look at first, in falling order: the anchors, and between two of them the recommended sizes, else the middle."""
+    """The sizes of a chain to look at first, in falling order: the anchors, and between two of them the recommended sizes, else the middle.
+
+    Where sizes come in steps, a middle may be none that can be made: plan it with a wide tolerance.
+    """
     sizes = {anchor.parameters for anchor in manifest.anchors}
     for link in manifest.links:
         if link.kind == "segment":
