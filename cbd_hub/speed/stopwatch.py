@@ -134,6 +134,8 @@ class Stopwatch:
         report = self.report
         if report is None:
             logger.info("%s, once", what)
+        else:
+            report(what, 0, None)
         models = [self.random_model(config_for(shape.model_copy(update={"layers": depth}), config)) for depth in depths]
         return dict(zip(depths, measure_in_turns(models, report=None if report is None else partial(report, what))))
 
