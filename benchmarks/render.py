@@ -237,6 +237,43 @@ def adapter(data: dict[str, Any]) -> str:
     )
 
 
+def speed(data: dict[str, Any]) -> str:
+    """Predicted and measured speeds."""
+    rows = [
+        [
+            f"**{format_size(row['parameters'])}**" if row["anchor"] else format_size(row["parameters"]), f"{row['layers']} x {row['ffn']}",
+            *(f"{row[kind]['tokens_per_second']:.2f}" for kind in ("predicted", "measured")), f"{row['off']:+.1%}",
+            *(f"{row[kind]['latency']:.2f}" for kind in ("predicted", "measured")), f"{row['latency_off']:+.1%}",
+        ]
+        for row in data["rows"]
+    ]
+    head = ["size", "layers x FFN", "tokens a second, predicted", "measured", "off", "latency in s, predicted", "measured", "off"]
+    worst = max(abs(row["off"]) for row in data["rows"])
+    real = "" if data["real_to_random"] is None else f" The same model with its own weights against random ones: {data['real_to_random']:+.1%}."
+    return (
+        f"{table(head, rows)}\n\n{data['where']}; medians of {data['runs']} runs in turns, on {data['cpus']} cores with a load of {min(data['load']):.1f} to {max(data['load']):.1f} by what else "
+        f"ran; anchors are bold, and they alone are timed to predict. At most {worst:.1%} off.{real} `{data['command']}`"
+    )
+
+
+def draft(data: dict[str, Any]) -> str:
+    """Drafts for the largest size."""
+    rows = [
+        [
+            format_size(row["parameters"]), f"{row['drafted']:,}", f"{row['acceptance']:.0%}", f"{row['tokens_per_second_alone']:.2f}", f"{row['tokens_per_second']:.2f}",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in data["results"]
+    ]
+    best = "no draft is faster than it alone" if data["best"] is None else f"the best draft is {format_size(data['best'])}"
+    ties = sum(row["ties"] for row in data["results"])
+    same = "the output is the same in all" if not ties else f"the output parts at a tie in {ties} of {data['prompts'] * len(rows)}"
+    return (
+        f"{table(['draft', 'drafted', 'accepted', 'tokens a second alone', 'with it', 'speed-up'], rows)}\n\n{format_size(data['target'])} answering {data['prompts']} prompts with "
+        f"{data['new_tokens']:,} tokens, greedy, {data['dtype']}, {data['where']}, {data['threads']} threads, medians of {data['rounds']} rounds in turns; {same}; {best}. `{data['command']}`"
+    )
+
+
 def fill(document: Path, renders: dict[str, Any]) -> None:
     """Fill the marked blocks of a document that have results."""
     text = document.read_text(encoding="utf-8")
@@ -257,7 +294,7 @@ def main() -> None:
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     fill(ROOT / "README.md", {
         "demo": demo, "boomerang": boomerang, "step": step, "teacher_cache": teacher_cache, "head": head, "anchors": anchors, "align": align, "memory": memory,
-        "loading": loading, "hub": hub, "heal": heal, "adapter": adapter,
+        "loading": loading, "hub": hub, "heal": heal, "adapter": adapter, "speed": speed, "draft": draft,
     })
     fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": quality})
 

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from cbd_hub.distill.heal import heal
     from cbd_hub.distill.recipe import distill_chain
     from cbd_hub.distill.schema import Recipe
+    from cbd_hub.drafting import draft_table
     from cbd_hub.errors import CBDError
     from cbd_hub.model import CBDModel
+    from cbd_hub.speed.measuring import measure_speed
 
 __all__ = [
-    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "carry_adapter", "distill_chain", "heal",
+    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "carry_adapter", "distill_chain", "draft_table", "heal",
+    "measure_speed",
 ]
 
 _WHERE = {
@@ -35,7 +38,9 @@ _WHERE = {
     "assemble_chain": "cbd_hub.chain",
     "carry_adapter": "cbd_hub.adapters",
     "distill_chain": "cbd_hub.distill.recipe",
+    "draft_table": "cbd_hub.drafting",
     "heal": "cbd_hub.distill.heal",
+    "measure_speed": "cbd_hub.speed.measuring",
 }
 
 

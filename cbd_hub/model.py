@@ -23,10 +23,11 @@ from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Anchor, Shape
-from cbd_hub.plans import anchor_config, made_config, plan_in, weight_dtype
+from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight_dtype
 from cbd_hub.remote import open_weights
 from cbd_hub.single import cut_single
 from cbd_hub.sizes import format_size
+from cbd_hub.speed.stopwatch import Stopwatch
 from cbd_hub.weights import (
     LOADING,
     Checkpoint,
@@ -57,7 +58,8 @@ _REFUSED = {
     "adapter_kwargs": "name the adapter by adapter=, with its revision as org/lora@revision",
 }
 _OWN = (
-    "size", "memory_budget", "shape", "strategy", "alpha", "tolerance", "adapter", "adapter_size", "revision", "token", "cache_dir", "local_files_only", "force_download",
+    "size", "memory_budget", "min_tokens_per_second", "max_latency", "shape", "strategy", "alpha", "tolerance", "adapter", "adapter_size", "revision", "token", "cache_dir",
+    "local_files_only", "force_download",
 )
 
 
@@ -109,6 +111,24 @@ def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+# What makes a model other than the plain weights on one device that are timed.
+_UNTIMED = ("quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config")
+
+
+def _watch(files: ChainFiles, arguments: Mapping[str, Any], *wishes: Any) -> Stopwatch | None:
+    """What times a chain's anchors as loading arguments say; None where no speed is wished for.
+
+    Raises:
+        ArgumentError: If the model will not be plain weights on one device.
+    """
+    if all(wish is None for wish in wishes):
+        return None
+    for name in _UNTIMED:
+        if arguments.get(name) is not None:
+            raise ArgumentError(f"{name}= came with a speed to reach, which is timed with plain weights on one device; leave it out, or ask for a size")
+    return stopwatch(files, arguments.get("dtype"), arguments.get("device_map"), arguments.get("attn_implementation"))
+
+
 def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
     anchors = {name: files.manifest.anchor(name) for name in sorted({plan.small, plan.large})}
     nearest = min(anchors.values(), key=lambda anchor: abs(anchor.parameters - plan.parameters))
@@ -138,6 +158,7 @@ class CBDModel:
     @staticmethod
     def plan(
         chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
@@ -149,6 +170,12 @@ class CBDModel:
             size: Unique parameters wanted: "138M", "1.1B", an int, "min" or "max". Text that an anchor's size rounds to means that anchor.
             memory_budget: Bytes that the weights may take in the chosen dtype instead, such as "300MB": the largest size that fits. ``max_memory``
                 stays what it is in transformers.
+            min_tokens_per_second: Speed that it must reach instead: the largest size that does. New tokens a second after the first one, by greedy decoding
+                at batch 1 with a KV cache after a prompt of 64 tokens, in the chosen dtype, on the one device of ``device_map``, else on the best one that
+                there is, with torch's current number of threads. The anchors' shapes are timed for some seconds each, with random weights, and what was found is
+                kept in the Hub's cache folder (``cbd speed --recalibrate`` times anew); sizes in between are predicted from them. With
+                ``memory_budget`` both hold.
+            max_latency: Time that it may take from a prompt of 64 tokens to an answer of 64, measured so: "1.5s", "200ms", or seconds.
             shape: The exact shape instead, whole or in the fields in which the neighbours differ.
             strategy: ``blend``, ``patch``, or ``auto`` for what measured best at that size.
             alpha: Weight of the smaller neighbour in a blend, 0 to 1; by default the fitted mix, else by size distance. A given one is the
@@ -167,20 +194,25 @@ class CBDModel:
             The plan.
 
         Raises:
-            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``.
+            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``, or no size is fast enough.
             ManifestError: If there is no such chain or its chain.json is refused.
             ArgumentError: If an option is unknown or out of its range.
         """
-        dtype = _check_loader_arguments(transformers_kwargs).get("dtype")
+        arguments = _check_loader_arguments(transformers_kwargs)
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        plan = plan_in(replace(files, glance=True), size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        watch = _watch(files, arguments, min_tokens_per_second, max_latency)
+        plan = plan_in(
+            replace(files, glance=True), size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency,
+            dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
+        )
         return plan if adapter is None else carried_to(files, plan, adapter, adapter_size, weights=False).plan
 
     @staticmethod
     def from_chain(
         chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
@@ -196,6 +228,8 @@ class CBDModel:
             chain: A local folder or a Hub id.
             size: Unique parameters wanted.
             memory_budget: Bytes for the weights in the chosen dtype instead.
+            min_tokens_per_second: Speed that it must reach instead.
+            max_latency: Time that an answer may take instead.
             shape: The exact shape instead.
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
@@ -213,7 +247,7 @@ class CBDModel:
             The model; with ``output_loading_info=True`` a pair of it and a dict that also holds the plan.
 
         Raises:
-            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``.
+            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``, or no size is fast enough.
             ManifestError: If there is no such chain or its chain.json is refused.
             IntegrityError: If a file differs from its recorded hash.
             WeightsError: If a tensor is missing, extra or mis-shaped.
@@ -223,21 +257,27 @@ class CBDModel:
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
+        watch = _watch(files, arguments, min_tokens_per_second, max_latency)
         plan = plan_in(
-            files, size, memory_budget=memory_budget, dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance
+            files, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=arguments.get("dtype"),
+            shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
         )
         carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
-        if carried is None:
-            return _load(_prepare(files, plan), arguments)
-        lora_config(carried.config)  # refused before the work, not after it
-        made = _load(_prepare(files, carried.plan), arguments)
-        carried.load_into(made[0] if isinstance(made, tuple) else made)
+        if carried is not None:
+            lora_config(carried.config)  # refused before the work, not after it
+        made = _load(_prepare(files, plan if carried is None else carried.plan), arguments)
+        model = made[0] if isinstance(made, tuple) else made
+        if carried is not None:
+            carried.load_into(model)
+        if watch is not None and watch.fresh and plan.speed is not None:
+            watch.check(model, plan.speed)
         return made
 
     @staticmethod
     def materialize(
         chain: str | os.PathLike[str], size: str | int | None = None, *, output_dir: str | os.PathLike[str],
-        memory_budget: str | int | None = None, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+        memory_budget: str | int | None = None, min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
+        shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
         **transformers_kwargs: Any,
@@ -252,6 +292,8 @@ class CBDModel:
             size: Unique parameters wanted.
             output_dir: The folder to make: absent or empty. Nothing is left behind on failure.
             memory_budget: Bytes for the weights in the chosen dtype instead.
+            min_tokens_per_second: Speed that it must reach instead.
+            max_latency: Time that an answer may take instead.
             shape: The exact shape instead.
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
@@ -273,11 +315,15 @@ class CBDModel:
             StorageError: If the folder is in the way or the disk is full.
             CBDError: As `from_chain`.
         """
-        dtype = _check_loader_arguments({"dtype": dtype, **transformers_kwargs}).get("dtype")
+        arguments = _check_loader_arguments({"dtype": dtype, **transformers_kwargs})
+        dtype = arguments.get("dtype")
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        plan = plan_in(files, size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        plan = plan_in(
+            files, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=dtype, shape=shape, strategy=strategy,
+            alpha=alpha, tolerance=tolerance, watch=_watch(files, arguments, min_tokens_per_second, max_latency),
+        )
         carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
         changes = None if carried is None else {name: change.added_to for name, change in carried.changes().items()}
         plan = plan if carried is None else carried.plan

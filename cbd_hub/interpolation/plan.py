@@ -17,6 +17,7 @@ from cbd_hub.errors import ManifestError
 from cbd_hub.families import family_of
 from cbd_hub.manifest import Blend, CurvePoint, Mix, Shape
 from cbd_hub.shapes import config_for, count
+from cbd_hub.speed.measuring import Speed
 
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ class Plan:
         eps: Factor on the eps of the larger neighbour's norms.
         trough: Why the measured curve says that this size is a poor choice, where it does.
         adapter: What is carried to this size besides: where an adapter came from, and what became of it.
+        speed: What was predicted of its speed on this machine, where that was asked for.
     """
 
     chain: str
@@ -286,6 +288,7 @@ class Plan:
     eps: float = 1.0
     trough: str | None = None
     adapter: Mapping[str, Any] | None = None
+    speed: Speed | None = None
 
     @property
     def note(self) -> str | None:
@@ -331,6 +334,7 @@ class Plan:
             "chain": self.chain, "asked": self.asked, "parameters": self.parameters, "shape": self.shape.model_dump(),
             "small": self.small, "large": self.large, "strategy": self.strategy, **({} if self.mix is None else self.mix.model_dump()),
             "expected_loss": self.expected, "trough": self.trough, "note": self.note, "adapter": self.adapter,
+            **({} if self.speed is None else {"speed": self.speed.summary()}),
             "tensors_read": {anchor: len(names) for anchor, names in sorted(self.sources().items())},
         }
 
