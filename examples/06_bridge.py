@@ -42,8 +42,8 @@ def main() -> None:
         teacher=AutoModelForCausalLM.from_pretrained(options.teacher),
         processing_class=AutoTokenizer.from_pretrained(options.student),
         teacher_processing_class=AutoTokenizer.from_pretrained(options.teacher),
-        bridge=options.bridge, train_dataset=dataset,
-        args=ChainDistillerConfig(options.out, save_strategy="no", **training),
+        train_dataset=dataset,
+        args=ChainDistillerConfig(options.out, bridge=options.bridge, save_strategy="no", **training),
     )
     trainer.train()
     trainer.save_model()
