@@ -54,6 +54,7 @@ def by_llama_cpp(path: Path, text: str, vocabulary: int) -> tuple[list[int], dic
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = str(path), 512, 1, False, -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it sums in half precision
     server = xllamacpp.Server(params)
     request = urllib.request.Request(f"{server.listening_address}/tokenize", json.dumps({"content": text, "add_special": True}).encode(), {"Content-Type": "application/json"})
     ids: list[int] = json.load(urllib.request.urlopen(request))["tokens"]

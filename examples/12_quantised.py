@@ -15,7 +15,7 @@ from typing import Any
 
 import smoke
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from cbd_hub import CBDModel, Chain
 
