@@ -67,7 +67,7 @@ def test_the_example_trains_on_two_processes(tmp_path):
     options = ["--student", tmp_path / "student", "--teacher", tmp_path / "teacher", "--text", tmp_path / "text.txt", "--max_steps", 2, "--block_size", 16, "--optim", "sgd", "--disable_tqdm", "true"]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"]  # accelerate launch wants MPI for CPUs
     for folder, start, batch in (("one", [], 8), ("two", launch, 4)):
-        command = [sys.executable, *start, EXAMPLES / "train_anchor.py", *options, "--output_dir", tmp_path / folder, "--per_device_train_batch_size", batch]
+        command = [sys.executable, *start, EXAMPLES / "09_multi_gpu.py", *options, "--output_dir", tmp_path / folder, "--per_device_train_batch_size", batch]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
