@@ -106,8 +106,6 @@ def _place(files: ChainFiles, anchor: Anchor, name: str, config: Any, rows: Rows
     if rows is None or files.cached(anchor, name) is not None:
         return files.path(anchor, name)
     partial = files.partial(anchor, name)
-    if files.options.get("force_download"):
-        partial.path.unlink(missing_ok=True)
     guess = _previewed(anchor, name)
     if guess is not None and _mostly(partial, spans_read(*guess, config, rows)):
         return files.path(anchor, name)
