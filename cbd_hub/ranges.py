@@ -78,6 +78,7 @@ class PartialFile:
     cache_dir: str | os.PathLike[str] | None = None
     again: bool = False
     _came: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    _opened: dict[int, CheckedFile] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def path(self) -> Path:
@@ -90,10 +91,15 @@ class PartialFile:
         """Chunks that are not there yet, rising."""
         if self.again:
             return sorted(wanted - self._came)
-        if not self.path.is_file() or self.path.stat().st_size != self.size:
+        try:
+            state = self.path.stat()
+        except FileNotFoundError:
+            return sorted(wanted)
+        if state.st_size != self.size:
             return sorted(wanted)
         absent = self._holes(wanted)
-        checked = CheckedFile(self.path, self.size, self.chunks)
+        checked = self._opened.get(state.st_mtime_ns) or CheckedFile(self.path, self.size, self.chunks)
+        self._opened[state.st_mtime_ns] = checked
         wrong = checked.wrong(wanted - absent)
         checked.remember()
         return sorted(absent | wrong)
