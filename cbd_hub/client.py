@@ -95,11 +95,13 @@ def _explained(repo_id: str, error: BaseException, token: Any, pushing: bool) ->
 
 def _storage(repo_id: str, error: BaseException, token: Any, pushing: bool) -> StorageError:
     why = reason(error, token)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if pushing:
-        status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 412:
             return StorageError(f"{repo_id} has changed meanwhile ({why}); nothing was written over, run the same command again")
         return StorageError(f"cannot push to {repo_id} ({why}); check the name, log in with `hf auth login`, and push again: it goes on where it stopped")
+    if status in (401, 403):
+        return StorageError(f"{repo_id}: the Hub refuses this account or its token ({why}); log in anew with `hf auth login`, or pass another token")
     if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
         return StorageError(f"cannot keep {repo_id} in the cache ({error.strerror or why}); free or choose another disk")
     return StorageError(f"{repo_id} is not in the cache and the Hub cannot be reached ({why}); check the network or the path")

@@ -35,13 +35,17 @@ _KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
 
 
 def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
-    """The transformers config of an anchor, compared with what chain.json says of it.
+    """The transformers config of an anchor, compared with what chain.json says of it; read once for an opened chain, and not to be changed.
 
     Raises:
         IntegrityError: If config.json differs from its recorded hash.
         ManifestError: If its shape or parameters are not the recorded ones.
         ArchitectureError: If its architecture has no axis table.
     """
+    return files.once(("config", anchor.name), lambda: _read_config(files, anchor))
+
+
+def _read_config(files: ChainFiles, anchor: Anchor) -> Any:
     config = read_config(files.config_folder(anchor))
     family = family_named(anchor.family)
     if family_of(config) is not family:

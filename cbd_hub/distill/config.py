@@ -120,6 +120,12 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if config.dispatch_batches is None:
             config.dispatch_batches = False  # the first process cannot hand out batches whose rows differ in length
 
+    def facts(self) -> dict[str, str]:
+        """What a card says of the loss and of where the tokens come from."""
+        taught = f"{self.kd_weight:g} x {self.divergence} at temperature {self.temperature:g}" if self.bridge is None else f"{self.kd_weight:g} x bridge ({self.bridge})"
+        hidden = f" + {self.hidden_weight:g} x {self.hidden_loss} of hidden states" if self.hidden_weight else ""
+        return {"loss": f"{taught} + {self.ce_weight:g} x cross-entropy{hidden}", **self.sampling_facts()}
+
     def _set_bridge(self) -> None:
         """Give the fields the values that go with a bridge.
 
