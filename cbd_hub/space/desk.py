@@ -278,7 +278,7 @@ def loading_note(entry: Loading) -> str:
     if entry.future.done():
         return f"{entry.name} is ready"
     if not entry.fetched:
-        return f"getting {entry.name}" + (f": {format_bytes(entry.came)} of {format_bytes(entry.to_come)}" if entry.to_come else "")
+        return f"getting {entry.name}: {format_bytes(entry.came)} of {format_bytes(entry.to_come)}" if entry.to_come else f"reading the anchors of {entry.name}"
     return f"making {entry.name} ({format_bytes(entry.bytes)})"
 
 

@@ -252,7 +252,7 @@ class _Page:
         picks = [names[0], names[-1]] if len(names) < 3 else [names[0], names[len(names) // 2], names[-1]]
         with gr.Tab("Side by side"):
             prompt = gr.Textbox(PROMPT, label="Prompt for all", lines=2, max_length=self.desk.limits.characters, elem_id="cbd-side-prompt")
-            passage = gr.Textbox(TEXT, label="Text to measure: each size's perplexity of it is shown below", lines=2, max_length=self.desk.limits.characters, elem_id="cbd-passage")
+            passage = gr.Textbox(TEXT[: self.desk.limits.prompt_tokens], label="Text to measure: each size's perplexity of it is shown below", lines=2, max_length=self.desk.limits.characters, elem_id="cbd-passage")
             start, stop = self._buttons("Compare")
             sizes, texts, notes = [], [], []
             with gr.Row():

@@ -12,7 +12,8 @@ from cbd_hub.space.desk import Written
 from cbd_hub.space.facts import Facts, Picker, Point, Scale, Snap
 
 
-_ROOM = 0.13  # share of the slider that a mark's name needs on a phone
+_ROOM = (0.055, 0.13)  # share of the slider that a mark's name needs on a desktop and on a phone
+_SEPARATOR = '<span class="cbd-sep"> · </span>'
 _SHORT = (("float32", "fp32"), ("bfloat16", "bf16"), ("int8", "int8"))
 
 
@@ -35,7 +36,7 @@ def marks(snaps: Sequence[Snap], scale: Scale) -> str:
     for kind, word in (("anchor", "anchor"), ("recommended", "recommended size")):
         chosen = [snap for snap in snaps if snap.kind == kind]
         if chosen:
-            rows.append(f'<div class="cbd-row">{"".join(_mark(snap, word, snap.size in _named(chosen, scale), scale) for snap in chosen)}</div>')
+            rows.append(f'<div class="cbd-row">{"".join(_mark(snap, word, chosen, scale) for snap in chosen)}</div>')
             if kind == "recommended":
                 keys.append('<span class="cbd-dot cbd-recommended"></span> recommended size in between')
     return (
@@ -44,22 +45,25 @@ def marks(snaps: Sequence[Snap], scale: Scale) -> str:
     )
 
 
-def _named(snaps: Sequence[Snap], scale: Scale) -> set[int]:
+def _named(snaps: Sequence[Snap], scale: Scale, room: float) -> set[int]:
     """Snaps whose names have room: the first and the last before those between."""
     found: list[Snap] = []
     for snap in (snaps[0], snaps[-1], *snaps[1:-1]):
-        if snap not in found and all(abs(scale.share(snap.size) - scale.share(other.size)) >= _ROOM for other in found):
+        if snap not in found and all(abs(scale.share(snap.size) - scale.share(other.size)) >= room for other in found):
             found.append(snap)
     return {snap.size for snap in found}
 
 
-def _mark(snap: Snap, word: str, named: bool, scale: Scale) -> str:
+def _mark(snap: Snap, word: str, row: Sequence[Snap], scale: Scale) -> str:
     share = scale.share(snap.size)
     side = " cbd-first" if share < 0.04 else " cbd-last" if share > 0.96 else ""
     name = escape(snap.name)
+    desktop, phone = (snap.size in _named(row, scale, room) for room in _ROOM)
+    shown = f"<span>{name}</span>" if desktop else "·"
+    side += " cbd-tight" if desktop and not phone else ""
     return (
         f'<button type="button" class="cbd-mark cbd-{snap.kind}{side}" style="left:{100 * share:.2f}%" data-value="{scale.value(snap.size):g}" '
-        f'aria-label="{name}, {word}" title="{name}, {word}">{name if named else "·"}</button>'
+        f'aria-label="{name}, {word}" title="{name}, {word}">{shown}</button>'
     )
 
 
@@ -157,7 +161,7 @@ def status(written: Written | None, dtype: str = "") -> str:
         f"{format_bytes(written.memory)} of weights{f' in {dtype}' if dtype else ''}" if done else "",
         f"{format_bytes(written.process)} the whole process" if done else "",
     ) if part]
-    return f'<p class="cbd-status {"cbd-done" if done else "cbd-busy"}" role="status">{" · ".join(parts)}</p>'
+    return f'<p class="cbd-status {"cbd-done" if done else "cbd-busy"}" role="status">{_SEPARATOR.join(parts)}</p>'
 
 
 def refusal(why: str) -> str:

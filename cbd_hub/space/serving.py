@@ -27,7 +27,7 @@ def check_gradio() -> None:
         raise ArgumentError(f"the Space needs {' and '.join(missing)}; run pip install 'cbd-hub[space]'")
 
 
-def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits: Limits | None = None, wait: float = 60.0, **how: Any) -> None:
+def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits: Limits | None = None, wait: float = 60.0, **how: Any) -> Any:
     """Serve the page of a chain; while it cannot be opened, a page that says why.
 
     Args:
@@ -37,6 +37,9 @@ def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits:
         limits: What a visitor may have; by default what the environment says.
         wait: Seconds between two tries to open a chain.
         **how: What `cbd_hub.space.page.launch` takes.
+
+    Returns:
+        The page, where ``block=False`` lets the caller go on.
     """
     check_gradio()
     from cbd_hub.space.page import build_page, launch, message_page
@@ -49,8 +52,9 @@ def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits:
             if message is None:
                 logger.warning("%s", error)
                 message = message_page(str(error))
-                launch(message, block=False, **how)
+                launch(message, **{**how, "block": False})
             time.sleep(wait)
     if message is not None:
         message.close()
     launch(page, mcp=mcp, **how)
+    return page

@@ -17,8 +17,8 @@ from cbd_hub.interpolation.live import output_head
 from cbd_hub.losses.log_probs import token_losses
 
 
-_STEP_TOKENS = 64  # tokens of a text that are read in a step on a CPU: what a stop waits for at most
-_STEP_PRODUCTS = 10**10  # of a CPU's step: large models read fewer tokens in one
+_STEP_TOKENS = 32  # tokens of a text that are read in a step on a CPU: what a stop waits for at most
+_STEP_PRODUCTS = 4 * 10**9  # of a CPU's step: large models read fewer tokens in one
 _DEVICE_TOKENS = 512  # elsewhere
 
 
