@@ -15,9 +15,9 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from cbd_hub.client import NAME, api, explained
+from cbd_hub.client import NAME, Bar, api, explained
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, StorageError
 from cbd_hub.files import CHUNK_BYTES, check_file, sha256
 from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Anchor, Manifest, PathRecord, inside
@@ -266,14 +266,14 @@ def fetch(repo_id: str, path: str, revision: str | None, options: dict[str, Any]
         StorageError: If it is gated, offline, or the Hub cannot be reached.
     """
     with explained(repo_id, options.get("token")):
-        bar = None if limit is None else _bar_up_to(limit, f"{repo_id}/{path}", ManifestError if path == FILE_NAME else IntegrityError)
+        bar = Bar if limit is None else _bar_up_to(limit, f"{repo_id}/{path}", ManifestError if path == FILE_NAME else IntegrityError)
         return Path(hf_hub_download(repo_id, path, revision=revision, tqdm_class=bar, **options, **NAME))
 
 
-def _bar_up_to(limit: int, name: str, kind: type[CBDError]) -> type[tqdm]:
+def _bar_up_to(limit: int, name: str, kind: type[CBDError]) -> type[Bar]:
     """A progress bar that ends a download of too many bytes: the client asks it before it reads a body, and for every piece."""
 
-    class Bar(tqdm):
+    class Bounded(Bar):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._came, self.disable = 0, True  # as a bar that is refused must be, to be thrown away
             self._check(kwargs.get("total") or 0)
@@ -288,7 +288,7 @@ def _bar_up_to(limit: int, name: str, kind: type[CBDError]) -> type[tqdm]:
             if size > limit:
                 raise kind(f"{name} has {int(size):,} bytes or more where {limit:,} are the most that it may have; it is refused, nothing was kept")
 
-    return Bar
+    return Bounded
 
 
 def download(repo_id: str, revision: str | None, patterns: list[str], options: dict[str, Any]) -> Path:

@@ -19,9 +19,9 @@ from threading import Event
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status, tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from cbd_hub.client import explained, headers, transport_error
+from cbd_hub.client import Bar, explained, headers, transport_error
 from cbd_hub.errors import IntegrityError, StorageError
 from cbd_hub.files import CHUNK_BYTES, CheckedFile
 
@@ -155,7 +155,7 @@ class PartialFile:
             run[start : start + _JOB_CHUNKS] for run in runs for start in range(0, len(run), _JOB_CHUNKS)
         ]
         stop = Event()
-        bar = tqdm(total=chunk_bytes(missing, self.size), unit="B", unit_scale=True, desc=f"{self.repo_id}/{self.name} (parts)"[-60:])
+        bar = Bar(total=chunk_bytes(missing, self.size), unit="B", unit_scale=True, desc=f"{self.repo_id}/{self.name} (parts)"[-60:])
         with bar, ThreadPoolExecutor(min(_CONNECTIONS, len(jobs))) as pool:
             futures = [pool.submit(self._job, job, handle, bar, stop) for job in jobs]
             try:
