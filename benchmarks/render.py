@@ -260,11 +260,12 @@ def speed(data: dict[str, Any]) -> str:
         for row in data["rows"]
     ]
     head = ["size", "layers x FFN", "tokens a second, predicted", "measured", "off", "latency in s, predicted", "measured", "off"]
-    worst = max(abs(row["off"]) for row in data["rows"])
+    worst = max(abs(row["off"]) for row in data["rows"] if not row["anchor"])
+    noise = max(abs(row["off"]) for row in data["rows"] if row["anchor"])
     real = "" if data["real_to_random"] is None else f" The same model with its own weights against random ones: {data['real_to_random']:+.1%}."
     return (
         f"{table(head, rows)}\n\n{data['where']}; medians of {data['runs']} runs in turns, on {data['cpus']} cores with a load of {min(data['load']):.1f} to {max(data['load']):.1f} by what else "
-        f"ran; anchors are bold, and they alone are timed to predict. At most {worst:.1%} off.{real} `{data['command']}`"
+        f"ran; anchors are bold, and they alone are timed to predict: sizes in between are at most {worst:.1%} off, and two timings of one anchor {noise:.1%} apart.{real} `{data['command']}`"
     )
 
 

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/after/speed.py --random
     OMP_NUM_THREADS=1 python benchmarks/after/speed.py --chain demo/chain
 
-The anchors are timed as `CBDModel.from_chain(..., min_tokens_per_second=)` times them, each in its own depth and in a quarter of it; then models of all sizes run in turns, and the
-medians over the runs are compared with what was predicted. Weights are random, on which no time depends: ``--random`` takes the shapes of the demo's chain (SmolLM2-135M, 99M and 64M)
-without a chain, and ``--real`` measures a model folder's own weights against random ones of its config. What else runs on the machine is written down as its load.
-Writes benchmarks/results/speed.json.
+The anchors are timed as `CBDModel.from_chain(..., min_tokens_per_second=)` times them, each in its own depth and in a quarter of it, and models of all sizes are measured; all of these run
+in turns, so that what else runs on the machine (its load is written down) falls on all alike, and medians over the runs are compared. An anchor's row compares its shape with the same
+shape: it shows the noise. Weights are random, on whose values no time depends: ``--random`` takes the shapes of the demo's chain (SmolLM2-135M, 99M and 64M) without a chain, and ``--real``
+runs a model folder's own weights beside random ones of its config. Writes benchmarks/results/speed.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
+from transformers.utils.logging import disable_progress_bar
 
 from cbd_hub import Chain
 from cbd_hub.interpolation.live import best_device
@@ -30,7 +31,7 @@ from cbd_hub.plans import anchor_config, usual_sizes
 from cbd_hub.shapes import config_for, count, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.measuring import Speed, measure_in_turns
-from cbd_hub.speed.prediction import terms
+from cbd_hub.speed.prediction import Probe, SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch
 from cbd_hub.weights import load_model, read_config
 
@@ -72,6 +73,11 @@ def chain_sizes(folder: Path) -> list[tuple[Any, list[Any]]]:
     return found
 
 
+def key(config: Any) -> str:
+    """What tells an anchor from another."""
+    return shape_of(config).text
+
+
 def row(config: Any, predicted: Speed, measured: Speed, anchor: bool) -> dict[str, Any]:
     """A size as it is written down."""
     shape = shape_of(config)
@@ -89,21 +95,26 @@ def main() -> None:
     source.add_argument("--random", action="store_true", help="the shapes of the demo's chain")
     parser.add_argument("--real", type=Path, help="a model folder, to measure its own weights against random ones")
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     options = parser.parse_args()
+    disable_progress_bar()
     load = [os.getloadavg()[0]]
     sizes = random_sizes() if options.random else chain_sizes(options.chain)
-    watch = Stopwatch(getattr(torch, options.dtype), best_device(), again=True)
-    predicted = [watch.model(*neighbours).at(terms(shape_of(config), config)) for config, neighbours in sizes]
-    load.append(os.getloadavg()[0])
+    watch = Stopwatch(getattr(torch, options.dtype), best_device())
+    anchors = {key(config): watch.probe_models(config) for config, neighbours in sizes if len(neighbours) == 1}
+    probes = [model for models in anchors.values() for model in models.values()]
     models = [watch.random_model(config) for config, _ in sizes]
     if options.real is not None:
-        config = read_config(options.real)
-        models += [load_model(options.real, watch.dtype).to(watch.device), watch.random_model(config)]
-    measured = measure_in_turns(models, new_tokens=options.new_tokens, runs=options.runs)
+        models += [load_model(options.real, watch.dtype).to(watch.device), watch.random_model(read_config(options.real))]
+    speeds = measure_in_turns([*probes, *models], new_tokens=options.new_tokens, runs=options.runs)
     load.append(os.getloadavg()[0])
+    timed, measured = iter(speeds), speeds[len(probes) :]
+    known = {name: [Probe(tuple(terms(shape_of(model.config), model.config)), next(timed)) for model in found.values()] for name, found in anchors.items()}
+    predicted = [
+        SpeedModel.fit([probe for neighbour in neighbours for probe in known[key(neighbour)]]).at(terms(shape_of(config), config)) for config, neighbours in sizes
+    ]
     rows = [row(config, ours, found, len(neighbours) == 1) for (config, neighbours), ours, found in zip(sizes, predicted, measured)]
     table = Table("size", "shape", "predicted", "measured", "off", "latency", "measured", "off", title=watch.text, title_justify="left")
     for found in rows:

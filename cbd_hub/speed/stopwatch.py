@@ -101,6 +101,13 @@ class Stopwatch:
             raise ArgumentError(f"{self.device} has no room for {format_size(parameter_count(config))} to be timed; free it, or choose another device_map") from error
         return made.eval()
 
+    def probe_models(self, config: Any) -> dict[int, Any]:
+        """The models by which a config is timed, by their depth: its own, or as deep as memory is spent on, and a quarter of that."""
+        shape = shape_of(config)
+        block = terms(shape, config)[2] / shape.layers
+        deep = max(1, min(shape.layers, int(_MOST_BYTES // (block * self.dtype.itemsize))))
+        return {depth: self.random_model(config_for(shape.model_copy(update={"layers": depth}), config)) for depth in sorted({deep, max(1, deep // 4)}, reverse=True)}
+
     def check(self, model: Any, predicted: Speed) -> Speed | None:
         """Measure a made model shortly, and log where it is further from its prediction than 15%; None for a model on another device."""
         if torch.device(model.device) != self.device:
@@ -126,18 +133,14 @@ class Stopwatch:
 
     def _time(self, config: Any) -> dict[int, Speed]:
         """Speeds of a config in two depths."""
-        shape = shape_of(config)
-        _, _, blocks, _ = terms(shape, config)
-        deep = max(1, min(shape.layers, int(_MOST_BYTES // (blocks / shape.layers * self.dtype.itemsize))))
-        depths = sorted({deep, max(1, deep // 4)}, reverse=True)
-        what = f"timing {format_size(parameter_count(config))} ({shape.text}) on {self.text}"
+        what = f"timing {format_size(parameter_count(config))} ({shape_of(config).text}) on {self.text}"
         report = self.report
         if report is None:
             logger.info("%s, once", what)
         else:
             report(what, 0, None)
-        models = [self.random_model(config_for(shape.model_copy(update={"layers": depth}), config)) for depth in depths]
-        return dict(zip(depths, measure_in_turns(models, report=None if report is None else partial(report, what))))
+        models = self.probe_models(config)
+        return dict(zip(models, measure_in_turns(list(models.values()), report=None if report is None else partial(report, what))))
 
     def _key(self, config: Any) -> dict[str, Any]:
         """All that a time depends on."""
