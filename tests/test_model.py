@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import assembled
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from cbd_hub import CBDModel, Chain
 from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, SizeError, StorageError, WeightsError
@@ -181,6 +182,26 @@ def test_loader_arguments_pass_through(chain):
     full = CBDModel.from_chain(chain, size)
     for name, parameter in full.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter.to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("size", ["max", "middle"])
+def test_it_quantises_while_it_loads(size, tmp_path):
+    """As transformers does with the same weights in a folder: near the exact model, and saved and loaded as it is."""
+    chain = assembled(tmp_path, 4, 2)
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    size = sum(anchor.parameters for anchor in Chain.from_pretrained(chain).anchors[:2]) // 2 if size == "middle" else size
+    exact, made = CBDModel.from_chain(chain, size), CBDModel.from_chain(chain, size, quantization_config=config)
+    CBDModel.materialize(chain, size, output_dir=tmp_path / "made")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "made", quantization_config=config)
+    made.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(4, 44)[None]
+    with torch.no_grad():
+        logits, *same, expected = (model(ids).logits for model in (made, plain, again, exact))
+    assert all(torch.equal(logits, other) for other in same)
+    assert 0 < (logits - expected).abs().max() < 0.2 * expected.std()
+    assert made.config.cbd == exact.config.cbd
 
 
 def test_no_such_chain(tmp_path):
