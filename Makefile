@@ -49,7 +49,11 @@ docs: $(READY)dev
 	$(BIN)/python docs/figures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-test-all: $(READY)dev $(READY)browser
+$(READY)all: $(READY)dev pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,onnx,quantised]'
+	touch $@
+
+test-all: $(READY)all $(READY)browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m "not nightly"
