@@ -141,7 +141,7 @@ def test_wrong_calls_exit_with_2(cbd, arguments):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("command", ["distill", "assemble", "show", "plan", "make", "cut", "generate", "eval"])
+@pytest.mark.parametrize("command", ["distill", "assemble", "show", "plan", "make", "cut", "generate", "eval", "speed", "draft"])
 def test_every_command_has_help(cbd, command):
     code, printed, _ = cbd(command, "--help")
     assert code == 0
