@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
 
-.PHONY: help demo test test-all nightly fix clean
+.PHONY: help demo test test-all docs nightly fix clean
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
-	@echo "make test    lint, types, doctests and tests (under 10 minutes)"
+	@echo "make test    documentation, lint, types, doctests and tests (under 10 minutes)"
 	@echo "make test-all  the same with every walk over requests and 10,000 fuzzed cases"
+	@echo "make docs    the documentation, in build/site"
 	@echo "make nightly the tests against the real Hub, with the account of HF_TOKEN"
 	@echo "make fix     let ruff mend what it can"
 	@echo "make clean   remove the virtual environment"
@@ -38,12 +39,21 @@ $(READY)browser:
 demo: $(READY)demo
 	$(BIN)/python examples/demo.py --out demo
 
-test: $(READY)dev $(READY)browser
+test: $(READY)dev $(READY)browser docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadfile
 
-test-all: $(READY)dev $(READY)browser
+# pictures from the code, pages with every warning an error
+docs: $(READY)dev
+	$(BIN)/python docs/figures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+$(READY)all: $(READY)dev pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,onnx,quantised]'
+	touch $@
+
+test-all: $(READY)all $(READY)browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m "not nightly"

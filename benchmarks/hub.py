@@ -2,10 +2,11 @@
 
     python benchmarks/hub.py
 
-Two chains of random Llama models are pushed to a Hub on loopback: one whose anchors differ in layers alone (10 and 7 of hidden 512, FFN 2048), and one
-whose anchors differ in FFN width (8192 and 4096, 2 layers of hidden 1024). Each cold figure is of a cache of its own. Times are medians of loads in turns, page cache warm:
-``from_pretrained`` of the same model pushed as a repo, as it is (files are mapped, nothing is read yet) and with ``disable_mmap`` (every byte is in
-memory, as after ours). Writes benchmarks/results/hub.json.
+Three chains of random Llama models are pushed to a Hub on loopback: one whose anchors differ in layers alone (10 and 7 of hidden 512, FFN 2048), one
+whose anchors differ in FFN width (8192 and 4096, 2 layers of hidden 1024), and one of SmolLM2-135M's widths (30 and 22 layers). Each cold figure is of a cache of its
+own. Times are medians of loads in turns, page cache warm, wall and CPU: other work on the machine stretches the first and hardly the second. Beside each load stands
+``from_pretrained`` of the same model pushed as a repo, as it is (files are mapped, nothing is read yet), with ``disable_mmap`` (every byte is in memory), and both with
+the first forward pass of eight tokens, after which the weights have been read. Writes benchmarks/results/hub.json.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 RESULTS = ROOT / "benchmarks" / "results" / "hub.json"
 PATCH, FURTHER, BLEND = {"layers": 8}, {"layers": 9}, {"ffn": 4608}
-REPEATS = 5
+REAL = {"layers": 26}  # a patch between 30 and 22 layers of SmolLM2-135M's widths
+REPEATS = 7
 
 
 def main() -> None:
@@ -39,11 +44,22 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
 
 
+def timed(calls: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    """Median seconds of every call, wall and CPU, one after the other in each round; the first round is not counted."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for repeat in range(REPEATS + 1):
+        for name, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            if repeat:
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: dict(zip(("wall", "cpu"), map(statistics.median, zip(*values)))) for name, values in seconds.items()}
+
+
 def measure(hub: Any, folder: Path) -> dict[str, Any]:
     """The figures."""
     import tiny  # type: ignore[import-not-found]
     import torch
-    from measuring import in_turns, medians
     from transformers import AutoModelForCausalLM
 
     from cbd_hub import CBDModel, Chain, assemble_chain
@@ -63,8 +79,11 @@ def measure(hub: Any, folder: Path) -> dict[str, Any]:
     wide = publish("wide", [{"layers": 2, "hidden": 1024, "ffn": ffn} for ffn in (8192, 4096)])
     commit = deep.push_to_hub("org/deep").commit
     wide.push_to_hub("org/wide")
-    CBDModel.materialize(folder / "deep", shape=PATCH, output_dir=folder / "same")
-    pinned = hub.upload_folder("org/same", folder / "same")
+    real = publish("real", [{"layers": layers, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536} for layers in (30, 22)])
+    real.push_to_hub("org/real")
+    for repo, shape in (("deep", PATCH), ("wide", BLEND), ("real", REAL)):
+        CBDModel.materialize(folder / repo, shape=shape, output_dir=folder / f"{repo}-made")
+        hub.upload_folder(f"org/{repo}-made", folder / f"{repo}-made")
 
     def cost(work: Any) -> dict[str, int]:
         """Bytes and requests for weights, and all requests, of some work."""
@@ -128,13 +147,23 @@ def measure(hub: Any, folder: Path) -> dict[str, Any]:
         worker.join()
     together = sum(entry.sent for entry in hub.log if entry.path.endswith(".safetensors"))
 
-    theirs, cache = AutoModelForCausalLM.from_pretrained, folder / "patch"
-    theirs("org/same", cache_dir=cache)
-    seconds = medians(in_turns({
-        "from_chain": lambda: load("org/deep", PATCH, "patch"), "from_pretrained": lambda: theirs("org/same", cache_dir=cache),
-        "from_pretrained, read": lambda: theirs("org/same", cache_dir=cache, disable_mmap=True), "from_chain, pinned": lambda: load("org/deep", PATCH, "patch", commit),
-        "from_pretrained, pinned, read": lambda: theirs("org/same", revision=pinned, cache_dir=cache, disable_mmap=True),
-    }, REPEATS))
+    def first_pass(model: Any) -> None:
+        with torch.no_grad():
+            model(torch.ones(1, 8, dtype=torch.long))
+
+    def beside(repo: str, shape: dict[str, int], cache: str) -> dict[str, dict[str, float]]:
+        def ours() -> Any:
+            return load(f"org/{repo}", shape, cache)
+
+        def theirs(**more: Any) -> Any:
+            return AutoModelForCausalLM.from_pretrained(f"org/{repo}-made", cache_dir=folder / cache, **more)
+
+        return timed({
+            "from_chain": ours, "from_pretrained": theirs, "from_pretrained, read": lambda: theirs(disable_mmap=True),
+            "from_chain, forward": lambda: first_pass(ours()), "from_pretrained, forward": lambda: first_pass(theirs()),
+        })
+
+    seconds = {repo: beside(repo, shape, cache) for repo, shape, cache in (("deep", PATCH, "patch"), ("real", REAL, "real"), ("wide", BLEND, "blend"))}
     return {
         "command": "python benchmarks/hub.py", "chunk bytes": CHUNK_BYTES, "target bytes": own, "both anchors bytes": sum(4 * anchor.parameters for anchor in deep.anchors),
         "patch cold bytes": first["bytes"], "patch cold requests for weights": first["weight requests"], "patch planned bytes": patch_planned,

@@ -77,14 +77,17 @@ def step(data: dict[str, Any]) -> str:
 def teacher_cache(data: dict[str, Any]) -> str:
     """What a teacher cache saves and costs."""
     rows = [
-        [k, f"{one['bytes_per_token']:.0f}", f"{one['rounding_kl']:.1e}", f"{one['tail_mass']:.3f}", f"{one['student']['full'] - one['student']['kept']:.3f}"]
-        for k, one in data["figures"].items()
+        [
+            str(one["top_k"]), str(one["draws"]), f"{one['bytes_per_token']:.0f}", f"{one['rounding_kl']:.1e}", f"{one['tail_mass']:.3f}",
+            *(f"{value:.4f}" for value in (one["student"]["full"], one["student"]["kept"])), f"{one['student']['kept'] - one['student']['full']:+.4f}",
+        ]
+        for one in data["figures"].values()
     ]
     live, cached = data["seconds"]["live teacher"], data["seconds"]["cache, k 128"]
+    names = ["top k", "draws", "bytes a token", "KL of rounding", "tail mass", "KL to the student", "from the cache", "error"]
     return (
-        f"{table(['top k', 'bytes a token', 'KL of rounding', 'tail mass', 'divergence hidden in the tail'], rows)}\n\nA teacher cache of the demo's text, nats per "
-        f"token; the last column is the part of the forward KL to the 99M anchor that one bucket for the rest cannot show. A step from it takes 1/{live / cached:.2f} "
-        f"of a step with the live teacher. `{data['command']}`"
+        f"{table(names, rows)}\n\nA teacher cache of {data['tokens']:,} tokens of the demo's text, nats per token. With no draws the rest is one bucket. The student: {data['student']}. "
+        f"A step from a cache takes 1/{live / cached:.2f} of a step with the live teacher. `{data['command']}`"
     )
 
 
@@ -158,8 +161,7 @@ def align(data: dict[str, Any]) -> str:
 def hub(data: dict[str, Any]) -> str:
     """What loads from the Hub cost."""
     mega = {name: f"{value / 1e6:.1f} MB" for name, value in data.items() if name.endswith("bytes")}
-    seconds, chunk = data["seconds"], data["chunk bytes"]
-    warm = seconds["from_chain"] / seconds["from_pretrained, read"]
+    chunk = data["chunk bytes"]
 
     def fetched(name: str, used: int) -> str:
         return f"{mega[name]}: {used / 1e6:.1f} MB that the plan reads and {max(data[name] - used, 0) / chunk:.1f} chunks of rounding"
@@ -171,12 +173,25 @@ def hub(data: dict[str, Any]) -> str:
         ["a `blend` size across FFN widths, cold", f"{fetched('blend cold bytes', data['blend used bytes'])}; both anchors have {mega['blend both anchors bytes']}"],
         ["requests, warm, pinned / not", f"{data['warm pinned requests']} / {data['warm requests']}"],
         ["four processes at once, cold", f"{data['four processes bytes to one']:.2f}x the bytes of one, {data['four processes right']} right models"],
-        ["warm load to `from_pretrained` of the same model, every byte read", f"{warm:.2f}x the time"],
-        ["the same to files that are mapped and not read yet", f"{seconds['from_chain'] / seconds['from_pretrained']:.2f}x the time"],
+    ]
+
+    def ratio(seconds: dict[str, dict[str, float]], ours: str, theirs: str) -> str:
+        return f"{seconds[ours]['wall'] / seconds[theirs]['wall']:.2f}x ({seconds[ours]['cpu'] / seconds[theirs]['cpu']:.2f}x)"
+
+    kinds = {"real": "`patch`, SmolLM2-135M's widths", "deep": "`patch`, 8 layers of hidden 512", "wide": "`blend`, 2 layers of hidden 1024"}
+    times = [
+        [
+            what, ratio(data["seconds"][name], "from_chain", "from_pretrained"), ratio(data["seconds"][name], "from_chain, forward", "from_pretrained, forward"),
+            ratio(data["seconds"][name], "from_chain", "from_pretrained, read"),
+        ]
+        for name, what in kinds.items()
     ]
     return (
         f"{table(['load from the Hub', 'cost'], rows)}\n\nRandom Llama models that differ in layers alone (10 and 7, hidden 512) and in FFN width (8192 and 4096, hidden 1024); counted "
-        f"by the tests' Hub; a chunk has {chunk / 2**20:.0f} MiB. `{data['command']}`"
+        f"by the tests' Hub; a chunk has {chunk / 2**20:.0f} MiB. `{data['command']}`\n\n"
+        + table(["warm load to `from_pretrained` of the same model", "mapped, nothing read yet", "with the first forward pass", "every byte read"], times)
+        + "\n\nWall time, and CPU time in brackets, from the same command. A patch maps its tensors as `from_pretrained` does; a blend has to be computed before it is there, so make it "
+        "once (`cbd make`) where the same one is loaded often."
     )
 
 
@@ -215,6 +230,63 @@ def heal(data: dict[str, Any]) -> str:
     )
 
 
+def adapter(data: dict[str, Any]) -> str:
+    """What a LoRA keeps of its gain when it is carried."""
+    anchor = data["anchor"]
+
+    def kept(row: dict[str, Any]) -> str:
+        share, error = row["kept"]
+        return f"{share:.0%}" + ("" if error is None else f" ± {error:.0%}")
+
+    rows = [[format_size(anchor["parameters"]) + ", its own", f"{anchor['base'][0]:.3f}", f"{anchor['adapted'][0]:.3f}", pair(anchor["gain"]), "", ""]]
+    for row in data["rows"]:
+        anew = f"{row['anew'][0]:.3f} ({pair(row['carried_to_anew'])})" if "anew" in row else ""
+        rows.append([format_size(row["parameters"]), f"{row['base'][0]:.3f}", f"{row['carried'][0]:.3f}", pair(row["gain"]), kept(row), anew])
+    head = ["size", "without it", "with it", "gain", "kept of its gain", "trained anew there (carried to that)"]
+    return (
+        f"{table(head, rows)}\n\nA LoRA of rank {data['rank']}, trained on {data['tokens']:,} tokens of another domain on the largest anchor and carried without training; "
+        f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. The goal of 80% at the middle is {'reached' if data['reached'] else 'missed'}. `{data['command']}`"
+    )
+
+
+def speed(data: dict[str, Any]) -> str:
+    """Predicted and measured speeds."""
+    rows = [
+        [
+            f"**{format_size(row['parameters'])}**" if row["anchor"] else format_size(row["parameters"]), f"{row['layers']} x {row['ffn']}",
+            *(f"{row[kind]['tokens_per_second']:.2f}" for kind in ("predicted", "measured")), f"{row['off']:+.1%}",
+            *(f"{row[kind]['latency']:.2f}" for kind in ("predicted", "measured")), f"{row['latency_off']:+.1%}",
+        ]
+        for row in data["rows"]
+    ]
+    head = ["size", "layers x FFN", "tokens a second, predicted", "measured", "off", "latency in s, predicted", "measured", "off"]
+    worst = max(abs(row["off"]) for row in data["rows"] if not row["anchor"])
+    noise = max(abs(row["off"]) for row in data["rows"] if row["anchor"])
+    real = "" if data["real_to_random"] is None else f" The same model with its own weights against random ones: {data['real_to_random']:+.1%}."
+    return (
+        f"{table(head, rows)}\n\n{data['where']}; medians of {data['runs']} runs in turns, on {data['cpus']} cores with a load of {min(data['load']):.1f} to {max(data['load']):.1f} by what else "
+        f"ran; anchors are bold, and they alone are timed to predict: sizes in between are at most {worst:.1%} off, and two timings of one anchor {noise:.1%} apart.{real} `{data['command']}`"
+    )
+
+
+def draft(data: dict[str, Any]) -> str:
+    """Drafts for the largest size."""
+    rows = [
+        [
+            format_size(row["parameters"]), f"{row['drafted']:,}", f"{row['acceptance']:.0%}", f"{row['tokens_per_second_alone']:.2f}", f"{row['tokens_per_second']:.2f}",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in data["results"]
+    ]
+    best = "no draft is faster than it alone" if data["best"] is None else f"the best draft is {format_size(data['best'])}"
+    ties = sum(row["ties"] for row in data["results"])
+    same = "the output is the same in all" if not ties else f"the output parts at a tie in {ties} of {data['prompts'] * len(rows)}"
+    return (
+        f"{table(['draft', 'drafted', 'accepted', 'tokens a second alone', 'with it', 'speed-up'], rows)}\n\n{format_size(data['target'])} answering {data['prompts']} prompts with "
+        f"{data['new_tokens']:,} tokens, greedy, {data['dtype']}, {data['where']}, {data['threads']} threads, medians of {data['rounds']} rounds in turns; {same}; {best}. `{data['command']}`"
+    )
+
+
 def fill(document: Path, renders: dict[str, Any]) -> None:
     """Fill the marked blocks of a document that have results."""
     text = document.read_text(encoding="utf-8")
@@ -235,7 +307,7 @@ def main() -> None:
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     fill(ROOT / "README.md", {
         "demo": demo, "boomerang": boomerang, "step": step, "teacher_cache": teacher_cache, "head": head, "anchors": anchors, "align": align, "memory": memory,
-        "loading": loading, "hub": hub, "heal": heal,
+        "loading": loading, "hub": hub, "heal": heal, "adapter": adapter, "speed": speed, "draft": draft,
     })
     fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": quality})
 

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from cbd_hub.adapters import carry_adapter
     from cbd_hub.chain import Chain, assemble_chain
     from cbd_hub.distill.config import ChainDistillerConfig
     from cbd_hub.distill.distiller import ChainDistiller
     from cbd_hub.distill.heal import heal
     from cbd_hub.distill.recipe import distill_chain
     from cbd_hub.distill.schema import Recipe
+    from cbd_hub.drafting import draft_table
     from cbd_hub.errors import CBDError
     from cbd_hub.model import CBDModel
+    from cbd_hub.speed.measuring import measure_speed
 
 __all__ = [
-    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "distill_chain", "heal",
+    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "carry_adapter", "distill_chain", "draft_table", "heal",
+    "measure_speed",
 ]
 
 _WHERE = {
@@ -32,8 +36,11 @@ _WHERE = {
     "ChainDistillerConfig": "cbd_hub.distill.config",
     "Recipe": "cbd_hub.distill.schema",
     "assemble_chain": "cbd_hub.chain",
+    "carry_adapter": "cbd_hub.adapters",
     "distill_chain": "cbd_hub.distill.recipe",
+    "draft_table": "cbd_hub.drafting",
     "heal": "cbd_hub.distill.heal",
+    "measure_speed": "cbd_hub.speed.measuring",
 }
 
 

@@ -16,7 +16,7 @@ from cbd_hub.errors import ArgumentError
 from cbd_hub.model import CBDModel
 
 
-_WISHES = ("size", "memory_budget", "shape", "strategy", "alpha", "tolerance")
+_WISHES = ("size", "memory_budget", "min_tokens_per_second", "max_latency", "shape", "strategy", "alpha", "tolerance")
 
 
 class CBDChainConfig(PretrainedConfig):
@@ -26,9 +26,10 @@ class CBDChainConfig(PretrainedConfig):
 
     def __init__(
         self, size: str | int | None = None, memory_budget: str | int | None = None, shape: dict[str, int] | None = None, strategy: str = "auto",
-        alpha: float | None = None, tolerance: float = 0.02, **kwargs: Any,
+        alpha: float | None = None, tolerance: float = 0.02, min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None, **kwargs: Any,
     ) -> None:
         self.size, self.memory_budget, self.shape = size, memory_budget, shape
+        self.min_tokens_per_second, self.max_latency = min_tokens_per_second, max_latency
         self.strategy, self.alpha, self.tolerance = strategy, alpha, tolerance
         super().__init__(**kwargs)
 
@@ -47,7 +48,7 @@ class CBDChainModel(PreTrainedModel):
             CBDError: As `CBDModel.from_chain`.
         """
         wishes = {name: kwargs.pop(name, getattr(config, name, None)) for name in _WISHES}
-        if all(wishes[name] is None for name in ("size", "memory_budget", "shape")):
+        if all(wishes[name] is None for name in ("size", "memory_budget", "min_tokens_per_second", "max_latency", "shape")):
             raise ArgumentError(
                 f'{pretrained_model_name_or_path} is a chain, which gives many sizes; say which: from_pretrained("{pretrained_model_name_or_path}", size="...")'
             )

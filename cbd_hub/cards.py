@@ -74,7 +74,9 @@ class Healed(Data):
         }
 
 
-def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: Mapping[str, str] | None = None, recipe: bool = True) -> str:
+def chain_card(
+    manifest: Manifest, *, repo_id: str | None = None, anchor_repos: Mapping[str, str] | None = None, recipe: bool = True, datasets: Sequence[str] = (),
+) -> str:
     """The README of a chain.
 
     Args:
@@ -82,6 +84,7 @@ def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: 
         repo_id: Its repo; None for a local folder.
         anchor_repos: The repo of each anchor, where it is published.
         recipe: Whether recipe.yaml lies beside it.
+        datasets: Hub ids of the data sets that it was trained on.
 
     Returns:
         Markdown with the metadata of a model card.
@@ -89,7 +92,7 @@ def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: 
     name = repo_id or manifest.name
     anchors = [
         {
-            "name": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape, "origin": anchor.origin,
+            "name": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape, "origin": _origin(anchor),
             "loss": _loss(anchor.evaluations[-1]) if anchor.evaluations else "not measured",
             "path": anchor_repos[anchor.name] if anchor_repos else f"{name}/anchors/{anchor.name}",
         }
@@ -113,13 +116,29 @@ def chain_card(manifest: Manifest, *, repo_id: str | None = None, anchor_repos: 
         "chain.md.j2", aligned=aligned, name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
         teacher_repo=_hub_id(teacher.repo_id) if teacher else None, license=license_lines(shared_license(manifest, manifest.anchors)),
         teacher_parameters=format_size(teacher.parameters) if teacher else None, recipe=recipe,
-        dataset=measured[-1].dataset if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None,
+        dataset=cell(measured[-1].dataset) if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None, datasets=list(datasets),
     )
+
+
+def _origin(anchor: Anchor) -> str:
+    """What an anchor began as, and on how many tokens it was trained."""
+    begun = anchor.origin if anchor.parent is None else f"{anchor.origin} from {anchor.parent}"
+    return begun if anchor.training is None or not anchor.training.tokens else f"{begun}, {anchor.training.tokens:,} tokens"
+
+
+def cell(value: Any) -> str:
+    r"""A value as a cell of a table, which it cannot leave.
+
+    Example:
+        >>> cell("a|b\n<!-- c")
+        'a\\|b <\\!-- c'
+    """
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<!--", "<\\!--")
 
 
 def anchor_card(
     name: str, parameters: int, *, teacher_repo: str | None, license: str | None, facts: dict[str, str], base: str | None = None,
-    base_repo: str | None = None, chain: str | None = None, manifest: Manifest | None = None, distilled: bool = True,
+    base_repo: str | None = None, chain: str | None = None, manifest: Manifest | None = None, distilled: bool = True, datasets: Sequence[str] = (),
 ) -> str:
     """The README of a distilled model, or of an adapter.
 
@@ -134,13 +153,14 @@ def anchor_card(
         chain: Repo of the chain that it is an anchor of.
         manifest: That chain.
         distilled: Whether it was distilled here, and not merely taken over.
+        datasets: Hub ids of the data sets that it was trained on.
 
     Returns:
         Markdown with the metadata of a model card.
     """
     span = {"smallest": "", "largest": "", "example": ""} if manifest is None else _span(manifest)
     return _render(
-        "anchor.md.j2", name=name, parameters=parameters, teacher_repo=_hub_id(teacher_repo), license=license_lines(license), facts=list(facts.items()),
+        "anchor.md.j2", name=name, parameters=parameters, teacher_repo=_hub_id(teacher_repo), license=license_lines(license), facts=_cells(facts), datasets=list(datasets),
         base=base, base_repo=base_repo, chain=chain, distilled=distilled, curve=manifest is not None and any(link.curve for link in manifest.links), **span,
     )
 
@@ -203,7 +223,7 @@ def interpolant_card(
         Markdown with the metadata of a model card.
     """
     return _render(
-        "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=list(facts.items()),
+        "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=_cells(facts),
         example="" if manifest is None else _span(manifest)["example"], healed=[] if healed is None else list(healed.table().items()),
         teacher=None if healed is None else healed.teacher, base=base,
     )
@@ -256,12 +276,13 @@ def license_lines(license: str | None) -> str:
         >>> license_lines("apache-2.0"), license_lines("My Licence"), license_lines(None)
         ('license: apache-2.0\n', 'license: other\nlicense_name: my-licence\n', '')
     """
-    if license is None:
-        return ""
-    if license.lower() in LICENSES:
-        return f"license: {license.lower()}\n"
-    name = re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-.")
-    return f"license: other\nlicense_name: {name}\n" if name else ""
+    name = "" if license is None else _license_id(license)
+    return f"license: {name}\n" if name in LICENSES else f"license: other\nlicense_name: {name}\n" if name else ""
+
+
+def _license_id(license: str) -> str:
+    """The Hub's id of a licence, or the name that stands beside ``other``."""
+    return license.lower() if license.lower() in LICENSES else re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-.")
 
 
 def license_of(folder: Path) -> str | None:
@@ -315,7 +336,22 @@ def check_card(text: str, name: str) -> None:
         raise ArgumentError(f'the card of {name} has license_name: {str(named)[:80]}; it goes with license: other, in lower case with "-" and "."')
 
 
-def merge_card(old: str | None, new: str) -> str:
+def read_card(path: Path, name: str | None = None) -> str | None:
+    """The text of a README, whatever system it was written on; None where there is none. ``name`` says whose it is.
+
+    Raises:
+        ArgumentError: If it is no UTF-8, since what people wrote would be lost.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError:
+        return None
+    except UnicodeDecodeError as error:
+        whose = path if name is None else f"the README of {name}"
+        raise ArgumentError(f"{whose} is not UTF-8 (byte {error.start:,}), and its words could not be kept; save it as UTF-8 and run the same command again") from error
+
+
+def merge_card(old: str | None, new: str, licence: str | None = None) -> str:
     """A card written anew that keeps what people wrote into the old one.
 
     The marked block is replaced and the text around it kept; of the metadata what only the old one has is kept, tags and data sets of both
@@ -324,6 +360,7 @@ def merge_card(old: str | None, new: str) -> str:
     Args:
         old: The README that is there; None for none.
         new: The card.
+        licence: The licence that the old one was generated with: it is no person's, and goes where the new one has another or none.
 
     Returns:
         The README to publish.
@@ -336,6 +373,8 @@ def merge_card(old: str | None, new: str) -> str:
         data, body = written.data.to_dict(), written.text
     except Exception:  # a card that cannot be read is all hand-written text
         data, body = {}, old
+    if licence is not None and (data.get("license_name") or data.get("license")) == _license_id(licence):
+        data = {field: value for field, value in data.items() if field not in ("license", "license_name", "license_link")}
     merged = {**data, **fresh.data.to_dict()}
     for field in ("tags", "datasets", "language"):
         if isinstance(data.get(field), (str, list, type(None))):  # anything else is for the check of the card to refuse
@@ -347,7 +386,7 @@ def merge_card(old: str | None, new: str) -> str:
     if data.get("license"):
         merged |= {field: data[field] for field in ("license", "license_name", "license_link") if field in data}
     start, stop = body.find(_BEGIN), body.find(_END)
-    block = fresh.text[fresh.text.find(_BEGIN) :].strip()
+    block = fresh.text[fresh.text.find(_BEGIN) : fresh.text.find(_END) + len(_END)].strip()
     if 0 <= start < stop:
         body = body[:start].strip("\n") + "\n\n" + block + "\n\n" + body[stop + len(_END) :].strip("\n")
     else:
@@ -359,6 +398,10 @@ def merge_card(old: str | None, new: str) -> str:
 def _texts(value: Any) -> list[Any]:
     """A field of a card's metadata that may be one entry or a list of them."""
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _cells(facts: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(cell(label), cell(value)) for label, value in facts.items()]
 
 
 def _span(manifest: Manifest) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cbd_hub import shapes
-from cbd_hub.cards import chain_card, license_of
+from cbd_hub.cards import chain_card, license_of, merge_card, read_card
 from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
@@ -37,7 +37,7 @@ from cbd_hub.manifest import (
 )
 from cbd_hub.model import CBDModel
 from cbd_hub.plans import plan_in
-from cbd_hub.publish import push_chain
+from cbd_hub.publish import NEVER, push_chain
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
 from cbd_hub.upload import Publication
@@ -131,7 +131,8 @@ class Chain:
             for anchor in self.anchors:
                 builder.anchor_folder(anchor.name).mkdir(parents=True)
                 for name in anchor.files:
-                    shutil.copyfile(self.files.path(anchor, name), builder.anchor_folder(anchor.name) / name)
+                    if not name.lower().endswith(NEVER) and "/" not in name:  # a stranger's list may hold anything
+                        shutil.copyfile(self.files.path(anchor, name), builder.anchor_folder(anchor.name) / name)
                 kept = None
                 if anchor.maps is not None:
                     path = target / "maps" / f"{anchor.name}.safetensors"
@@ -140,13 +141,13 @@ class Chain:
                     kept = PathRecord(path=f"maps/{anchor.name}.safetensors", sha256=sha256(path))
                 anchors.append(builder.record(
                     anchor.name, origin=anchor.origin, parent=anchor.parent, maps=kept, training=anchor.training,
-                    evaluations=list(anchor.evaluations),
+                    evaluations=list(anchor.evaluations), license=anchor.license,
                 ))
-            for name in ("recipe.yaml",) if self.files.revision is not None else ("recipe.yaml", "README.md"):
+            for name in ("recipe.yaml", "README.md"):
                 found = self.files.extra(name)
                 if found is not None:
                     shutil.copyfile(found, target / name)
-            builder.finish(anchors, list(self.manifest.links), self.manifest.teacher, card=not (target / "README.md").is_file())
+            builder.finish(anchors, list(self.manifest.links), self.manifest.teacher)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, gated: Literal["auto", "manual"] | None = None, token: str | None = None,
@@ -238,16 +239,16 @@ class ChainBuilder:
             training=training, evaluations=list(evaluations), license=license,
         )
 
-    def finish(self, anchors: list[Anchor], links: list[Link], teacher: Teacher | None, *, card: bool = True) -> Manifest:
-        """Write the tokenizer, the card and at last chain.json."""
+    def finish(self, anchors: list[Anchor], links: list[Link], teacher: Teacher | None) -> Manifest:
+        """Write the tokenizer, the card (around it what people wrote into one that is there) and at last chain.json."""
         manifest = Manifest(
             name=self.name, created_with=f"cbd_hub {version('cbd-hub')}", teacher=teacher, anchors=anchors, links=links
         )
         for name in TOKENIZER_FILES:
             if name in anchors[0].files:
                 shutil.copyfile(self.anchor_folder(anchors[0].name) / name, self.root / name)
-        if card:
-            write_text(self.root / "README.md", chain_card(manifest))
+        card = self.root / "README.md"
+        write_text(card, merge_card(read_card(card), chain_card(manifest, recipe=(self.root / "recipe.yaml").is_file())))
         write_text(self.root / FILE_NAME, manifest.to_json())
         return manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -15,18 +16,23 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cbd_hub.adapter_command import commands as adapter_commands
 from cbd_hub.errors import ArgumentError, CBDError, DataError
 from cbd_hub.heal_command import commands as heal_commands
 from cbd_hub.hub_commands import commands as hub_commands
 from cbd_hub.model_commands import commands as model_commands
 from cbd_hub.options import (
+    AdapterOption,
+    AdapterSizeOption,
     AlphaOption,
     BudgetOption,
     ChainArgument,
     ColumnOption,
     DtypeOption,
     JsonOption,
+    LatencyOption,
     OutOption,
+    RateOption,
     RevisionOption,
     ShapeOption,
     SizeOption,
@@ -34,9 +40,22 @@ from cbd_hub.options import (
     ToleranceOption,
     shape_of_text,
 )
-from cbd_hub.printing import err, hush_bars, middle, out, print_json, reported, show_chain, show_costs, table_of, with_error
+from cbd_hub.printing import (
+    adapter_text,
+    err,
+    hush_bars,
+    middle,
+    out,
+    print_json,
+    reported,
+    show_chain,
+    show_costs,
+    table_of,
+    with_error,
+)
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space_command import commands as space_commands
+from cbd_hub.speed_commands import commands as speed_commands
 
 
 app = typer.Typer(
@@ -132,16 +151,23 @@ def show(chain: ChainArgument, revision: RevisionOption = None, as_json: JsonOpt
 @app.command()
 def plan(
     chain: ChainArgument, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None,
-    tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
+    tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, rate: RateOption = None, latency: LatencyOption = None, adapter: AdapterOption = None,
+    adapter_size: AdapterSizeOption = None, dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Say what a size would be made of, and what would be fetched, without touching a weight."""
     from dataclasses import replace
 
+    from cbd_hub.adapters import carried_to
     from cbd_hub.hub import open_chain
     from cbd_hub.plans import plan_costs, plan_in
     hush_bars()
     files = replace(open_chain(chain, revision=revision), glance=True)
-    planned = plan_in(files, size, memory_budget=budget, dtype=dtype, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance)
+    planned = plan_in(
+        files, size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, dtype=dtype, shape=shape_of_text(shape), strategy=strategy, alpha=alpha,
+        tolerance=tolerance,
+    )
+    if adapter is not None:
+        planned = carried_to(files, planned, adapter, adapter_size, weights=False).plan
     costs = plan_costs(files, planned)
     if as_json:
         print_json({**planned.summary(), **costs})
@@ -165,6 +191,10 @@ def plan(
     if "bytes_to_fetch" in costs:
         rows["fetch"] = ", ".join(f"{format_bytes(count)} of {name}" for name, count in costs["bytes_to_fetch"].items())
     rows["in memory"] = ", ".join(f"{format_bytes(count)} in {dtype}" for dtype, count in costs["bytes_in_memory"].items())
+    if planned.adapter is not None:
+        rows["adapter"] = adapter_text(planned.adapter)
+    if planned.speed is not None:
+        rows["speed"] = f"{planned.speed.text} (predicted)"
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out.print(table)
@@ -177,20 +207,24 @@ def plan(
 @app.command()
 def make(
     chain: ChainArgument, out_dir: OutOption, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto",
-    alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, dtype: DtypeOption = None,
-    revision: RevisionOption = None, as_json: JsonOption = False,
+    alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, rate: RateOption = None, latency: LatencyOption = None,
+    dtype: DtypeOption = None, adapter: AdapterOption = None, adapter_size: AdapterSizeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
     from cbd_hub.model import CBDModel
     hush_bars()
     made = CBDModel.materialize(
-        chain, size, output_dir=out_dir, memory_budget=budget, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype,
-        revision=revision,
+        chain, size, output_dir=out_dir, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy,
+        alpha=alpha, tolerance=tolerance, dtype=dtype, adapter=adapter, adapter_size=adapter_size, revision=revision,
     )
     if as_json:
         print_json({**made.summary(), "output_dir": str(out_dir)})
         return
     out.print(f"{made.parameters:,} parameters ({made.shape.text}, {made.strategy}) in {escape(str(out_dir))}")
+    if made.adapter is not None:
+        out.print(f"with the adapter {escape(adapter_text(made.adapter))}, merged")
+    if made.speed is not None:
+        out.print(f"predicted here: {made.speed.text}")
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 
 
@@ -202,7 +236,8 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
-    budget: BudgetOption = None, dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
+    budget: BudgetOption = None, rate: RateOption = None, latency: LatencyOption = None, dtype: DtypeOption = None, revision: RevisionOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt with a model of a size."""
     import torch
@@ -214,7 +249,10 @@ def generate(
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
     opened = Chain.from_pretrained(chain, revision=revision)
-    model = opened.model(size, memory_budget=budget, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
+    model = opened.model(
+        size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance,
+        dtype=dtype,
+    )
     model.to(best_device())
     tokenizer = opened.tokenizer(model.config.cbd["parameters"])
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -327,10 +365,27 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
+class _Lines(logging.Handler):
+    """Shows what is logged as lines beside the output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(escape(record.getMessage()))
+
+
+def _tell_of_speed() -> None:
+    """What is timed takes some seconds, and is said; so is a prediction that was checked."""
+    told = logging.getLogger("cbd_hub.speed")
+    if not any(isinstance(handler, _Lines) for handler in told.handlers):
+        told.addHandler(_Lines())
+    told.setLevel(logging.INFO)
+
+
 app.add_typer(model_commands)
 app.add_typer(heal_commands)
+app.add_typer(adapter_commands)
 app.add_typer(hub_commands)
 app.add_typer(space_commands)
+app.add_typer(speed_commands)
 
 
 def main() -> NoReturn:
@@ -340,6 +395,7 @@ def main() -> NoReturn:
     debug = "--debug" in options
     arguments = [word for word in options if word != "--debug"] + words[len(options) :]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is half-written is removed
+    _tell_of_speed()
     if not debug:
         _quiet()
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, tqdm  # type: ignore[attr-defined]
 
 from cbd_hub.errors import CBDError, IntegrityError, ManifestError, StorageError
 
@@ -35,6 +36,37 @@ def api(token: str | bool | None = None) -> HfApi:
 def headers(token: str | bool | None = None) -> dict[str, str]:
     """Headers of a request of our own."""
     return build_hf_headers(token=token, **NAME)
+
+
+_counter: ContextVar[Callable[[int], None] | None] = ContextVar("counter", default=None)
+
+
+@contextmanager
+def counted(came: Callable[[int], None]) -> Iterator[None]:
+    """A block in which ``came`` hears of the bytes of each file that this thread fetches, whether bars are shown or not."""
+    token = _counter.set(came)
+    try:
+        yield
+    finally:
+        _counter.reset(token)
+
+
+class Bar(tqdm):
+    """The client's progress bar, which also tells who counts the bytes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._counter = _counter.get()
+        super().__init__(*args, **kwargs)
+        self._tell(kwargs.get("initial") or 0)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count bytes that came."""
+        self._tell(n or 0)
+        return super().update(n)
+
+    def _tell(self, count: float) -> None:
+        if self._counter is not None:
+            self._counter(int(count))
 
 
 def transport_error(error: BaseException) -> bool:
@@ -95,11 +127,13 @@ def _explained(repo_id: str, error: BaseException, token: Any, pushing: bool) ->
 
 def _storage(repo_id: str, error: BaseException, token: Any, pushing: bool) -> StorageError:
     why = reason(error, token)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if pushing:
-        status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 412:
             return StorageError(f"{repo_id} has changed meanwhile ({why}); nothing was written over, run the same command again")
         return StorageError(f"cannot push to {repo_id} ({why}); check the name, log in with `hf auth login`, and push again: it goes on where it stopped")
+    if status in (401, 403):
+        return StorageError(f"{repo_id}: the Hub refuses this account or its token ({why}); log in anew with `hf auth login`, or pass another token")
     if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
         return StorageError(f"cannot keep {repo_id} in the cache ({error.strerror or why}); free or choose another disk")
     return StorageError(f"{repo_id} is not in the cache and the Hub cannot be reached ({why}); check the network or the path")

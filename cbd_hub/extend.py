@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cbd_hub import shapes
-from cbd_hub.cards import chain_card, license_of, merge_card, shared_license
+from cbd_hub.cards import chain_card, license_of, merge_card, read_card, shared_license
 from cbd_hub.chain import Chain, check_pair, unique_name
 from cbd_hub.errors import ArgumentError
 from cbd_hub.families import family_of
@@ -90,7 +90,7 @@ def add_anchor(
     card = chain.files.root / "README.md"
     text = chain_card(manifest, recipe=(chain.files.root / "recipe.yaml").is_file())
     write_text(chain.files.root / FILE_NAME, manifest.to_json())
-    write_text(card, merge_card(card.read_text(encoding="utf-8") if card.is_file() else None, text))
+    write_text(card, merge_card(read_card(card), text, shared_license(chain.manifest, chain.anchors)))
     return Publication(chain.name, None, {name: (repo_id, commit)})
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from cbd_hub.client import NAME, api, explained
-from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError
+from cbd_hub.client import NAME, Bar, api, explained
+from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, StorageError
 from cbd_hub.files import CHUNK_BYTES, check_file, sha256
 from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Anchor, Manifest, PathRecord, inside
 from cbd_hub.ranges import PartialFile
@@ -52,23 +52,30 @@ class ChainFiles:
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     glance: bool = False
     _here: dict[tuple[str, str, str], Path] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def _fetch(self, repo_id: str, path: str, revision: str) -> Path:
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once for this opened chain; not to be changed by who gets it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _fetch(self, repo_id: str, path: str, revision: str, limit: int = MAX_BYTES) -> Path:
         """A file of a pinned commit: looked for once."""
         key = (repo_id, path, revision)
         if key not in self._here:
-            self._here[key] = fetch(repo_id, path, revision, self.options)
+            self._here[key] = fetch(repo_id, path, revision, self.options, limit)
         return self._here[key]
 
-    def _sound(self, repo_id: str, path: str, revision: str, check: Callable[[Path], None]) -> Path:
+    def _sound(self, repo_id: str, path: str, revision: str, check: Callable[[Path], None], limit: int = MAX_BYTES) -> Path:
         """A file of a pinned commit that passes a check; fetched once more where a cache or a download was damaged."""
-        found = self._fetch(repo_id, path, revision)
+        found = self._fetch(repo_id, path, revision, limit)
         try:
             check(found)
         except IntegrityError:
             if self.options.get("local_files_only") or constants.HF_HUB_OFFLINE:
                 raise
-            found = fetch(repo_id, path, revision, {**self.options, "force_download": True})
+            found = fetch(repo_id, path, revision, {**self.options, "force_download": True}, limit)
             check(found)
         return found
 
@@ -108,7 +115,7 @@ class ChainFiles:
         record = anchor.files.get(name)
         if record is None:
             return self._fetch(repo_id, prefix + name, revision)
-        return self._sound(repo_id, prefix + name, revision, lambda path: check_file(path, record.sha256, record.bytes))
+        return self._sound(repo_id, prefix + name, revision, lambda path: check_file(path, record.sha256, record.bytes), record.bytes)
 
     def config_folder(self, anchor: Anchor) -> Path:
         """A folder with an anchor's config.json, checked; from its preview at a glance."""
@@ -139,7 +146,9 @@ class ChainFiles:
         listed = self.chunks(anchor).get(name, []) if hashes else []
         if hashes and len(listed) != -(-record.bytes // CHUNK_BYTES):
             raise IntegrityError(f"anchor {anchor.name} of {self.name} has {len(listed)} chunk hashes for the {record.bytes:,} bytes of {name}; fetch the chain again")
-        return PartialFile(repo_id, revision, prefix + name, record.bytes, record.sha256, listed, self.options.get("token"), self.options.get("cache_dir"))
+        return PartialFile(
+            repo_id, revision, prefix + name, record.bytes, record.sha256, listed, self.options.get("token"), self.options.get("cache_dir"), bool(self.options.get("force_download"))
+        )
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files beside chain.json, each the one that the first anchor has on record.
@@ -197,7 +206,12 @@ class ChainFiles:
         """Recorded hashes of every 4 MiB of an anchor's weight files."""
         if anchor.chunks is None:
             raise IntegrityError(f"anchor {anchor.name} of {self.name} has no chunk hashes; fetch or make the chain again")
-        path = self.side_file(anchor.chunks)
+        record = anchor.chunks
+        listed: dict[str, list[str]] = self.once(("chunks", record), lambda: self._chunks(record))
+        return listed
+
+    def _chunks(self, record: PathRecord) -> dict[str, list[str]]:
+        path = self.side_file(record)
         try:
             listed = json.loads(path.read_bytes())["files"]
             return {str(name): [str(value) for value in values] for name, values in listed.items()}
@@ -248,18 +262,18 @@ def fetch(repo_id: str, path: str, revision: str | None, options: dict[str, Any]
 
     Raises:
         ManifestError: If the repo or the revision does not exist.
-        IntegrityError: If it lacks the file.
+        IntegrityError: If it lacks the file, or the file is too long.
         StorageError: If it is gated, offline, or the Hub cannot be reached.
     """
     with explained(repo_id, options.get("token")):
-        bar = None if limit is None else _bar_up_to(limit, f"{repo_id}/{path}")
+        bar = Bar if limit is None else _bar_up_to(limit, f"{repo_id}/{path}", ManifestError if path == FILE_NAME else IntegrityError)
         return Path(hf_hub_download(repo_id, path, revision=revision, tqdm_class=bar, **options, **NAME))
 
 
-def _bar_up_to(limit: int, name: str) -> type[tqdm]:
+def _bar_up_to(limit: int, name: str, kind: type[CBDError]) -> type[Bar]:
     """A progress bar that ends a download of too many bytes: the client asks it before it reads a body, and for every piece."""
 
-    class Bar(tqdm):
+    class Bounded(Bar):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._came, self.disable = 0, True  # as a bar that is refused must be, to be thrown away
             self._check(kwargs.get("total") or 0)
@@ -272,9 +286,9 @@ def _bar_up_to(limit: int, name: str) -> type[tqdm]:
 
         def _check(self, size: float) -> None:
             if size > limit:
-                raise ManifestError(f"{name} has {int(size):,} bytes or more, and no chain needs more than {limit:,}; it is refused, nothing was kept")
+                raise kind(f"{name} has {int(size):,} bytes or more where {limit:,} are the most that it may have; it is refused, nothing was kept")
 
-    return Bar
+    return Bounded
 
 
 def download(repo_id: str, revision: str | None, patterns: list[str], options: dict[str, Any]) -> Path:

@@ -118,11 +118,12 @@ class PathRecord(Data):
 
 
 class Training(Data):
-    """What an anchor has been trained with: tokens seen, last loss in nats per token, the recipe."""
+    """What an anchor has been trained with: tokens seen, last loss in nats per token, the recipe, and the loss in words."""
 
     tokens: int = Field(ge=0)
     loss: float | None = None
     recipe_sha256: Sha256 | None = None
+    objective: str | None = Field(default=None, max_length=512)
 
 
 class Teacher(Data):

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from cbd_hub.adapter_files import lora_config
+from cbd_hub.adapters import carried_to
 from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Anchor, Shape
-from cbd_hub.plans import anchor_config, plan_in, weight_dtype
+from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight_dtype
 from cbd_hub.remote import open_weights
 from cbd_hub.single import cut_single
 from cbd_hub.sizes import format_size
+from cbd_hub.speed.stopwatch import Stopwatch
 from cbd_hub.weights import (
     LOADING,
     Checkpoint,
@@ -52,10 +55,11 @@ _REFUSED = {
     "key_mapping": "anchors keep their checkpoint keys",
     "variant": "a chain has one set of weights; choose dtype instead",
     "subfolder": "name the chain itself",
-    "adapter_kwargs": "load an adapter onto the returned model with peft",
+    "adapter_kwargs": "name the adapter by adapter=, with its revision as org/lora@revision",
 }
 _OWN = (
-    "size", "memory_budget", "shape", "strategy", "alpha", "tolerance", "revision", "token", "cache_dir", "local_files_only", "force_download",
+    "size", "memory_budget", "min_tokens_per_second", "max_latency", "shape", "strategy", "alpha", "tolerance", "adapter", "adapter_size", "revision", "token", "cache_dir",
+    "local_files_only", "force_download",
 )
 
 
@@ -107,19 +111,30 @@ def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+# What makes a model other than the plain weights on one device that are timed.
+_UNTIMED = ("quantization_config", "tp_plan", "tp_size", "device_mesh", "distributed_config")
+
+
+def _watch(files: ChainFiles, arguments: Mapping[str, Any], *wishes: Any) -> Stopwatch | None:
+    """What times a chain's anchors as loading arguments say; None where no speed is wished for.
+
+    Raises:
+        ArgumentError: If the model will not be plain weights on one device.
+    """
+    if all(wish is None for wish in wishes):
+        return None
+    for name in _UNTIMED:
+        if arguments.get(name) is not None:
+            raise ArgumentError(f"{name}= came with a speed to reach, which is timed with plain weights on one device; leave it out, or ask for a size")
+    return stopwatch(files, arguments.get("dtype"), arguments.get("device_map"), arguments.get("attn_implementation"))
+
+
 def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
     anchors = {name: files.manifest.anchor(name) for name in sorted({plan.small, plan.large})}
     nearest = min(anchors.values(), key=lambda anchor: abs(anchor.parameters - plan.parameters))
     rows: dict[str, Any] = dict.fromkeys(anchors) if plan.strategy == "anchor" else plan.rows()
     read = {name: open_weights(files, anchor, anchor_config(files, anchor), rows[name]) for name, anchor in anchors.items() if name in plan.sources()}
-    large = files.manifest.anchor(plan.large)
-    config = plan.config(anchor_config(files, large))
-    config.cbd = {
-        "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
-        "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
-        "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
-    }
-    return _Prepared(files, plan, config, read, nearest)
+    return _Prepared(files, plan, made_config(files, plan), read, nearest)
 
 
 def load(files: ChainFiles, plan: Plan, *, fetched: Callable[[], None], tick: Callable[[], None], **arguments: Any) -> Any:
@@ -143,8 +158,9 @@ class CBDModel:
     @staticmethod
     def plan(
         chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
-        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
     ) -> Plan:
         """What `from_chain` would do, without touching a weight: ``print`` it for a table.
@@ -154,11 +170,19 @@ class CBDModel:
             size: Unique parameters wanted: "138M", "1.1B", an int, "min" or "max". Text that an anchor's size rounds to means that anchor.
             memory_budget: Bytes that the weights may take in the chosen dtype instead, such as "300MB": the largest size that fits. ``max_memory``
                 stays what it is in transformers.
+            min_tokens_per_second: Speed that it must reach instead: the largest size that does. New tokens a second after the first one, by greedy decoding
+                at batch 1 with a KV cache after a prompt of 64 tokens, in the chosen dtype, on the one device of ``device_map``, else on the best one that
+                there is, with torch's current number of threads. The anchors' shapes are timed for some seconds each, with random weights, and what was found is
+                kept in the Hub's cache folder (``cbd speed --recalibrate`` times anew); sizes in between are predicted from them. With
+                ``memory_budget`` both hold.
+            max_latency: Time that it may take from a prompt of 64 tokens to an answer of 64, measured so: "1.5s", "200ms", or seconds.
             shape: The exact shape instead, whole or in the fields in which the neighbours differ.
             strategy: ``blend``, ``patch``, or ``auto`` for what measured best at that size.
             alpha: Weight of the smaller neighbour in a blend, 0 to 1; by default the fitted mix, else by size distance. A given one is the
                 paper's plain formula: units that only the larger neighbour holds are added as they are.
             tolerance: Largest accepted distance from the size, as a share of it.
+            adapter: A LoRA of another size that is to be carried to this one, as in `carry_adapter`: its home is found and the way there checked.
+            adapter_size: The size that the adapter was trained at, where its files and shapes do not tell.
             revision: Branch, tag or commit of the chain's index repo.
             token: Hub token; None for the stored one.
             cache_dir: Another place for the Hub's cache.
@@ -170,21 +194,27 @@ class CBDModel:
             The plan.
 
         Raises:
-            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``.
+            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``, or no size is fast enough.
             ManifestError: If there is no such chain or its chain.json is refused.
             ArgumentError: If an option is unknown or out of its range.
         """
-        dtype = _check_loader_arguments(transformers_kwargs).get("dtype")
+        arguments = _check_loader_arguments(transformers_kwargs)
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        return plan_in(replace(files, glance=True), size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        watch = _watch(files, arguments, min_tokens_per_second, max_latency)
+        plan = plan_in(
+            replace(files, glance=True), size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency,
+            dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
+        )
+        return plan if adapter is None else carried_to(files, plan, adapter, adapter_size, weights=False).plan
 
     @staticmethod
     def from_chain(
         chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
-        revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
     ) -> Any:
         """A model of any size: the architecture's plain class, in eval mode, in the anchors' dtype unless ``dtype`` is given.
@@ -198,10 +228,14 @@ class CBDModel:
             chain: A local folder or a Hub id.
             size: Unique parameters wanted.
             memory_budget: Bytes for the weights in the chosen dtype instead.
+            min_tokens_per_second: Speed that it must reach instead.
+            max_latency: Time that an answer may take instead.
             shape: The exact shape instead.
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
             tolerance: Largest accepted distance from the size, as a share of it.
+            adapter: A LoRA, folder or Hub id (``org/lora@revision``), trained at any size of the chain: carried to this one as in `carry_adapter` and loaded by peft.
+            adapter_size: The size that the adapter was trained at, where its files and shapes do not tell.
             revision: Revision of the chain's index repo.
             token: Hub token.
             cache_dir: Another place for the Hub's cache.
@@ -213,7 +247,7 @@ class CBDModel:
             The model; with ``output_loading_info=True`` a pair of it and a dict that also holds the plan.
 
         Raises:
-            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``.
+            SizeError: If the size cannot be read, lies outside the chain or cannot be realised within ``tolerance``, or no size is fast enough.
             ManifestError: If there is no such chain or its chain.json is refused.
             IntegrityError: If a file differs from its recorded hash.
             WeightsError: If a tensor is missing, extra or mis-shaped.
@@ -223,16 +257,28 @@ class CBDModel:
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
+        watch = _watch(files, arguments, min_tokens_per_second, max_latency)
         plan = plan_in(
-            files, size, memory_budget=memory_budget, dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance
+            files, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=arguments.get("dtype"),
+            shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
         )
-        return _load(_prepare(files, plan), arguments)
+        carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
+        if carried is not None:
+            lora_config(carried.config)  # refused before the work, not after it
+        made = _load(_prepare(files, plan if carried is None else carried.plan), arguments)
+        model = made[0] if isinstance(made, tuple) else made
+        if carried is not None:
+            carried.load_into(model)
+        if watch is not None and watch.fresh and plan.speed is not None:
+            watch.check(model, plan.speed)
+        return made
 
     @staticmethod
     def materialize(
         chain: str | os.PathLike[str], size: str | int | None = None, *, output_dir: str | os.PathLike[str],
-        memory_budget: str | int | None = None, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
-        dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
+        memory_budget: str | int | None = None, min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
+        shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+        adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
         **transformers_kwargs: Any,
     ) -> Plan:
@@ -246,10 +292,14 @@ class CBDModel:
             size: Unique parameters wanted.
             output_dir: The folder to make: absent or empty. Nothing is left behind on failure.
             memory_budget: Bytes for the weights in the chosen dtype instead.
+            min_tokens_per_second: Speed that it must reach instead.
+            max_latency: Time that an answer may take instead.
             shape: The exact shape instead.
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
             tolerance: Largest accepted distance from the size, as a share of it.
+            adapter: A LoRA as in `from_chain`, merged: added to the weights in fp32, which are then rounded once.
+            adapter_size: The size that the adapter was trained at, where its files and shapes do not tell.
             dtype: Dtype on disk; by default the anchors'.
             revision: Revision of the chain's index repo.
             token: Hub token.
@@ -265,11 +315,18 @@ class CBDModel:
             StorageError: If the folder is in the way or the disk is full.
             CBDError: As `from_chain`.
         """
-        dtype = _check_loader_arguments({"dtype": dtype, **transformers_kwargs}).get("dtype")
+        arguments = _check_loader_arguments({"dtype": dtype, **transformers_kwargs})
+        dtype = arguments.get("dtype")
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
-        plan = plan_in(files, size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+        plan = plan_in(
+            files, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=dtype, shape=shape, strategy=strategy,
+            alpha=alpha, tolerance=tolerance, watch=_watch(files, arguments, min_tokens_per_second, max_latency),
+        )
+        carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
+        changes = None if carried is None else {name: change.added_to for name, change in carried.changes().items()}
+        plan = plan if carried is None else carried.plan
         prepared = _prepare(files, plan)
         chosen = weight_dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:
@@ -282,7 +339,7 @@ class CBDModel:
             prepared.config.save_pretrained(folder)
             stored = stored_shapes(prepared.config)
             layout = {name: (chosen, stored[name]) for name in plan.tensors}
-            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, stored, chosen))
+            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, stored, chosen, changes))
         prepared.remember()
         return plan
 

@@ -110,11 +110,12 @@ def cache_teacher(
     text: Annotated[str | None, typer.Option("--text", help="A file or a pattern: text, or .jsonl rows of prompt and completion or of messages.", show_default=False)] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="The training text of a recipe instead, for its teacher_cache.", show_default=False)] = None,
     anchor: Annotated[str | None, typer.Option("--anchor", help="The anchor of the recipe whose stage is meant; the first by default.", show_default=False)] = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens listed at a position; of the others only the sum is kept.")] = 128,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens listed at a position.")] = 128,
+    tail_draws: Annotated[int | None, typer.Option("--tail-draws", min=0, help="Tokens drawn from the others at a position, beside their sum; a tenth of --top-k by default.", show_default=False)] = None,
     bits: Annotated[int, typer.Option("--bits", min=4, max=16, help="Precision of a log-probability: 8 costs about 0.00008 nats a token, each bit less four times as much.")] = 8,
     block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; the recipe's, or 128.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Stop when so many tokens are reached; the whole text by default.", show_default=False)] = None,
-    student: Annotated[str | None, typer.Option("--student", help="A model to measure the tail's share of the divergence with.", show_default=False)] = None,
+    student: Annotated[str | None, typer.Option("--student", help="A model to measure the cache's error in forward KL with.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")] = 8,
     column: ColumnOption = "text",
     bos: Annotated[bool, typer.Option("--bos", help="Begin each block of joined text with what the tokenizer puts before a text, as gemma needs it.")] = False,
@@ -125,14 +126,14 @@ def cache_teacher(
     """Keep a teacher's top tokens once, to distil from without running it.
 
     Stop it and run the same command again: it goes on where it was. Two figures say what the cache costs. "KL of rounding": how far the kept
-    log-probabilities are from the teacher's, in nats per token. "tail mass": the probability of the tokens that are not listed, whose sum is kept but
-    not how it is shared out, so that a divergence reads smaller than over the whole vocabulary; --student measures by how much.
+    log-probabilities are from the teacher's, in nats per token. "tail mass": the probability of the tokens that are not listed, of which the sum and some
+    draws are kept, so that the forward KL to a student is right in expectation; --student measures it from the cache and from the teacher itself.
     """
     from cbd_hub.distill.cache_command import cache_text
     hush_bars()
     cache, facts = cache_text(
         teacher, out_dir, text=text, recipe=recipe, column=column, block_size=block_size, max_tokens=tokens, top_k=top_k, bits=bits,
-        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor, bos=bos,
+        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor, bos=bos, tail_draws=tail_draws,
     )
     if as_json:
         print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})

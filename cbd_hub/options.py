@@ -21,6 +21,16 @@ DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloa
 BudgetOption = Annotated[
     str | None, typer.Option("--memory-budget", help='Bytes for the weights in the dtype instead, such as "300MB": the largest size that fits.', show_default=False)
 ]
+AdapterOption = Annotated[str | None, typer.Option("--adapter", help="A LoRA of any size of the chain, carried to this one: PEFT folder or Hub id.", show_default=False)]
+AdapterSizeOption = Annotated[str | None, typer.Option("--adapter-size", help="The size that the LoRA was trained at, where its files and shapes do not tell.", show_default=False)]
+RateOption = Annotated[
+    str | None,
+    typer.Option("--min-tokens-per-second", metavar="N", help="The largest size that decodes so many tokens a second on this machine instead, timed once.", show_default=False),
+]
+LatencyOption = Annotated[
+    str | None,
+    typer.Option("--max-latency", metavar="TIME", help='The largest size that answers a prompt of 64 tokens with 64 in such a time instead: "1.5s", "200ms".', show_default=False),
+]
 PrivateOption = Annotated[bool | None, typer.Option("--private/--public", help="Whether repos made now are private; the account's default otherwise.", show_default=False)]
 GatedOption = Annotated[str | None, typer.Option("--gated", metavar="auto|manual", help="Let readers ask for access.", show_default=False)]
 PullRequestOption = Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead, where you may not write.")]

@@ -1,8 +1,9 @@
-"""From an opened chain and a wish (a size, a shape, a budget) to a plan, and what it costs."""
+"""From an opened chain and a wish (a size, a shape, a budget, a speed) to a plan, and what it costs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,12 +18,16 @@ from cbd_hub import shapes
 from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, SizeError
 from cbd_hub.families import family_named, family_of
 from cbd_hub.hub import ChainFiles
-from cbd_hub.interpolation.budget import largest_size
+from cbd_hub.interpolation.budget import largest_meeting, largest_size
 from cbd_hub.interpolation.curve import Chord
-from cbd_hub.interpolation.planner import Kept, Maps, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan
-from cbd_hub.manifest import Anchor, Shape
+from cbd_hub.interpolation.live import best_device
+from cbd_hub.interpolation.planner import Kept, Maps, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan, shape_in
+from cbd_hub.manifest import Anchor, Manifest, Shape
 from cbd_hub.remote import bytes_to_fetch
 from cbd_hub.sizes import format_bytes, parse_bytes
+from cbd_hub.speed.measuring import Speed, SpeedWish
+from cbd_hub.speed.prediction import SpeedModel, terms
+from cbd_hub.speed.stopwatch import Stopwatch, one_device
 from cbd_hub.weights import one_line, read_config
 
 
@@ -30,13 +35,17 @@ _KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
 
 
 def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
-    """The transformers config of an anchor, compared with what chain.json says of it.
+    """The transformers config of an anchor, compared with what chain.json says of it; read once for an opened chain, and not to be changed.
 
     Raises:
         IntegrityError: If config.json differs from its recorded hash.
         ManifestError: If its shape or parameters are not the recorded ones.
         ArchitectureError: If its architecture has no axis table.
     """
+    return files.once(("config", anchor.name), lambda: _read_config(files, anchor))
+
+
+def _read_config(files: ChainFiles, anchor: Anchor) -> Any:
     config = read_config(files.config_folder(anchor))
     family = family_named(anchor.family)
     if family_of(config) is not family:
@@ -84,17 +93,64 @@ def segment_between(files: ChainFiles, small: Anchor, large: Anchor) -> Segment:
 
 
 def plan_in(
-    files: ChainFiles, size: str | int | None = None, *, memory_budget: str | int | None = None, dtype: Any = None,
-    shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+    files: ChainFiles, size: str | int | None = None, *, memory_budget: str | int | None = None, min_tokens_per_second: str | float | None = None,
+    max_latency: str | float | None = None, dtype: Any = None, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None,
+    tolerance: float = 0.02, watch: Stopwatch | None = None,
 ) -> Plan:
-    """The plan of a size, shape or budget in an opened chain; see `CBDModel.plan`."""
-    manifest = files.manifest
+    """The plan of a size, shape, budget or speed in an opened chain; see `CBDModel.plan`.
+
+    Args beyond those: ``watch`` times the anchors; by default one of ``dtype`` on the best device.
+    """
+    wish = SpeedWish.read(min_tokens_per_second, max_latency)
+    must = [name for name, given in (("memory_budget", memory_budget), ("min_tokens_per_second", min_tokens_per_second), ("max_latency", max_latency)) if given is not None]
+    if must and (size is not None or shape is not None):
+        raise ArgumentError(f"{'=, '.join(must)}= came with size= or shape=; give {'one of them' if len(must) == 1 else 'either these or one of those'}")
+    if must:
+        _check_options(strategy, alpha)
+    glance = replace(files, glance=True)
     if memory_budget is not None:
-        if size is not None or shape is not None:
-            raise ArgumentError("memory_budget= came with size= or shape=; give one of them")
-        size = _size_that_fits(replace(files, glance=True), parse_bytes(memory_budget), dtype, strategy, alpha)
+        size = _size_that_fits(glance, parse_bytes(memory_budget), dtype, strategy, alpha)
+    if wish is None:
+        return _plan(files, size, shape, strategy, alpha, tolerance)
+    watch = stopwatch(files, dtype) if watch is None else watch
+    limit = None if memory_budget is None else parse_bytes(memory_budget) // watch.dtype.itemsize
+    plan = _plan(files, _size_that_is_fast(glance, wish, limit, watch, strategy, alpha), None, strategy, alpha, tolerance)
+    return replace(plan, speed=speed_of(glance, plan, watch))
+
+
+def stopwatch(files: ChainFiles, dtype: Any = None, device_map: Any = None, attn_implementation: str | None = None, **options: Any) -> Stopwatch:
+    """What times a chain's anchors: in a dtype, by default the anchors', on a device, by default the best.
+
+    Raises:
+        ArgumentError: If they name no dtype, or not one device.
+    """
+    return Stopwatch(_dtype_in(replace(files, glance=True), dtype), one_device(device_map, best_device()), attn_implementation, **options)
+
+
+def speed_of(files: ChainFiles, plan: Plan, watch: Stopwatch) -> Speed:
+    """The predicted speed of a plan's model, from the times of its neighbours."""
+    configs = [anchor_config(files, files.manifest.anchor(name)) for name in dict.fromkeys((plan.small, plan.large))]
+    return watch.model(*configs).at(terms(plan.shape, configs[-1]))
+
+
+def usual_sizes(manifest: Manifest) -> list[int]:
+    """The sizes of a chain to look at first, in falling order: the anchors, and between two of them the recommended sizes, else the middle.
+
+    Where sizes come in steps, a middle may be none that can be made: plan it with a wide tolerance.
+    """
+    sizes = {anchor.parameters for anchor in manifest.anchors}
+    for link in manifest.links:
+        if link.kind == "segment":
+            middle = (manifest.anchor(link.small).parameters + manifest.anchor(link.large).parameters) // 2
+            sizes.update(link.recommended_sizes or [middle])
+    return sorted(sizes, reverse=True)
+
+
+def _plan(files: ChainFiles, size: str | int | None, shape: Shape | Mapping[str, int] | None, strategy: str, alpha: float | None, tolerance: float) -> Plan:
+    """The plan of a size or shape."""
+    manifest = files.manifest
     if size is None and shape is None:
-        raise ArgumentError('neither size nor shape nor memory_budget was given; ask for a size such as size="138M"')
+        raise ArgumentError('neither size nor shape nor memory_budget nor a speed was given; ask for a size such as size="138M"')
     if not 0.0 < tolerance < 1.0:
         raise ArgumentError(f"tolerance={tolerance} is outside 0 to 1; it is a share of the size, such as 0.02")
     if shape is not None:
@@ -122,11 +178,9 @@ def plan_in(
 
 def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, alpha: float | None) -> int:
     """The largest size of which the weights take no more than so many bytes; nothing but configs and maps is read."""
-    config = anchor_config(files, files.manifest.anchors[0])
-    chosen = weight_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    _check_options(strategy, alpha)
+    chosen = _dtype_in(files, dtype)
     found = largest_size(
-        files.manifest, budget // chosen.itemsize, lambda size: plan_in(files, size, strategy=strategy, alpha=alpha, tolerance=0.99).parameters
+        files.manifest, budget // chosen.itemsize, lambda size: _plan(files, size, None, strategy, alpha, 0.99).parameters
     )
     if found is None:
         least = files.manifest.anchors[-1].parameters
@@ -135,6 +189,73 @@ def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, a
             f"{least:,} ({format_bytes(least * chosen.itemsize)}); give more, or a narrower dtype"
         )
     return found
+
+
+def made_config(files: ChainFiles, plan: Plan) -> Any:
+    """The config of a plan's model, with ``cbd``: where it came from."""
+    config = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
+    config.cbd = {
+        "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
+        "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
+        "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
+        **({} if plan.adapter is None else {"adapter": dict(plan.adapter)}),
+    }
+    return config
+
+
+def _dtype_in(files: ChainFiles, dtype: Any) -> torch.dtype:
+    config = anchor_config(files, files.manifest.anchors[0])
+    return weight_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+
+
+def _size_that_is_fast(files: ChainFiles, wish: SpeedWish, limit: int | None, watch: Stopwatch, strategy: str, alpha: float | None) -> int:
+    """The largest size, of no more than ``limit`` parameters, that is predicted to be fast enough.
+
+    Anchors are timed from the smallest one up, and no further than it takes: the largest of a long chain may be too large for this machine.
+    """
+    manifest = files.manifest
+    anchors = [anchor for anchor in reversed(manifest.anchors) if limit is None or anchor.parameters <= limit]
+    reached, met = None, True
+    for before, anchor in zip([None, *anchors], anchors):
+        if not met and before is not None and manifest.link(before, anchor).kind == "segment":
+            continue  # larger than one that is too slow already
+        met = wish.met(watch.speed(anchor_config(files, anchor)))
+        reached = anchor if met else reached
+    if reached is None:
+        least = anchors[0]
+        raise SizeError(
+            f"{wish.text} was asked for, but the smallest anchor of {manifest.name}, {least.name}, reaches {watch.speed(anchor_config(files, least)).text} on {watch.text}; "
+            "ask for less, or for a narrower dtype or more threads where they are quicker"
+        )
+    place = manifest.anchors.index(reached)
+    if not place or manifest.link(reached, manifest.anchors[place - 1]).kind == "bridge":
+        return reached.parameters
+    return _fast_between(files, reached, manifest.anchors[place - 1], wish, limit, watch, strategy, alpha) or reached.parameters
+
+
+def _fast_between(
+    files: ChainFiles, small: Anchor, large: Anchor, wish: SpeedWish, limit: int | None, watch: Stopwatch, strategy: str, alpha: float | None
+) -> int | None:
+    """The largest size inside a segment that is fast enough and no larger than the limit; None if there is none."""
+    if limit == small.parameters:
+        return None
+    segment = segment_between(files, small, large)
+    ends = Chord.of(files.manifest, files.manifest.link(small, large)).losses
+    model: SpeedModel = watch.model(anchor_config(files, small), segment.config)
+
+    @functools.cache
+    def realised(size: int) -> Shape:
+        return shape_in(segment, size, strategy=strategy, alpha=alpha, tolerance=0.99, ends=ends)
+
+    def meets(size: int) -> bool:
+        shape = realised(size)
+        return (limit is None or shapes.count(shape, segment.config) <= limit) and wish.met(model.at(terms(shape, segment.config)))
+
+    found = largest_meeting(small.parameters, large.parameters, meets)
+    if found is None:
+        return None
+    real = shapes.count(realised(found), segment.config)
+    return real if small.parameters <= real <= large.parameters and meets(real) else found
 
 
 def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,3 +148,11 @@ def hush_bars() -> None:
     from transformers.utils.logging import disable_progress_bar as hush_transformers
     hush_datasets()
     hush_transformers()
+
+
+def adapter_text(lineage: Mapping[str, Any]) -> str:
+    """A carried adapter in words."""
+    ranks, modules = lineage["ranks"], lineage["modules"]
+    moved = "at its own size" if not lineage["steps"] else f"carried from {lineage['home']['size']}"
+    lost = "" if modules["home"] == modules["target"] else f" (of {modules['home']} there)"
+    return f"{lineage['adapter']}, {moved}: rank {ranks['target']}, {modules['target']} modules{lost}"

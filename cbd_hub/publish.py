@@ -19,18 +19,30 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import ValidationError
 
-from cbd_hub.cards import Healed, anchor_card, chain_card, check_card, curve_picture, interpolant_card, shared_license
+from cbd_hub import shapes
+from cbd_hub.cards import (
+    Healed,
+    anchor_card,
+    chain_card,
+    check_card,
+    curve_picture,
+    interpolant_card,
+    merge_card,
+    read_card,
+    shared_license,
+)
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
+from cbd_hub.families import family_of
 from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
-from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview
+from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape
 from cbd_hub.plans import anchor_config
 from cbd_hub.sizes import format_bytes
 from cbd_hub.upload import Content, Publication, Publisher, Repo, Say
 from cbd_hub.weights import Checkpoint, read_config, read_header
 
 
-_NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
+NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
 _OLD_MODEL = (".safetensors", ".safetensors.index.json", *TOKENIZER_FILES)  # goes when a repo gets another model
 _ADAPTER = "adapter_config.json"
 _MODEL_FILES = ("config.json", _ADAPTER, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
@@ -49,14 +61,17 @@ def push_chain(
     for name in (repo_id, *repos.values()):
         _check_repo_id(name)
     publisher = Publisher(token, private, gated, create_pr, commit_message, say)
-    recipe = _shareable_recipe(files)
+    recipe = _recipe(files)
+    shared = _shareable(recipe)
     anchors = {anchor.name: _anchor_repo(files, anchor, repo_id, repos[anchor.name], recipe) for anchor in own}
     previews = {anchor.name: _preview(files, anchor) for anchor in own}
     pinned = {anchor.name: anchor.location.revision for anchor in manifest.anchors}
-    card = chain_card(manifest, repo_id=repo_id, anchor_repos=repos, recipe=recipe is not None)
-    index = Repo(repo_id, f"Chain {manifest.name}: {', '.join(repos)}", {}, card, ("chunks/", "maps/", "curve.png", "recipe.yaml", *TOKENIZER_FILES))
+    card = chain_card(manifest, repo_id=repo_id, anchor_repos=repos, recipe=shared, datasets=_datasets(recipe))
+    if files.revision is None:
+        card = merge_card(read_card(files.root / "README.md"), card, shared_license(manifest, manifest.anchors))
+    index = Repo(repo_id, f"Chain {manifest.name}: {', '.join(repos)}", {}, card, ("chunks/", "maps/", "curve.png", "recipe.yaml", *TOKENIZER_FILES), index=True)
     if dry_run:
-        index.files = _index_files(files, _published(manifest, repos, dict.fromkeys(repos, "0" * 40), previews), recipe)
+        index.files = _index_files(files, _published(manifest, repos, dict.fromkeys(repos, "0" * 40), previews), shared)
         check_card(index.card, repo_id)
         for repo in anchors.values():
             check_card(repo.card, repo.id)
@@ -68,14 +83,15 @@ def push_chain(
     for name, repo in anchors.items():
         publisher.say(f"anchor {name}: {format_bytes(repo.bytes)} to {repo.id}")
         pinned[name] = publisher.put(repo)
-    index.files = _index_files(files, _published(manifest, repos, pinned, previews), recipe)
+    index.files = _index_files(files, _published(manifest, repos, pinned, previews), shared)
     publisher.say(f"index: {format_bytes(index.bytes)} to {repo_id}")
     commit = publisher.put(index)
     made_tag = slug = None
     if not create_pr:
         made_tag = publisher.tag(repo_id, commit, tag)
         if collection:
-            slug = publisher.collect(repo_id, {repo_id: "the chain", **{repo: f"anchor {name}" for name, repo in repos.items()}})
+            notes = {repo_id: "the chain", **{repo: f"anchor {name}" for name, repo in repos.items()}}
+            slug = publisher.collect(repo_id, notes, bool(private or index.private))
     return Publication(
         repo_id, commit, {name: (repos[name], pinned[name]) for name in repos}, {repo.id: repo.bytes for repo in (*anchors.values(), index)}, made_tag,
         slug, publisher.pull_requests,
@@ -89,7 +105,7 @@ def push_model(
     """Publish a model that was made from a chain, healed or not, with a card that names both anchors and the plan.
 
     Args:
-        folder: What `CBDModel.materialize`, `cbd_hub.heal` or ``save_pretrained`` wrote; a PEFT folder of `cbd_hub.heal` is published as an adapter.
+        folder: What `CBDModel.materialize`, `cbd_hub.heal` or ``save_pretrained`` wrote; a PEFT folder of `cbd_hub.heal` or `carry_adapter` is published as an adapter.
         repo_id: The repo.
         private: Whether a repo made now is private.
         gated: Let readers ask for access.
@@ -105,6 +121,8 @@ def push_model(
         StorageError: If the Hub cannot be reached or refuses.
     """
     _check_repo_id(repo_id)
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} is neither a chain (it has no {FILE_NAME}) nor a model (no config.json); run `cbd distill` to its end, or give the folder that `cbd make` wrote")
     config = read_config(folder)
     made = getattr(config, "cbd", None)
     if not isinstance(made, dict) or not isinstance(made.get("parameters"), int):
@@ -123,9 +141,15 @@ def push_model(
         bases = [manifest.anchor(name).location.repo_id for name in made.get("neighbours", [])]
         bases = [chain] if adapter else [chain if base == "." else base for base in bases]
         license = shared_license(manifest, [manifest.anchor(name) for name in made.get("neighbours", [])])
-    facts = {name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in made.items() if value is not None and name != "healed"}
+    told = {
+        name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in made.items() if value is not None and name not in ("healed", "adapter")
+    }
+    facts = {**_shape_facts(shapes.shape_of(config), family_of(config).name), **told, "parameters": f"{made['parameters']:,}"}
+    if isinstance(carried := made.get("adapter"), dict) and isinstance(home := carried.get("home"), dict):
+        facts["adapter"] = f"{carried.get('adapter')}, of {home.get('size')}"
     files: dict[str, Content] = {path.name: path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.suffix == ".safetensors"}
-    options = {"size": made["parameters"], **{name: made[name] for name in ("strategy", "revision") if made.get(name)}}
+    options = {"size": made["parameters"], **{name: made[name] for name in ("strategy", "revision") if made.get(name) not in (None, "", "anchor")}}
     base = f"CBDModel.from_chain({json.dumps(made.get('chain'))}, {', '.join(f'{name}={json.dumps(value)}' for name, value in options.items())})"
     card = interpolant_card(
         repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed, base=base if adapter else None,
@@ -161,12 +185,14 @@ def commit_index(
     preview = Preview(config=json.dumps(json.loads((folder / "config.json").read_bytes()), separators=(",", ":")), headers=headers)
     manifest = manifest.model_copy(update={"anchors": [entry.model_copy(update={"preview": preview}) if entry.name == anchor.name else entry for entry in manifest.anchors]})
     repos = {entry.name: entry.location.repo_id for entry in manifest.anchors}
-    card = chain_card(manifest, repo_id=files.name, anchor_repos=repos, recipe=files.extra("recipe.yaml") is not None)
+    recipe = _recipe(files)
+    card = chain_card(manifest, repo_id=files.name, anchor_repos=repos, recipe=recipe is not None, datasets=_datasets(recipe))
     contents: dict[str, Content] = {FILE_NAME: manifest.to_json().encode(), chunks_path: chunks}
     picture = curve_picture(manifest)
     if picture is not None:
         contents["curve.png"] = picture
-    repo = Repo(files.name, f"Anchor {anchor.name} in {anchor.location.repo_id}", contents, card, ("curve.png",))
+    before = shared_license(files.manifest, files.manifest.anchors)
+    repo = Repo(files.name, f"Anchor {anchor.name} in {anchor.location.repo_id}", contents, card, ("curve.png",), index=True, licence=before)
     publisher = Publisher(token, None, None, create_pr, None, say)
     publisher.look(repo)
     if repo.main != files.revision:
@@ -195,7 +221,7 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
     """An anchor's repo, its files checked against their records."""
     contents: dict[str, Content] = {}
     for name, record in anchor.files.items():
-        if name.lower().endswith(_NEVER):
+        if name.lower().endswith(NEVER):
             raise WeightsError(f"anchor {anchor.name} holds {name}; pickles and code are never published: remove it and make the chain again")
         path = files.path(anchor, name)
         check_file(path, record.sha256, record.bytes)
@@ -206,60 +232,74 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
     card = anchor_card(
         repo_id, anchor.parameters, teacher_repo=teacher.repo_id if teacher else None, license=shared_license(files.manifest, [anchor]),
         facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=anchor.origin in ("cut", "random"),
+        datasets=_datasets(recipe) if anchor.training is not None and anchor.training.tokens else (),
     )
     return Repo(repo_id, f"Anchor {anchor.name} of {chain}", contents, card, _OLD_MODEL)
 
 
 def _anchor_facts(anchor: Anchor, recipe: dict[str, Any] | None) -> dict[str, str]:
-    shape = anchor.shape
-    facts = {
-        "shape": f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads of {shape.head_size} ({shape.kv_heads} kv), FFN {shape.ffn}, vocabulary {shape.vocab:,}",
-        "family": anchor.family,
-    }
+    facts = _shape_facts(anchor.shape, anchor.family)
     if anchor.parent is not None:
         facts["cut from and taught by"] = f"anchor {anchor.parent}"
-    if recipe is not None and anchor.origin in ("cut", "random"):
-        data, stage = recipe.get("data") or {}, {**(recipe.get("stage") or {}), **((recipe.get("stages") or {}).get(anchor.name) or {})}
-        if isinstance(data, dict) and (source := data.get("dataset") or data.get("path")):
-            facts["data"] = str(source)
-        facts["loss"] = ", ".join(f"{name} {stage[name]}" for name in ("objective", "divergence", "temperature", "kd_weight", "ce_weight", "hidden_weight") if stage.get(name))
     if anchor.training is not None:
+        data = (recipe or {}).get("data")
+        if isinstance(data, dict) and (source := data.get("dataset") or data.get("path")):
+            facts["data"] = ", ".join(_public(str(part)) for part in (source if isinstance(source, list) else [source]))
+        facts |= {} if anchor.training.objective is None else {"learned by": anchor.training.objective}
         facts["training tokens"] = f"{anchor.training.tokens:,}"
     if anchor.evaluations:
         last = anchor.evaluations[-1]
         error = f" ± {last.stderr:.3f}" if last.stderr is not None else ""
         facts["measured loss"] = f"{last.loss:.3f}{error} nats per token on {last.tokens:,} tokens of {last.dataset}"
-    return {name: value.replace("|", "\\|") for name, value in facts.items() if value}
+    return facts
+
+
+def _shape_facts(shape: Shape, family: str) -> dict[str, str]:
+    text = f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads of {shape.head_size} ({shape.kv_heads} kv), FFN {shape.ffn}, vocabulary {shape.vocab:,}"
+    return {"shape": text, "family": family}
+
+
+def _public(text: str) -> str:
+    """A text that names no folder of this machine: of a path its last part stays."""
+    return re.sub(r"^(?:[~/]|[A-Za-z]:\\\\?).*[/\\](?=[^/\\]+$)", "", text)
 
 
 def _without_places(manifest: Manifest) -> Manifest:
-    """A manifest that names no folder of this machine: of a data set's path its last part stays."""
-
-    def public(text: str) -> str:
-        return re.sub(r"^(?:[~/]|[A-Za-z]:\\\\?).*[/\\](?=[^/\\]+$)", "", text)
-
+    """A manifest that names no folder of this machine."""
     values = json.loads(manifest.to_json())
     for entry in (*(entry for anchor in values["anchors"] for entry in anchor["evaluations"]), *(point for link in values["links"] for point in link["curve"])):
-        entry["dataset"] = public(entry["dataset"])
+        entry["dataset"] = _public(entry["dataset"])
     if values["teacher"] is not None and not is_repo_id(values["teacher"]["repo_id"] or ""):
         values["teacher"]["repo_id"] = None
     return Manifest.parse(values, "the chain")
 
 
-def _shareable_recipe(files: ChainFiles) -> dict[str, Any] | None:
-    """The recipe, unless it names a place on this machine."""
+def _recipe(files: ChainFiles) -> dict[str, Any] | None:
+    """The recipe, where there is one that can be read."""
     path = files.extra("recipe.yaml")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def _datasets(recipe: dict[str, Any] | None) -> list[str]:
+    """Hub ids of the data sets that a recipe names."""
+    data = (recipe or {}).get("data")
+    named = data.get("dataset") if isinstance(data, dict) else None
+    return [named] if isinstance(named, str) and is_repo_id(named) else []
+
+
+def _shareable(recipe: dict[str, Any] | None) -> bool:
+    """Whether there is a recipe that names no place on this machine."""
 
     def texts(value: Any) -> list[str]:
         if isinstance(value, dict):
             return [text for entry in value.values() for text in texts(entry)]
         return [text for entry in value for text in texts(entry)] if isinstance(value, list) else [value] if isinstance(value, str) else []
 
-    return recipe if isinstance(recipe, dict) and not any(text.startswith(("/", "~", "\\")) or ":\\" in text for text in texts(recipe)) else None
+    return recipe is not None and not any(text.startswith(("/", "~", "\\", "file:")) or ":\\" in text for text in texts(recipe))
 
 
 def _preview(files: ChainFiles, anchor: Anchor) -> Preview:
@@ -282,14 +322,14 @@ def _published(manifest: Manifest, repos: Mapping[str, str], pinned: Mapping[str
     return Manifest.parse(json.loads(manifest.model_copy(update={"anchors": anchors}).to_json()), "the index")
 
 
-def _index_files(files: ChainFiles, manifest: Manifest, recipe: dict[str, Any] | None) -> dict[str, Content]:
+def _index_files(files: ChainFiles, manifest: Manifest, recipe: bool) -> dict[str, Content]:
     """What the index repo holds besides its card: no weights."""
     contents: dict[str, Content] = {path.name: path for path in files.tokenizer_files()}
     for anchor in manifest.anchors:
         for record in (anchor.chunks, anchor.maps):
             if record is not None:
                 contents[record.path] = files.side_file(record)
-    if recipe is not None and (path := files.extra("recipe.yaml")) is not None:
+    if recipe and (path := files.extra("recipe.yaml")) is not None:
         contents["recipe.yaml"] = path
     picture = curve_picture(manifest)
     if picture is not None:

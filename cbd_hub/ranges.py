@@ -10,17 +10,18 @@ import errno
 import hashlib
 import itertools
 import os
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_url
-from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status, tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from cbd_hub.client import explained, headers, transport_error
+from cbd_hub.client import Bar, explained, headers, transport_error
 from cbd_hub.errors import IntegrityError, StorageError
 from cbd_hub.files import CHUNK_BYTES, CheckedFile
 
@@ -64,6 +65,7 @@ class PartialFile:
         chunks: Recorded hash of every 4 MiB.
         token: Hub token.
         cache_dir: Another place for the Hub's cache.
+        again: Fetch even what is there: over it, since another process may be reading it.
     """
 
     repo_id: str
@@ -74,19 +76,30 @@ class PartialFile:
     chunks: list[str]
     token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | os.PathLike[str] | None = None
+    again: bool = False
+    _came: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    _opened: dict[int, CheckedFile] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def path(self) -> Path:
-        """Where the sparse file is, or will be."""
-        base = Path(constants.HF_HUB_CACHE).parent / "cbd_hub" if self.cache_dir is None else Path(self.cache_dir) / ".cbd_hub"
+        """Where the sparse file is, or will be: beside the Hub's cache where that is in its usual place, else inside of it."""
+        home, cache = Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE if self.cache_dir is None else self.cache_dir)
+        base = home / "cbd_hub" if cache == home / "hub" else cache / ".cbd_hub"
         return base / "partial" / self.sha256 / Path(self.name).name
 
     def missing(self, wanted: set[int]) -> list[int]:
         """Chunks that are not there yet, rising."""
-        if not self.path.is_file() or self.path.stat().st_size != self.size:
+        if self.again:
+            return sorted(wanted - self._came)
+        try:
+            state = self.path.stat()
+        except FileNotFoundError:
+            return sorted(wanted)
+        if state.st_size != self.size:
             return sorted(wanted)
         absent = self._holes(wanted)
-        checked = CheckedFile(self.path, self.size, self.chunks)
+        checked = self._opened.get(state.st_mtime_ns) or CheckedFile(self.path, self.size, self.chunks)
+        self._opened[state.st_mtime_ns] = checked
         wrong = checked.wrong(wanted - absent)
         checked.remember()
         return sorted(absent | wrong)
@@ -141,22 +154,24 @@ class PartialFile:
         jobs = [list(job) for run in runs for job in itertools.batched(run, _JOB_CHUNKS)] if hasattr(itertools, "batched") else [
             run[start : start + _JOB_CHUNKS] for run in runs for start in range(0, len(run), _JOB_CHUNKS)
         ]
-        bar = tqdm(total=chunk_bytes(missing, self.size), unit="B", unit_scale=True, desc=f"{self.repo_id}/{self.name} (parts)"[-60:])
+        stop = Event()
+        bar = Bar(total=chunk_bytes(missing, self.size), unit="B", unit_scale=True, desc=f"{self.repo_id}/{self.name} (parts)"[-60:])
         with bar, ThreadPoolExecutor(min(_CONNECTIONS, len(jobs))) as pool:
-            futures = [pool.submit(self._job, job, handle, bar) for job in jobs]
+            futures = [pool.submit(self._job, job, handle, bar, stop) for job in jobs]
             try:
                 for future in futures:
                     future.result()
-            finally:
+            finally:  # after an error or Ctrl-C the others end with the piece that they are reading
+                stop.set()
                 for future in futures:
                     future.cancel()
 
-    def _job(self, job: list[int], handle: int, bar: Any) -> None:
-        """Fetch neighbouring chunks in one request, and what a broken connection left out in further ones."""
+    def _job(self, job: list[int], handle: int, bar: Any, stop: Event) -> None:
+        """Fetch neighbouring chunks in one request, and what a broken connection left out in further ones, until told to stop."""
         tries = 0
-        while job:
+        while job and not stop.is_set():
             try:
-                done = self._request(job, handle, bar)
+                done = self._request(job, handle, bar, stop)
                 wait = 0.0
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
@@ -167,17 +182,16 @@ class PartialFile:
             job = job[done:]
             if job and tries >= _TRIES:
                 raise StorageError(f"{self.repo_id}: the connection breaks before 4 MiB of {self.name} have come; check the network and try again")
-            time.sleep(wait)
+            stop.wait(wait)
 
-    def _request(self, job: list[int], handle: int, bar: Any) -> int:
+    def _request(self, job: list[int], handle: int, bar: Any, stop: Event) -> int:
         """Write the chunks that come, each checked; how many came whole before the end or a broken connection."""
-        start, stop = job[0] * CHUNK_BYTES, min((job[-1] + 1) * CHUNK_BYTES, self.size)
+        start, end = job[0] * CHUNK_BYTES, min((job[-1] + 1) * CHUNK_BYTES, self.size)
         url = hf_hub_url(self.repo_id, self.name, revision=self.revision)
+        asked = {**headers(self.token), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         done, buffer = 0, bytearray()
         try:
-            with get_session().stream(
-                "GET", url, headers={**headers(self.token), "Range": f"bytes={start}-{stop - 1}"}, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            ) as response:
+            with get_session().stream("GET", url, headers=asked, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
                 if response.status_code == 416:
                     raise IntegrityError(f"{self.repo_id}/{self.name} is shorter than the recorded {self.size:,} bytes; it was replaced or cut short: tell its owner")
                 if response.status_code not in (200, 206):
@@ -185,12 +199,16 @@ class PartialFile:
                 hf_raise_for_status(response)
                 if response.status_code != 206:
                     raise _NoRangesError
-                if response.headers.get("Content-Range") != f"bytes {start}-{stop - 1}/{self.size}":
+                if response.headers.get("Content-Range") != f"bytes {start}-{end - 1}/{self.size}":
                     raise IntegrityError(
-                        f"{self.repo_id}/{self.name} answered bytes {response.headers.get('Content-Range')} where {start}-{stop - 1}/{self.size} were asked; it was replaced: "
+                        f"{self.repo_id}/{self.name} answered bytes {response.headers.get('Content-Range')} where {start}-{end - 1}/{self.size} were asked; it was replaced: "
                         "fetch the chain again or tell its owner"
                     )
-                for piece in response.iter_bytes():
+                for piece in response.iter_raw():  # as it comes: nothing that was packed small grows in memory
+                    if stop.is_set():
+                        break
+                    if done == len(job):
+                        raise IntegrityError(f"{self.repo_id}/{self.name} answers with more bytes than were asked; its server cannot be trusted: tell its owner")
                     buffer += piece
                     while done < len(job) and len(buffer) >= (length := min(CHUNK_BYTES, self.size - job[done] * CHUNK_BYTES)):
                         self._keep(job[done], bytes(buffer[:length]), handle)
@@ -211,9 +229,10 @@ class PartialFile:
         while data:
             written = os.pwrite(handle, data, offset)
             data, offset = data[written:], offset + written
+        self._came.add(index)
 
 
 def _wait(error: BaseException, tries: int) -> float:
     """Seconds before the next try: what the server asks for, else ever longer."""
     asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    return min(float(asked) if asked.isdigit() else 0.5 * 2**tries, _LONGEST_WAIT)
+    return min(float(asked) if asked.isascii() and asked.isdigit() else 0.5 * 2**tries, _LONGEST_WAIT)

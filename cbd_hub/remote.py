@@ -106,12 +106,9 @@ def _place(files: ChainFiles, anchor: Anchor, name: str, config: Any, rows: Rows
     if rows is None or files.cached(anchor, name) is not None:
         return files.path(anchor, name)
     partial = files.partial(anchor, name)
-    if files.options.get("force_download"):
-        partial.path.unlink(missing_ok=True)
     guess = _previewed(anchor, name)
-    if guess is not None and _mostly(partial, spans_read(*guess, config, rows)):
-        return files.path(anchor, name)
-    if not _fetch(files, partial, [(0, 8)] if guess is None else spans_read(*guess, config, rows)):
+    spans = [(0, 8)] if guess is None else spans_read(*guess, config, rows)
+    if (guess is not None and _mostly(partial, spans)) or not _fetch(files, partial, spans):
         return files.path(anchor, name)
     header = _own_header(partial)
     if header is None or header != guess:

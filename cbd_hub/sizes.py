@@ -1,10 +1,11 @@
-"""Sizes in text and in numbers: the only place that knows how "138M" is read and written."""
+"""Sizes, bytes, times and rates in text and in numbers: the only place that knows how "138M" is read and written."""
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import ROUND_HALF_UP, Decimal
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from cbd_hub.errors import SizeFormatError
@@ -12,6 +13,7 @@ from cbd_hub.errors import SizeFormatError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "min": Decimal(60)}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", re.IGNORECASE)
 
 
@@ -73,6 +75,50 @@ def parse_bytes(wish: str | int, name: str = "memory_budget") -> int:
     return wish
 
 
+def parse_seconds(wish: str | float, name: str = "max_latency") -> float:
+    """Seconds from text such as "20ms" or "1.5s", or from a number of them; ``name`` is what an error calls it.
+
+    Raises:
+        SizeFormatError: If it is no time above 0.
+
+    Example:
+        >>> parse_seconds("20ms"), parse_seconds("1.5 s"), parse_seconds("2min"), parse_seconds(3)
+        (0.02, 1.5, 120.0, 3.0)
+    """
+    if isinstance(wish, str) and len(wish) <= 32:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|min)?\s*", wish, re.IGNORECASE | re.ASCII)
+        if match and Decimal(match[1]):
+            return float(Decimal(match[1]) * _SECONDS[(match[2] or "s").lower()])
+    elif _above_zero(wish):
+        return float(wish)
+    raise SizeFormatError(f'{name}={_shortly(wish)} is no time; write a number and a unit, such as "20ms" or "1.5s", or seconds above 0')
+
+
+def parse_rate(wish: str | float, name: str = "min_tokens_per_second") -> float:
+    """A number above 0, also from text; ``name`` is what an error calls it.
+
+    Raises:
+        SizeFormatError: If it is none.
+
+    Example:
+        >>> parse_rate("20"), parse_rate(7.5)
+        (20.0, 7.5)
+    """
+    if isinstance(wish, str) and len(wish) <= 32 and re.fullmatch(r"\s*(\d+(\.\d*)?|\.\d+)\s*", wish, re.ASCII):
+        wish = float(wish)
+    if not isinstance(wish, str) and _above_zero(wish):
+        return float(wish)
+    raise SizeFormatError(f"{name}={_shortly(wish)} is no rate; give tokens a second above 0, such as 20")
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
+def _shortly(value: Any) -> str:
+    return f'"{value[:40]}"' if isinstance(value, str) else repr(value)[:40]
+
+
 def matches(text: str, parameters: int) -> bool:
     """Whether a size, rounded to the digits of the text, is what the text says.
 
@@ -109,3 +155,13 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """A time in three significant digits.
+
+    Example:
+        >>> format_seconds(0.0204), format_seconds(1.5), format_seconds(310.2)
+        ('20.4 ms', '1.5 s', '310 s')
+    """
+    return f"{Decimal(f'{seconds * 1000:.3g}'):f} ms" if seconds < 0.9995 else f"{Decimal(f'{seconds:.3g}'):f} s"

@@ -20,7 +20,7 @@ def space(
     chain: ChainArgument,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port; the first free one from 7860 on by default.", show_default=False)] = None,
-    memory: Annotated[str, typer.Option("--memory", help="Bytes of weights held at a time.")] = "4GB",
+    memory: Annotated[str | None, typer.Option("--memory", help="Bytes of weights held at a time; by the largest anchor and the machine otherwise, 4GB at least.", show_default=False)] = None,
     new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")] = 256,
     prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", min=1, help="Longest prompt.")] = 1024,
     waiting: Annotated[int, typer.Option("--waiting", min=1, help="Visitors that may wait for their turn.")] = 20,
@@ -34,8 +34,9 @@ def space(
     """Show a chain as a page: pick a size, see what you get, try it; or deploy the page as a Space."""
     from cbd_hub.space.serving import check_gradio
     check_gradio()
-    from cbd_hub.chain import Chain
-    opened = Chain.from_pretrained(chain, revision=revision)
+    with err.status(f"opening {escape(chain)}"):
+        from cbd_hub.chain import Chain
+        opened = Chain.from_pretrained(chain, revision=revision)
     if push is not None:
         import dataclasses
 
@@ -48,13 +49,15 @@ def space(
         out.print(f"{escape(done.url)}, suggested hardware {escape(done.hardware)}")
         return
     from cbd_hub.plans import weight_dtype
-    from cbd_hub.space.desk import Desk
     from cbd_hub.space.limits import Limits
-    from cbd_hub.space.page import build_page, launch
     if dtype is not None:
         weight_dtype(dtype, None)  # type: ignore[arg-type]
-    limits = Limits(memory=parse_bytes(memory, "--memory"), prompt_tokens=prompt_tokens, new_tokens=new_tokens, waiting=waiting, download=download)
-    page = build_page(Desk(opened, limits, dtype))
-    _, address, _ = launch(page, host=host, port=port, mcp=mcp, block=False, inbrowser=browser)
+    room = Limits.room(4 * opened.anchors[0].parameters) if memory is None else parse_bytes(memory, "--memory")
+    limits = Limits(memory=room, prompt_tokens=prompt_tokens, new_tokens=new_tokens, waiting=waiting, download=download)
+    with err.status(f"making the page of {escape(opened.name)}"):
+        from cbd_hub.space.desk import Desk
+        from cbd_hub.space.page import build_page, launch
+        page = build_page(Desk(opened, limits, dtype))
+        _, address, _ = launch(page, host=host, port=port, mcp=mcp, block=False, inbrowser=browser)
     err.print(f"{escape(opened.name)} at {escape(address)} (Ctrl-C stops it)" + (f", MCP at {escape(address)}gradio_api/mcp/" if mcp else ""))
     page.block_thread()

@@ -12,13 +12,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussio
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from cbd_hub.cards import check_card, merge_card
+from cbd_hub.cards import check_card, merge_card, read_card
 from cbd_hub.client import api, explained
 from cbd_hub.errors import ArgumentError, IntegrityError
 from cbd_hub.files import sha256
 from cbd_hub.hub import fetch
+from cbd_hub.manifest import FILE_NAME, MAX_BYTES
 
 
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 Content = Path | bytes
 Say = Callable[[str], None]
 
@@ -55,6 +57,8 @@ class Repo:
     files: dict[str, Content]
     card: str
     stale: tuple[str, ...] = ()  # suffixes and prefixes of files that go when they are not among the new ones
+    index: bool = False  # whether it is a chain's index, and not a model's repo
+    licence: str | None = None  # what an old card was generated with, as far as that is known
     main: str | None = None
     head: str | None = None
     request: Discussion | None = None
@@ -83,10 +87,10 @@ class Publisher:
     def look(self, repo: Repo) -> None:
         """What is there, without writing: head, files and hand-written card; the new card is merged with it and validated.
 
-        With ``create_pr`` an open pull request of the same account and title is what is there: a push that was killed goes on with its own.
+        A chain never takes the place of a model, nor a model that of a chain. With ``create_pr`` an open pull request of the same account and title is what is there: a push that was killed goes on with its own.
 
         Raises:
-            ArgumentError: If the card would be refused, or the repo is public and was asked to be private.
+            ArgumentError: If the card would be refused, the repo holds something else, or it is public and was asked to be private.
         """
         with explained(repo.id, self.token, pushing=True):
             try:
@@ -103,9 +107,13 @@ class Publisher:
             repo.there = frozenset(file.rfilename for file in found.siblings or [])
             if self.private and not repo.private:
                 raise ArgumentError(f"{repo.id} is public, but private was asked; make it private in its settings, or push to another name")
+            chain, model = FILE_NAME in repo.there, any(path == "config.json" or path.endswith(_WEIGHTS) for path in repo.there)
+            if chain if not repo.index else model and not chain:
+                held, new = ("a chain", "a model") if chain else ("a model", "a chain")
+                raise ArgumentError(f"{repo.id} holds {held}, and {new} would take its place; push to another name")
             if "README.md" in repo.there:
-                path = fetch(repo.id, "README.md", repo.head, {"token": self.token})
-                repo.card = merge_card(path.read_text(encoding="utf-8", errors="replace"), repo.card)
+                path = fetch(repo.id, "README.md", repo.head, {"token": self.token}, MAX_BYTES)
+                repo.card = merge_card(read_card(path, repo.id), repo.card, repo.licence)
         check_card(repo.card, repo.id)
 
     def _own_request(self, repo: Repo) -> Discussion | None:
@@ -167,12 +175,12 @@ class Publisher:
             self.client.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
         return name
 
-    def collect(self, repo_id: str, notes: Mapping[str, str]) -> str:
-        """Put the index and the anchors into a collection of the chain's name."""
+    def collect(self, repo_id: str, notes: Mapping[str, str], private: bool) -> str:
+        """Put the index and the anchors into a collection of the chain's name; ``private`` where it is made now."""
         owner, name = repo_id.split("/")
         with explained(repo_id, self.token, pushing=True):
             made = self.client.create_collection(
-                name, namespace=owner, description="A language model in any size: a chain of anchors, made with cbd_hub", private=bool(self.private), exists_ok=True
+                name, namespace=owner, description="A language model in any size: a chain of anchors, made with cbd_hub", private=private, exists_ok=True
             )
             listed = {item.item_id for item in made.items}
             for item, note in notes.items():

@@ -119,7 +119,8 @@ def stored_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Checkpoint key -> shape of every tensor that a model of this config stores."""
     family = family_of(config)
     sizes = family.sizes(config)
-    return {name: spec.shape(sizes) for spec, _, name in family.stored(config)}
+    shapes = {spec.name: spec.shape(sizes) for spec in family.tensors}  # the same in every layer
+    return {name: shapes[spec.name] for spec, _, name in family.stored(config)}
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:

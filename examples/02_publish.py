@@ -24,7 +24,7 @@ def hub_on_this_machine() -> Iterator[None]:
     server = subprocess.Popen([sys.executable, "-m", "tests.hub_server", "--port", "0"], cwd=root, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        os.environ.update((name, value) for name, _, value in (entry.partition("=") for entry in server.stdout.readline().split()))
+        os.environ.update(dict(entry.split("=", 1) for entry in server.stdout.readline().split()))
         os.environ["HF_HUB_OFFLINE"] = "0"
         yield
     finally:

@@ -87,6 +87,9 @@ def test_licences_come_from_cards_and_teachers(hub, measured, tmp_path):
     two.push_to_hub("org/two")
     add_anchor(Chain.from_pretrained("org/two"), tiny.save(tiny.llama(layers=1, seed=9), tmp_path / "bare"), "third/bare")
     assert ModelCard(hub.repos["third/bare"].at("main")[1]["README.md"].decode()).data.license_name == "our-licence"
+    assert ModelCard(hub.repos["org/two"].at("main")[1]["README.md"].decode()).data.license_name == "our-licence"
+    add_anchor(Chain.from_pretrained("org/two"), card(tiny.save(tiny.llama(layers=4, seed=9), tmp_path / "mit"), "license: mit"), "third/mit")
+    assert "license" not in ModelCard(hub.repos["org/two"].at("main")[1]["README.md"].decode()).data.to_dict(), "its anchors no longer agree"
     CBDModel.materialize("org/chain", shape={"layers": 4}, output_dir=tmp_path / "made")
     push_model(tmp_path / "made", "org/made")
     data = ModelCard(hub.repos["org/made"].at("main")[1]["README.md"].decode()).data

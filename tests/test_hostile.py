@@ -83,6 +83,26 @@ def test_a_header_of_ten_gigabytes(published, local):
     refused(local, IntegrityError, "10,737,418,240 bytes|not a whole safetensors file")
 
 
+def test_a_small_file_that_is_none_is_not_fetched(published, local, hub):
+    """Recorded with 1,000 bytes, served with 30 MB."""
+    index, repo = published
+    replace_file(index, repo, "tokenizer.json", b" " * 30_000_000)
+    change(index, lambda values: values["anchors"][0]["files"]["tokenizer.json"].update(bytes=1000))
+    hub.forget()
+    with pytest.raises(IntegrityError, match="1,000 are the most"):
+        Chain.from_pretrained("org/chain").save_pretrained(local.parent / "pulled")
+    assert hub.sent < 10_000_000
+
+
+def test_a_pull_copies_no_code_and_no_pickle(published, local, tmp_path):
+    index, repo = published
+    for name in ("evil.py", "pytorch_model.bin", "deep/config.json"):
+        replace_file(index, repo, name, b"import os")
+    Chain.from_pretrained("org/chain").save_pretrained(tmp_path / "pulled")
+    names = {path.name for path in (tmp_path / "pulled/anchors").rglob("*") if path.is_file()}
+    assert names == {path.name for path in (local / "anchors").rglob("*") if path.is_file()}
+
+
 def test_a_pickle_instead_of_safetensors(published, local, tmp_path):
     index, repo = published
     trace = tmp_path / "trace"

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import tiny
+import yaml
 from conftest import recipe
 from huggingface_hub import ModelCard
 
-from cbd_hub import CBDModel, Chain, distill_chain
+from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
 from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError, WeightsError
 from cbd_hub.extend import add_anchor
 from cbd_hub.publish import push_model
@@ -200,3 +201,107 @@ def test_a_third_party_adds_an_anchor(hub, llama, tmp_path):
     done = local.push_to_hub("org/more")
     assert done.anchors[local.anchors[-1].name][0] == "third/small", "an anchor in a repo of its own stays there"
     assert CBDModel.from_chain("org/more", size="min").config.num_hidden_layers == 1
+
+
+def readme(hub, repo_id):
+    return hub.repos[repo_id].at("main")[1]["README.md"].decode()
+
+
+def test_a_chain_never_takes_a_models_place_nor_a_model_a_chains(hub, llama, tmp_path):
+    chain = Chain.from_pretrained(llama)
+    chain.push_to_hub("org/tiny")
+    hub.upload_folder("org/model", llama / "anchors" / chain.anchors[0].name)
+    CBDModel.materialize("org/tiny", middle(llama), output_dir=tmp_path / "made")
+    before = {repo_id: repo.at("main")[0] for repo_id, repo in hub.repos.items()}
+    with pytest.raises(ArgumentError, match=r"org/model holds a model, and a chain would take its place"):
+        chain.push_to_hub("org/model")
+    with pytest.raises(ArgumentError, match=r"org/tiny holds a chain, and a model would take its place"):
+        push_model(tmp_path / "made", "org/tiny")
+    with pytest.raises(ArgumentError, match=r"org/tiny holds a chain"):
+        add_anchor(chain, tiny.save(tiny.llama(layers=1, ffn=24), tmp_path / "small"), "org/tiny")
+    assert before == {repo_id: repo.at("main")[0] for repo_id, repo in hub.repos.items()}, "nothing was sent anywhere"
+
+
+def test_words_in_a_local_card_go_up_once_and_come_back(hub, llama, tmp_path):
+    chain = with_teacher(llama, tmp_path, repo_id="big/teacher", license="mit")
+    path = tmp_path / "copy/README.md"
+    path.write_text(path.read_text().replace("tags:", "tags:\n- mine") + "\nWritten here.\n")
+    chain.push_to_hub("org/tiny")
+    first = readme(hub, "org/tiny")
+    assert first.count("Written here.") == first.count("# org/tiny:") == 1
+    assert {"mine", "cbd-chain"} <= set(ModelCard(first).data.tags)
+    files = hub.repos["org/tiny"].at("main")[1]
+    hub.repos["org/tiny"].commit({**files, "README.md": (first + "\nWritten there.\n").encode()})
+    chain.push_to_hub("org/tiny")
+    second = readme(hub, "org/tiny")
+    assert [second.count(text) for text in ("Written here.", "Written there.", "cbd_hub:begin", "cbd_hub:end")] == [1, 1, 1, 1]
+    Chain.from_pretrained("org/tiny").save_pretrained(tmp_path / "pulled")
+    pulled = (tmp_path / "pulled/README.md").read_text()
+    assert [pulled.count(text) for text in ("Written here.", "Written there.", "cbd_hub:begin")] == [1, 1, 1]
+    assert "anchors/" in pulled, "its own block names its own folders"
+
+
+def test_a_card_of_another_system_keeps_its_metadata_and_words(hub, llama):
+    chain = Chain.from_pretrained(llama)
+    chain.push_to_hub("org/tiny")
+    repo = hub.repos["org/tiny"]
+    repo.commit({**repo.at("main")[1], "README.md": b"\xef\xbb\xbf---\r\nlicense: mit\r\ntags:\r\n- mine\r\n---\r\n# By hand\r\n\r\nM\xc3\xa4nner\r\n"})
+    chain.push_to_hub("org/tiny")
+    data = ModelCard(readme(hub, "org/tiny")).data
+    assert (data.license, "mine" in data.tags) == ("mit", True)
+    assert readme(hub, "org/tiny").endswith("# By hand\n\nMänner\n")
+    head = repo.commit({**repo.at("main")[1], "README.md": "# Männer".encode("latin-1")})
+    with pytest.raises(ArgumentError, match="README of org/tiny is not UTF-8"):
+        chain.push_to_hub("org/tiny")
+    assert repo.at("main")[0] == head
+
+
+def test_cards_tell_the_loss_the_data_and_the_shape(hub, llama, tmp_path):
+    chain = with_teacher(llama, tmp_path, repo_id="big/teacher", license="mit")
+    recipe = tmp_path / "copy/recipe.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**values, "teacher": "big/teacher", "data": {"dataset": "org/text", "split": "train"}}))
+    chain.push_to_hub("org/tiny")
+    for anchor in chain.anchors[1:]:
+        text = readme(hub, f"org/tiny-{anchor.name}")
+        for line in (
+            "| learned by | 1 x forward_kl at temperature 1 + 1 x cross-entropy |", "| data | org/text |", f"| training tokens | {anchor.training.tokens:,} |",
+            f"| cut from and taught by | anchor {anchor.parent} |",
+        ):
+            assert line in text
+        assert ModelCard(text).data.datasets == ["org/text"]
+    assert ModelCard(readme(hub, f"org/tiny-{chain.anchors[0].name}")).data.datasets is None, "the teacher's are not known"
+    index = readme(hub, "org/tiny")
+    assert ModelCard(index).data.datasets == ["org/text"]
+    assert f"| cut from {chain.anchors[0].name}, {chain.anchors[1].training.tokens:,} tokens |" in index
+    CBDModel.materialize("org/tiny", middle(llama), output_dir=tmp_path / "made")
+    config = tmp_path / "made/config.json"
+    made = json.loads(config.read_text())
+    config.write_text(json.dumps({**made, "cbd": {**made["cbd"], "note": "a|b\n<!-- cbd_hub:end -->"}}))
+    push_model(tmp_path / "made", "org/middle")
+    text = readme(hub, "org/middle")
+    assert "| shape | 4 layers, hidden 32," in text
+    assert "| note | a\\|b <\\!-- cbd_hub:end --> |" in text
+    assert f"| parameters | {made['cbd']['parameters']:,} |" in text
+
+
+def test_what_is_shut_stays_shut_and_what_is_half_made_is_named(hub, llama, tmp_path):
+    """A private chain's collection is private also where a killed push is gone on with without --private."""
+    chain = Chain.from_pretrained(llama)
+    chain.push_to_hub("org/shut", private=True, collection=False)
+    done = chain.push_to_hub("org/shut")
+    assert hub.collections[done.collection]["private"]
+    (tmp_path / "begun/anchors").mkdir(parents=True)
+    with pytest.raises(WeightsError, match=r"neither a chain \(it has no chain\.json\)"):
+        push_model(tmp_path / "begun", "org/begun")
+
+
+def test_a_pulled_chain_keeps_its_licences(hub, tmp_path):
+    for layers, licence in ((4, "mit"), (2, "apache-2.0")):
+        folder = tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / f"m{layers}")
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    assemble_chain([tmp_path / "m4", tmp_path / "m2"], tmp_path / "chain").push_to_hub("org/chain")
+    Chain.from_pretrained("org/chain").save_pretrained(tmp_path / "pulled")
+    assert [anchor.license for anchor in Chain.from_pretrained(tmp_path / "pulled").anchors] == ["mit", "apache-2.0"]
+    Chain.from_pretrained(tmp_path / "chain").save_pretrained(tmp_path / "copied")
+    assert [anchor.license for anchor in Chain.from_pretrained(tmp_path / "copied").anchors] == ["mit", "apache-2.0"]

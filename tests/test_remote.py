@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from conftest import assembled
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import CBDModel, Chain
@@ -16,6 +17,7 @@ from cbd_hub.files import CHUNK_BYTES
 from cbd_hub.hub import open_chain
 from cbd_hub.plans import plan_costs
 from cbd_hub.remote import open_weights
+from cbd_hub.weights import read_config
 
 
 SHAPE = {"layers": 7}
@@ -38,6 +40,12 @@ def published(hub, wide):
 def weights(hub):
     """Log entries of weight files."""
     return [entry for entry in hub.log if entry.path.endswith(".safetensors") and "maps/" not in entry.path and entry.method == "GET"]
+
+
+def parts_of(hub, wide):
+    """What requests for parts of the larger anchor's weights begin with."""
+    large = f"org/wide-{Chain.from_pretrained(wide).anchors[0].name}"
+    return f"GET /{large}/resolve/{hub.repos[large].at('main')[0]}/model.safetensors"
 
 
 def test_a_patch_costs_its_own_bytes_and_chunk_rounding(hub, wide, published):
@@ -90,9 +98,8 @@ def test_a_server_without_ranges_still_serves(hub, wide, published):
 
 
 def test_connections_that_break_and_servers_that_are_busy(hub, wide, published):
-    large = f"GET /org/wide-{Chain.from_pretrained(wide).anchors[0].name}/resolve"
     for fault in ({"cut": 5_000_000}, {"status": 429, "headers": {"Retry-After": "0"}}, {"status": 503}, {"drop": "before"}, {"cut": 100}):
-        hub.fail(large, skip=2, **fault)
+        hub.fail(parts_of(hub, wide), **fault)
     assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
@@ -118,6 +125,66 @@ def test_damage_in_the_cache_is_mended(hub, wide, published):
     assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 
+def test_a_body_longer_than_asked_does_not_fill_the_memory(hub, wide, published):
+    hub.fail(parts_of(hub, wide), more=10 * CHUNK_BYTES, times=9)
+    with pytest.raises(IntegrityError, match="more bytes than were asked"):
+        CBDModel.from_chain("org/wide", shape=SHAPE)
+    hub.faults.clear()
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+@pytest.mark.parametrize("wait", ["\xb2", "-1", "soon", "9" * 400])
+def test_a_wait_that_is_no_number_is_a_wait(hub, wide, published, monkeypatch, wait):
+    monkeypatch.setattr("cbd_hub.ranges._LONGEST_WAIT", 0.01)
+    hub.fail(parts_of(hub, wide), status=429, headers={"Retry-After": wait})
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_one_wrong_part_ends_the_others(hub, wide, published, monkeypatch):
+    """What would be refused in the end is not fetched to its end; Ctrl-C takes the same way."""
+    monkeypatch.setattr("cbd_hub.ranges._JOB_CHUNKS", 1)
+    hub.fail(parts_of(hub, wide), status=404)
+    hub.fail(parts_of(hub, wide), delay=0.1, times=99)
+    with pytest.raises(CBDError):
+        CBDModel.from_chain("org/wide", shape=SHAPE)
+    slow = [entry for entry in weights(hub) if entry.range and entry.status == 206]
+    assert slow
+    assert sum(entry.sent for entry in slow) < len(slow) * CHUNK_BYTES // 2
+
+
+def test_forced_parts_are_written_over_what_others_read(hub, wide, published):
+    """A process that has the file open keeps reading the very file."""
+    CBDModel.from_chain("org/wide", shape=SHAPE)
+    anchor = Chain.from_pretrained("org/wide").anchors[0]
+    path = open_chain("org/wide").partial(anchor, "model.safetensors").path
+    before = path.stat().st_ino
+    fetched = sum(entry.sent for entry in weights(hub))
+    hub.forget()
+    assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE, force_download=True), CBDModel.from_chain(wide, shape=SHAPE))
+    assert path.stat().st_ino == before
+    assert sum(entry.sent for entry in weights(hub)) == fetched
+
+
+def test_a_cache_in_another_place_holds_all(hub, wide, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    here = set(tmp_path.iterdir())
+    CBDModel.from_chain("org/wide", shape=SHAPE)
+    CBDModel.from_chain("org/wide", shape=SHAPE, cache_dir=tmp_path / "own")
+    assert {path.name for path in set(tmp_path.iterdir()) - here} <= {"elsewhere", "own", "home"}
+    for place in ("elsewhere", "own"):
+        assert [path.name for path in (tmp_path / place / ".cbd_hub/partial").rglob("*.safetensors")] == ["model.safetensors"]
+    hub.forget()
+    CBDModel.from_chain("org/wide", shape=SHAPE, revision=published, cache_dir=tmp_path / "own")
+    assert not hub.log
+
+
+def test_a_load_reads_each_config_once(wide, monkeypatch):
+    read = []
+    monkeypatch.setattr("cbd_hub.plans.read_config", lambda folder: read.append(folder) or read_config(folder))
+    CBDModel.from_chain(wide, shape=SHAPE)
+    assert len(read) == 2
+
+
 def test_what_vanished_or_shut_is_one_clear_error(hub, wide, published):
     anchor, repo = Chain.from_pretrained(wide).anchors[0].name, hub.repos
     repo[f"org/wide-{anchor}"].gated = "auto"
@@ -133,6 +200,8 @@ def test_what_vanished_or_shut_is_one_clear_error(hub, wide, published):
         CBDModel.from_chain(f"org/wide-{anchor}", shape=SHAPE)
     with pytest.raises(StorageError, match="cannot be reached"):
         CBDModel.from_chain("org/wide", shape=SHAPE, local_files_only=True, cache_dir="/nowhere")
+    with pytest.raises(StorageError, match="refuses this account or its token"):
+        CBDModel.from_chain("org/wide", shape=SHAPE, token="hf_expired")
     assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
 
 

@@ -1,6 +1,9 @@
 """The Space without a browser: what a visitor can ask for, what is refused, the API, and how it is deployed."""
 
+import contextlib
 import json
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -19,12 +22,16 @@ from cbd_hub.errors import ArgumentError, BusyError, DataError, IntegrityError, 
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.plans import plan_costs
+from cbd_hub.space.archives import Archives
 from cbd_hub.space.desk import Desk
 from cbd_hub.space.facts import Scale
+from cbd_hub.space.figure import curve_figure
 from cbd_hub.space.limits import Limits
 from cbd_hub.space.models import ModelCache
 from cbd_hub.space.push import is_release, push_space, wheel
-from cbd_hub.space.writing import Sampling, Writer
+from cbd_hub.space.render import facts_card, measured_table
+from cbd_hub.space.serving import serve
+from cbd_hub.space.writing import Sampling, Writer, step_tokens
 
 
 pytest.importorskip("gradio", reason="the Space's tests need gradio: pip install 'cbd-hub[dev]'")
@@ -74,6 +81,49 @@ def test_the_download_is_what_a_load_fetches(hub, shown, desk, monkeypatch):
     for wish in ("min", middle(desk)):
         plan = remote.chain.plan(wish)
         assert remote.picker.facts(wish).download == sum(plan_costs(remote.picker.files, plan)["bytes_to_fetch"].values()) == desk.picker.facts(wish).download
+
+
+def test_a_download_is_counted_and_the_python_lines_are_pinned(hub, shown):
+    Chain.from_pretrained(shown).push_to_hub("org/tiny")
+    remote = Desk(Chain.from_pretrained("org/tiny"))
+    with remote.models.hold([remote.picker.size("min")]) as (entry,):
+        entry.future.result(60)
+    assert entry.came >= entry.to_come == remote.picker.facts("min").download
+    assert entry.share == 1.0
+    with remote.models.hold([remote.picker.size("min")]) as (again,):
+        assert again is entry
+    fresh = Desk(Chain.from_pretrained("org/tiny"))
+    with fresh.models.hold([fresh.picker.size("min")]) as (cached,):
+        cached.future.result(60)
+    assert cached.to_come == 0
+    assert remote.picker.name == "org/tiny"
+    assert f'revision="{remote.chain.files.revision}"' in remote.picker.snippet("min")
+
+
+def test_a_chain_that_comes_back_is_shown(shown, tmp_path, monkeypatch):
+    import httpx
+    place, found = tmp_path / "late", {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    thread = threading.Thread(target=lambda: found.update(page=serve(str(place), wait=0.2, host="127.0.0.1", port=port, block=False)), daemon=True)
+    thread.start()
+
+    def says(text):
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with contextlib.suppress(httpx.TransportError):
+                if text in httpx.get(f"http://127.0.0.1:{port}/config", timeout=20).text:
+                    return True
+            time.sleep(0.1)
+        return False
+
+    assert says("neither a folder nor a Hub id")
+    shutil.copytree(shown, tmp_path / "aside")
+    (tmp_path / "aside").rename(place)
+    assert says("One chain, any size from")
+    thread.join(20)
+    found["page"].close()
 
 
 def test_every_place_of_the_slider_is_a_size(desk):
@@ -131,7 +181,15 @@ def test_a_long_prompt_is_read_in_parts_with_the_same_result(desk):
         steps += 1
     whole = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=8, do_sample=False)
     assert writer.new == whole[0, len(ids) :].tolist()
-    assert steps == -(-len(ids) // 64) + 7
+    assert steps == -(-len(ids) // step_tokens(model)) + 7
+
+
+def test_a_large_model_reads_less_in_a_step():
+    def model(parameters, device="cpu"):
+        return SimpleNamespace(device=torch.device(device), num_parameters=lambda: parameters)
+
+    assert [step_tokens(model(count)) for count in (10**6, 10**9, 7 * 10**9)] == [32, 4, 1]
+    assert step_tokens(model(7 * 10**9, "cuda")) > 100
 
 
 def test_a_seed_gives_the_same_text_whoever_else_draws(desk):
@@ -167,17 +225,19 @@ def test_a_chat_goes_through_the_template(desk, monkeypatch):
 
 
 def test_side_by_side_answers_alone_and_perplexity_is_the_evaluations(desk):
-    text = "every size between two anchors learns from its teacher. " * 4
+    text = "every size between two anchors learns from its teacher. " * 3
     ends = last(desk.compare(["min", middle(desk), "max"], "a model", Sampling(new_tokens=8), text))
     assert [end.size for end in ends] == [desk.picker.smallest, desk.picker.size(middle(desk)), desk.picker.largest]
-    ids = torch.tensor(desk.chain.tokenizer()(text)["input_ids"][:200])
+    ids = torch.tensor(desk.chain.tokenizer()(text)["input_ids"])
     for end in ends:
         assert end.text == last(desk.generate(end.size, "a model", Sampling(new_tokens=8))).text
-        blocks = [ids[:128], ids[128:]]
-        losses = document_losses(ModelRunner(desk.chain.model(end.size, tolerance=0.99)), Documents(tuple(blocks), (0, 0)))
-        assert end.perplexity == pytest.approx(losses.perplexity, rel=1e-3)
+        losses = document_losses(ModelRunner(desk.chain.model(end.size, tolerance=0.99)), Documents((ids,), (0,)))
+        assert end.perplexity == pytest.approx(losses.perplexity, rel=1e-4)
+        assert end.bits_per_byte is None
     with pytest.raises(DataError, match="fewer than two tokens"):
-        last(desk.compare(["min", "max"], "a model", Sampling(new_tokens=1), "x"))
+        desk.compare(["min", "max"], "a model", Sampling(new_tokens=1), "x")
+    with pytest.raises(ArgumentError, match="text to measure has 201 tokens, more than 200"):
+        desk.compare(["min", "max"], "a model", Sampling(new_tokens=1), "x" * 201)
     with pytest.raises(ArgumentError, match="compare two or three"):
         desk.compare(["min", "min"], "a", Sampling())
 
@@ -246,7 +306,7 @@ def test_who_stops_waiting_is_free_and_the_model_is_there_for_the_next(desk):
     slow = Desk(desk.chain, desk.limits)
     slow.models._make = gate
     states = slow.generate("max", "a", Sampling())
-    assert next(states).note == "getting the bytes of " + desk.chain.anchors[0].name
+    assert next(states).note == "reading the anchors of " + desk.chain.anchors[0].name
     started = time.monotonic()
     states.close()
     assert time.monotonic() - started < 1
@@ -299,6 +359,55 @@ def test_a_checkpoint_is_an_ordinary_one_and_only_where_it_is_allowed(desk, tmp_
     assert all(torch.equal(ours.get_parameter(name), tensor) for name, tensor in loaded.named_parameters())
     with pytest.raises(ArgumentError, match="downloads are off"), Desk(desk.chain).checkpoint("max"):
         pass
+
+
+def test_archives_are_bounded_and_the_oldest_goes_first(desk, tmp_path):
+    small, large = desk.picker.smallest, desk.picker.largest
+    archives = Archives(desk, 10**9)
+    first = archives.get(small, tmp_path)
+    assert archives.get(small, tmp_path) == first, "what is there is not made again"
+    tight = Archives(desk, first.stat().st_size + 10)
+    kept = tight.get(small, tmp_path)
+    assert tight.get(large, tmp_path).is_file()
+    assert not kept.parent.exists()
+    kept = tight.get(small, tmp_path)
+    assert kept.is_file()
+    assert len(list(tmp_path.glob("*/*.zip"))) == 2, "one of each"
+
+
+def test_a_device_that_is_slow_in_bf16_computes_in_fp32(desk, monkeypatch):
+    config = SimpleNamespace(dtype=torch.bfloat16)
+    monkeypatch.setattr("cbd_hub.space.models.anchor_config", lambda files, anchor: config)
+    monkeypatch.setattr("cbd_hub.space.models.best_device", lambda: torch.device("cpu"))
+    for quick, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("cbd_hub.space.models.has_bf16", lambda device, quick=quick: quick)
+        assert ModelCache(desk.picker, 10**9).dtype is dtype
+    assert ModelCache(desk.picker, 10**9, torch.bfloat16).dtype is torch.bfloat16, "who names one gets it"
+    assert ModelCache(desk.picker, 3 * desk.picker.largest).dtype is torch.bfloat16, "in fp32 the largest would not fit"
+    config.dtype = torch.float16
+    assert ModelCache(desk.picker, 10**9).dtype is torch.float32
+
+
+def test_across_vocabularies_sizes_compare_in_bits_per_byte(shown, tmp_path):
+    shutil.copytree(shown, tmp_path / "chain")
+    path = tmp_path / "chain" / "chain.json"
+    data = json.loads(path.read_text())
+    last_link, small = data["links"][-1], data["anchors"][-1]
+    small["tokenizer_sha256"], small["parent"], small["maps"] = "0" * 64, None, None
+    data["links"][-1] = {"kind": "bridge", "small": last_link["small"], "large": last_link["large"]}
+    for anchor, bits in zip(data["anchors"], (1.0, 1.1, 1.4)):
+        anchor["evaluations"][-1]["bits_per_byte"] = bits
+    path.write_text(json.dumps(data))
+    picker = Desk(Chain.from_pretrained(tmp_path / "chain")).picker
+    assert picker.unit == "bits per byte"
+    assert picker.facts("max").bits_per_byte == pytest.approx(1.0)
+    assert [round(point.bits_per_byte, 6) for point in picker.points if point.strategy == "anchor"] == [1.4, 1.1, 1.0]
+    heights = [value for trace in curve_figure(picker, picker.facts("max")).data for value in trace.y]
+    assert max(heights) == pytest.approx(1.4)
+    assert "+0.400 bits per byte" in facts_card(picker.facts("min"), picker)
+    assert "1.400" in measured_table(picker)
+    between = (picker.manifest.anchors[1].parameters + picker.smallest) // 2
+    assert picker.at(between / picker.scale.factor) in (picker.smallest, picker.manifest.anchors[1].parameters), "no size lies in the gap"
 
 
 def test_links_reopen_and_hostile_ones_fall_back(desk):
@@ -383,7 +492,7 @@ def test_a_space_is_deployed_and_its_app_serves_the_chain(hub, shown, tmp_path):
         name, paths, revision = line.split(" ")
         assert name == repo
         assert set(paths.split(",")) <= set(hub.repos[repo].commits[revision][1])
-    assert json.loads(files["space.json"]) == {"chain": "org/tiny", "revision": chain.files.revision}
+    assert json.loads(files["space.json"]) == {"chain": "org/tiny", "revision": chain.files.revision, "memory": "8GB"}
     (made,) = [name for name in files if name.endswith(".whl")]
     assert not is_release(distribution("cbd-hub"))
     assert b"gradio[mcp]" in files["requirements.txt"]

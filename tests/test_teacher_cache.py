@@ -157,12 +157,13 @@ def test_options_outside_their_range_are_refused(tmp_path):
 def test_top_log_probs_are_the_dense_reference():
     hidden, head, bias = torch.randn(9, 7, dtype=torch.float64), torch.randn(41, 7, dtype=torch.float64), torch.randn(41, dtype=torch.float64)
     labels = torch.randint(0, 37, (9,))
-    ids, listed, rest, chosen = top_log_probs(hidden, head, 5, labels, bias=bias, logit_scale=0.5, softcap=3.0, vocab_size=37)
+    ids, listed, rest, chosen, drawn, drawn_log_probs = top_log_probs(hidden, head, 5, labels, bias=bias, logit_scale=0.5, softcap=3.0, vocab_size=37, draws=2)
     expected = (3 * torch.tanh((hidden @ head.T + bias) * 0.5 / 3))[:, :37].log_softmax(-1)
     torch.testing.assert_close(listed, expected.gather(1, ids))
     torch.testing.assert_close(listed.sort(-1).values, expected.topk(5, -1).values.flip(-1))
     torch.testing.assert_close(rest.exp() + listed.exp().sum(-1), torch.ones(9, dtype=torch.float64))
     torch.testing.assert_close(chosen, expected.gather(1, labels[:, None]).squeeze(1))
+    torch.testing.assert_close(drawn_log_probs, expected.gather(1, drawn))
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_top_log_probs_are_the_dense_reference():
 def test_a_cache_is_the_teacher(family, tmp_path):
     """Every position holds the teacher's own likeliest tokens and their log-probabilities, and the figures are what they say."""
     teacher, student = tiny.FAMILIES[family](), tiny.FAMILIES[family](layers=2, seed=3)
-    cache = write(tmp_path / "c", teacher, bits=12, student=student)
+    cache = write(tmp_path / "c", teacher, bits=12, student=student, tail_draws=0)
     reads, logits, ours = [], [], []
     for row in (cache[index] for index in range(len(cache))):
         ids = torch.tensor([row["input_ids"]])
@@ -200,7 +201,7 @@ def test_a_cache_is_the_teacher(family, tmp_path):
 def test_datasets_reads_it_without_cbd_hub(cache, tmp_path):
     read = load_dataset(str(cache), cache_dir=str(tmp_path), split="train")
     opened = TeacherCache.open(cache)
-    assert read.column_names == ["input_ids", "token_log_probs", "teacher_top"]
+    assert read.column_names == ["input_ids", "token_log_probs", "teacher_top", "teacher_tail"]
     assert np.allclose(read["token_log_probs"][5], opened[5]["token_log_probs"])
     assert len(read) == len(opened) > 64
     assert read["input_ids"][5] == opened[5]["input_ids"]
@@ -325,7 +326,7 @@ def test_a_finished_cache_is_not_made_again(cache, tmp_path, monkeypatch):
     monkeypatch.setattr("cbd_hub.distill.teacher_cache.ModelRunner", None)
     write(tmp_path / "c")
     assert files(tmp_path / "c") == files(cache)
-    with pytest.raises(StorageError, match="another top_k; choose another folder"):
+    with pytest.raises(StorageError, match="another top_k, tail_draws; choose another folder"):
         write(tmp_path / "c", top_k=5)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "thesis.txt").touch()
@@ -371,10 +372,10 @@ def test_a_hostile_row_is_named(cache, tmp_path, column, value, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda record: record.update(schema_version=3), "pip install -U"), (lambda record: record["source"].update(top_k=0), "source.top_k"),
+    (lambda record: record.update(schema_version=4), "pip install -U"), (lambda record: record["source"].update(top_k=0), "source.top_k"),
     (lambda record: record["shards"][0].update(path="../train-00000-of-00001.arrow"), "shards.0.path"), (lambda record: record["shards"].pop(), "contradicts itself"),
     (lambda record: record["source"].update(columns=["teacher"]), "contradicts itself"), (lambda record: record.pop("figures"), "figures"),
-    (lambda record: record["source"].update(columns=["input_ids", "labels"]), "rows of input_ids, token_log_probs, teacher_top, not"),
+    (lambda record: record["source"].update(columns=["input_ids", "labels"]), "rows of input_ids, token_log_probs, teacher_top, teacher_tail, not"),
 ])
 def test_a_hostile_record_is_refused(cache, tmp_path, change, message):
     shutil.copytree(cache, tmp_path / "c")
@@ -423,13 +424,13 @@ def test_training_from_the_cache_is_training_on_the_live_top_tokens(tmp_path, di
     """At 16 bits the loss and its gradient are those of the teacher's top tokens computed on the spot; at 8 bits they are near."""
     teacher = tiny.llama()
     for bits, tolerance in ((16, 1e-4), (8, 0.02)):
-        cache = write(tmp_path / f"{bits}", teacher, bits=bits)
+        cache = write(tmp_path / f"{bits}", teacher, bits=bits, tail_draws=0)
         trainer = trainer_for(tmp_path / "out", cache, divergence=divergence, ce_weight=0.2, teacher=teacher, train_dataset=texts(), processing_class=tiny.tokenizer())
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
         value = trainer.compute_loss(trainer.model, batch)
         with torch.no_grad():
             target = ModelRunner(teacher)(batch["input_ids"])
-        ids, log_probs, _, _ = top_log_probs(target.hidden.flatten(0, 1), target.head.weight, K, batch["input_ids"].flatten())
+        ids, log_probs, *_ = top_log_probs(target.hidden.flatten(0, 1), target.head.weight, K, batch["input_ids"].flatten())
         output = ModelRunner(trainer.model)(batch["input_ids"])
         labels = torch.full_like(batch["labels"], -100)
         labels[:, :-1] = batch["labels"][:, 1:]

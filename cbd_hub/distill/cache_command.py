@@ -23,7 +23,7 @@ from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
 def cache_text(
     teacher: str, out_dir: Path, *, text: str | None = None, recipe: Path | None = None, column: str = "text", block_size: int | None = None,
     max_tokens: int | None = None, top_k: int = 128, bits: int = 8, student: str | None = None, batch_size: int = 8, dtype: str | None = None,
-    push: str | None = None, quiet: bool = False, anchor: str | None = None, bos: bool = False,
+    push: str | None = None, quiet: bool = False, anchor: str | None = None, bos: bool = False, tail_draws: int | None = None,
 ) -> tuple[TeacherCache, dict[str, Any]]:
     """Cache a teacher on files of text, or on the training text of a recipe.
 
@@ -44,6 +44,7 @@ def cache_text(
         quiet: Show no progress bar.
         anchor: The anchor whose stage is meant, as ``stages`` of the recipe names it; the first one by default.
         bos: Begin each block of joined text with what the tokenizer puts before a text.
+        tail_draws: Tokens drawn from those that are not listed; a tenth of ``top_k`` by default.
 
     Returns:
         The cache, and facts of this run: its seconds, where it was pushed.
@@ -81,7 +82,7 @@ def cache_text(
 
         cache = write_cache(
             model, rows, out_dir, tokenizer=load_tokenizer(folder), block_size=block_size or 128, top_k=top_k, bits=bits, max_tokens=max_tokens,
-            batch_size=batch_size, dtype=compute, student=asked, bos=bos, progress=progress,
+            batch_size=batch_size, dtype=compute, student=asked, bos=bos, tail_draws=tail_draws, progress=progress,
         )
     facts: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
     if push is not None:

@@ -17,7 +17,7 @@ from cbd_hub.errors import DataError
 from cbd_hub.manifest import Data, FileRecord, Parameters, Sha256
 
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "cache.json"
 COLUMNS = ("input_ids", "labels", "position_ids")
 _TEXT = ("text", "prompt", "completion", "response", "messages")
@@ -53,7 +53,10 @@ class PackingRecord(Data):
 
 
 class Source(Data):
-    """All that decides what a cache holds; equal sources give equal caches. ``token_log_probs`` is not set in caches of schema 1, which lack these."""
+    """All that decides what a cache holds; equal sources give equal caches.
+
+    Caches of schema 1 lack ``token_log_probs``, and those of schema 2 ``tail_draws``.
+    """
 
     teacher: TeacherRecord
     tokenizer_sha256: Sha256 | None = None
@@ -66,6 +69,7 @@ class Source(Data):
     shard_blocks: int = Field(ge=1)
     student_sha256: Sha256 | None = None
     token_log_probs: bool = False
+    tail_draws: int = Field(default=0, ge=0, le=2**12)
 
 
 class StudentFigures(Data):
@@ -149,12 +153,14 @@ class CacheRecord(Data):
             "listed": f"{source.top_k} of {source.vocab_size:,} tokens at {source.bits} bits",
             "bytes per token": f"{figures.bytes_per_token:.1f}",
             "KL of rounding": f"{figures.rounding_kl:.1e} nats per token, {figures.rounding_kl_max:.1e} at most",
-            "tail mass": f"{figures.tail_mass:.4f} of the probability is on tokens not listed, of which the sum is kept",
+            "tail mass": f"{figures.tail_mass:.4f} of the probability is on tokens not listed, of which the sum is kept" + (
+                f" and {source.tail_draws} draws" if source.tail_draws else ""
+            ),
         }
         if figures.student is not None:
             told["KL to the student"] = (
                 f"{figures.student.full:.4f} nats per token over the whole vocabulary, {figures.student.kept:.4f} over what is kept: "
-                f"{figures.student.full - figures.student.kept:.4f} less"
+                f"an error of {figures.student.kept - figures.student.full:+.4f}"
             )
         return told
 

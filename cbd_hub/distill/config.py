@@ -59,6 +59,7 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         ('forward_kl', 0.0004, 'cosine')
     """
 
+    bf16: bool = field(default=False, metadata={"help": "Products in bf16 by autocast; a CPU without instructions for it computes in fp32."})
     learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share if below 1."})
@@ -118,6 +119,12 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         config: Any = self.accelerator_config
         if config.dispatch_batches is None:
             config.dispatch_batches = False  # the first process cannot hand out batches whose rows differ in length
+
+    def facts(self) -> dict[str, str]:
+        """What a card says of the loss and of where the tokens come from."""
+        taught = f"{self.kd_weight:g} x {self.divergence} at temperature {self.temperature:g}" if self.bridge is None else f"{self.kd_weight:g} x bridge ({self.bridge})"
+        hidden = f" + {self.hidden_weight:g} x {self.hidden_loss} of hidden states" if self.hidden_weight else ""
+        return {"loss": f"{taught} + {self.ce_weight:g} x cross-entropy{hidden}", **self.sampling_facts()}
 
     def _set_bridge(self) -> None:
         """Give the fields the values that go with a bridge.

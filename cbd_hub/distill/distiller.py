@@ -27,7 +27,7 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import with_tokens
 from cbd_hub.distill.hidden import Batch, HiddenTerm
 from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
-from cbd_hub.distill.packing import collate, next_tokens
+from cbd_hub.distill.packing import CACHED, collate, next_tokens
 from cbd_hub.distill.path import path_plan, segment_to
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
@@ -45,7 +45,7 @@ from cbd_hub.distill.wrapping import (
 from cbd_hub.errors import ArgumentError, TrainingError, VocabularyMismatchError
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, check_head, frozen, router_loss
 from cbd_hub.interpolation.planner import Kept, Plan
-from cbd_hub.losses.head import distillation_loss
+from cbd_hub.losses.head import Listed, distillation_loss
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class ChainDistiller(SamplingTrainer):
         self.teacher = prepare_teacher(self.accelerator, teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels", "top_ids", "top_log_probs", *COLUMNS]
+        self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels", *CACHED, *COLUMNS]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of an evaluation set, read by both tokenizers where the teacher has its own."""
@@ -263,7 +263,7 @@ class ChainDistiller(SamplingTrainer):
             if bridged is not None and not ce_weight:
                 return bridged
             target = None
-        top = None if "top_ids" not in inputs else (inputs["top_ids"].flatten(0, 1), inputs["top_log_probs"].flatten(0, 1))
+        top = Listed(*(inputs[name].flatten(0, 1) for name in CACHED if name in inputs)) if "top_ids" in inputs else None
         theirs: dict[str, Any] = {} if target is None else {
             "teacher_bias": target.head.bias, "teacher_logit_scale": target.head.logit_scale, "teacher_softcap": target.head.softcap,
         }

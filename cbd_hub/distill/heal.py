@@ -185,7 +185,7 @@ def _made(model: Any) -> dict[str, Any]:
     Raises:
         ArgumentError: If it was not made from a chain, or cannot be trained as it is.
     """
-    if is_peft_model(model):
+    if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
         raise ArgumentError("the model has an adapter; merge it first (merge_and_unload), and pass peft_config for a new one")
     made = getattr(getattr(model, "config", None), "cbd", None)
     if not isinstance(made, dict) or not {"chain", "neighbours", "parameters"} <= made.keys():

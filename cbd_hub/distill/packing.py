@@ -24,6 +24,7 @@ from cbd_hub.errors import DataError
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+CACHED = ("top_ids", "top_log_probs", "tail_ids", "tail_log_probs")  # of a teacher cache
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,6 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tens
     elif any("attention_mask" in row for row in rows) or any(len(row["input_ids"]) < longest for row in rows):
         batch["attention_mask"] = torch.tensor([padded(row.get("attention_mask", [1] * len(row["input_ids"])), 0) for row in rows])
     if "top_ids" in rows[0]:
-        for name in ("top_ids", "top_log_probs"):  # of a teacher cache, shape (length, k)
+        for name in (name for name in CACHED if name in rows[0]):  # shape (length, k), or of the draws (length, s)
             batch[name] = torch.stack([F.pad(torch.as_tensor(row[name]), (0, 0, 0, longest - len(row[name]))) for row in rows])
     return batch

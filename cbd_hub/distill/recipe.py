@@ -187,7 +187,7 @@ class _Run:
         result = json.loads((self.work / f"{stage.name}.training.json").read_text())
         anchors.append(self.builder.record(
             stage.name, origin=stage.origin, parent=None if cut is None else parent.name, maps=maps,
-            training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256()),
+            training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256(), objective=result.get("objective")),
             evaluations=[Evaluation(**entry)],
         ))
         return small, cut, importance
@@ -242,7 +242,7 @@ class _Run:
         tokens = int(trainer.state.num_input_tokens_seen)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # a checkpoint keeps it
         write_text(self.work / f"{stage.name}.training.json", json.dumps({
-            "tokens": tokens, "loss": losses[-1] if losses else None, "seconds": time.monotonic() - started,
+            "tokens": tokens, "loss": losses[-1] if losses else None, "seconds": time.monotonic() - started, "objective": "; ".join(arguments.facts().values()),
         }))
         student = trainer.accelerator.unwrap_model(trainer.model)
         write_text(self.builder.anchor_folder(f"{stage.name}.{METRICS}"), (run_dir / METRICS).read_text() if (run_dir / METRICS).is_file() else "")

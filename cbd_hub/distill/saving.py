@@ -92,10 +92,7 @@ class AnchorTrainer(Trainer):
         tokens = int(self.state.num_input_tokens_seen) or self.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         facts = {
-            "loss": (f"{args.kd_weight:g} x {args.divergence} at temperature {args.temperature:g}" if args.bridge is None else f"{args.kd_weight:g} x bridge ({args.bridge})")
-            + f" + {args.ce_weight:g} x cross-entropy"
-            + (f" + {args.hidden_weight:g} x {args.hidden_loss} of hidden states" if args.hidden_weight else ""),
-            **args.sampling_facts(),
+            **args.facts(),
             "optimiser steps": f"{self.state.global_step:,} ({tokens:,} tokens at most)",
             **({"last training loss": f"{losses[-1]:.3f}"} if losses else {}),
         }

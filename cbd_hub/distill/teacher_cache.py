@@ -35,13 +35,13 @@ from cbd_hub.distill.cache_record import (
     predicts,
 )
 from cbd_hub.distill.packing import IGNORED, collate, next_tokens
-from cbd_hub.distill.top_codec import TopCodec, rounding_kl
-from cbd_hub.errors import CBDError, DataError, StorageError, VocabularyMismatchError
+from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
+from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError
 from cbd_hub.files import check_file, disk_error, sha256, write_text
 from cbd_hub.hub import download, is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.losses.alignment import prefix_of
-from cbd_hub.losses.head import distillation_loss
+from cbd_hub.losses.head import Listed, distillation_loss
 from cbd_hub.losses.log_probs import top_log_probs
 from cbd_hub.shapes import check_positions, parameter_count
 from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
@@ -49,7 +49,7 @@ from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
 
 SHARD_TOKENS = 2**18
 _WORK = ".work"
-_TOP = "teacher_top"
+_TOP, _TAIL = "teacher_top", "teacher_tail"
 _TOKEN = "token_log_probs"
 
 
@@ -57,7 +57,8 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
     """A teacher cache as a data set: blocks with the teacher's top tokens at every position that predicts one that counts.
 
     A row has ``input_ids`` and, where the blocks had them, ``labels`` and ``position_ids``; ``top_ids``, int64, and ``top_log_probs``, float32,
-    each of shape (length, k), zero where nothing counts; ``token_log_probs``, float32, shape (length,), of each token itself after those before it, zero where it
+    each of shape (length, k), zero where nothing counts; ``tail_ids`` and ``tail_log_probs``, shape (length, draws), of other tokens drawn by their
+    probability (caches up to schema 2 lack these); ``token_log_probs``, float32, shape (length,), of each token itself after those before it, zero where it
     does not count (caches of schema 1 lack these).
 
     Example:
@@ -73,7 +74,7 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
     def __init__(self, record: CacheRecord, rows: Any, name: str) -> None:
         self.record, self.name = record, name
         source = record.source
-        self.codec = TopCodec(source.top_k, source.bits, source.vocab_size)
+        self.codec, self.tail = TopCodec(source.top_k, source.bits, source.vocab_size), TailCodec(source.tail_draws, source.vocab_size)
         self._rows = rows
 
     @classmethod
@@ -129,10 +130,13 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
                 if values.shape != (length,) or not length or values.min() < low or values.max() >= high:
                     raise DataError(f"{name} are not {length} numbers from {low} to {high - 1:,}")
         keep = predicts(row)
-        ids, log_probs = self.codec.decode(row.pop(_TOP), int(keep.sum()))
-        row["top_ids"] = np.zeros((length, self.codec.top_k), np.int64)
-        row["top_log_probs"] = np.zeros((length, self.codec.top_k), np.float32)
-        row["top_ids"][keep], row["top_log_probs"][keep] = ids, log_probs
+        found = {"top": self.codec.decode(row.pop(_TOP), int(keep.sum()))}
+        if self.tail.draws:
+            found["tail"] = self.tail.decode(row.pop(_TAIL), int(keep.sum()))
+        for name, parts in found.items():
+            for what, part in zip(("ids", "log_probs"), parts):
+                row[f"{name}_{what}"] = np.zeros((length, part.shape[1]), part.dtype)
+                row[f"{name}_{what}"][keep] = part
         if self.record.source.token_log_probs:
             row[_TOKEN] = _checked(row[_TOKEN], keep)
         return row
@@ -179,7 +183,7 @@ _REMEDY = "; make a cache for this one with `cbd cache-teacher`, or leave teache
 
 def _features(source: Source) -> Features:
     own = {_TOKEN: List(Value("float16"))} if source.token_log_probs else {}
-    return Features({**{name: List(Value("int32")) for name in source.columns}, **own, _TOP: Value("binary")})
+    return Features({**{name: List(Value("int32")) for name in source.columns}, **own, _TOP: Value("binary"), **({_TAIL: Value("binary")} if source.tail_draws else {})})
 
 
 def _checked(values: Any, keep: np.ndarray) -> np.ndarray:
@@ -216,33 +220,42 @@ class _Asker:
     """The teacher, and perhaps a student, asked about blocks."""
 
     codec: TopCodec
+    tail: TailCodec
     teacher: Any
     student: Any = None
     sums: _Sums = field(default_factory=_Sums)
 
-    def __call__(self, blocks: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """The encoded top tokens of each block, and the log-probabilities of its own."""
+    def __call__(self, blocks: list[dict[str, np.ndarray]], first: int) -> list[dict[str, Any]]:
+        """The encoded top tokens of each block and draws from the others, and the log-probabilities of its own; ``first`` is the first block's number."""
         batch = {name: tensor.to(self.teacher.device, torch.int64) for name, tensor in collate(blocks).items()}
         keep = next_tokens(batch["labels"]) != IGNORED
         inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         target = ModelRunner(self.teacher)(*inputs)
         head, hidden = target.head, target.hidden[keep].float()
-        ids, log_probs, log_rest, own = top_log_probs(
+        uniform = np.concatenate([np.random.default_rng(first + place).random(int(row.sum())) for place, row in enumerate(keep.cpu().numpy())])
+        top = top_log_probs(
             hidden, head.weight, self.codec.top_k, next_tokens(batch["labels"])[keep], bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-            vocab_size=self.codec.vocab_size,
+            vocab_size=self.codec.vocab_size, draws=self.tail.draws, uniform=torch.from_numpy(uniform.astype(np.float32)).to(hidden.device),
         )
-        if not torch.isfinite(log_probs).all():
+        if not torch.isfinite(top.log_probs).all():
             raise DataError(f"the teacher's log-probabilities are no numbers on a batch that begins with tokens {blocks[0]['input_ids'][:8].tolist()}")
-        order = ids.argsort(-1)
-        exact = (ids.gather(1, order).cpu().numpy(), log_probs.gather(1, order).cpu().numpy(), log_rest.cpu().numpy())
-        encoded, kept, start = [], np.empty_like(exact[1]), 0
+        order = top.ids.argsort(-1)
+        exact = (top.ids.gather(1, order).cpu().numpy(), top.log_probs.gather(1, order).cpu().numpy(), top.log_rest.cpu().numpy())
+        drawn = (top.tail_ids.cpu().numpy(), top.tail_log_probs.cpu().numpy())
+        encoded, start = [], 0
+        kept, tails = np.empty_like(exact[1]), tuple(map(np.empty_like, drawn))
         for block, positions in zip(blocks, keep.cpu().numpy()):
             here = slice(start, start + int(positions.sum()))
             listed = self.codec.encode(*(part[here] for part in exact))
             chosen = np.zeros(len(positions), np.float16)
-            chosen[np.roll(positions, 1)] = own[here].clamp(-6e4, 0.0).cpu().numpy()
+            chosen[np.roll(positions, 1)] = top.chosen[here].clamp(-6e4, 0.0).cpu().numpy()
             encoded.append({_TOP: listed, _TOKEN: chosen[: len(block["input_ids"])]})
             kept[here] = self.codec.decode(listed, here.stop - start)[1]
+            if self.tail.draws:
+                others = self.tail.encode(*(part[here] for part in drawn))
+                encoded[-1][_TAIL] = others
+                for whole, part in zip(tails, self.tail.decode(others, here.stop - start)):
+                    whole[here] = part
             start = here.stop
         costs = rounding_kl(exact[1], exact[2], kept)
         self.sums.positions += len(costs)
@@ -250,13 +263,13 @@ class _Asker:
         self.sums.worst = max(self.sums.worst, float(costs.max(initial=0.0)))
         self.sums.tail += float(np.exp(exact[2], dtype=np.float64).sum())
         if self.student is not None:
-            top = (torch.from_numpy(exact[0]).to(hidden.device), torch.from_numpy(kept).to(hidden.device))
-            full, bucketed = self._divergences(inputs, keep, hidden, head, top)
-            self.sums.full += full
-            self.sums.kept += bucketed
+            parts = (exact[0], kept, *(tails if self.tail.draws else ()))
+            whole_kl, kept_kl = self._divergences(inputs, keep, hidden, head, Listed(*(torch.from_numpy(part).to(hidden.device) for part in parts)))
+            self.sums.full += whole_kl
+            self.sums.kept += kept_kl
         return encoded
 
-    def _divergences(self, inputs: tuple[Any, ...], keep: Tensor, hidden: Tensor, head: Any, top: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    def _divergences(self, inputs: tuple[Any, ...], keep: Tensor, hidden: Tensor, head: Any, top: Listed) -> tuple[float, float]:
         """Forward KL to the student, summed over positions: over the whole vocabulary, and over what is kept."""
         output = ModelRunner(self.student)(*inputs)
         ours = output.head
@@ -274,14 +287,15 @@ class _Asker:
 def write_cache(
     teacher: Any, rows: Iterable[Mapping[str, Any]], folder: str | os.PathLike[str], *, tokenizer: Any = None, block_size: int = 128,
     top_k: int = 128, bits: int = 8, max_tokens: int | None = None, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS,
-    dtype: torch.dtype | None = None, student: Any = None, bos: bool = False, progress: Callable[[int, int], None] | None = None,
+    dtype: torch.dtype | None = None, student: Any = None, bos: bool = False, tail_draws: int | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Run a teacher over a text once and keep its top-k log-probabilities, as a folder that ``datasets.load_dataset`` reads.
 
+    Of the tokens that are not listed the sum of their probabilities is kept, and some drawn from them by their probability: these make the forward KL to a
+    student that of the whole vocabulary in expectation, in value and gradient. With the sum alone, which the other divergences read, it is less than that.
     Shards are written aside and renamed. Stopped, the same call goes on behind the last whole shard, and the folder comes out as if it had not been
     stopped. Two figures say what the cache costs, in ``cache.json``: ``rounding_kl``, what rounding the log-probabilities moves the teacher by, and
-    ``tail_mass``, the probability of the tokens that are not listed, of which only the sum is kept; a student is not told how to share it out, so
-    that its divergence reads smaller than over the whole vocabulary, by how much ``student`` tells.
+    ``tail_mass``, the probability of the tokens that are not listed. With ``student`` its forward KL is measured from the cache and from the teacher itself.
 
     Args:
         teacher: The model to learn from.
@@ -297,6 +311,7 @@ def write_cache(
         dtype: What the teacher computes in; its own by default. Logits are made in fp32.
         student: A model to measure the tail's share of the divergence with; costs a second forward pass.
         bos: Begin each block of joined text with what the tokenizer puts before a text, such as gemma's ``<bos>``, without which it is no good teacher.
+        tail_draws: Tokens drawn from those that are not listed at a position; by default a tenth of ``top_k``, or 1; 0 for the sum alone.
         progress: Called with the blocks done and the blocks in all.
 
     Returns:
@@ -312,6 +327,9 @@ def write_cache(
     codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, len(tokenizer)))
     if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:
         raise VocabularyMismatchError(f"the student has a vocabulary of {student.config.vocab_size:,}, the cache one of {codec.vocab_size:,}; give a student of the teacher's vocabulary")
+    tail = TailCodec(max(1, top_k // 10) if tail_draws is None else tail_draws, codec.vocab_size)
+    if tail.draws < 0:
+        raise ArgumentError(f"tail_draws={tail_draws} is negative; give 0 or more, such as a tenth of top_k")
     prefix = prefix_of(tokenizer) if bos and tokenizer is not None else []
     identified = IdentifiedBlocks(rows, tokenizer, block_size, prefix)
     if not identified.packed:
@@ -344,13 +362,13 @@ def write_cache(
         ),
         columns=list(blocks[0]), top_k=top_k, bits=bits, vocab_size=codec.vocab_size,
         shard_blocks=max(1, shard_tokens // max(len(block["input_ids"]) for block in blocks)),
-        student_sha256=None if student is None else weights_sha256(student), token_log_probs=True,
+        student_sha256=None if student is None else weights_sha256(student), token_log_probs=True, tail_draws=tail.draws,
     )
     if dtype is not None and teacher.dtype != dtype:
         teacher = copy.deepcopy(teacher).to(dtype)
     try:
         with frozen(teacher, *([] if student is None else [student])):
-            _write(target, source, blocks, codec, teacher, student, batch_size, progress or (lambda done, total: None))
+            _write(target, source, blocks, (codec, tail), teacher, student, batch_size, progress or (lambda done, total: None))
     except OSError as error:
         if isinstance(error, CBDError) or not disk_error(error):
             raise
@@ -359,7 +377,7 @@ def write_cache(
 
 
 def _write(
-    target: Path, source: Source, blocks: list[dict[str, np.ndarray]], codec: TopCodec, teacher: Any, student: Any, batch_size: int,
+    target: Path, source: Source, blocks: list[dict[str, np.ndarray]], codecs: tuple[TopCodec, TailCodec], teacher: Any, student: Any, batch_size: int,
     progress: Callable[[int, int], None],
 ) -> None:
     work = target / _WORK
@@ -374,12 +392,12 @@ def _write(
         first, last = index * source.shard_blocks, min((index + 1) * source.shard_blocks, len(blocks))
         facts = _finished(work / f"{index:05d}.json", target / name)
         if facts is None:
-            asker = _Asker(codec, teacher, student)
+            asker = _Asker(*codecs, teacher, student)
             partial = work / "shard.partial"
             with ArrowWriter(path=str(partial), features=_features(source), writer_batch_size=batch_size) as writer:
                 for start in range(first, last, batch_size):
                     part = blocks[start : min(start + batch_size, last)]
-                    for block, found in zip(part, asker(part), strict=True):
+                    for block, found in zip(part, asker(part, start), strict=True):
                         writer.write({**block, **found})
                     progress(start + len(part), len(blocks))
                 writer.finalize()

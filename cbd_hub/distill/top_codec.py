@@ -18,6 +18,7 @@ from cbd_hub.errors import ArgumentError, DataError
 
 BITS = (4, 16)
 _RANGE = 16.0  # nats below the likeliest outcome; what lies deeper is kept as if it lay there
+_TAIL_RANGE = 24.0  # nats below certainty
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,63 @@ class TopCodec:
         log_probs = levels * -self.step
         log_probs -= np.log(np.exp(log_probs).sum(1, keepdims=True))
         return ids[order].reshape(positions, k), log_probs[:, :k].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class TailCodec:
+    """How draws from the tokens that are not listed are kept: by the gaps of their sorted numbers, as the listed ones, and one byte for a log-probability.
+
+    Args:
+        draws: Tokens drawn at each position.
+        vocab_size: Tokens of the vocabulary.
+
+    Example:
+        >>> codec = TailCodec(draws=2, vocab_size=50)
+        >>> ids, log_probs = codec.decode(codec.encode(np.array([[9, 9]]), np.log([[0.25, 0.25]])), positions=1)
+        >>> ids.tolist(), np.exp(log_probs).round(1).tolist()
+        ([[9, 9]], [[0.2, 0.2]])
+    """
+
+    draws: int
+    vocab_size: int
+
+    def _gap_bytes(self, positions: int) -> int:
+        return -(-(self.vocab_size * positions - 1).bit_length() // 8) or 1
+
+    def encode(self, ids: np.ndarray, log_probs: np.ndarray) -> bytes:
+        """The bytes of one block, from tokens and their log-probabilities, each of shape (positions, draws)."""
+        positions = len(ids)
+        keys = (ids.astype(np.int64) * positions + np.arange(positions)[:, None]).ravel()
+        order = np.argsort(keys, kind="stable")
+        levels = np.rint(np.clip(-log_probs.astype(np.float64), 0, _TAIL_RANGE) / _TAIL_RANGE * 255).astype(np.uint8).ravel()[order]
+        gaps = np.diff(keys[order], prepend=0)
+        planes = [(gaps >> 8 * plane & 255).astype(np.uint8).tobytes() for plane in range(self._gap_bytes(positions))]
+        return zlib.compress(b"".join([*planes, levels.tobytes()]), 9)
+
+    def decode(self, data: bytes, positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens, rising at each position, int64, and their log-probabilities, float32, each of shape (positions, draws).
+
+        Raises:
+            DataError: If these are not the bytes of so many positions.
+        """
+        total, count = positions * self.draws, self._gap_bytes(positions)
+        reader = zlib.decompressobj()
+        try:
+            raw = reader.decompress(data, total * (count + 1) + 1)
+        except (zlib.error, TypeError) as error:
+            raise DataError(f"the draws are no zlib stream ({error})") from error
+        if len(raw) != total * (count + 1) or not reader.eof or reader.unused_data:
+            raise DataError(f"the draws are not the {total * (count + 1):,} bytes of {positions:,} positions with {self.draws} each")
+        planes = np.frombuffer(raw, np.uint8).reshape(count + 1, total)
+        keys = np.cumsum(sum(planes[plane].astype(np.int64) << 8 * plane for plane in range(count)))
+        if total and keys.max() >= self.vocab_size * positions:
+            raise DataError(f"a drawn token is not below the vocabulary's size, {self.vocab_size:,}")
+        ids, place = np.divmod(keys, max(positions, 1))
+        order = np.argsort(place, kind="stable")
+        if (place[order].reshape(positions, self.draws) != np.arange(positions)[:, None]).any():
+            raise DataError(f"a position has more or fewer than {self.draws} draws")
+        log_probs = planes[count][order].astype(np.float32) * np.float32(-_TAIL_RANGE / 255)
+        return ids[order].reshape(positions, self.draws), log_probs.reshape(positions, self.draws)
 
 
 def rounding_kl(log_probs: np.ndarray, log_rest: np.ndarray, kept: np.ndarray) -> np.ndarray:

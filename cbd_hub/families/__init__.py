@@ -13,7 +13,7 @@ from cbd_hub.families.qwen import QWEN2, QWEN3
 from cbd_hub.families.table import Family, TensorSpec, linear, norm
 
 
-__all__ = ["FAMILIES", "Family", "TensorSpec", "family_named", "family_of", "linear", "norm", "register"]
+__all__ = ["FAMILIES", "GPT2", "Family", "TensorSpec", "family_named", "family_of", "linear", "norm", "register"]
 
 FAMILIES: list[Family] = [LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, GPT2, GPT_NEOX, OPT, OLMO2]
 

@@ -28,12 +28,14 @@ class TensorSpec:
         dims: The axes of each dimension, in stored order.
         when: Config attribute that must be true for the tensor to exist.
         unless: Config attribute that must be false for the tensor to exist.
+        transposed: Whether it is a linear module's weight that is stored (in, out).
     """
 
     name: str
     dims: tuple[Dimension, ...]
     when: str | None = None
     unless: str | None = None
+    transposed: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -88,7 +90,7 @@ def linear(name: str, out: Dimension, into: Dimension, *, bias: bool | str = Fal
         >>> [spec.name for spec in linear("mlp.up", "ffn", "hidden", bias=True)]
         ['mlp.up.weight', 'mlp.up.bias']
     """
-    weight = TensorSpec(f"{name}.weight", (into, out) if transposed else (out, into))
+    weight = TensorSpec(f"{name}.weight", (into, out) if transposed else (out, into), transposed=transposed)
     return (weight, TensorSpec(f"{name}.bias", (out,), when=bias if isinstance(bias, str) else None)) if bias else (weight,)
 
 
@@ -200,6 +202,21 @@ class Family:
             else:
                 yield spec, None, spec.name
 
+    def weight_of(self, module: str) -> tuple[TensorSpec, int | None, str] | None:
+        """The weight of a loaded model's module: its spec, its layer (None outside the layers) and its checkpoint key; None for an unknown one.
+
+        Example:
+            >>> from cbd_hub.families import GPT2
+            >>> GPT2.weight_of("transformer.h.3.mlp.c_fc")[1:]
+            (3, 'transformer.h.3.mlp.c_fc.weight')
+        """
+        for spec in self.tensors:
+            pattern = re.escape(self.live.get(spec.name, spec.name)).replace(r"\{layer\}", "(0|[1-9][0-9]{0,4})")
+            if (found := re.fullmatch(pattern, f"{module}.weight")) is not None:
+                layer = int(found[1]) if spec.per_layer else None
+                return spec, layer, spec.name if layer is None else spec.name.format(layer=layer)
+        return None
+
     def canonical(self, key: str) -> str | None:
         """The table's key for a stored key, or None for one that is passed over."""
         if not key.startswith(self.base_prefix) and key != self.head:
@@ -208,7 +225,15 @@ class Family:
 
     def writes(self, spec: TensorSpec) -> bool:
         """Whether a tensor's values are added to the residual stream."""
-        return spec.name == self.embedding or "positions" in spec.dims or spec.name.endswith(tuple(f".{name}" for name in self.residual))
+        return self.embeds(spec) or spec.name.endswith(tuple(f".{name}" for name in self.residual))
+
+    def embeds(self, spec: TensorSpec) -> bool:
+        """Whether a tensor's rows are looked up: an embedding of tokens or positions."""
+        return spec.name == self.embedding or "positions" in spec.dims
+
+    def transposed(self, spec: TensorSpec) -> bool:
+        """Whether a weight is stored (in, out): an embedding, or a linear module that says so."""
+        return spec.transposed or self.embeds(spec)
 
     def norm_of(self, spec: TensorSpec) -> str | None:
         """``weight`` or ``bias`` where a tensor is that of a norm over the hidden width."""

@@ -18,7 +18,8 @@ from cbd_hub.shapes import count
 
 
 def blend_plan(
-    segment: Segment, shape: Shape, mix: Mix, *, chain: str = "", asked: int | None = None, expected: float | None = None
+    segment: Segment, shape: Shape, mix: Mix, *, chain: str = "", asked: int | None = None, expected: float | None = None,
+    share: float | None = None,
 ) -> Plan:
     """Parameters of both neighbours averaged in shared coordinates, with the larger one's next units added.
 
@@ -52,13 +53,12 @@ def blend_plan(
         chain: Name of the chain.
         asked: Size asked for; the shape's own by default.
         expected: Loss expected at this size.
+        share: Weight of the smaller neighbour instead of ``mix.alpha``, all else as the mix has it: 1 or 0 for what one neighbour alone brings.
     """
     config, kept = segment.config, segment.kept
-    blender = Blender(segment, shape, mix)
+    blender = Blender(segment, shape, mix, share)
     held = [int(layer) for layer in kept.layers]
     layers = sorted({*held, *segment.order[: shape.layers - len(held)]})
-    replicate = segment.blend is not None and segment.blend.replicate
-    types = family_of(config).layer_types(config)
     tensors: dict[str, tuple[Term, ...]] = {}
     for spec in family_of(config).tensors:
         if not spec.present(config):
@@ -67,10 +67,7 @@ def blend_plan(
             tensors[spec.name] = blender.terms(spec, spec.name, spec.name)
             continue
         for position, layer in enumerate(layers):
-            source = held.index(layer) if layer in held else None
-            if source is None and replicate:
-                alike = [index for index, other in enumerate(held) if types[other] == types[layer]]
-                source = max((index for index in alike if held[index] < layer), default=alike[0] if alike else None)
+            source = source_layer(segment, layer)
             small = None if source is None else spec.name.format(layer=source)
             tensors[spec.name.format(layer=position)] = blender.terms(spec, small, spec.name.format(layer=layer), layer)
     found = count(shape, config)
@@ -78,6 +75,18 @@ def blend_plan(
         chain, found if asked is None else asked, found, shape, segment.small, segment.large, "blend", mix, tuple(layers), tensors, expected,
         eps=blender.eps,
     )
+
+
+def source_layer(segment: Segment, layer: int) -> int | None:
+    """The smaller neighbour's layer that stands for one of the larger one's, be it by replication; None where there is none."""
+    held = [int(layer) for layer in segment.kept.layers]
+    if layer in held:
+        return held.index(layer)
+    if segment.blend is None or not segment.blend.replicate:
+        return None
+    types = family_of(segment.config).layer_types(segment.config)
+    alike = [index for index, other in enumerate(held) if types[other] == types[layer]]
+    return max((index for index in alike if held[index] < layer), default=alike[0] if alike else None)
 
 
 @dataclass(frozen=True)
@@ -120,10 +129,11 @@ class _Coordinates:
 
 
 class Blender:
-    """The terms of a segment's tensors at one shape and mix."""
+    """The terms of a segment's tensors at one shape and mix; ``share`` is as in `blend_plan`."""
 
-    def __init__(self, segment: Segment, shape: Shape, mix: Mix) -> None:
+    def __init__(self, segment: Segment, shape: Shape, mix: Mix, share: float | None = None) -> None:
         self.segment, self.shape, self.mix = segment, shape, mix
+        self.alpha = mix.alpha if share is None else share
         self.family: Family = family_of(segment.config)
         self.sizes = {**self.family.sizes(segment.config), **shape.model_dump()}
         self.eps = (mix.alpha * segment.small_eps * segment.small_shape.hidden + (1 - mix.alpha) * segment.large_shape.hidden) / shape.hidden
@@ -132,7 +142,7 @@ class Blender:
 
     def terms(self, spec: TensorSpec, small: str | None, large: str, layer: int = 0) -> tuple[Term, ...]:
         """The terms of one tensor: ``small`` is None where the smaller neighbour has no such layer."""
-        alpha = self.mix.alpha if small is not None else 0.0
+        alpha = self.alpha if small is not None else 0.0
         family, norm = self.family, self.family.norm_of(spec)
         writes, normed = family.writes(spec), family.head_norm(spec)
         feeds = normed is not None and normed.feeds and normed.joint is not None

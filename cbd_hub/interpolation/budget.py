@@ -1,10 +1,45 @@
-"""The largest size of a chain that fits."""
+"""The largest size of a chain that fits, or is fast enough."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from cbd_hub.manifest import Manifest
+
+
+_GRID = 64
+
+
+def largest_meeting(low: int, high: int, meets: Callable[[int], bool]) -> int | None:
+    """The largest size between two that meets a condition, which smaller sizes meet sooner than larger ones; None if none does.
+
+    A shape's steps may break that rule by a little: a model may have fewer layers than a smaller one. So 64 sizes are tried from the largest one down,
+    and what lies between the first that meets it and the one above is halved until the rest is a 10,000th.
+
+    Args:
+        low: Size above which to look; not tried itself.
+        high: Size below which to look; not tried itself.
+        meets: Whether a size, as it is realised, meets it.
+
+    Example:
+        >>> largest_meeting(1_000, 2_000, lambda size: size <= 1_234)
+        1234
+        >>> largest_meeting(1_000, 2_000, lambda size: False) is None
+        True
+    """
+    above = high
+    for step in range(_GRID - 1, 0, -1):
+        size = low + (high - low) * step // _GRID
+        if low < size < above:
+            if meets(size):
+                break
+            above = size
+    else:
+        return None
+    while above - size > max(1, size // 10_000):
+        middle = (size + above) // 2
+        size, above = (middle, above) if meets(middle) else (size, middle)
+    return size
 
 
 def largest_size(manifest: Manifest, limit: int, realised: Callable[[int], int]) -> int | None:

@@ -18,7 +18,8 @@ from cbd_hub.interpolation.plan import Plan, Take, Term, Turn
 _CHUNK_ELEMENTS = 2**21  # 8 MiB in fp32
 
 
-def _select(source: Tensor, takes: tuple[Take, ...]) -> Tensor:
+def select(source: Tensor, takes: tuple[Take, ...]) -> Tensor:
+    """A tensor after selections along its dimensions, differentiable in it."""
     for take in takes:
         if (run := take.run) is not None:
             source = source.narrow(take.dim, run.start, run.stop - run.start)
@@ -73,7 +74,7 @@ def combine(terms: tuple[Term, ...], parameters: Mapping[str, Mapping[str, Tenso
     for box, group in _boxes(terms).items():
         total: Tensor | None = None
         for term in group:
-            piece = _select(turned(parameters[term.anchor][term.tensor], term.turns), term.takes)
+            piece = select(turned(parameters[term.anchor][term.tensor], term.turns), term.takes)
             piece = piece if term.weight == 1.0 else piece * term.weight
             piece = piece if term.offset == 0.0 else piece + term.offset
             total = piece if total is None else total + piece
@@ -142,11 +143,11 @@ def _rows(source: Tensor, takes: tuple[Take, ...], first: int, length: int, turn
     elif along_rows.spread:
         takes = (replace(along_rows, spread=length), *(take for take in takes if take.dim != 0))
     else:
-        source = _select(source, (replace(along_rows, index=along_rows.index[first : first + length]),))
+        source = select(source, (replace(along_rows, index=along_rows.index[first : first + length]),))
         takes = tuple(take for take in takes if take.dim != 0)
     if source.dtype.itemsize < 4 and (turns or any(take.spread for take in takes)):
         source = source.float()
-    return _select(turned(source, turns), takes)
+    return select(turned(source, turns), takes)
 
 
 class LazyTensor:
@@ -191,11 +192,17 @@ def lazy_state_dict(
 
 
 def stream(
-    plan: Plan, read: Callable[[str, str], Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    plan: Plan, read: Callable[[str, str], Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[Tensor]:
-    """The plan's tensors one after the other, in the plan's order; the next one is made while one is used."""
+    """The plan's tensors one after the other, in the plan's order; the next one is made while one is used.
+
+    What ``changes`` says is added to a tensor in the precision of the sum, so that it is rounded once.
+    """
 
     def make(name: str) -> Tensor:
+        if changes is not None and name in changes:
+            return changes[name](materialise(plan.tensors[name], read, shapes[name], torch.float64 if dtype == torch.float64 else torch.float32)).to(dtype)
         found = _as_it_is(plan.tensors[name], read, dtype)
         return materialise(plan.tensors[name], read, shapes[name], dtype) if found is None else found
 

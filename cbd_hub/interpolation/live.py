@@ -79,6 +79,14 @@ def _check_positions(config: Any, input_ids: Tensor, position_ids: Tensor | None
         check_positions(input_ids.shape[1], config, f"a row of {input_ids.shape[1]:,} tokens")
 
 
+def output_head(model: Any) -> Head:
+    """The output head of a loaded causal language model."""
+    head = model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        head.unshard()  # its weight is read without a call of the module, which would do it
+    return Head(head.weight, getattr(head, "bias", None), **_settings(model.config))
+
+
 class ModelRunner:
     """A loaded causal language model as a `Runner`."""
 
@@ -100,12 +108,9 @@ class ModelRunner:
         output = self.model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, output_hidden_states=states, use_cache=False, **routed
         )
-        head = self.model.get_output_embeddings()
-        if isinstance(head, FSDPModule):
-            head.unshard()  # its weight is read without a call of the module, which would do it
         return Output(
-            output.last_hidden_state, Head(head.weight, getattr(head, "bias", None), **_settings(self.config)),
-            tuple(output.hidden_states[1:]) if states else None, getattr(output, "router_logits", None) if routed else None,
+            output.last_hidden_state, output_head(self.model), tuple(output.hidden_states[1:]) if states else None,
+            getattr(output, "router_logits", None) if routed else None,
         )
 
 

@@ -17,6 +17,7 @@ from cbd_hub.errors import ManifestError
 from cbd_hub.families import family_of
 from cbd_hub.manifest import Blend, CurvePoint, Mix, Shape
 from cbd_hub.shapes import config_for, count
+from cbd_hub.speed.measuring import Speed
 
 
 if TYPE_CHECKING:
@@ -269,6 +270,8 @@ class Plan:
         expected: Measured or interpolated loss in nats per token at this size, where the chain has a curve.
         eps: Factor on the eps of the larger neighbour's norms.
         trough: Why the measured curve says that this size is a poor choice, where it does.
+        adapter: What is carried to this size besides: where an adapter came from, and what became of it.
+        speed: What was predicted of its speed on this machine, where that was asked for.
     """
 
     chain: str
@@ -284,6 +287,8 @@ class Plan:
     expected: float | None = None
     eps: float = 1.0
     trough: str | None = None
+    adapter: Mapping[str, Any] | None = None
+    speed: Speed | None = None
 
     @property
     def note(self) -> str | None:
@@ -328,7 +333,8 @@ class Plan:
         return {
             "chain": self.chain, "asked": self.asked, "parameters": self.parameters, "shape": self.shape.model_dump(),
             "small": self.small, "large": self.large, "strategy": self.strategy, **({} if self.mix is None else self.mix.model_dump()),
-            "expected_loss": self.expected, "trough": self.trough, "note": self.note,
+            "expected_loss": self.expected, "trough": self.trough, "note": self.note, "adapter": self.adapter,
+            **({} if self.speed is None else {"speed": self.speed.summary()}),
             "tensors_read": {anchor: len(names) for anchor, names in sorted(self.sources().items())},
         }
 

@@ -19,12 +19,13 @@ from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, 
 
 
 __all__ = [
-    "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
-    "segment_of", "segment_plan", "shape_at", "small_eps", "strategy_at",
+    "PADDING", "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
+    "segment_of", "segment_plan", "shape_at", "shape_in", "small_eps", "strategy_at",
 ]
 
 STRATEGIES = ("auto", "blend", "patch")
-_PADDING = Mix(alpha=1.0, layer_gain=0.0, neuron_gain=0.0, head_gain=0.0, channel_gain=0.0)
+# The smaller neighbour in a larger shape, without a change of what it computes.
+PADDING = Mix(alpha=1.0, layer_gain=0.0, neuron_gain=0.0, head_gain=0.0, channel_gain=0.0)
 
 
 def road_at(segment: Segment, size: int) -> RoadPoint:
@@ -93,6 +94,34 @@ def segment_plan(
         ArgumentError: If a strategy is unknown or does not apply, alpha is outside 0 to 1, or alpha comes with ``patch``.
         SizeError: If no shape comes within ``tolerance`` of the size.
     """
+    chosen, point, found = _chosen(segment, size, shape, strategy, alpha, tolerance, ends)
+    for name, anchor_shape, loss in ((segment.small, segment.small_shape, ends[0]), (segment.large, segment.large_shape, ends[1])):
+        if found == anchor_shape:
+            return anchor_plan(chain, size, name, anchor_shape, segment.config, loss)
+    made = count(found, segment.config)
+    expected = None if alpha is not None or shape is not None else expected_loss(segment, made, chosen, ends)
+    trough = Chord(segment.small, segment.large, segment.sizes, ends).trough(made, expected)
+    if strategy == "auto" and expected is not None and ends[0] is not None and expected > ends[0]:
+        trough = f"{trough}; this is {segment.small} padded, which is no better than {segment.small}"
+        plain = replace(segment, blend=Blend(), maps=None)  # turned coordinates can be near only, its own are exact
+        return replace(blend_plan(plain, found, PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
+    if chosen == "patch":
+        return replace(patch_plan(segment, found, chain=chain, asked=size, expected=expected), trough=trough)
+    mix = Mix(**{name: getattr(point, name) for name in Mix.model_fields}) if alpha is None else Mix(alpha=alpha)
+    return replace(blend_plan(segment, found, mix, chain=chain, asked=size, expected=expected), trough=trough)
+
+
+def shape_in(
+    segment: Segment, size: int, *, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02, ends: tuple[float | None, float | None] = (None, None)
+) -> Shape:
+    """The shape of `segment_plan` at a size, in a small part of its time."""
+    return _chosen(segment, size, None, strategy, alpha, tolerance, ends)[2]
+
+
+def _chosen(
+    segment: Segment, size: int, shape: Shape | Mapping[str, int] | None, strategy: str, alpha: float | None, tolerance: float, ends: tuple[float | None, float | None]
+) -> tuple[str, RoadPoint, Shape]:
+    """Strategy, point of the road and shape at a size."""
     if strategy not in STRATEGIES:
         raise ArgumentError(f"strategy={strategy!r} is not known; choose one of {', '.join(STRATEGIES)}")
     if alpha is not None and not 0.0 <= alpha <= 1.0:
@@ -118,20 +147,7 @@ def segment_plan(
         else:
             found = shape_between(size, segment.small_shape, segment.large_shape, segment.config, tolerance=tolerance)
         check_tolerance(size, found, segment.small_shape, segment.large_shape, segment.config, tolerance)
-    for name, anchor_shape, loss in ((segment.small, segment.small_shape, ends[0]), (segment.large, segment.large_shape, ends[1])):
-        if found == anchor_shape:
-            return anchor_plan(chain, size, name, anchor_shape, segment.config, loss)
-    made = count(found, segment.config)
-    expected = None if alpha is not None or shape is not None else expected_loss(segment, made, chosen, ends)
-    trough = Chord(segment.small, segment.large, segment.sizes, ends).trough(made, expected)
-    if strategy == "auto" and expected is not None and ends[0] is not None and expected > ends[0]:
-        trough = f"{trough}; this is {segment.small} padded, which is no better than {segment.small}"
-        plain = replace(segment, blend=Blend(), maps=None)  # turned coordinates can be near only, its own are exact
-        return replace(blend_plan(plain, found, _PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
-    if chosen == "patch":
-        return replace(patch_plan(segment, found, chain=chain, asked=size, expected=expected), trough=trough)
-    mix = Mix(**{name: getattr(point, name) for name in Mix.model_fields}) if alpha is None else Mix(alpha=alpha)
-    return replace(blend_plan(segment, found, mix, chain=chain, asked=size, expected=expected), trough=trough)
+    return chosen, point, found
 
 
 def segment_of(

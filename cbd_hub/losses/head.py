@@ -130,35 +130,69 @@ def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options
     return to_teacher, p_student.mul_(pull.sum(-1, keepdim=True)).sub_(pull)
 
 
-def _sparse_divergence_and_gradient(logits: Tensor, ids: Tensor, log_probs: Tensor, options: _Options, room: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-row divergence on the teacher's top tokens and one bucket for the rest, and its gradient with respect to the student's logits.
+@dataclass(frozen=True)
+class Listed:
+    """What a teacher cache knows of a teacher's distribution.
 
-    The k + 1 outcomes are a softmax of their own, so that the slope of a listed token's logit is that outcome's; the bucket's slope falls to its
-    tokens by their share of its probability.
+    Attributes:
+        ids: Its top tokens, shape (N, k), distinct in a row.
+        log_probs: Their log-probabilities, shape (N, k).
+        tail_ids: Draws from the other tokens by their probability, shape (N, s), perhaps the same one twice; None where there are none.
+        tail_log_probs: Their log-probabilities, shape (N, s).
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail_ids: Tensor | None = None
+    tail_log_probs: Tensor | None = None
+
+    def __getitem__(self, rows: Any) -> Listed:
+        """Some rows of it."""
+        tails = (self.tail_ids, self.tail_log_probs)
+        return Listed(self.ids[rows], self.log_probs[rows], *(None if tail is None else tail[rows] for tail in tails))
+
+
+def _sparse_divergence_and_gradient(logits: Tensor, top: Listed, options: _Options, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-row divergence on what is known of the teacher, and its gradient with respect to the student's logits.
+
+    Forward KL with draws from the tail: the top tokens as they are, and each of the s draws with a share of ``rest / s`` of the probability of all others,
+    ``sum_top p (log p - log q) + rest / s sum_draws (log p - log q)``. In expectation over the draws that is the KL over the whole vocabulary, and the
+    gradient, ``q`` less the weights, is its gradient (importance sampling: https://huggingface.co/papers/2503.16870).
+
+    Else: the top tokens and one bucket for the rest. The k + 1 outcomes are a softmax of their own, so that the slope of a listed token's logit is that
+    outcome's; the bucket's slope falls to its tokens by their share of its probability. It is a lower bound.
 
     Args:
         logits: The student's, shape (rows, V).
-        ids: The teacher's top tokens, shape (rows, k).
-        log_probs: Their log-probabilities, shape (rows, k).
+        top: What is known.
         options: The divergence and its mixture weights; temperature 1.
         room: Shape (rows, V), to work in.
     """
     tiny = torch.finfo(logits.dtype).eps
+    ids, log_probs = top.ids, top.log_probs.to(logits.dtype)
     gradient = torch.softmax(logits, -1, out=room)
-    listed = logits.gather(1, ids) - (logits.amax(-1, keepdim=True) - gradient.amax(-1, keepdim=True).log())
+    whole = logits.amax(-1, keepdim=True) - gradient.amax(-1, keepdim=True).log()
+    listed = logits.gather(1, ids) - whole
+    if top.tail_ids is not None and top.tail_log_probs is not None and options.divergence == "forward_kl":
+        probs = log_probs.exp()
+        share = (1 - probs.sum(-1, keepdim=True)).clamp(min=0) / top.tail_ids.shape[1]
+        missed = top.tail_log_probs.to(logits.dtype) - (logits.gather(1, top.tail_ids) - whole)
+        value = torch.linalg.vecdot(probs, log_probs - listed) + (share * missed).sum(-1)
+        gradient.scatter_add_(1, ids, -probs).scatter_add_(1, top.tail_ids, -share.expand_as(missed))
+        return value, gradient
 
     def outcomes(listed: Tensor) -> Tensor:
         return torch.cat([listed, (1 - listed.exp().sum(-1, keepdim=True)).clamp(min=tiny).log()], -1)
 
     student = outcomes(listed)
     rest = student[:, -1:].exp()
-    value, slope = _divergence_and_gradient(student, outcomes(log_probs.to(logits.dtype)), options, [torch.empty_like(student) for _ in range(2)])
+    value, slope = _divergence_and_gradient(student, outcomes(log_probs), options, [torch.empty_like(student) for _ in range(2)])
     gradient.mul_(slope[:, -1:] / rest)
     return value, gradient.scatter_(1, ids, slope[:, :-1])
 
 
 def _few_rows(
-    product: Tensor, teacher_product: Tensor | None, top: tuple[Tensor, Tensor] | None, labels: Tensor,
+    product: Tensor, teacher_product: Tensor | None, top: Listed | None, labels: Tensor,
     biases: tuple[Tensor | None, Tensor | None], options: _Options, want_gradient: bool, desk: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a few rows, and its gradient with respect to the student's product of hidden states and head."""
@@ -179,7 +213,7 @@ def _few_rows(
             weight = options.kd_weight * temperature
             gradient = slope if weight == 1.0 else slope.mul_(weight)
     if top is not None:
-        value, slope = _sparse_divergence_and_gradient(raw, *top, options, desk[1])
+        value, slope = _sparse_divergence_and_gradient(raw, top, options, desk[1])
         total += options.kd_weight * value.sum(dtype=wide)
         if want_gradient:
             gradient = slope if options.kd_weight == 1.0 else slope.mul_(options.kd_weight)
@@ -255,8 +289,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None, teacher_bias: Tensor | None, top_ids: Tensor | None, top_log_probs: Tensor | None, labels: Tensor,
-        options: _Options, compute: torch.dtype,
+        teacher_head: Tensor | None, teacher_bias: Tensor | None, known: Listed | None, labels: Tensor, options: _Options, compute: torch.dtype,
     ) -> Tensor:
         wants = ctx.needs_input_grad
         size, rows = options.vocab_size, len(hidden)
@@ -288,7 +321,7 @@ class _HeadLoss(torch.autograd.Function):
             for first in range(0, len(part), few):
                 place = slice(first, first + few)
                 rows_here = slice(start + first, start + min(first + few, len(part)))
-                top = None if top_ids is None or top_log_probs is None else (top_ids[rows_here], top_log_probs[rows_here])
+                top = None if known is None else known[rows_here]
                 value, slope = _few_rows(
                     ours[place], None if theirs is None else theirs[place], top, labels[rows_here], biases, options, any(wants[:3]),
                     desk[:, : rows_here.stop - first - start].unbind(),
@@ -309,7 +342,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        return (*_gradients_times(grad_outputs[0], ctx), *(None,) * 8)
+        return (*_gradients_times(grad_outputs[0], ctx), *(None,) * 7)
 
 
 def distillation_loss(
@@ -333,7 +366,7 @@ def distillation_loss(
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    teacher_top: tuple[Tensor, Tensor] | None = None,
+    teacher_top: Listed | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Distillation loss in nats per kept token, from hidden states and heads.
 
@@ -363,7 +396,8 @@ def distillation_loss(
         student_softcap: ``cap * tanh(logits / cap)`` on the student's scaled logits, or None.
         teacher_softcap: The same for the teacher.
         teacher_top: Instead of the teacher's hidden states and head, its top tokens and their log-probabilities, each shape (N, k), distinct
-            in a row; what is left of its mass is one bucket. At temperature 1 only.
+            in a row, and perhaps draws from the others (`Listed`), which make the forward KL unbiased; else, and for the other divergences, what is left of its
+            mass is one bucket. At temperature 1 only.
 
     Returns:
         Scalar; 0 with a live graph when no row is kept.
@@ -410,9 +444,11 @@ def distillation_loss(
     )
     live = kd_weight and teacher_top is None
     teacher = teacher_hidden[kept].detach() if live and teacher_hidden is not None else None
-    top = (None, None) if teacher_top is None or not kd_weight else (teacher_top[0][kept], teacher_top[1][kept])
+    top = None
+    if teacher_top is not None and kd_weight:
+        top = (teacher_top if isinstance(teacher_top, Listed) else Listed(*teacher_top))[kept]
     with torch.autocast(device, enabled=False):
         total: Tensor = _HeadLoss.apply(
-            student_hidden[kept], student_head, student_bias, teacher, teacher_head if live else None, teacher_bias, *top, chosen, options, compute
+            student_hidden[kept], student_head, student_bias, teacher, teacher_head if live else None, teacher_bias, top, chosen, options, compute
         )
     return total / (max(len(kept), 1) if num_items is None else num_items)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cbd_hub.errors import VocabularyMismatchError
-from cbd_hub.losses.head import _block_rows, _HeadGradient, _scaled, _through_scaling
+from cbd_hub.losses.head import _block_rows, _HeadGradient, _scaled, _through_scaling, widest
 
 
 _BLOCK_ELEMENTS = 2**24  # logits held at once, of a wide vocabulary
@@ -45,11 +45,46 @@ def token_losses(
     return torch.cat(losses) if losses else hidden.new_zeros(0)
 
 
+class Top(NamedTuple):
+    """What is kept of the distributions of N rows.
+
+    Attributes:
+        ids: Their likeliest tokens, shape (N, k), in no order.
+        log_probs: Log-probabilities of these, shape (N, k).
+        log_rest: Log-probability of any other token, shape (N,).
+        chosen: Log-probability of the next token, shape (N,).
+        tail_ids: Draws from the other tokens by their probability, shape (N, s).
+        tail_log_probs: Log-probabilities of these, shape (N, s).
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+    chosen: Tensor
+    tail_ids: Tensor
+    tail_log_probs: Tensor
+
+
+def _draws(logits: Tensor, log_mass: Tensor, uniform: Tensor, count: int) -> Tensor:
+    """Tokens drawn by systematic sampling, shape (rows, count): at equal distances in the running sum of their probabilities.
+
+    Each token comes ``count`` times its probability often in expectation, with less variance than by draws of their own.
+    """
+    wide = widest(logits.device)
+    places = (uniform[:, None].to(wide) + torch.arange(count, device=logits.device, dtype=wide)) / count
+    found = []
+    few = max(1, _BLOCK_ELEMENTS // 4 // logits.shape[1])
+    for start in range(0, len(logits), few):
+        sums = (logits[start : start + few].to(wide) - log_mass[start : start + few, None]).exp_().nan_to_num_(0.0).cumsum(-1)
+        found.append(torch.searchsorted(sums, places[start : start + few] * sums[:, -1:], right=True).clamp_(max=logits.shape[1] - 1))
+    return torch.cat(found)
+
+
 @torch.no_grad()
 def top_log_probs(
     hidden: Tensor, head: Tensor, k: int, labels: Tensor, *, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
-    vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vocab_size: int | None = None, draws: int = 0, uniform: Tensor | None = None,
+) -> Top:
     """The likeliest tokens of every row, the mass of the others, and the token that is there, without an N x V tensor.
 
     Args:
@@ -61,14 +96,12 @@ def top_log_probs(
         logit_scale: Factor on the logits.
         softcap: ``cap * tanh(logits / cap)``, or None.
         vocab_size: Rows of the head that are real tokens; None for all.
-
-    Returns:
-        Their ids, shape (N, k), in no order; their log-probabilities, shape (N, k); the log-probability of any other token, shape (N,); that of the next
-        token, shape (N,).
+        draws: How many of the other tokens are drawn, by their probability.
+        uniform: Where in their probabilities the draws begin, one number from 0 to 1 a row, shape (N,); half way by default.
 
     Example:
-        >>> ids, listed, rest, chosen = top_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), 3, torch.tensor([5, 0]))
-        >>> listed.exp()[0], rest.exp(), chosen.exp()
+        >>> top = top_log_probs(torch.zeros(2, 4), torch.zeros(8, 4), 3, torch.tensor([5, 0]))
+        >>> top.log_probs.exp()[0], top.log_rest.exp(), top.chosen.exp()
         (tensor([0.1250, 0.1250, 0.1250]), tensor([0.6250, 0.6250]), tensor([0.1250, 0.1250]))
     """
     head = head[:vocab_size].to(hidden.dtype)
@@ -81,11 +114,13 @@ def top_log_probs(
         listed, ids = logits.topk(k, -1, sorted=False)
         rest = logits.scatter_(1, ids, -math.inf).logsumexp(-1)
         whole = torch.logaddexp(listed.logsumexp(-1), rest)
-        parts.append((ids, listed - whole[:, None], rest - whole, chosen - whole))
+        where = hidden.new_full((len(logits),), 0.5) if uniform is None else uniform[start : start + rows]
+        drawn = _draws(logits, rest, where, draws) if draws else ids[:, :0]
+        parts.append(Top(ids, listed - whole[:, None], rest - whole, chosen - whole, drawn, logits.gather(1, drawn) - whole[:, None]))
     if not parts:
-        return hidden.new_zeros(0, k, dtype=torch.int64), hidden.new_zeros(0, k), hidden.new_zeros(0), hidden.new_zeros(0)
-    tops, listings, rests, choices = zip(*parts)
-    return torch.cat(tops), torch.cat(listings), torch.cat(rests), torch.cat(choices)
+        none, listless = hidden.new_zeros(0), hidden.new_zeros(0, k, dtype=torch.int64)
+        return Top(listless, hidden.new_zeros(0, k), none, none, listless[:, :0].expand(0, draws), hidden.new_zeros(0, draws))
+    return Top(*map(torch.cat, zip(*parts)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import psutil
 
 from cbd_hub.chain import Chain
-from cbd_hub.errors import ArgumentError, BusyError, CBDError, StorageError
+from cbd_hub.errors import ArgumentError, BusyError, CBDError, DataError, StorageError
 from cbd_hub.model import CBDModel
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space.facts import Picker
@@ -43,6 +43,7 @@ class Written:
         tokens: Tokens written.
         tokens_per_second: Tokens a second of computing.
         perplexity: Of the text that was given to measure.
+        bits_per_byte: Of the same text, on a chain of several vocabularies.
         memory: Bytes of the model's weights.
         process: Bytes of the whole process.
     """
@@ -56,6 +57,7 @@ class Written:
     tokens: int = 0
     tokens_per_second: float | None = None
     perplexity: float | None = None
+    bits_per_byte: float | None = None
     memory: int = 0
     process: int = 0
 
@@ -63,7 +65,7 @@ class Written:
         """The end of it as plain data."""
         return {
             "size": self.size, "text": self.text, "tokens": self.tokens, "tokens_per_second": self.tokens_per_second, "perplexity": self.perplexity,
-            "bytes_of_weights": self.memory, "bytes_of_process": self.process,
+            "bits_per_byte": self.bits_per_byte, "bytes_of_weights": self.memory, "bytes_of_process": self.process,
         }
 
 
@@ -88,7 +90,6 @@ class Desk:
         self.models = ModelCache(self.picker, self.limits.memory, self.dtype)
         self._tokenizers: dict[str | None, Any] = {}
         self._lock = threading.Lock()
-        self._made: tempfile.TemporaryDirectory[str] | None = None
 
     def tokenizer(self, size: int) -> Any:
         """The tokenizer of a size's side of the chain."""
@@ -118,7 +119,7 @@ class Desk:
         turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages if turn.get("role") in ("user", "assistant", "system")]
         if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
             raise ArgumentError("the message is empty; write something to answer")
-        ids = self._prompt(made, "".join(turn["content"] for turn in turns), sampling, turns)
+        ids = self._prompt(made, "".join(turn["content"] for turn in turns), sampling, turns, what="chat")
         for states in self._run({made: ids}, sampling):
             yield states[0]
 
@@ -127,11 +128,32 @@ class Desk:
         made = list(dict.fromkeys(self.picker.size(size) for size in sizes))
         if not 2 <= len(made) <= 3:
             raise ArgumentError(f"{len(made)} different sizes were chosen; compare two or three")
+        return self._run({size: self._prompt(size, prompt, sampling) for size in made}, sampling, {size: self._passage(size, text) for size in made})
+
+    def _passage(self, size: int, text: str) -> list[int]:
+        """Token ids of a text that may be measured; none of no text.
+
+        Raises:
+            ArgumentError: If it is too long.
+            DataError: If it has fewer than two tokens.
+        """
+        if not text.strip():
+            return []
         if len(text) > self.limits.characters:
             raise ArgumentError(f"the text to measure has {len(text):,} characters, more than {self.limits.characters:,}; shorten it")
-        return self._run({size: self._prompt(size, prompt, sampling) for size in made}, sampling, text)
+        ids = prompt_ids(self.tokenizer(size), text)
+        if len(ids) < 2:
+            raise DataError("the text to measure has fewer than two tokens; give a sentence or two")
+        if len(ids) > (most := self._room(size)):
+            raise ArgumentError(f"the text to measure has {len(ids):,} tokens, more than {most:,}; shorten it")
+        return ids
 
-    def _prompt(self, size: int, prompt: str, sampling: Sampling, turns: Sequence[dict[str, str]] | None = None) -> list[int]:
+    def _room(self, size: int, new_tokens: int = 0) -> int:
+        """Most tokens that a size may read, when so many are to be written."""
+        room = getattr(self._config(size), "max_position_embeddings", None)
+        return self.limits.prompt_tokens if room is None else min(self.limits.prompt_tokens, room - new_tokens)
+
+    def _prompt(self, size: int, prompt: str, sampling: Sampling, turns: Sequence[dict[str, str]] | None = None, what: str = "prompt") -> list[int]:
         """Token ids of a prompt that may be answered.
 
         Raises:
@@ -139,22 +161,22 @@ class Desk:
         """
         if not prompt.strip():
             raise ArgumentError("the prompt is empty; give a few words to continue")
+        remedy = "shorten it" if turns is None else "clear it"
         if len(prompt) > self.limits.characters:
-            raise ArgumentError(f"the prompt has {len(prompt):,} characters, more than {self.limits.characters:,}; shorten it")
+            raise ArgumentError(f"the {what} has {len(prompt):,} characters, more than {self.limits.characters:,}; {remedy}")
         if sampling.new_tokens > self.limits.new_tokens:
             raise ArgumentError(f"{sampling.new_tokens:,} new tokens are more than {self.limits.new_tokens:,}; ask for fewer")
         ids = prompt_ids(self.tokenizer(size), prompt, turns)
-        room = getattr(self._config(size), "max_position_embeddings", None)
-        most = self.limits.prompt_tokens if room is None else min(self.limits.prompt_tokens, room - int(sampling.new_tokens))
+        most = self._room(size, int(sampling.new_tokens))
         if len(ids) > most:
-            raise ArgumentError(f"the prompt has {len(ids):,} tokens, more than {max(most, 0):,}; shorten it, or ask for fewer new tokens")
+            raise ArgumentError(f"the {what} has {len(ids):,} tokens, more than {max(most, 0):,}; {remedy}, or ask for fewer new tokens")
         return ids
 
     def _config(self, size: int) -> Any:
         from cbd_hub.plans import anchor_config
         return anchor_config(self.picker.files, self.chain.neighbours(size)[0])
 
-    def _run(self, prompts: Mapping[int, Sequence[int]], sampling: Sampling, text: str = "") -> Iterator[list[Written]]:
+    def _run(self, prompts: Mapping[int, Sequence[int]], sampling: Sampling, passages: Mapping[int, Sequence[int]] | None = None) -> Iterator[list[Written]]:
         end = time.monotonic() + self.limits.seconds
         with self.models.hold(list(prompts)) as entries:
             yield from self._waited(list(prompts), entries, end)
@@ -164,11 +186,14 @@ class Desk:
             measures: list[Measure] = []
             states = [Written(size, entry.name, state="writing", memory=entry.bytes) for size, entry in zip(prompts, entries)]
 
+            def measured(measure: Measure) -> tuple[float | None, float | None]:
+                return measure.perplexity, measure.bits_per_byte if self.picker.bridged else None
+
             def now(state: str, note: str = "") -> list[Written]:
                 return [
                     Written(
                         before.size, before.name, writer.text, state, note, None, len(writer.new), writer.tokens_per_second,
-                        measures[place].perplexity if place < len(measures) else None, before.memory, process_bytes(),
+                        *(measured(measures[place]) if place < len(measures) else (None, None)), before.memory, process_bytes(),
                     )
                     for place, (before, writer) in enumerate(zip(states, writers))
                 ]
@@ -181,8 +206,8 @@ class Desk:
                         if time.monotonic() - shown >= _SHOW:
                             yield now("writing")
                             shown = time.monotonic()
-            if text.strip():
-                measures = [Measure(model, tokenizer, text, self.limits.prompt_tokens) for model, tokenizer in zip(models, tokenizers)]
+            if passages is not None and all(passages.values()):
+                measures = [Measure(model, tokenizer, passages[size]) for size, model, tokenizer in zip(prompts, models, tokenizers)]
                 for measure in measures:
                     for _ in measure.steps():
                         yield now("measuring", "measuring the text")
@@ -253,7 +278,7 @@ def loading_note(entry: Loading) -> str:
     if entry.future.done():
         return f"{entry.name} is ready"
     if not entry.fetched:
-        return f"getting the bytes of {entry.name}"
+        return f"getting {entry.name}: {format_bytes(entry.came)} of {format_bytes(entry.to_come)}" if entry.to_come else f"reading the anchors of {entry.name}"
     return f"making {entry.name} ({format_bytes(entry.bytes)})"
 
 

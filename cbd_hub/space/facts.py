@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cbd_hub.chain import Chain
-from cbd_hub.errors import ArgumentError, SizeError
+from cbd_hub.errors import ArgumentError, SizeError, SizeFormatError
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Evaluation
 from cbd_hub.plans import anchor_config, plan_in
@@ -25,7 +25,7 @@ _ANY = 0.99  # the nearest size that can be made, however far
 
 @dataclass(frozen=True)
 class Point:
-    """A measured size of the curve: loss in nats per token and its standard error."""
+    """A measured size of the curve: loss in nats per token and its standard error; in bits per byte too where the chain has several vocabularies."""
 
     size: int
     loss: float
@@ -33,6 +33,7 @@ class Point:
     strategy: str
     dataset: str
     tokens: int
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Facts:
         download: Bytes of weights that a load from the Hub fetches into an empty cache.
         loss: Expected loss in nats per token; None where the chain was not measured.
         stderr: Its standard error.
+        bits_per_byte: The loss in bits per byte, where the chain has several vocabularies.
         strategy: ``anchor``, ``blend`` or ``patch``.
         small: The smaller neighbour.
         large: The larger neighbour; the same at an anchor's size.
@@ -74,6 +76,7 @@ class Facts:
     download: int
     loss: float | None
     stderr: float | None
+    bits_per_byte: float | None
     strategy: str
     small: str
     large: str
@@ -133,6 +136,11 @@ class Picker:
         self._facts = functools.lru_cache(512)(self._made)
         self._plans = functools.lru_cache(512)(lambda size: plan_in(self.files, size, tolerance=_ANY))
 
+    @property
+    def name(self) -> str:
+        """What the chain is called: its repo, else its own name."""
+        return self.chain.name if self.files.revision is None else self.files.name
+
     @functools.cached_property
     def snaps(self) -> list[Snap]:
         """Anchors and recommended sizes, rising."""
@@ -143,9 +151,31 @@ class Picker:
     @functools.cached_property
     def points(self) -> list[Point]:
         """All that was measured, in rising size."""
-        found = [point for link in self.manifest.links for point in (_point(entry.size, entry, entry.strategy) for entry in link.curve)]
-        found += [_point(anchor.parameters, anchor.evaluations[-1], "anchor") for anchor in self.manifest.anchors if anchor.evaluations]
+        found = [self._point(entry.size, entry, entry.strategy) for link in self.manifest.links for entry in link.curve]
+        found += [self._point(anchor.parameters, anchor.evaluations[-1], "anchor") for anchor in self.manifest.anchors if anchor.evaluations]
         return sorted(found, key=lambda point: (point.size, point.strategy))
+
+    @functools.cached_property
+    def bridged(self) -> bool:
+        """Whether the chain has several vocabularies, so that its sizes compare in bits per byte alone."""
+        return len({anchor.tokenizer_sha256 for anchor in self.manifest.anchors}) > 1
+
+    @property
+    def unit(self) -> str:
+        """Of the losses that are shown."""
+        return "bits per byte" if self.bridged else "nats per token"
+
+    def _bits(self, size: int, loss: float | None) -> float | None:
+        """A loss in bits per byte, as its side of the chain has them; None in a chain of one vocabulary."""
+        known = next((anchor.evaluations[-1] for anchor in self.manifest.neighbours(size) if anchor.evaluations), None)
+        if not self.bridged or loss is None or known is None or known.bits_per_byte is None:
+            return None
+        return loss * known.bits_per_byte / known.loss
+
+    def _point(self, size: int, entry: Evaluation, strategy: str) -> Point:
+        dataset = entry.dataset.rpartition("/")[2] if entry.dataset.startswith("/") else entry.dataset  # a place on the owner's machine says nothing to others
+        bits = self._bits(size, entry.loss) if entry.bits_per_byte is None else entry.bits_per_byte
+        return Point(size, entry.loss, entry.stderr, strategy, dataset, entry.tokens, bits)
 
     def size(self, wish: str | int) -> int:
         """The parameters that come out for a wish.
@@ -185,7 +215,11 @@ class Picker:
             raise ArgumentError(f"dtype {dtype[:40]!r} is not known; choose one of {', '.join(BYTES)}")
         if not budget.strip():
             raise SizeError('no memory was given; write a number and a unit, such as "512MB"')
-        parsed = parse_bytes(budget.strip() if budget.strip()[-1:].upper() == "B" else f"{budget.strip()}B")
+        text = budget.strip()
+        try:
+            parsed = parse_bytes(text if text.upper().endswith("B") else f"{text}B")
+        except SizeFormatError:
+            raise SizeFormatError(f'memory "{text[:40]}" cannot be read; write a number and a unit, such as "512MB" or "1.5GiB"') from None
         least = self.smallest * BYTES[dtype]
         if parsed < least:
             raise SizeError(f"{format_bytes(parsed)} hold no size of this chain in {dtype}: the smallest takes {format_bytes(least)}; give more, or a narrower dtype")
@@ -207,8 +241,8 @@ class Picker:
         position = 1.0 if small is large else (size - small.parameters) / (large.parameters - small.parameters)
         return Facts(
             small.name if small is large else format_size(size), plan.parameters, plan.shape.layers, plan.shape.hidden, plan.shape.ffn,
-            {name: width * plan.parameters for name, width in BYTES.items()}, needed, plan.expected, self._stderr(plan), plan.strategy, plan.small, plan.large,
-            position, plan.trough,
+            {name: width * plan.parameters for name, width in BYTES.items()}, needed, plan.expected, self._stderr(plan), self._bits(size, plan.expected),
+            plan.strategy, plan.small, plan.large, position, plan.trough,
         )
 
     def _stderr(self, plan: Plan) -> float | None:
@@ -226,7 +260,7 @@ class Picker:
         """The Python lines that make a size."""
         facts = self.facts(wish)
         wanted = f'"{facts.name}"' if facts.strategy == "anchor" else f"{facts.parameters:_}"
-        pinned = "" if self.files.revision is None else f', revision="{self.files.revision[:12]}"'
+        pinned = "" if self.files.revision is None else f', revision="{self.files.revision}"'
         return "\n".join([
             "# pip install cbd-hub", "from cbd_hub import CBDModel, Chain", "",
             f"chain = {self.files.name!r}".replace("'", '"'),
@@ -241,8 +275,3 @@ def plain_name(files: Any, anchor: str) -> str:
     """The transformers class of an anchor's model."""
     names: Sequence[str] = anchor_config(files, files.manifest.anchor(anchor)).architectures or ["transformers model"]
     return names[0]
-
-
-def _point(size: int, entry: Evaluation, strategy: str) -> Point:
-    dataset = entry.dataset.rpartition("/")[2] if entry.dataset.startswith("/") else entry.dataset  # a place on the owner's machine says nothing to others
-    return Point(size, entry.loss, entry.stderr, strategy, dataset, entry.tokens)

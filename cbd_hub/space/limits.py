@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Self
 
+import psutil
+
 from cbd_hub.errors import ArgumentError
 from cbd_hub.sizes import parse_bytes
 
@@ -37,6 +39,15 @@ class Limits:
         for field in fields(self):
             if field.type == "int" and getattr(self, field.name) < 1:
                 raise ArgumentError(f"{field.name}={getattr(self, field.name)} is not positive; give at least 1")
+
+    @classmethod
+    def room(cls, largest: int) -> int:
+        """Bytes of weights that an owner's own machine may hold: three models of the largest size, if they leave two fifths of its memory free.
+
+        Args:
+            largest: Bytes of the largest model.
+        """
+        return max(cls.memory, min(3 * largest, int(0.6 * psutil.virtual_memory().total)))
 
     @property
     def characters(self) -> int:

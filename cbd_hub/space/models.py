@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from cbd_hub.client import counted
 from cbd_hub.errors import ArgumentError, BusyError
 from cbd_hub.interpolation.live import best_device
 from cbd_hub.model import load
-from cbd_hub.plans import anchor_config, weight_dtype
+from cbd_hub.plans import anchor_config, plan_costs, weight_dtype
+from cbd_hub.precision import has_bf16
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space.facts import Picker
 
@@ -31,6 +33,8 @@ class Loading:
         future: The model, when it is there.
         users: Who holds it now.
         fetched: Whether all bytes are on this machine.
+        came: Bytes that have come from the Hub.
+        to_come: Bytes that come from there in all.
         read: Slices read so far.
     """
 
@@ -40,12 +44,20 @@ class Loading:
     future: Future[Any] = field(default_factory=Future)
     users: int = 0
     fetched: bool = False
+    came: int = 0
+    to_come: int = 0
     read: int = 0
 
     @property
     def share(self) -> float | None:
-        """How much of the model is made, 0 to 1; None while its bytes are fetched."""
-        return min(self.read / self.terms, 1.0) if self.fetched else None
+        """How much of the bytes has come, then how much of the model is made, 0 to 1; None while that cannot be known."""
+        if not self.fetched:
+            return min(self.came / self.to_come, 1.0) if self.to_come else None
+        return min(self.read / self.terms, 1.0)
+
+    def more(self, count: int) -> None:
+        """Note bytes that came."""
+        self.came += count
 
     def arrived(self) -> None:
         """Note that all bytes are there."""
@@ -54,6 +66,12 @@ class Loading:
     def tick(self) -> None:
         """Note one more slice."""
         self.read += 1
+
+
+def quick(dtype: torch.dtype) -> bool:
+    """Whether the device here computes quickly in a dtype."""
+    device = best_device().type
+    return device != "cpu" or dtype in (torch.float32, torch.float64) or (dtype is torch.bfloat16 and has_bf16(device))
 
 
 class ModelCache:
@@ -65,14 +83,18 @@ class ModelCache:
     def __init__(self, picker: Picker, limit: int, dtype: Any = None, make: Callable[[int, Loading], Any] | None = None) -> None:
         self.picker, self.limit = picker, limit
         config = anchor_config(picker.files, picker.manifest.anchors[0])
-        self.dtype = weight_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+        own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        self.dtype = weight_dtype(dtype, own if quick(own) or 4 * picker.largest > limit else torch.float32)
         self._make = make or self._load
         self._held: OrderedDict[int, Loading] = OrderedDict()
         self._lock = threading.RLock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="cbd-load")
 
     def _load(self, size: int, entry: Loading) -> Any:
-        model = load(self.picker.chain.files, self.picker.plan(size), fetched=entry.arrived, tick=entry.tick, dtype=self.dtype)
+        plan = self.picker.plan(size)
+        entry.to_come = sum(plan_costs(self.picker.files, plan).get("bytes_to_fetch", {}).values())
+        with counted(entry.more):
+            model = load(self.picker.chain.files, plan, fetched=entry.arrived, tick=entry.tick, dtype=self.dtype)
         return model.to(best_device())
 
     @property

@@ -25,8 +25,8 @@ from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, check_repo_id
 from cbd_hub.manifest import FILE_NAME
 
 
-# Hardware whose memory holds the largest anchor in fp32 a few times over.
-_HARDWARE = ((500 * 10**6, "cpu-basic"), (3 * 10**9, "cpu-upgrade"), (8 * 10**9, "l4x1"), (10**15, "a100-large"))
+# Parameters up to which a largest anchor has room on a kind of hardware, and the memory for weights there.
+_HARDWARE = ((500 * 10**6, "cpu-basic", "8GB"), (3 * 10**9, "cpu-upgrade", "20GB"), (8 * 10**9, "l4x1", "18GB"), (10**15, "a100-large", "64GB"))
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,15 @@ def space_files(chain: Chain, repo_id: str, *, public: bool = True, hardware: st
     data: dict[str, Any] = yaml.safe_load(readme.split("---\n", 2)[1])
     remote = [(anchor, place) for anchor in chain.anchors if (place := chain.files.remote(anchor)) is not None]
     data.update({
-        "title": f"{chain.name}: pick a size", "sdk_version": version("gradio"), "suggested_hardware": hardware or hardware_for(chain.anchors[0].parameters),
+        "title": f"{chain.files.name.split('/')[-1]}: pick a size", "sdk_version": version("gradio"), "suggested_hardware": hardware or hardware_for(chain.anchors[0].parameters),
         "models": list(dict.fromkeys([chain.files.name, *(repo for _, (repo, _, _) in remote)])), "preload_from_hub": preloads(chain.files),
     })
     if not public:
         del data["preload_from_hub"]
+    memory = {name: room for _, name, room in _HARDWARE}.get(data["suggested_hardware"], "8GB")
     made = {
         "app.py": app.encode(), "README.md": f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)}---\n{body}".encode(),
-        "space.json": (json.dumps({"chain": chain.files.name, "revision": chain.files.revision}) + "\n").encode(),
+        "space.json": (json.dumps({"chain": chain.files.name, "revision": chain.files.revision, "memory": memory}) + "\n").encode(),
     }
     if is_release(distribution("cbd-hub")):
         pinned = requirements.replace("cbd-hub[space]", f"cbd-hub[space]=={version('cbd-hub')}")
@@ -111,7 +112,7 @@ def hardware_for(parameters: int) -> str:
         >>> hardware_for(134_515_008), hardware_for(7 * 10**9)
         ('cpu-basic', 'l4x1')
     """
-    return next(name for most, name in _HARDWARE if parameters <= most)
+    return next(name for most, name, _ in _HARDWARE if parameters <= most)
 
 
 def is_release(installed: Distribution) -> bool:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from cbd_hub.errors import ArgumentError, DataError
-from cbd_hub.evaluation import Documents, document_losses
-from cbd_hub.interpolation.live import ModelRunner
+from cbd_hub.errors import ArgumentError
+from cbd_hub.interpolation.live import output_head
+from cbd_hub.losses.log_probs import token_losses
 
 
-_PREFILL = 64  # tokens of a prompt that are read in a step: what a stop waits for at most
-_BLOCK = 128  # tokens of a text that are measured in a step
+_STEP_TOKENS = 32  # tokens of a text that are read in a step on a CPU: what a stop waits for at most
+_STEP_PRODUCTS = 4 * 10**9  # of a CPU's step: large models read fewer tokens in one
+_DEVICE_TOKENS = 512  # elsewhere
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Writer:
         self.done = not sampling.new_tokens
         self.seconds = self.first_seconds = 0.0
         self._read = 0
-        self._cache = DynamicCache(config=model.config)
+        self._cache, self._part = DynamicCache(config=model.config), step_tokens(model)
         self._warpers = sampling.warpers()
         self._draws = torch.Generator(model.device).manual_seed(int(sampling.seed))
         self._ends = _end_tokens(model, tokenizer)
@@ -82,7 +83,7 @@ class Writer:
     def step(self) -> None:
         """Read a part of the prompt, or write one token."""
         started = time.perf_counter()
-        part = self.ids[:, self._read : self._read + _PREFILL]
+        part = self.ids[:, self._read : self._read + self._part]
         last = self._read + part.shape[1] == self.ids.shape[1]
         mask = torch.ones(1, self._read + part.shape[1], dtype=torch.long, device=self.ids.device)
         output = self.model(
@@ -124,6 +125,13 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {int(token) for token in found | {tokenizer.eos_token_id} if token is not None}
 
 
+def step_tokens(model: Any) -> int:
+    """Tokens of a text that a model reads in well under a second: the same for every text, so that a seed gives the same one again."""
+    if model.device.type != "cpu":
+        return _DEVICE_TOKENS
+    return max(1, min(_STEP_TOKENS, _STEP_PRODUCTS // max(model.num_parameters(), 1)))
+
+
 def prompt_ids(tokenizer: Any, prompt: str, messages: Sequence[dict[str, str]] | None = None) -> list[int]:
     """Token ids of a prompt, or of a chat whose answer comes next."""
     if messages is None:
@@ -135,34 +143,44 @@ def prompt_ids(tokenizer: Any, prompt: str, messages: Sequence[dict[str, str]] |
 
 
 class Measure:
-    """Perplexity of a text, block by block.
+    """Perplexity of a text, part by part: that of one document, each token after all that stands before it.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        text: The text.
-        most: Tokens to read at most.
-
-    Raises:
-        DataError: If the text has fewer than two tokens.
+        ids: The text, two tokens or more.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, text: str, most: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, ids: Sequence[int]) -> None:
         self.model, self.nats, self.tokens = model, 0.0, 0
-        ids = torch.tensor(tokenizer(text)["input_ids"][:most])
-        if len(ids) < 2:
-            raise DataError("the text to measure has fewer than two tokens; give a sentence or two")
-        self.blocks = [block for block in ids.split(_BLOCK) if len(block) > 1]
+        self.ids = torch.tensor([list(ids)], device=model.device)
+        self.bytes = len(tokenizer.decode(list(ids[1:])).encode())
+        self._cache = DynamicCache(config=model.config)
 
     def steps(self) -> Iterator[None]:
-        """Measure a block a step."""
-        for block in self.blocks:
-            losses = document_losses(ModelRunner(self.model), Documents((block,), (0,)))
-            self.nats += float(losses.nats.sum())
-            self.tokens += int(losses.tokens.sum())
+        """Measure a part a step."""
+        size, count = step_tokens(self.model), self.ids.shape[1]
+        for start in range(0, count - 1, size):
+            self._step(start, min(start + size, count - 1))
             yield
+
+    @torch.inference_mode()
+    def _step(self, start: int, stop: int) -> None:
+        head = output_head(self.model)
+        mask = torch.ones(1, stop, dtype=torch.long, device=self.ids.device)
+        hidden = self.model.base_model(
+            input_ids=self.ids[:, start:stop], attention_mask=mask, past_key_values=self._cache, use_cache=True
+        ).last_hidden_state[0]
+        targets = self.ids[0, start + 1 : stop + 1]
+        self.nats += float(token_losses(hidden, head.weight, targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap).sum())
+        self.tokens += stop - start
 
     @property
     def perplexity(self) -> float | None:
         """Exp of the nats per token read so far."""
         return math.exp(min(self.nats / self.tokens, 700.0)) if self.tokens else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of the text, once it is read: what compares across vocabularies."""
+        return self.nats / math.log(2) / self.bytes if self.bytes and self.tokens == self.ids.shape[1] - 1 else None

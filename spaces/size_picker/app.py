@@ -17,5 +17,6 @@ from cbd_hub.space.serving import serve  # noqa: E402
 
 
 settings = json.loads((HERE / "space.json").read_text())
+os.environ.setdefault("CBD_MEMORY", settings["memory"])
 named = os.environ.get("CBD_CHAIN")
 serve(named or settings["chain"], revision=None if named else settings["revision"], mcp=True)

@@ -132,6 +132,7 @@ class Handler(BaseHTTPRequestHandler):
                 answer.status = entry.status = 206
                 answer.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
                 body = body[start:stop]
+        body += b"x" * fault.more
         self.send_response(answer.status)
         for name, value in {**answer.headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

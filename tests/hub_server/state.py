@@ -67,6 +67,7 @@ class Fault:
         drop: Close the connection ``before`` the request is carried out, or ``after`` it, unanswered.
         kill: The process to kill, at the moment that ``drop`` names.
         cut: Send so many bytes of the body and close the connection.
+        more: Send so many bytes more than were asked for.
         delay: Wait so many seconds before each 64 kB.
         change: Function of the body that gives another one; the ETag then changes too.
     """
@@ -79,6 +80,7 @@ class Fault:
     drop: str | None = None
     kill: int | None = None
     cut: int | None = None
+    more: int = 0
     delay: float = 0.0
     change: object = None
 

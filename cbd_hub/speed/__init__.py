@@ -1,0 +1,1 @@
+"""How fast models answer on this machine: measured, kept, and predicted for sizes in between."""
