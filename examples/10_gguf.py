@@ -29,7 +29,7 @@ from cbd_hub import CBDModel
 
 
 SOURCES = "llama-cpp-python==0.3.36"
-BOUNDS = {"f32": 0.005, "f16": 0.05, "q8_0": 1.0}  # of the largest difference of natural log-probabilities
+BOUNDS = {"f32": (0.005, 1e-5), "f16": (0.1, 1e-3), "q8_0": (3.0, 0.02)}  # of the largest difference of log-probabilities, and of the mean KL, nats
 TEXT = "The history of the city begins in the ninth century, when a small market grew at the crossing of two old roads."
 
 
@@ -69,15 +69,16 @@ def by_llama_cpp(path: Path, text: str, vocabulary: int) -> tuple[list[int], dic
     return ids, found
 
 
-def compare(folder: str, path: Path) -> float:
-    """The largest difference of log-probabilities over the vocabulary and over positions: of logits, up to what is common to all tokens."""
+def compare(folder: str, path: Path) -> tuple[float, float]:
+    """The largest difference of log-probabilities, which is that of logits up to what all tokens have in common, and the mean KL, over positions."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     ids, theirs = by_llama_cpp(path, TEXT, model.config.vocab_size)
     if tokenizer(TEXT)["input_ids"] != ids:
         raise SystemExit(f"llama.cpp reads the text as other tokens: {ids[:10]}, {tokenizer(TEXT)['input_ids'][:10]}")
     with torch.no_grad():
-        ours = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    return max(float((ours[position] - row).abs().max()) for position, row in theirs.items())
+        ours = model(torch.tensor([ids])).logits[0, list(theirs)].log_softmax(-1)
+    rows = torch.stack(list(theirs.values()))
+    return float((ours - rows).abs().max()), float((ours.exp() * (ours - rows)).sum(-1).mean())
 
 
 def main() -> None:
@@ -96,10 +97,11 @@ def main() -> None:
         CBDModel.materialize(options.chain, size=options.size, output_dir=folder)  # an ordinary checkpoint: `cbd make`
         converter = (options.llama_cpp or llama_cpp()) / "convert_hf_to_gguf.py"
         subprocess.run([sys.executable, converter, folder, "--outtype", options.type, "--outfile", options.out], check=True)
-        difference = compare(folder, options.out)
+        difference, divergence = compare(folder, options.out)
+    bounds = BOUNDS[options.type]
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {options.type}")
-    print(f"largest difference of log-probabilities to transformers: {difference:.2g} (bound {BOUNDS[options.type]})")
-    raise SystemExit(int(not difference <= BOUNDS[options.type]))
+    print(f"largest difference of log-probabilities to transformers: {difference:.2g} (bound {bounds[0]}), mean KL {divergence:.2g} (bound {bounds[1]})")
+    raise SystemExit(int(not (difference <= bounds[0] and divergence <= bounds[1])))
 
 
 if __name__ == "__main__":
