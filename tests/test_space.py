@@ -468,6 +468,28 @@ def test_tools_for_agents_are_listed(served):
     assert {tool["name"].rpartition("_")[2] for tool in schema} >= {"describe", "generate", "compare", "largest"}
 
 
+def test_an_agent_calls_the_tools(served, desk):
+    import asyncio
+
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamable_http_client
+
+    async def ask():
+        async with streamable_http_client(f"{served}gradio_api/mcp/") as streams, ClientSession(streams[0], streams[1]) as session:
+            await session.initialize()
+            names = {tool.name.rpartition("_")[2]: tool.name for tool in (await session.list_tools()).tools}
+            described = await session.call_tool(names["describe"], {"size": "max"})
+            written = await session.call_tool(names["generate"], {"size": "max", "prompt": "a model", "new_tokens": 4})
+            refused = await session.call_tool(names["describe"], {"size": "900B"})
+            return described, written, refused
+
+    described, written, refused = asyncio.run(ask())
+    assert f'{desk.picker.largest}' in described.content[0].text
+    assert "tokens_per_second" in written.content[0].text
+    assert refused.isError
+    assert "is outside the chain" in refused.content[0].text
+
+
 def test_importing_the_library_and_the_command_imports_no_gradio():
     code = "import sys, cbd_hub, cbd_hub.cli; sys.exit('gradio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

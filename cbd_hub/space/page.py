@@ -269,7 +269,7 @@ class _Page:
 
     def _python_tab(self, lines: str) -> tuple[Any, tuple[Any, ...] | None]:
         with gr.Tab("In Python"):
-            code = gr.Code(lines, language="python", label="Python", interactive=False, buttons=["copy"], elem_id="cbd-code")
+            code = gr.Code(lines, language="python", label="Python", interactive=False, wrap_lines=True, buttons=["copy"], elem_id="cbd-code")
             if not self.desk.limits.download:
                 return code, None
             pack = gr.Button("Prepare the checkpoint for download", elem_id="cbd-pack")
