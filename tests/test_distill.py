@@ -160,7 +160,8 @@ def test_hidden_term_matches_the_end_of_each_block(tmp_path):
     torch.testing.assert_close(value.double(), plain + 3.0 * term.double(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_teacher_is_left_as_it_was(tmp_path):
+def test_the_teacher_is_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("cbd_hub.distill.config.has_bf16", lambda device: True)
     trainer = trainer_for("llama", tmp_path, bf16=True)
     teacher = tiny.llama()
     for name, tensor in trainer._between._models["teacher"].named_parameters():

@@ -38,8 +38,9 @@ def test_a_tied_embedding_sends_back_its_rows_alone_and_the_gradient_is_the_same
         torch.testing.assert_close(rows[name], gradient, rtol=1e-12, atol=1e-14)
 
 
-def test_attention_is_plain_on_short_blocks_in_bf16_and_what_it_was_afterwards(tmp_path) -> None:
+def test_attention_is_plain_on_short_blocks_in_bf16_and_what_it_was_afterwards(tmp_path, monkeypatch) -> None:
     """Longer blocks, fp32, samples of the model's own and another attention are left alone."""
+    monkeypatch.setattr("cbd_hub.distill.config.has_bf16", lambda device: True)
     model, other = tiny.llama(), tiny.llama(seed=1)
     other.set_attn_implementation("eager")
 

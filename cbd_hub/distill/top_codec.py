@@ -147,8 +147,8 @@ class TailCodec:
     Example:
         >>> codec = TailCodec(draws=2, vocab_size=50)
         >>> ids, log_probs = codec.decode(codec.encode(np.array([[9, 9]]), np.log([[0.25, 0.25]])), positions=1)
-        >>> ids.tolist(), np.exp(log_probs).round(1).tolist()
-        ([[9, 9]], [[0.2, 0.2]])
+        >>> ids.tolist(), np.exp(log_probs).round(1)
+        ([[9, 9]], array([[0.2, 0.2]], dtype=float32))
     """
 
     draws: int

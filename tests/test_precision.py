@@ -1,0 +1,47 @@
+"""bf16 where the device is quick at it, fp32 where it is not."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+
+from cbd_hub import ChainDistillerConfig
+from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.interpolation.live import ModelRunner
+from cbd_hub.precision import has_bf16, products, say_fp32
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_bf16_means_autocast_only_where_it_is_quick(tmp_path, monkeypatch, caplog, quick):
+    """Elsewhere the trainer is told that it computes in fp32, and says so once."""
+    say_fp32.cache_clear()
+    monkeypatch.setattr("cbd_hub.distill.config.has_bf16", lambda device: quick)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, "cbd_hub"):
+        made = [ChainDistillerConfig(str(tmp_path), bf16=True) for _ in range(2)]
+    assert [args.bf16 for args in made] == [quick, quick]
+    assert [record.message.count("fp32") for record in caplog.records if "bf16" in record.message] == ([] if quick else [1])
+    assert not ChainDistillerConfig(str(tmp_path)).bf16
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_measuring_follows(monkeypatch, quick):
+    """Losses in fp32 are those without bf16, bit for bit; in bf16 they are near."""
+    for module in ("precision", "evaluation"):
+        monkeypatch.setattr(f"cbd_hub.{module}.has_bf16", lambda device: quick)
+    model = tiny.llama().eval()
+    documents = Documents.packed(tiny.texts(60), tiny.tokenizer(), 32, 600)
+    exact, asked = (document_losses(ModelRunner(model), documents, bf16=bf16) for bf16 in (False, True))
+    assert (asked.nats == exact.nats).all() != quick
+    assert asked.mean == pytest.approx(exact.mean, rel=0.02)
+
+
+def test_a_block_of_products_is_autocast_or_nothing(monkeypatch):
+    for quick in (True, False):
+        monkeypatch.setattr("cbd_hub.precision.has_bf16", lambda device, quick=quick: quick)
+        with products(torch.device("cpu")):
+            assert torch.is_autocast_enabled("cpu") == quick
+        with products(torch.device("cpu"), bf16=False):
+            assert not torch.is_autocast_enabled("cpu")
+    assert has_bf16("cuda")
