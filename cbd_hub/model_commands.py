@@ -111,7 +111,7 @@ def cache_teacher(
     recipe: Annotated[Path | None, typer.Option("--recipe", help="The training text of a recipe instead, for its teacher_cache.", show_default=False)] = None,
     anchor: Annotated[str | None, typer.Option("--anchor", help="The anchor of the recipe whose stage is meant; the first by default.", show_default=False)] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Tokens listed at a position.")] = 128,
-    tail_draws: Annotated[int | None, typer.Option("--tail-draws", min=0, help="Tokens drawn from the others at a position, beside their sum; a tenth of --top-k by default.", show_default=False)] = None,
+    tail_draws: Annotated[int | None, typer.Option("--tail-draws", min=0, help="Tokens drawn from the others at a position, beside their sum; a twelfth of --top-k by default.", show_default=False)] = None,
     bits: Annotated[int, typer.Option("--bits", min=4, max=16, help="Precision of a log-probability: 8 costs about 0.00008 nats a token, each bit less four times as much.")] = 8,
     block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; the recipe's, or 128.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Stop when so many tokens are reached; the whole text by default.", show_default=False)] = None,

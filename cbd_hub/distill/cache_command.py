@@ -44,7 +44,7 @@ def cache_text(
         quiet: Show no progress bar.
         anchor: The anchor whose stage is meant, as ``stages`` of the recipe names it; the first one by default.
         bos: Begin each block of joined text with what the tokenizer puts before a text.
-        tail_draws: Tokens drawn from those that are not listed; a tenth of ``top_k`` by default.
+        tail_draws: Tokens drawn from those that are not listed; a twelfth of ``top_k`` by default.
 
     Returns:
         The cache, and facts of this run: its seconds, where it was pushed.

@@ -311,7 +311,7 @@ def write_cache(
         dtype: What the teacher computes in; its own by default. Logits are made in fp32.
         student: A model to measure the tail's share of the divergence with; costs a second forward pass.
         bos: Begin each block of joined text with what the tokenizer puts before a text, such as gemma's ``<bos>``, without which it is no good teacher.
-        tail_draws: Tokens drawn from those that are not listed at a position; by default a tenth of ``top_k``, or 1; 0 for the sum alone.
+        tail_draws: Tokens drawn from those that are not listed at a position; by default a twelfth of ``top_k``, or 1; 0 for the sum alone.
         progress: Called with the blocks done and the blocks in all.
 
     Returns:
@@ -327,9 +327,9 @@ def write_cache(
     codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, len(tokenizer)))
     if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:
         raise VocabularyMismatchError(f"the student has a vocabulary of {student.config.vocab_size:,}, the cache one of {codec.vocab_size:,}; give a student of the teacher's vocabulary")
-    tail = TailCodec(max(1, top_k // 10) if tail_draws is None else tail_draws, codec.vocab_size)
+    tail = TailCodec(max(1, top_k // 12) if tail_draws is None else tail_draws, codec.vocab_size)
     if tail.draws < 0:
-        raise ArgumentError(f"tail_draws={tail_draws} is negative; give 0 or more, such as a tenth of top_k")
+        raise ArgumentError(f"tail_draws={tail_draws} is negative; give 0 or more, such as a twelfth of top_k")
     prefix = prefix_of(tokenizer) if bos and tokenizer is not None else []
     identified = IdentifiedBlocks(rows, tokenizer, block_size, prefix)
     if not identified.packed:
