@@ -151,6 +151,8 @@ def test_a_budget_gives_the_largest_size_that_fits(desk, dtype, width):
     above = [other for other in (desk.picker.at(desk.picker.scale.low + share / 60 * (desk.picker.scale.high - desk.picker.scale.low)) for share in range(61)) if other > size]
     assert all(other * width > budget for other in above)
     assert desk.picker.fits("99GB", dtype) == desk.picker.largest
+    assert budget // width - 600 < desk.picker.at(desk.picker.place(size)) <= size, "the slider stands at a size that fits, and near it"
+    assert desk.picker.at(desk.picker.place(desk.picker.smallest)) == desk.picker.smallest
     with pytest.raises(SizeError, match="hold no size of this chain"):
         desk.picker.fits("1kB", dtype)
     with pytest.raises(SizeError, match="write a number and a unit"):

@@ -204,6 +204,13 @@ class Picker:
                 return small if wanted - small < large - wanted else large
         return self.size(wanted)
 
+    def place(self, most: int) -> float:
+        """The slider's highest place whose size is at most so many parameters."""
+        value = self.scale.value(most)
+        while self.at(value) > most and value > self.scale.low:
+            value = round(value - self.scale.step, 9)
+        return value
+
     def fits(self, budget: str, dtype: str = "float32") -> int:
         """The largest size whose weights take no more than a memory such as "512MB".
 

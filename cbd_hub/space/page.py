@@ -88,12 +88,13 @@ class _Page:
     def budgeted(self, budget: str, dtype: str) -> tuple[Any, ...]:
         """The slider at the largest size that fits."""
         try:
-            size = self.picker.fits(budget, dtype)
+            place = self.picker.place(self.picker.fits(budget, dtype))
+            size = self.picker.at(place)
         except CBDError as error:
             return gr.skip(), render.refusal(str(error))
         fits = f"Yes, all of it: the largest anchor, <b>{format_size(size)}</b>" if size == self.picker.largest else f"The largest size that fits is <b>{format_size(size)}</b>"
         used = f"its weights take {format_bytes(size * BYTES[dtype])} of {escape(budget.strip())} in {dtype}"
-        return gr.update(value=self.scale.value(size)), f'<p class="cbd-status" role="status">{fits}; {used}.</p>'
+        return gr.update(value=place), f'<p class="cbd-status" role="status">{fits}; {used}.</p>'
 
     def opened(self, request: gr.Request) -> tuple[Any, ...]:
         """The page as a link has it."""
@@ -226,7 +227,7 @@ class _Page:
         most = self.desk.limits.new_tokens
         with gr.Row():
             return [
-                gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: likeliest token)", min_width=200, buttons=[]),
+                gr.Slider(0, 2, value=0.7, step=0.05, label="Temperature (0: greedy)", min_width=200, buttons=[]),
                 gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top-p", min_width=200, buttons=[]),
                 gr.Slider(1, most, value=min(64, most), step=1, label="Length (new tokens)", min_width=200, buttons=[]),
                 gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120),
@@ -241,7 +242,7 @@ class _Page:
 
     def _chat_tab(self) -> tuple[Any, ...]:
         with gr.Tab("Chat"):
-            talk = gr.Chatbot(label="Chat", height=320, elem_id="cbd-chat")
+            talk = gr.Chatbot(label="Chat", height=320, buttons=["copy", "copy_all"], elem_id="cbd-chat")
             message = gr.Textbox(label="Message", max_length=self.desk.limits.characters, elem_id="cbd-message")
             ask, stop = self._buttons("Send")
             note = gr.HTML(render.status(None), elem_id="cbd-chat-note")
