@@ -50,7 +50,7 @@ def served(desk):
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        made = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield made
         made.close()
 
