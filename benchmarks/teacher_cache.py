@@ -91,8 +91,9 @@ def main() -> None:
     kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     if seconds:
         kept.update(seconds=medians(seconds), all_seconds=seconds)
+        kept.pop("times", None)
     options.out.write_text(json.dumps({
-        **kept, "command": f"python benchmarks/teacher_cache.py --chain {options.chain} --text wikipedia.jsonl", "torch": torch.__version__, "threads": 2,
+        **kept, "command": f"python benchmarks/teacher_cache.py --chain {Path(options.chain).name} --text wikipedia.jsonl --tokens {options.tokens}" + " --errors" * options.errors, "torch": torch.__version__, "threads": 2,
         "tokens": cache.record.source.packing.predicted, "student": f"{chain.anchors[1].name}, {chain.anchors[1].origin}", "dtype": str(compute).removeprefix("torch."), "figures": figures,
     }, indent=1) + "\n")
 
