@@ -138,6 +138,7 @@ def test_every_place_of_the_slider_is_a_size(desk):
     sizes = [picker.at(place) for place in places]
     assert sizes == sorted(sizes)
     assert [picker.size(size) for size in sizes] == sizes
+    assert [picker.at(picker.stand(size)) for size in sizes] == sizes, "a link reopens that very size"
     with pytest.raises(ArgumentError, match="the slider has no number"):
         picker.at(float("nan"))
     assert Scale.of(54_000, 54_000).high > Scale.of(54_000, 54_000).low
