@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components.plot import PlotData
 
 from cbd_hub.errors import CBDError
 from cbd_hub.sizes import format_bytes, format_size
@@ -16,7 +17,7 @@ from cbd_hub.space import render
 from cbd_hub.space.archives import Archives
 from cbd_hub.space.desk import Desk, Written
 from cbd_hub.space.facts import BYTES
-from cbd_hub.space.figure import curve_figure
+from cbd_hub.space.figure import as_json, curve_figure
 from cbd_hub.space.programs import register, sampling_of, told
 
 
@@ -86,7 +87,8 @@ class _Page:
 
     def _numbers(self, value: float) -> tuple[Any, ...]:
         facts = self.picker.facts(self.picker.at(value))
-        return render.facts_card(facts, self.picker), curve_figure(self.picker, facts), self.picker.snippet(facts.parameters), str(facts.parameters)
+        curve = PlotData(type="altair", plot=as_json(curve_figure(self.picker, facts)))
+        return render.facts_card(facts, self.picker), curve, self.picker.snippet(facts.parameters), str(facts.parameters)
 
     def budgeted(self, budget: str, dtype: str) -> tuple[Any, ...]:
         """The slider at the largest size that fits."""
