@@ -9,7 +9,7 @@ READY := $(VENV)/.ready-
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
 	@echo "make test    documentation, lint, types, doctests and tests (under 10 minutes)"
-	@echo "make test-all  the same with every walk over requests and 10,000 fuzzed cases"
+	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, and every view of the page (pictures in artefacts/space)"
 	@echo "make docs    the documentation, in build/site"
 	@echo "make nightly the tests against the real Hub, with the account of HF_TOKEN"
 	@echo "make fix     let ruff mend what it can"

@@ -17,7 +17,7 @@ class Visitor(threading.Thread):
     def __init__(self, number, address, end, sizes):
         super().__init__()
         self.number, self.address, self.end, self.sizes = number, address, end, sizes
-        self.tally, self.wrong, self.stopped, self.waits = {"done": 0, "busy": 0, "stopped": 0}, [], {}, []
+        self.tally, self.wrong, self.stopped, self.turns, self.glances = {"done": 0, "busy": 0, "stopped": 0}, [], {}, [], []
 
     def run(self):
         client = None
@@ -47,10 +47,10 @@ class Visitor(threading.Thread):
                 return
         job.result(timeout=240)
         self.tally["done"] += 1
-        self.waits.append(time.monotonic() - asked)
+        self.turns.append(time.monotonic() - asked)
         glance = time.monotonic()
         client.predict("max", api_name="/describe")
-        self.waits.append(time.monotonic() - glance)
+        self.glances.append(time.monotonic() - glance)
 
 
 def main(address, seconds, sizes):
@@ -64,7 +64,7 @@ def main(address, seconds, sizes):
         "tally": {name: sum(visitor.tally[name] for visitor in visitors) for name in ("done", "busy", "stopped")},
         "wrong": [why for visitor in visitors for why in visitor.wrong],
         "stopped": {seed: asked for visitor in visitors for seed, asked in visitor.stopped.items()},
-        "turns": sorted(wait for visitor in visitors for wait in visitor.waits[::2]), "glances": sorted(wait for visitor in visitors for wait in visitor.waits[1::2]),
+        "turns": sorted(took for visitor in visitors for took in visitor.turns), "glances": sorted(took for visitor in visitors for took in visitor.glances),
     }))
 
 

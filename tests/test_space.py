@@ -138,6 +138,7 @@ def test_every_place_of_the_slider_is_a_size(desk):
     sizes = [picker.at(place) for place in places]
     assert sizes == sorted(sizes)
     assert [picker.size(size) for size in sizes] == sizes
+    assert [picker.at(picker.stand(size)) for size in sizes] == sizes, "a link reopens that very size"
     with pytest.raises(ArgumentError, match="the slider has no number"):
         picker.at(float("nan"))
     assert Scale.of(54_000, 54_000).high > Scale.of(54_000, 54_000).low
@@ -404,7 +405,7 @@ def test_across_vocabularies_sizes_compare_in_bits_per_byte(shown, tmp_path):
     assert picker.unit == "bits per byte"
     assert picker.facts("max").bits_per_byte == pytest.approx(1.0)
     assert [round(point.bits_per_byte, 6) for point in picker.points if point.strategy == "anchor"] == [1.4, 1.1, 1.0]
-    heights = [value for trace in curve_figure(picker, picker.facts("max")).data for value in trace.y]
+    heights = [row["height"] for layer in curve_figure(picker, picker.facts("max"))["layer"] for row in layer["data"]["values"]]
     assert max(heights) == pytest.approx(1.4)
     assert "+0.400 bits per byte" in facts_card(picker.facts("min"), picker)
     assert "1.400" in measured_table(picker)

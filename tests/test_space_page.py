@@ -68,7 +68,7 @@ def view(browser, served):
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(address or f"{served}?__theme={theme}{query}")
-        page.wait_for_selector("#cbd-plot .main-svg")
+        page.wait_for_selector("#cbd-plot .mark-symbol")
         page.wait_for_function("document.querySelector('#cbd-link textarea, #cbd-link input').value.includes('size=')")
         return page
 
@@ -93,11 +93,12 @@ def field(page, name):
 def hovered(page, desk):
     """What the curve says under the pointer, at its first measured size in between."""
     point = next(point for point in desk.picker.points if point.strategy != "anchor")
-    box = page.locator("#cbd-plot .scatterlayer .points .point").first.bounding_box()
+    place = desk.picker.points.index(point)
+    box = page.locator("#cbd-plot .pointed_marks path").nth(place).bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2 - 3, box["y"] + box["height"] / 2)
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    shows(page, "#cbd-plot .hoverlayer", f"{point.size:,} parameters")
-    return page.locator("#cbd-plot .hoverlayer").text_content()
+    shows(page, "#vg-tooltip-element", f"{point.size:,}")
+    return page.locator("#vg-tooltip-element").text_content()
 
 
 def link(page, size):

@@ -204,6 +204,12 @@ class Picker:
                 return small if wanted - small < large - wanted else large
         return self.size(wanted)
 
+    def stand(self, size: int) -> float:
+        """The slider's place that means a size; the nearest one where none does."""
+        near = self.scale.value(size)
+        around = (round(near + steps * self.scale.step, 9) for steps in (0, -1, 1, -2, 2))
+        return next((place for place in around if self.scale.low <= place <= self.scale.high and self.at(place) == size), near)
+
     def place(self, most: int) -> float:
         """The slider's highest place whose size is at most so many parameters."""
         value = self.scale.value(most)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components.plot import PlotData
 
 from cbd_hub.errors import CBDError
 from cbd_hub.sizes import format_bytes, format_size
@@ -16,7 +17,7 @@ from cbd_hub.space import render
 from cbd_hub.space.archives import Archives
 from cbd_hub.space.desk import Desk, Written
 from cbd_hub.space.facts import BYTES
-from cbd_hub.space.figure import curve_figure
+from cbd_hub.space.figure import as_json, curve_figure
 from cbd_hub.space.programs import register, sampling_of, told
 
 
@@ -80,10 +81,14 @@ class _Page:
     def shown(self, value: float) -> tuple[Any, ...]:
         """The size of a place of the slider: its numbers, the curve, the Python lines, and its name for links."""
         try:
-            facts = self.picker.facts(self.picker.at(value))
+            return self._numbers(value)
         except CBDError as error:
             return render.refusal(str(error)), gr.skip(), gr.skip(), gr.skip()
-        return render.facts_card(facts, self.picker), curve_figure(self.picker, facts), self.picker.snippet(facts.parameters), str(facts.parameters)
+
+    def _numbers(self, value: float) -> tuple[Any, ...]:
+        facts = self.picker.facts(self.picker.at(value))
+        curve = PlotData(type="altair", plot=as_json(curve_figure(self.picker, facts)))
+        return render.facts_card(facts, self.picker), curve, self.picker.snippet(facts.parameters), str(facts.parameters)
 
     def budgeted(self, budget: str, dtype: str) -> tuple[Any, ...]:
         """The slider at the largest size that fits."""
@@ -99,7 +104,8 @@ class _Page:
     def opened(self, request: gr.Request) -> tuple[Any, ...]:
         """The page as a link has it."""
         size, prompt = self.desk.opened(dict(request.query_params))
-        return (gr.update(value=self.scale.value(size)), prompt or PROMPT, *self.shown(self.scale.value(size)))
+        place = self.picker.stand(size)
+        return (gr.update(value=place), prompt or PROMPT, *self.shown(place))
 
     def written(self, value: float, prompt: str, temperature: float, top_p: float, tokens: float, seed: float) -> Iterator[tuple[str, str]]:
         """A continuation with its state."""
@@ -145,8 +151,8 @@ class _Page:
 
     def build(self) -> gr.Blocks:
         """Lay it out and join its parts to the handlers."""
-        start = self.scale.value(self.desk.default)
-        facts, figure, lines, exact = self.shown(start)
+        start = self.picker.stand(self.desk.default)
+        facts, figure, lines, exact = self._numbers(start)
         with gr.Blocks(title=f"{self.picker.name}: pick a size", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
             gr.HTML(render.headline(self.picker), elem_classes="cbd-head")
             with gr.Group(elem_id="cbd-pick"):

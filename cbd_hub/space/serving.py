@@ -16,15 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_gradio() -> None:
-    """Refuse to go on where the page's libraries are missing.
+    """Refuse to go on where the page's library is missing.
 
     Raises:
-        ArgumentError: Saying how to install them.
+        ArgumentError: Saying how to install it.
     """
     from importlib.util import find_spec
-    missing = [name for name in ("gradio", "plotly") if find_spec(name) is None]
-    if missing:
-        raise ArgumentError(f"the Space needs {' and '.join(missing)}; run pip install 'cbd-hub[space]'")
+    if find_spec("gradio") is None:
+        raise ArgumentError("the Space needs gradio; run pip install 'cbd-hub[space]'")
 
 
 def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits: Limits | None = None, wait: float = 60.0, **how: Any) -> Any:
