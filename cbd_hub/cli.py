@@ -244,7 +244,7 @@ def generate(
     from transformers import TextStreamer
 
     from cbd_hub.chain import Chain
-    from cbd_hub.interpolation.live import best_device
+    from cbd_hub.precision import best_device
     hush_bars()
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
@@ -294,7 +294,8 @@ def evaluate(
     from cbd_hub.distill.data import is_conversation, read_rows
     from cbd_hub.distill.packing import tokenised
     from cbd_hub.evaluation import Documents, Question, bits_per_byte, choice_accuracy, document_losses
-    from cbd_hub.interpolation.live import ModelRunner, best_device
+    from cbd_hub.interpolation.live import ModelRunner
+    from cbd_hub.precision import best_device
     hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]

@@ -15,9 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from cbd_hub.chain import Chain
 from cbd_hub.errors import ArgumentError, CBDError, SizeError, VocabularyMismatchError
-from cbd_hub.interpolation.live import best_device
 from cbd_hub.manifest import Anchor
 from cbd_hub.plans import usual_sizes
+from cbd_hub.precision import best_device
 from cbd_hub.shapes import check_positions
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.measuring import GREEDY

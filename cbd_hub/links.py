@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cbd_hub.evaluation import Calibration, Documents
-from cbd_hub.interpolation.live import best_device
 from cbd_hub.interpolation.planner import Kept, Maps, layer_types
 from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Shape, Strategies
 from cbd_hub.measure import measure_segment
+from cbd_hub.precision import best_device
 from cbd_hub.weights import load_model, load_tokenizer
 
 

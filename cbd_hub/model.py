@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import GenerationConfig
 
 from cbd_hub.adapter_files import lora_config
 from cbd_hub.adapters import carried_to
@@ -25,7 +25,6 @@ from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Anchor, Shape
 from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight_dtype
 from cbd_hub.remote import open_weights
-from cbd_hub.single import cut_single
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.stopwatch import Stopwatch
 from cbd_hub.weights import (
@@ -386,11 +385,12 @@ class CBDModel:
         arguments = _check_loader_arguments(transformers_kwargs)
         options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
         weight_dtype(arguments.get("dtype"), torch.float32)  # refused before the work, not after it
+        from cbd_hub.single import cut_single  # measures with live models, which a load from a chain does not need
         cut = cut_single(model, size, shape=shape, calibration=calibration, revision=revision, options=options)
         return _load_plan(cut.plan, cut.config, cut.read, cut.checkpoint.dtype, cut.source, cut.generation_config, arguments)
 
 
-def _generation_config(prepared: _Prepared) -> GenerationConfig | None:
+def _generation_config(prepared: _Prepared) -> transformers.GenerationConfig | None:
     if "generation_config.json" not in prepared.nearest.files:
         return None
     return read_generation_config(prepared.files.checked(prepared.nearest, "generation_config.json").parent)
@@ -405,7 +405,7 @@ def _load(prepared: _Prepared, arguments: dict[str, Any]) -> Any:
 
 
 def _load_plan(
-    plan: Plan, config: Any, read: Callable[[str, str], Tensor], dtype: torch.dtype, name: str, generation: Callable[[], GenerationConfig | None],
+    plan: Plan, config: Any, read: Callable[[str, str], Tensor], dtype: torch.dtype, name: str, generation: Callable[[], transformers.GenerationConfig | None],
     arguments: dict[str, Any],
 ) -> Any:
     """The plan's model in its plain class, in ``dtype`` unless the arguments say otherwise."""

@@ -20,9 +20,9 @@ from cbd_hub.families import family_named, family_of
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.budget import largest_meeting, largest_size
 from cbd_hub.interpolation.curve import Chord
-from cbd_hub.interpolation.live import best_device
 from cbd_hub.interpolation.planner import Kept, Maps, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan, shape_in
 from cbd_hub.manifest import Anchor, Manifest, Shape
+from cbd_hub.precision import best_device
 from cbd_hub.remote import bytes_to_fetch
 from cbd_hub.sizes import format_bytes, parse_bytes
 from cbd_hub.speed.measuring import Speed, SpeedWish

@@ -41,3 +41,8 @@ def products(device: torch.device, *, bf16: bool = True) -> contextlib.AbstractC
 def say_fp32() -> None:
     """Say once that a CPU computes in fp32 what was to be bf16."""
     logger.warning("this CPU has no instructions for bf16 products, in which they would take several times as long; they run in fp32 (bf16=False)")
+
+
+def best_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")

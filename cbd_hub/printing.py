@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -144,10 +145,13 @@ def reported() -> Iterator[Callable[[str, int, int | None], None]]:
 
 def hush_bars() -> None:
     """No bars for what takes less than a second; downloads and training keep theirs."""
-    from datasets.utils.logging import disable_progress_bar as hush_datasets
-    from transformers.utils.logging import disable_progress_bar as hush_transformers
-    hush_datasets()
-    hush_transformers()
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets.utils.logging import disable_progress_bar as hush_datasets
+        hush_datasets()
+    else:
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported, which takes a second
 
 
 def adapter_text(lineage: Mapping[str, Any]) -> str:

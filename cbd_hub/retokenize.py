@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from cbd_hub.cards import license_of, retokenized_card
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
@@ -22,8 +22,9 @@ from cbd_hub.evaluation import Losses, byte_losses
 from cbd_hub.families import family_of
 from cbd_hub.files import check_absent, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
-from cbd_hub.interpolation.live import ModelRunner, best_device
+from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.losses.alignment import byte_ends, token_bytes
+from cbd_hub.precision import best_device
 from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import parse_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config, read_generation_config, write_safetensors
@@ -301,7 +302,7 @@ def _rebuilt(tokenizer: Any, facts: Mapping[str, Any], places: Mapping[int, int]
         if "added_tokens_decoder" in said:
             said["added_tokens_decoder"] = {str(places[int(place)]): entry for place, entry in said["added_tokens_decoder"].items()}
         path.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
-        made = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     wanted = {**facts["model"]["vocab"], **{entry["content"]: entry["id"] for entry in facts["added_tokens"]}}
     if made.get_vocab() != wanted:
         raise ArgumentError(f"{type(tokenizer).__name__} has tokens outside its tokenizer.json, so that it cannot be trimmed; move the model to another tokenizer instead")

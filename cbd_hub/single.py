@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import GenerationConfig
 
 from cbd_hub.cards import cut_card, license_of
 from cbd_hub.cut import choose_cut, measure_importance, mixes
@@ -22,9 +22,10 @@ from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
-from cbd_hub.interpolation.live import Between, ModelRunner, best_device, frozen
+from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Shape
+from cbd_hub.precision import best_device
 from cbd_hub.shapes import check_cut, count, fill_ffn, follow, parameter_count, shape_of
 from cbd_hub.sizes import as_int, format_size, matches, parse_size
 from cbd_hub.texts import texts_of
@@ -76,7 +77,7 @@ class Single:
         """A tensor of the model."""
         return self.checkpoint[tensor]
 
-    def generation_config(self) -> GenerationConfig | None:
+    def generation_config(self) -> transformers.GenerationConfig | None:
         """The model's own, where it has one."""
         return read_generation_config(self.folder)
 
@@ -214,7 +215,7 @@ def _own_text(model: Any, tokens: int) -> tuple[Documents, Documents]:
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     start = next((token for token in (settings.bos_token_id, *ends) if token is not None), 0)
     rows = torch.full((tokens // _BLOCK, 1), start, device=model.device)
-    plain = GenerationConfig(
+    plain = transformers.GenerationConfig(
         do_sample=True, top_k=0, min_new_tokens=_BLOCK - 1, max_new_tokens=_BLOCK - 1, eos_token_id=None if ends[0] is None else ends, pad_token_id=start
     )
     with torch.random.fork_rng(), frozen(model):

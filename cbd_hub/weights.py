@@ -15,7 +15,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from cbd_hub.errors import IntegrityError, StorageError, WeightsError
 from cbd_hub.families import family_of
@@ -51,7 +50,7 @@ def read_config(folder: Path) -> Any:
         raw = json.loads((folder / "config.json").read_bytes())
         if "auto_map" in raw or not isinstance(raw.get("model_type"), str):
             raise ValueError("its architecture needs code of its own, which is never run")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a hostile config can fail in any way
         raise WeightsError(f"{folder} has no config.json that can be used ({one_line(error)}); it is no transformers model folder") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -71,7 +70,7 @@ def model_class(config: Any, source: str) -> Any:
     """
     names = config.architectures or []
     found = getattr(transformers, str(names[0]), None) if names else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and getattr(found, "config_class", None) is type(config)):
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and getattr(found, "config_class", None) is type(config)):
         raise WeightsError(f"{source} names the architecture {str(names)[:80]}, which is not one of {config.model_type} in transformers {transformers.__version__}")
     return found
 
@@ -110,7 +109,7 @@ def load_tokenizer(folder: Path) -> Any:
         WeightsError: If there is none that can be used.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a broken or missing tokenizer
         raise WeightsError(f"{folder} has no tokenizer that can be used ({one_line(error)}); save one there with save_pretrained") from error
 
@@ -123,7 +122,7 @@ def stored_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: shapes[spec.name] for spec, _, name in family.stored(config)}
 
 
-def read_generation_config(folder: Path) -> GenerationConfig | None:
+def read_generation_config(folder: Path) -> transformers.GenerationConfig | None:
     """The generation config of a folder; None where it has none.
 
     Raises:
@@ -133,7 +132,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     if not path.is_file():
         return None
     try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken one
         raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make it again") from error
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cbd_hub import Chain, draft_table
-from cbd_hub.interpolation.live import best_device
+from cbd_hub.precision import best_device
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.stopwatch import device_name
 from cbd_hub.texts import read_texts

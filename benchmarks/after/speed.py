@@ -24,10 +24,10 @@ from transformers import LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
 from cbd_hub import Chain
-from cbd_hub.interpolation.live import best_device
 from cbd_hub.interpolation.plan import Kept, Segment
 from cbd_hub.interpolation.planner import shape_in
 from cbd_hub.plans import anchor_config, usual_sizes
+from cbd_hub.precision import best_device
 from cbd_hub.shapes import config_for, count, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.measuring import Speed, measure_in_turns

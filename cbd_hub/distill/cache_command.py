@@ -15,8 +15,8 @@ from cbd_hub.distill.stages import read_parts, stage_rows
 from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.errors import ArgumentError
 from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
-from cbd_hub.interpolation.live import best_device
 from cbd_hub.plans import weight_dtype
+from cbd_hub.precision import best_device
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
 
 

@@ -34,10 +34,11 @@ from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
 from cbd_hub.distill.wrapping import short_attention
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.hub import resolve_checkpoint
-from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
+from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.losses.head import block_bytes
 from cbd_hub.manifest import Shape
 from cbd_hub.measure import ORDER_TOKENS, ORDER_TRIALS, SHARES
+from cbd_hub.precision import best_device
 from cbd_hub.weights import load_tokenizer, model_class, read_config
 
 

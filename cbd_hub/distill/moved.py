@@ -26,7 +26,7 @@ from cbd_hub.errors import ArgumentError
 from cbd_hub.evaluation import Losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
-from cbd_hub.interpolation.live import best_device
+from cbd_hub.precision import best_device
 from cbd_hub.retokenize import BITS, Retokenized, difference_of, measured, retokenize
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
 

@@ -30,10 +30,11 @@ from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import bits_per_byte, document_losses
 from cbd_hub.files import disk_error, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
-from cbd_hub.interpolation.live import ModelRunner, best_device, frozen
+from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.interpolation.planner import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
+from cbd_hub.precision import best_device
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, one_line, read_config
 

@@ -216,11 +216,6 @@ class PlanRunner:
         return Output(output.last_hidden_state, Head(self._head, **_settings(self.config)), tuple(output.hidden_states[1:]) if states else None)
 
 
-def best_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
-
-
 @contextlib.contextmanager
 def frozen(*models: Any) -> Iterator[None]:
     """The models in eval mode inside the block, put back afterwards."""

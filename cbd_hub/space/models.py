@@ -14,10 +14,9 @@ import torch
 
 from cbd_hub.client import counted
 from cbd_hub.errors import ArgumentError, BusyError
-from cbd_hub.interpolation.live import best_device
 from cbd_hub.model import load
 from cbd_hub.plans import anchor_config, plan_costs, weight_dtype
-from cbd_hub.precision import has_bf16
+from cbd_hub.precision import best_device, has_bf16
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space.facts import Picker
 

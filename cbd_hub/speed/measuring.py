@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from cbd_hub.errors import ArgumentError
 from cbd_hub.sizes import format_seconds, parse_rate, parse_seconds
@@ -98,8 +97,8 @@ class SpeedWish:
         return " and ".join(rate + ([] if self.max_latency is None else [f"max_latency={format_seconds(self.max_latency)}"]))
 
 
-class _Ticks(BaseStreamer):
-    """Notes when each new token is there; on an accelerator it has been copied from there by then."""
+class _Ticks:
+    """A streamer: notes when each new token is there; on an accelerator it has been copied from there by then."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.times, self._prompt = clock, [clock()], True

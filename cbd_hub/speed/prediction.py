@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from cbd_hub.families import family_of
 from cbd_hub.manifest import Shape
@@ -73,6 +72,7 @@ class SpeedModel:
             >>> round(SpeedModel.fit(probes).at((1, 5, 5e6, 5e6)).token, 6)
             0.007
         """
+        from scipy.optimize import nnls  # half a second, of which loading a model has no use
         rows = np.array([probe.terms for probe in probes], dtype=np.float64)
 
         def solved(seconds: np.ndarray) -> np.ndarray:
