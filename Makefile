@@ -44,7 +44,7 @@ demo: $(READY)demo
 test: $(READY)dev $(READY)browser docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --durations 20
 
 # pictures from the code, pages with every warning an error
 docs: $(READY)dev
@@ -55,10 +55,10 @@ $(READY)all: $(READY)dev pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,onnx,quantised]'
 	touch $@
 
-test-all: $(READY)all $(READY)browser
+test-all: $(READY)all $(READY)browser $(READY)mergekit
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m "not nightly"
+	CBD_FUZZ_CASES=10000 CBD_MERGEKIT_PYTHON=$(VENV)/mergekit/bin/python $(BIN)/pytest -m "not nightly"
 
 $(READY)bench: $(READY)dev pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,bench]'

@@ -19,8 +19,10 @@ from cbd_hub import CBDModel, Chain, Recipe, distill_chain, texts
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.packing import packed_dataset
+from cbd_hub.distill.stages import plan_stages
 from cbd_hub.errors import CBDError, DataError, RecipeError, StorageError
 from cbd_hub.texts import read_texts
+from cbd_hub.weights import read_config
 
 
 ANCHORS = [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}]
@@ -77,6 +79,17 @@ def test_the_card_can_be_read_by_the_hub_client(chain):
 def test_the_same_recipe_twice_gives_the_same_chain(tmp_path):
     plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"path_fraction": 0.5, "hidden_weight": 0.1})
     assert_same(distill_chain(plain, tmp_path / "a").files.root, distill_chain(plain, tmp_path / "b").files.root)
+
+
+@pytest.mark.parametrize(("anchors", "stage", "expected"), [
+    ([{"hidden": 16}], {}, [0.3]), ([{"layers": 4, "ffn": 24}, {"hidden": 16}], {}, [0.0, 0.3]), ([{"hidden": 16}], {"path_fraction": 0.0}, [0.0]),
+    ([{"hidden": 16}], {"on_policy_fraction": 0.5}, [0.0]), ([{"hidden": 16}], {"objective": "minillm"}, [0.0]),
+], ids=["hidden width", "only where it moves", "named", "on policy", "minillm"])
+def test_an_anchor_of_another_hidden_width_is_trained_on_the_path_too(tmp_path, anchors, stage, expected):
+    plain = make_recipe(tmp_path, "llama", anchors, stage=stage, teacher={"layers": 6, "hidden": 32, "ffn": 128})
+    read = Recipe.parse(plain)
+    stages = plan_stages(read, Path(read.teacher), read_config(Path(read.teacher)))
+    assert [stage.config("unused").path_fraction for stage in stages] == expected
 
 
 def test_a_finished_run_is_returned_at_once(chain, monkeypatch):

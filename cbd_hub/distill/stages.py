@@ -34,6 +34,8 @@ from cbd_hub.weights import Checkpoint, load_tokenizer, one_line, read_config
 
 
 CALIBRATION_TOKENS = 4096
+HIDDEN_PATH = 0.3  # path_fraction of an anchor of another hidden width, where the stage names none: without it the sizes in between sag (benchmarks/quality/README.md)
+NO_PATH = ("bridge", "teacher_cache", "on_policy_fraction", "fsdp", "deepspeed")  # what path training does not go with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +138,11 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
                 own = config
                 source, whole, exact = (size, folder, config), shapes.shape_of(config), True
             elif isinstance(wish, dict):
+                narrower = wish.get("hidden", whole.hidden) != whole.hidden
                 shape = whole = _wished_shape(wish, whole, exact, own)
                 size, exact = shapes.count(shape, own), True
+                if narrower and not any(arguments.get(name) for name in NO_PATH) and arguments.get("objective") != "minillm":
+                    arguments.setdefault("path_fraction", HIDDEN_PATH)
             else:
                 size, exact = parse_size(wish), False
             if size >= above or (isinstance(wish, str) and matches(wish, above)):
