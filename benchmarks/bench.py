@@ -76,6 +76,7 @@ BENCHMARKS = {
     "adapter": Benchmark("benchmarks/after/adapter.py", "--chain demo/chain --text bench/inputs/other.jsonl --work bench/adapter", quick=None),
     "heal": Benchmark("benchmarks/after/heal.py", "--chain demo/chain --work bench/heal", quick=None),
     "bridge": Benchmark("benchmarks/bridge.py", "--models bench/inputs/models --train bench/inputs/train.jsonl --heldout bench/inputs/heldout.jsonl --work bench/bridge", quick=None, full="--only gemma --only move --only gpt2"),
+    "headline": Benchmark("benchmarks/headline.py", "--teacher demo/chain/anchors/135M --text demo/wikipedia.jsonl --work bench/headline", quick=None),
     "quality": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality", quick=None, full="--seeds 3"),
 }
 

@@ -20,7 +20,7 @@ from cbd_hub.sizes import format_size
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = {
-    "demo": "The demo's chain", "quality": "Sizes in between, by kind of segment", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
+    "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
     "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step against TRL", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding",
@@ -96,6 +96,15 @@ def fill(document: Path, blocks: dict[str, str]) -> None:
     document.write_text(text, encoding="utf-8")
 
 
+def documents() -> dict[str, dict[str, str]]:
+    """Each document's marked blocks."""
+    figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in ("demo", *BESIDE) and line(name))
+    return {
+        "README.md": {"demo": table("demo"), "figures": figures, **{name: line(name) for name in BESIDE}},
+        "benchmarks/quality/README.md": {"quality": table("quality")},
+    }
+
+
 def draw() -> None:
     """Pictures of the results that are curves."""
     quality = read("quality")
@@ -134,9 +143,8 @@ def main() -> None:
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
     draw()
     (ROOT / "benchmarks" / "README.md").write_text(page(), encoding="utf-8")
-    figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in ("demo", *BESIDE) and line(name))
-    fill(ROOT / "README.md", {"demo": table("demo"), "figures": figures, **{name: line(name) for name in BESIDE}})
-    fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": table("quality")})
+    for name, blocks in documents().items():
+        fill(ROOT / name, blocks)
 
 
 if __name__ == "__main__":

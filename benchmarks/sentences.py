@@ -136,3 +136,14 @@ def quality(data: dict[str, Any]) -> str:
         f"Of {len(rows)} sizes on four kinds of segment, {under} lie on or below the line between their anchors' losses; the furthest above it is {format_size(worst['parameters'])} of "
         f"{worst['segment']} ({pair(worst['to_chord'])} nats)."
     )
+
+
+def headline(data: dict[str, Any]) -> str:
+    """A size in between against training from scratch."""
+    most = data["rows"][-1]
+    words = "below" if most["to_chain"][0] > 0 else "above"
+    return (
+        f"{format_size(data['parameters'])} of a small chain, without a training step, stands {abs(most['to_chain'][0]):.2f} ± {most['to_chain'][1]:.2f} nats {words} the same shape trained from scratch on "
+        f"{most['tokens'] / (data['stage_tokens'] * (len(data['anchors']) - 1)):.0f} times the chain's tokens; the chain pays from {data['costs']['crossover']['seconds']} sizes on (seconds), "
+        f"against a distillation each."
+    )

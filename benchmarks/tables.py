@@ -308,3 +308,29 @@ def bridge(data: dict[str, Any]) -> str:
             words = f"Forward and backward on {found['tokens']:,} tokens, heads of Gemma-3-270M's and SmolLM2-135M's shapes, {found['threads']} thread."
         parts.append(f"{table(head, rows)}\n\n{words} `{found['command']}`")
     return "\n\n".join(parts)
+
+
+def headline(data: dict[str, Any]) -> str:
+    """A size in between against training from scratch, and many sizes by one chain against each on its own."""
+    tasks = list(data["rows"][0].get("tasks", {}))
+    rows = [
+        [
+            row["name"], f"{row['tokens']:,}", f"{row['epochs']:.1f}", f"{row['loss']:.3f} ± {row['stderr']:.3f}", pair(row["to_chain"]) if row["tokens"] else "",
+            *(f"{row['tasks'][name]['accuracy_norm']:.3f} ± {row['tasks'][name]['accuracy_norm_stderr']:.3f}" for name in tasks),
+        ]
+        for row in data["rows"]
+    ]
+    sizes = [
+        [format_size(row["parameters"]), f"{row['chain'][0]:.3f}", f"{row['alone'][0]:.3f}", pair(row["chain_to_alone"])] for row in sorted(data["sizes"], key=lambda row: row["parameters"])
+    ]
+    costs, chain = data["costs"]["alone"], data["costs"]["chain"]
+    spent = [[f"{count} sizes" if count != "1" else "1 size", f"{chain['tokens']:,}", f"{one['tokens']:,}", f"{chain['seconds']:,.0f}", f"{one['seconds']:,.0f}"] for count, one in costs.items()]
+    cross = data["costs"]["crossover"]
+    anchors = ", ".join(f"{name} {loss:.3f}" for name, (loss, _) in data["anchors"].items())
+    return "\n\n".join([
+        table([f"{format_size(data['parameters'])}", "tokens of its own", "times through the text", "loss", "to the chain's", *tasks], rows),
+        table(["size", "chain's, no training", "distilled on its own", "difference"], sizes),
+        table(["for", "chain: tokens", "alone: tokens", "chain: seconds", "alone: seconds"], spent),
+        f"Anchors: {anchors}. Every token is also a teacher's pass. The chain costs less from {cross['tokens']} sizes on in tokens, from {cross['seconds']} on in seconds (its measuring of cuts and curves "
+        f"included). {data['stage_tokens']:,} tokens a stage, {data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. `{data['command']}`",
+    ])
