@@ -129,7 +129,7 @@ def bridge(data: dict[str, Any]) -> str:
 
 def quality(data: dict[str, Any]) -> str:
     """Segments against their chord."""
-    rows = [row for row in data["rows"] if row.get("to_chord")]
+    rows = [row for row in data["rows"] if row.get("to_chord") and row["segment"] != "hidden, no path"]  # which recipes do not make
     under = sum(row["to_chord"][0] <= row["to_chord"][1] for row in rows)
     worst = max(rows, key=lambda row: row["to_chord"][0])
     return (

@@ -3,7 +3,7 @@
     python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--free] [--seeds 3]
 
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
-as the least-loss cut chooses) and distilled alike, that of hidden width also with 30% of its steps on the path; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
+as the least-loss cut chooses) and distilled alike, that of hidden width with 30% of its steps on the path, as recipes do, and without; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection, boomerang distillation and a student distilled for that shape
 alone; in the middle, also after the same heal of all of them: a 20th of the stage's steps from the teacher. ``--seeds`` repeats the middle of each segment with other seeds.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
@@ -31,7 +31,7 @@ from rich.table import Table
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
-from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts
 from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
@@ -48,8 +48,8 @@ from measuring import write
 from rivals import collapsed, selected
 
 
-SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}, "hidden, path 0.3": {"hidden": 423}}
-PATH = {"hidden, path 0.3": 0.3}  # the share of the anchor's steps on the path
+SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}, "hidden, no path": {"hidden": 423}}
+PATH = {"hidden": HIDDEN_PATH}  # the share of the anchor's steps on the path, as recipes have it
 HEAL = 0.05  # of a stage's steps
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
 HELDOUT_TOKENS = 16000
@@ -275,7 +275,6 @@ def main() -> None:
         rows = sorted([row for row in rows if row["segment"] != name] + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
         write(options.out, {
             "command": "python benchmarks/quality/run.py --demo demo --work quality" + (" --free" if options.free else ""), "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
-
         })
 
 
