@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tiny
+import typer
 import yaml
 from conftest import recipe as make_recipe
 from transformers import AutoModelForCausalLM
@@ -141,11 +142,12 @@ def test_wrong_calls_exit_with_2(cbd, arguments):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("command", ["distill", "assemble", "show", "plan", "make", "cut", "generate", "eval", "speed", "draft"])
-def test_every_command_has_help(cbd, command):
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(cli.app).commands))
+def test_every_command_has_help_and_json(cbd, command):
     code, printed, _ = cbd(command, "--help")
     assert code == 0
     assert "Usage: cbd" in printed
+    assert "--json" in printed
 
 
 def test_debug_shows_the_traceback(monkeypatch):

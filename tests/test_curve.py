@@ -1,6 +1,7 @@
 """What the measured curve decides: the order of layers, what auto is, troughs, recommended sizes; and the shapes that any size gets."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -17,12 +18,16 @@ from transformers import GPT2Config, LlamaConfig
 
 from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub.cards import chain_card
+from cbd_hub.evaluation import Documents
+from cbd_hub.families import family_of
 from cbd_hub.files import sha256
 from cbd_hub.interpolation.curve import Chord
+from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import segment_plan
+from cbd_hub.interpolation.planner import patch_plan, segment_plan
+from cbd_hub.losses.divergence import forward_kl
 from cbd_hub.manifest import Anchor, CurvePoint, FileRecord, Link, Location, Manifest
-from cbd_hub.measure import nested_order
+from cbd_hub.measure import best_order, nested_order
 from cbd_hub.shapes import count, shape_between, shape_of
 
 
@@ -45,6 +50,32 @@ def test_the_order_of_few_layers_is_the_best_path(seed):
     assert total(order) == pytest.approx(min(total(other) for other in itertools.permutations(layers)))
     greedy = nested_order(layers, distance, trials=25)
     assert total(order) <= total(greedy)
+
+
+def test_layers_come_back_in_the_order_of_least_kl_to_the_larger_neighbour():
+    """Against every order of three layers, each made and measured on text by dense logits."""
+    small, large, segment = pair("llama", small=(2, 32), large=(5, 32))
+    documents = Documents.packed(tiny.texts(20), tiny.tokenizer(), 32, 256)
+    ids, _, labels = documents.batch(range(len(documents.ids)), "cpu")
+    family = family_of(large.config)
+    parameters = {"s": family.parameters(small), "l": family.parameters(large)}
+
+    @functools.cache
+    def distance(back):
+        shape = segment.small_shape.model_copy(update={"layers": 2 + len(back)})
+        plan = patch_plan(dataclasses.replace(segment, order=[*sorted(back), *(layer for layer in segment.order if layer not in back)]), shape)
+        state = {name: combine(terms, parameters).detach() for name, terms in plan.tensors.items()}
+        made = type(large).from_pretrained(None, config=plan.config(large.config), state_dict=state).eval()
+        with torch.no_grad():
+            return float(forward_kl(made(ids).logits, large(ids).logits, labels != -100))
+
+    def total(order):
+        return sum(distance(frozenset(order[:depth])) for depth in (1, 2))
+
+    order = best_order(segment, {"s": small, "l": large}, documents, segment.order)
+    totals = {other: total(other) for other in itertools.permutations(segment.order)}
+    assert totals[tuple(order)] == pytest.approx(min(totals.values()), rel=1e-4)
+    assert max(totals.values()) > 1.01 * min(totals.values())
 
 
 @pytest.mark.parametrize("count_", [1, 2, 6, 7, 12, 40, 100])

@@ -8,7 +8,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
@@ -158,6 +159,58 @@ def test_hidden_term_matches_the_end_of_each_block(tmp_path):
         term += ((a - b).square().mean(-1) / b.square().mean(-1)).mean() / 2
     plain = dense_loss(trainer.model, trainer.teacher, batch, 1.0, 1.0, 0.0)
     torch.testing.assert_close(value.double(), plain + 3.0 * term.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_all_terms_take_one_pass_and_no_dense_logits(tmp_path, monkeypatch):
+    """Divergence, cross-entropy and hidden states on a CPU: the value is the dense one, each model runs once, and no tensor has more rows of logits than a block."""
+    monkeypatch.setattr("cbd_hub.losses.head._block_rows", lambda *_: 4)
+    trainer = trainer_for("llama", tmp_path, kd_weight=0.7, ce_weight=0.3, temperature=2.0, hidden_weight=0.5, hidden_loss="mse")
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+    trainer.model.train()
+    passes, widest = [], 0
+    for model in (trainer.model, trainer.teacher):
+        model.get_input_embeddings().register_forward_hook(lambda *_, model=model: passes.append(model))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal widest
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dim() and made.shape[-1] == tiny.VOCAB:
+                widest = max(widest, made.numel() // tiny.VOCAB)
+            return made
+
+    with Watch():
+        value = trainer.compute_loss(trainer.model, batch)
+        value.backward()
+    assert passes == [trainer.model, trainer.teacher] or passes == [trainer.teacher, trainer.model]
+    keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    keep[:, :-1] = batch["labels"][:, 1:] != -100
+    assert int(keep.sum()) > 64
+    assert 0 < widest <= 32  # 32 rows of V are the head's own gradient, (V, H) transposed
+    ours, theirs = (model(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True).hidden_states for model in (trainer.model, trainer.teacher))
+    ends = [int(trainer.kept.layers[1]) - 1, 3]
+    hidden = sum(((a[keep] - theirs[end + 1][keep]).square().mean(-1) / theirs[end + 1][keep].square().mean(-1)).mean() / 2 for a, end in zip(ours[1:], ends))
+    expected = dense_loss(trainer.model, trainer.teacher, batch, 2.0, 0.7, 0.3) + 0.5 * hidden.double()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_a_transformers_trainer(tmp_path):
+    """Its arguments, callbacks and logs are those of transformers, and what it saves is loaded by transformers."""
+    seen = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((state.global_step, args is trainer.args, kwargs["model"] is trainer.model))
+
+    trainer = trainer_for("llama", tmp_path / "out")
+    assert isinstance(trainer, Trainer)
+    assert isinstance(trainer.args, TrainingArguments)
+    trainer.add_callback(Note())
+    done = trainer.train()
+    assert seen == [(1, True, True), (2, True, True)]
+    assert done.training_loss == pytest.approx(np.mean([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), rel=1e-4)
+    trainer.save_model(tmp_path / "saved")
+    assert tiny.same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), trainer.model)
 
 
 def test_the_teacher_is_left_as_it_was(tmp_path, monkeypatch):

@@ -35,11 +35,20 @@ def commands(text):
             yield words[1:]
 
 
+def options(words):
+    """The options among words."""
+    return {word.split("=")[0] for word in words if word.startswith("--")}
+
+
+def known_options(name):
+    """The options of a cbd command."""
+    return {option for parameter in COMMANDS[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
 @pytest.mark.parametrize("text", blocks("bash"))
 def test_commands_and_their_options_exist(text):
     for name, *rest in commands(text):
-        known = {option for parameter in COMMANDS[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word.split("=")[0] for word in rest if word.startswith("--")} <= known, name
+        assert options(rest) <= known_options(name), name
 
 
 def test_every_command_is_told_of():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from cbd_hub import CBDModel, Chain, assemble_chain, weights
+from cbd_hub import CBDModel, Chain, assemble_chain, model, weights
 from cbd_hub.files import sha256
 from cbd_hub.manifest import Anchor, FileRecord, Link, Location, Manifest, PathRecord
 from cbd_hub.shapes import count, shape_of
@@ -62,6 +63,38 @@ def test_nothing_is_read_that_the_plan_does_not_use(touched, strategy, tmp_path)
     assert len(touched["tensors"]) == sum(len(terms) for terms in plan.tensors.values())
     assert {path.parent.name for path in touched["files"]} == set(plan.sources())
     assert chain.anchors[2].name not in plan.sources()
+
+
+def test_a_size_is_written_with_a_few_tensors_in_memory(tmp_path, monkeypatch):
+    """While a blend goes to disk there are never more than the one that is written, the one before, the next and the two that it is made of, of whichever anchor."""
+    checkpoints = [tiny.save(tiny.llama(layers=layers, ffn=64, seed=layers), tmp_path / f"m{layers}") for layers in (24, 12)]
+    assemble_chain(checkpoints, tmp_path / "chain", align=False)
+    alive, most, real, write = [], [], weights.safe_open, model.write_safetensors
+
+    def seen(tensor):
+        alive.append(weakref.ref(tensor))
+        most.append(sum(held.nbytes for held in (found() for found in alive) if held is not None))
+        return tensor
+
+    class Watched:
+        def __init__(self, path, **more):
+            self._inner = real(path, **more)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *rest):
+            return None
+
+        def get_tensor(self, key):
+            return seen(self._inner.get_tensor(key))
+
+    monkeypatch.setattr(weights, "safe_open", Watched)
+    monkeypatch.setattr(model, "write_safetensors", lambda path, layout, tensors: write(path, layout, map(seen, tensors)))
+    plan = CBDModel.materialize(tmp_path / "chain", shape={"layers": 18}, strategy="blend", output_dir=tmp_path / "made")
+    largest, whole = (work(tensor.nbytes for tensor in load_file(tmp_path / "made/model.safetensors").values()) for work in (max, sum))
+    assert len(most) == len(plan.tensors) + sum(len(terms) for terms in plan.tensors.values())
+    assert largest <= max(most) <= 5 * largest < whole / 2
 
 
 def test_a_plan_of_billions_takes_no_time(tmp_path):
