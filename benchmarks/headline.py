@@ -142,7 +142,7 @@ class Bench:
         ends = {anchor.name: self.losses(f"anchor {anchor.name}", lambda anchor=anchor: self.chain.model(anchor.parameters, dtype=torch.float32)) for anchor in self.chain.anchors}  # type: ignore[misc]
         rows = [self.row("the chain's, no training", ours, ours, 0, lambda: self.chain.model(middle.parameters, dtype=torch.float32))]
         for times in TIMES:
-            make = lambda times=times: self.kept(f"scratch {times}x", lambda: self.scratch(middle, times))  # type: ignore[misc]  # noqa: E731
+            make = lambda times=times: self.kept(f"scratch {times}x", lambda: self.scratch(middle, times))  # noqa: E731
             rows.append(self.row(f"from scratch, {times}x", self.losses(f"scratch {times}x", make), ours, times * len(self.recipe.anchors) * self.steps, make))
         many = []
         for plan in plans:
