@@ -59,6 +59,7 @@ def test_accelerate_configurations_are_read(name):
     assert load_config_from_file(str(EXAMPLES / "accelerate" / f"{name}.yaml")).num_processes == 2
 
 
+@pytest.mark.slow
 def test_the_example_trains_on_two_processes(tmp_path):
     """Two processes over gloo, from the command line, and the same weights as with one."""
     tiny.save(tiny.llama(), tmp_path / "teacher")

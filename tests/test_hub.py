@@ -71,8 +71,8 @@ def test_push_and_pull_on_the_command_line(hub, tmp_path):
     assert isinstance(run("push", tmp_path / "chain", "no-namespace"), ArgumentError)
 
 
-def test_what_is_not_on_the_hub_is_one_clear_line(published, tmp_path):
-    _, endpoint = published
+def test_what_is_not_on_the_hub_is_one_clear_line(hub, tmp_path):
+    endpoint = constants.ENDPOINT
     done = cbd(endpoint, tmp_path / "cache", "show", "org/absent")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "no repo on the Hub" in done.stderr
