@@ -158,18 +158,18 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 
 def write(folder: Path, names: list[str], limit: int | None) -> None:
-    """Questions as `cbd eval --tasks` reads them, and of the other items prompts with their right completions, to train on."""
+    """Questions as `cbd eval --tasks` reads them; the same as prompts with their right completions (``.test``), and so all other items (``.train``)."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         questions = [TASKS[name].question(row) for row in rows(name)]
         chosen = spread(len(questions), limit)
-        rest = [questions[index] for index in sorted({*range(len(questions))} - {*chosen})]
+        rest = sorted({*range(len(questions))} - {*chosen})
         write_lines(folder / f"{name}.jsonl", [
             {"query": question.query, "choices": question.choices, "answer": question.answer} for question in (questions[index] for index in chosen)
         ])
-        if rest:
-            write_lines(folder / f"{name}.train.jsonl", [
-                {"prompt": question.contexts[question.answer], "completion": question.choices[question.answer]} for question in rest
+        for part, indices in (("test", chosen), ("train", rest)):
+            write_lines(folder / f"{name}.{part}.jsonl", [
+                {"prompt": question.contexts[question.answer], "completion": question.choices[question.answer]} for question in (questions[index] for index in indices)
             ])
         console.print(f"{folder / name}.jsonl: {len(chosen):,} questions; {len(rest):,} others to train on")
 
