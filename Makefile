@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
 
-.PHONY: help demo test test-all docs nightly fix clean
+.PHONY: help demo test test-all docs bench bench-full nightly fix clean
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
 	@echo "make test    documentation, lint, types, doctests and tests (under 10 minutes)"
 	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, and every view of the page (pictures in artefacts/space)"
 	@echo "make docs    the documentation, in build/site"
+	@echo "make bench   the benchmarks that take minutes, and benchmarks/README.md; goes on where it was stopped"
+	@echo "make bench-full  also those that train rivals, for hours"
 	@echo "make nightly the tests against the real Hub, with the account of HF_TOKEN"
 	@echo "make fix     let ruff mend what it can"
 	@echo "make clean   remove the virtual environment"
@@ -57,6 +59,23 @@ test-all: $(READY)all $(READY)browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m "not nightly"
+
+$(READY)bench: $(READY)dev pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,bench]'
+	touch $@
+
+# mergekit pins what it needs, and so has an environment of its own
+$(READY)mergekit:
+	$(PYTHON) -m venv $(VENV)/mergekit
+	$(VENV)/mergekit/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)/mergekit/bin/python -m pip install --quiet mergekit==0.1.5
+	touch $@
+
+bench: $(READY)bench $(READY)mergekit
+	$(BIN)/python benchmarks/bench.py --mergekit-python $(VENV)/mergekit/bin/python
+
+bench-full: $(READY)bench $(READY)mergekit
+	$(BIN)/python benchmarks/bench.py --full --mergekit-python $(VENV)/mergekit/bin/python
 
 nightly: $(READY)dev
 	$(BIN)/pytest -m nightly tests/test_nightly.py

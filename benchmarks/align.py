@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from measuring import write
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -117,11 +118,10 @@ def main() -> None:
         for way, loss in found["losses"].items():
             table.add_row(way, f"{loss:.3f}", f"{found['barriers'][way]:.3f}", f"{found['gone'][way]:.0%}")
         Console(width=110).print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
+    write(options.out, {
         "command": f"python benchmarks/align.py --text {options.text.name}{' --tied' if options.tied else ''}", "tokens": held.numel(), "steps": options.steps,
-        "widths": [128, 192], "calibration": options.calibration * BLOCK, "tied": options.tied, **results, "torch": torch.__version__,
-    }, indent=1) + "\n")
+        "widths": [128, 192], "calibration": options.calibration * BLOCK, "tied": options.tied, **results,
+    })
 
 
 if __name__ == "__main__":

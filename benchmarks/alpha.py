@@ -10,11 +10,11 @@ benchmarks/results/alpha.json.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import write
 from rich.console import Console
 from rich.table import Table
 
@@ -59,10 +59,9 @@ def main() -> None:
             })
             table.add_row(format_size(size), f"{fitted.mean:.3f}", *(f"{found.mean:.3f}" for found in swept.values()))
     Console(width=140).print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
-        "command": "python benchmarks/alpha.py --demo demo", "tokens": documents.tokens, "documents": len(documents.ids), "torch": torch.__version__, "rows": rows,
-    }, indent=1) + "\n")
+    write(options.out, {
+        "command": "python benchmarks/alpha.py --demo demo", "tokens": documents.tokens, "documents": len(documents.ids), "rows": rows,
+    })
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Held-out loss with its standard error over documents, differences paired. Writes
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from boomerang import HELDOUT_TOKENS
+from measuring import write
 from rich.console import Console
 from rich.table import Table
 
@@ -64,11 +64,10 @@ def main() -> None:
         difference = differences.get(name)
         table.add_row(name, f"{found.mean:.3f} ± {found.stderr:.3f}", "" if difference is None else f"{difference[0]:+.3f} ± {difference[1]:.3f}")
     Console(width=110).print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
+    write(options.out, {
         "command": "python benchmarks/anchors.py --chain demo/chain", "parameters": chain.anchors[1].parameters, "tokens": heldout.tokens,
-        "losses": {name: found.mean for name, found in losses.items()}, "to_default": differences, "torch": torch.__version__,
-    }, indent=1) + "\n")
+        "losses": {name: found.mean for name, found in losses.items()}, "to_default": differences,
+    })
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from measuring import write
 from rich.console import Console
 from rich.table import Table
 
@@ -104,12 +103,11 @@ def main() -> None:
         table.add_row(name, format_size(parameters.get(name, size)), f"{losses.mean:.3f} ± {losses.stderr:.3f}")
     console.print(table)
     console.print(f"chain minus boomerang's best ({best}) at {size:,} parameters: {difference[0]:+.3f} ± {difference[1]:.3f} nats per token, paired")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
+    write(options.out, {
         "command": "python benchmarks/boomerang.py --chain demo/chain", "parameters": size, "tokens": documents.tokens, "steps": recipe.stage_arguments(recipe.anchors[0])["max_steps"],
         "chain": ours.mean, "boomerang": {name: losses.mean for name, losses in rivals.items()}, "ends": {name: losses.mean for name, losses in ends.items()},
-        "difference": difference[0], "stderr": difference[1], "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-    }, indent=1) + "\n")
+        "difference": difference[0], "stderr": difference[1],
+    })
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Bridges from a teacher of another vocabulary or architecture, in held-out bits per byte, row by row.
 
-    python benchmarks/bridge.py --models models --train train.txt --heldout heldout.txt --work bridge [--only gemma --only move] [--rivals span,text] [--tokens 500000]
+    python benchmarks/bridge.py --models models --train train.jsonl --heldout heldout.jsonl --work bridge [--only gemma --only move] [--rivals span,text] [--tokens 500000]
 
 Rows: ``gemma`` (Gemma-3-270M teaches a 99M cut of SmolLM2-135M), ``move`` (SmolLM2-135M in GPT-2's vocabulary), ``gpt2`` (SmolLM2-135M teaches a GPT-2 of its size
 and vocabulary, from random weights and with its embeddings), ``align`` (spans of every pair of tokenizers), ``loss`` (time and memory of the losses alone).
 
 ``--models`` is a folder with the transformers folders ``gemma3-270m`` and ``smollm2-135m``, and the tokenizers ``gpt2`` and ``qwen3``. Where one of the models is a
 .gguf file beside them (``gemma3-270m.gguf``) it is converted first. In a row every rival has the same student, text, batches (8 blocks of 128 tokens) and steps;
-differences are paired over documents of the same held-out bytes. GOLD's losses (ULD and hybrid, with the spans that the others have) are rivals where trl 1.16 is
+differences are paired over documents of the same held-out bytes. `python benchmarks/inputs.py --models` fetches all of it. GOLD's losses (ULD and hybrid, with the spans that the others have) are rivals where trl 1.16 is
 installed. Every loss is kept in ``--work`` and trainings go on where they were. Writes benchmarks/results/bridge.json from all that is there.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from gold import GoldDistiller, HybridDistiller, available, gold_inputs, gold_loss
-from measuring import Peak
+from measuring import Peak, whence
 from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
@@ -289,7 +289,7 @@ def report(row: str, found: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Make what is missing, and the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("models", "models"), ("train", "train.txt"), ("heldout", "heldout.txt"), ("work", "bridge")):
+    for name, default in (("models", "models"), ("train", "train.jsonl"), ("heldout", "heldout.jsonl"), ("work", "bridge")):
         parser.add_argument(f"--{name}", type=Path, default=Path(default))
     parser.add_argument("--only", action="append", choices=ROWS, help="a row; all by default")
     parser.add_argument("--rivals", default="", help="of a row's rivals these, with commas between; all by default")
@@ -308,7 +308,7 @@ def main() -> None:
     for row in options.only or ROWS:
         found = report(row, run[row](bench))
         plain = {} if row in ("align", "loss") else {"steps": bench.steps, "tokens": bench.steps * options.batch * BLOCK}
-        results[row] = {"command": f"python benchmarks/bridge.py --only {row}", "torch": torch.__version__, **plain, **found}
+        results[row] = {"command": f"python benchmarks/bridge.py --only {row}", **plain, **found, **whence()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Peak, in_turns, medians
+from measuring import Peak, in_turns, medians, write
 from rich.console import Console
 from rich.table import Table
 
@@ -155,10 +154,9 @@ def main() -> None:
         for name, value in middle.items():
             table.add_row(name, f"{value:.2f}", f"{value / middle['cbd_hub']:.2f}", f"{memory[name]:.0f}" if name in memory else "")
         Console(width=100).print(table)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({
-            "command": "python benchmarks/head.py" + (" --quick" if options.quick else ""), "python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor(), "cases": sorted(results, key=place),
-        }, indent=1) + "\n")
+        write(options.out, {
+            "command": "python benchmarks/head.py" + (" --quick" if options.quick else ""), "cases": sorted(results, key=place),
+        })
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from measuring import write
+
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -39,8 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, hub_server.running() as (hub, address):
         os.environ.update(HF_ENDPOINT=address, HF_HOME=f"{temporary}/home")  # read when the client is imported
         figures = measure(hub, Path(temporary))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+    write(RESULTS, figures)
     print(json.dumps(figures, indent=1))
 
 

@@ -14,7 +14,6 @@ machine stretches the first and hardly the second. mergekit (0.1.5) has a Python
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
 import statistics
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 import yaml
+from measuring import write
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.logging import disable_progress_bar
@@ -179,7 +179,7 @@ def main() -> None:
     torch.set_num_threads(2)
     disable_progress_bar()
     results: dict[str, Any] = {
-        "command": "python benchmarks/loading.py --chain demo/chain --mergekit-python mergekit/bin/python", "torch": torch.__version__, "repeats": options.repeats,
+        "command": "python benchmarks/loading.py --chain demo/chain --mergekit-python mergekit/bin/python", "repeats": options.repeats,
     }
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
@@ -205,8 +205,7 @@ def main() -> None:
             shutil.rmtree(work / f"chain{hidden}")
             results["scale"].append({"parameters": middle, **seconds})
             console.print(f"{format_size(middle)} in bf16: {seconds['wall']:.2f} s, {middle / seconds['wall'] / 1e6:.0f}M parameters a second")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    write(options.out, results)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,22 @@
-"""What the benchmarks share: fair timing in turns, and peak anonymous memory."""
+"""What the benchmarks share: fair timing in turns, peak anonymous memory, and results that say where they come from."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+
+PACKAGES = ("cbd-hub", "torch", "transformers", "huggingface-hub", "peft", "trl", "liger-kernel")
 
 
 def anonymous() -> int:
@@ -54,3 +63,35 @@ def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[st
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a figure may depend on, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> str:
+    """The machine in a line: what computes, cores, memory, and whether it has instructions for bf16."""
+    from cbd_hub.precision import best_device, has_bf16  # not before a benchmark has set where the Hub is
+    from cbd_hub.speed.stopwatch import device_name
+    device = best_device()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    bf16 = "with" if has_bf16(device.type) else "without"
+    return f"{device_name(device)}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {bf16} bf16 instructions"
+
+
+def whence() -> dict[str, Any]:
+    """Where a figure comes from: the machine, the versions and the day."""
+    return {"machine": machine(), "versions": versions(), "day": datetime.now(UTC).date().isoformat()}
+
+
+def write(out: Path, data: Mapping[str, Any]) -> None:
+    """Write a benchmark's result as JSON, with where it comes from."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**data, **whence()}, indent=1) + "\n")

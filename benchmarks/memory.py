@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from measuring import Peak
+from measuring import Peak, write
 from rich.console import Console
 from rich.table import Table
 
 
 def measure(chain: str, size: str, dtype: str) -> None:
     """Load one size and print what it took, as JSON."""
-    import torch
     import transformers
 
     from cbd_hub import CBDModel
@@ -41,7 +39,7 @@ def measure(chain: str, size: str, dtype: str) -> None:
     print(json.dumps({
         "size": size, "dtype": dtype, "strategy": model.config.cbd["strategy"], "parameters": model.config.cbd["parameters"],
         "seconds": seconds, "peak": peak.bytes, "model": sum(tensors.values()), "largest": max(tensors.values()),
-        "limit": sum(tensors.values()) + 2 * max(tensors.values()) + 64_000_000, "torch": torch.__version__,
+        "limit": sum(tensors.values()) + 2 * max(tensors.values()) + 64_000_000,
     }))
 
 
@@ -65,8 +63,7 @@ def main() -> None:
     for row in rows:
         table.add_row(row["size"], row["dtype"], row["strategy"], *(f"{row[name] / 1e6:.0f}" for name in ("model", "peak", "limit")), f"{row['seconds']:.2f}")
     Console(width=120).print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"command": "python benchmarks/memory.py --chain demo/chain", "python": platform.python_version(), "rows": rows}, indent=1) + "\n")
+    write(options.out, {"command": "python benchmarks/memory.py --chain demo/chain", "rows": rows})
     over = [row for row in rows if row["peak"] > row["limit"]]
     sys.exit(f"{len(over)} of {len(rows)} are over the limit" if over else 0)
 

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/quality/README.md from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Write benchmarks/README.md, and the marked blocks of README.md and benchmarks/quality/README.md, from benchmarks/results/*.json, so that no figure is typed by hand.
 
 python benchmarks/render.py
 """
@@ -7,309 +7,136 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import matplotlib.pyplot as plt
+import sentences
+import tables
 
 from cbd_hub.sizes import format_size
 
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SECTIONS = {
+    "demo": "The demo's chain", "quality": "Sizes in between, by kind of segment", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
+    "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step against TRL", "head": "The loss head", "teacher_cache": "Teacher caches",
+    "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
+    "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding",
+}
+BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # README.md has them where it speaks of these
+INTRODUCTION = """# Benchmarks
+
+`make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
+no figure on it is typed by hand. Under each table stand its command, and where and when it ran. Runs take turns and figures are medians where it is time; losses have standard errors
+over documents, and differences are paired. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
+in [quality/README.md](quality/README.md).
+"""
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def read(name: str) -> dict[str, Any] | None:
+    """A benchmark's result, where there is one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-def pair(values: list[float] | None) -> str:
-    """A difference with its standard error."""
-    return "" if values is None else f"{values[0]:+.3f} ± {values[1]:.3f}"
+def table(name: str) -> str:
+    """A benchmark's table; empty where it has no result."""
+    data = read(name)
+    return "" if data is None else str(getattr(tables, name)(data))
 
 
-def demo(data: dict[str, Any]) -> str:
-    """The demo's table."""
-    rows = [
-        [
-            f"**{format_size(row['parameters'])}**" if row["strategy"] == "anchor" else format_size(row["parameters"]),
-            f"{row['shape']['layers']} x {row['shape']['ffn']}", row["strategy"], f"{row['loss']:.3f} ± {row['stderr']:.3f}", f"{row['perplexity']:.1f}",
-            "" if row["cut_loss"] is None else f"{row['cut_loss']:.2f}", pair(row["to_small"]), pair(row["to_chord"]),
-        ]
-        for row in data["rows"]
-    ]
-    head = ["size", "layers x FFN", "by", "loss", "perplexity", "merely cut", "to small neighbour", "to chord"]
-    return f"{table(head, rows)}\n\n{data['tokens']:,} tokens in {data['documents']} documents; nats per token ± standard error over documents."
+def whence(data: dict[str, Any]) -> str:
+    """Where a result comes from."""
+    told = data if "versions" in data else next((found for found in data.values() if isinstance(found, dict) and "versions" in found), {})
+    if not told:  # of a run before machine and day were kept
+        told = {"versions": {name: data[name] for name in ("python", "torch", "transformers") if name in data}}
+    parts = [told.get("machine"), ", ".join(f"{name} {number}" for name, number in told["versions"].items()), told.get("day")]
+    return f"*{'; '.join(part for part in parts if part) or 'machine and versions were not kept'}*"
 
 
-def boomerang(data: dict[str, Any]) -> str:
-    """Boomerang at equal tokens and parameters."""
-    best = min(data["boomerang"].values())
-    return (
-        f"At {format_size(data['parameters'])}, the middle of the demo's larger segment, against boomerang distillation at equal tokens "
-        f"({data['steps']} steps) and parameters: {data['chain']:.3f} nats per token against {best:.3f}, {pair([data['difference'], data['stderr']])} (paired). "
-        f"`{data['command']}`"
-    )
+def page() -> str:
+    """benchmarks/README.md."""
+    parts, missing = [INTRODUCTION], []
+    for name, title in SECTIONS.items():
+        data = read(name)
+        if data is None:
+            missing.append(title)
+            continue
+        picture = RESULTS / f"{name}.png"
+        parts.append("\n".join([
+            f"## {title}", "", *([f"![{title}](results/{name}.png)", ""] if picture.is_file() else []), getattr(tables, name)(data), "", whence(data), "",
+        ]))
+    if missing:
+        parts.append(f"## Not measured yet\n\n{', '.join(missing)}.\n")
+    return "\n".join(parts)
 
 
-def memory(data: dict[str, Any]) -> str:
-    """Peak memory against the limit."""
-    rows = [
-        [row["size"], row["dtype"], row["strategy"], *(f"{row[name] / 1e6:.0f}" for name in ("model", "peak", "limit"))] for row in data["rows"]
-    ]
-    return f"{table(['size', 'dtype', 'by', 'model MB', 'peak MB', 'limit MB'], rows)}\n\nPeak anonymous memory of `from_chain` over the import baseline. `{data['command']}`"
+def anchor(title: str) -> str:
+    """A heading's anchor as GitHub makes it."""
+    return "".join(letter for letter in title.lower().replace(" ", "-") if letter.isalnum() or letter == "-")
 
 
-def step(data: dict[str, Any]) -> str:
-    """A distillation step against TRL's."""
-    ours, theirs = data["seconds"]["cbd_hub"], data["seconds"]["TRL GKDTrainer"]
-    memory = data["peak_mib"]
-    return (
-        f"A distillation step, SmolLM2-135M to its 99M cut, against TRL 1.16 `GKDTrainer` (lmbda 0, beta 0) on the same batches and optimiser, two CPU threads, "
-        f"{data['dtype']}: **{theirs / ours:.2f}x the tokens a second** at 8 x 128 ({1024 / ours:,.0f} against {1024 / theirs:,.0f}), "
-        f"**{memory['cbd_hub'] / memory['TRL GKDTrainer']:.2f}x the peak memory** above weights, gradients and optimiser state at 8 x 512 "
-        f"({memory['cbd_hub']:,.0f} against {memory['TRL GKDTrainer']:,.0f} MiB). `{data['command']}`"
-    )
+def line(name: str) -> str:
+    """A benchmark in one sentence, with the way to its table; empty where it has no result."""
+    data = read(name)
+    words = "" if data is None else (getattr(sentences, name, None) or getattr(tables, name))(data)
+    return words and f"{words} [Table](benchmarks/README.md#{anchor(SECTIONS[name])})"
 
 
-def teacher_cache(data: dict[str, Any]) -> str:
-    """What a teacher cache saves and costs."""
-    rows = [
-        [
-            str(one["top_k"]), str(one["draws"]), f"{one['bytes_per_token']:.0f}", f"{one['rounding_kl']:.1e}", f"{one['tail_mass']:.3f}",
-            *(f"{value:.4f}" for value in (one["student"]["full"], one["student"]["kept"])), f"{one['student']['kept'] - one['student']['full']:+.4f}",
-        ]
-        for one in data["figures"].values()
-    ]
-    live, cached = data["seconds"]["live teacher"], data["seconds"]["cache, k 128"]
-    names = ["top k", "draws", "bytes a token", "KL of rounding", "tail mass", "KL to the student", "from the cache", "error"]
-    return (
-        f"{table(names, rows)}\n\nA teacher cache of {data['tokens']:,} tokens of the demo's text, nats per token. With no draws the rest is one bucket. The student: {data['student']}. "
-        f"A step from a cache takes 1/{live / cached:.2f} of a step with the live teacher{data.get('times', '')}. `{data['command']}`"
-    )
-
-
-def head(data: dict[str, Any]) -> str:
-    """The loss head against its floor and its rivals."""
-    rows = []
-    for case in data["cases"]:
-        seconds, memory = case["seconds"], case["peak_mib"]
-        liger = min((name for name in seconds if name.startswith("Liger")), key=lambda name: seconds[name], default="")
-        smallest = min((memory[name] for name in memory if name.startswith("Liger")), default=float("nan"))
-        ours = seconds["cbd_hub"]
-        rows.append([
-            f"{case['rows']:,} x {case['vocab']:,}, {case['dtype']}, {case['masked']:.0%} masked", f"{ours:.2f}", f"{ours / seconds['floor']:.2f}",
-            *(f"{ours / seconds[name]:.2f}" if name in seconds else "" for name in (liger, "TRL", "dense")),
-            f"{memory['cbd_hub']:.0f} / {smallest:.0f} / {memory.get('TRL', float('nan')):.0f}",
-        ])
-    names = ["N x V", "seconds", "to floor", "to Liger's best", "to TRL", "to dense", "peak MiB: ours / Liger's least / TRL"]
-    return f"{table(names, rows)}\n\nForward and backward of the loss head, H 576, two CPU threads; ratios of time, less is faster. Peak memory above the inputs and a head's gradient in their dtype; ours is summed in fp32, of which the second half counts here in bf16. `{data['command']}`"
-
-
-def anchors(data: dict[str, Any]) -> str:
-    """An anchor against students trained only for its size."""
-    others = "; ".join(f"{name} {data['losses'][name]:.3f}, {pair(difference)}" for name, difference in data["to_default"].items())
-    return (
-        f"The demo's {format_size(data['parameters'])} anchor, trained by default (forward KL and cross-entropy) {data['losses']['default']:.3f} nats per token on "
-        f"{data['tokens']:,} held-out tokens; from the same cut, with the same text and steps, paired: {others}. `{data['command']}`"
-    )
-
-
-def loading(data: dict[str, Any]) -> str:
-    """Time to load and to write a size."""
-    rows = []
-    for name, found in data["memory"].items():
-        base = found["from_pretrained"]
-        rows.append([
-            f"`from_chain` by {name}, {format_size(data['parameters'][name])}", f"{found['from_chain']['wall']:.2f}",
-            *(f"{found['from_chain'][kind] / base[kind]:.1f}x" for kind in ("wall", "cpu")),
-            *(f"{found['from_chain, touched'][kind] / found['from_pretrained, touched'][kind]:.1f}x" for kind in ("wall", "cpu")),
-        ])
-    head = ["fp32, page cache warm", "seconds", "to from_pretrained", "its CPU time", "both, then every weight read", "its CPU time"]
-    lines = [
-        "`from_pretrained` maps files and reads nothing; a patch's tensors are mapped as well, a blend's have to be read and made."
-    ]
-    for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
-        if "disk" in data:
-            ours, theirs, imports = data["disk"][name]["cbd make"], data["disk"][name][rival], data["disk"]["imports"]
-            apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
-            lines.append(
-                f"`cbd make` by {name} is {theirs['wall'] / ours['wall']:.1f}x as fast as {rival} 0.1.5 as whole commands ({theirs['cpu'] / ours['cpu']:.1f}x in CPU time, "
-                f"{apart:.1f}x without imports)."
-            )
-    if data["scale"]:
-        rates = "; ".join(f"{format_size(row['parameters'])} {row['wall']:.2f} ({row['cpu']:.2f}) s" for row in data["scale"])
-        lines.append(f"Time (CPU time) of a blend against size, bf16, random weights: {rates}.")
-    return f"{table(head, rows)}\n\n{' '.join([*lines, '`' + data['command'] + '`'])}"
-
-
-def align(data: dict[str, Any]) -> str:
-    """The barrier between two models trained apart."""
-    rows = [
-        [f"{name}: {way}", f"{found['losses'][way]:.3f}", f"{found['barriers'][way]:.3f}", f"{found['gone'][way]:.0%}"]
-        for name, found in data.items() if isinstance(found, dict) for way in found["losses"]
-    ]
-    return (
-        f"{table(['coordinates', 'loss half way', 'barrier', 'gone'], rows)}\n\nByte-level {'tied' if data['tied'] else 'untied'} Llama models of 4 layers, hidden "
-        f"{' and '.join(map(str, data['widths']))}, each trained {data['steps']} steps from its own seed; barrier: loss half way less the mean of the ends', nats per byte, "
-        f"{data['tokens']:,} held-out bytes. `{data['command']}`"
-    )
-
-
-def hub(data: dict[str, Any]) -> str:
-    """What loads from the Hub cost."""
-    mega = {name: f"{value / 1e6:.1f} MB" for name, value in data.items() if name.endswith("bytes")}
-    chunk = data["chunk bytes"]
-
-    def fetched(name: str, used: int) -> str:
-        return f"{mega[name]}: {used / 1e6:.1f} MB that the plan reads and {max(data[name] - used, 0) / chunk:.1f} chunks of rounding"
-
-    rows = [
-        ["a `patch` size, cold", f"{fetched('patch cold bytes', data['patch used bytes'])}; the model itself has {mega['target bytes']}, both anchors {mega['both anchors bytes']}"],
-        ["as `cbd plan` said before", f"{mega['patch planned bytes']}, in {data['plan requests']} requests"],
-        ["a second size of the segment", fetched("second size bytes", data["second size new bytes"])],
-        ["a `blend` size across FFN widths, cold", f"{fetched('blend cold bytes', data['blend used bytes'])}; both anchors have {mega['blend both anchors bytes']}"],
-        ["requests, warm, pinned / not", f"{data['warm pinned requests']} / {data['warm requests']}"],
-        ["four processes at once, cold", f"{data['four processes bytes to one']:.2f}x the bytes of one, {data['four processes right']} right models"],
-    ]
-
-    def ratio(seconds: dict[str, dict[str, float]], ours: str, theirs: str) -> str:
-        return f"{seconds[ours]['wall'] / seconds[theirs]['wall']:.2f}x ({seconds[ours]['cpu'] / seconds[theirs]['cpu']:.2f}x)"
-
-    kinds = {"real": "`patch`, SmolLM2-135M's widths", "deep": "`patch`, 8 layers of hidden 512", "wide": "`blend`, 2 layers of hidden 1024"}
-    times = [
-        [
-            what, ratio(data["seconds"][name], "from_chain", "from_pretrained"), ratio(data["seconds"][name], "from_chain, forward", "from_pretrained, forward"),
-            ratio(data["seconds"][name], "from_chain", "from_pretrained, read"),
-        ]
-        for name, what in kinds.items()
-    ]
-    return (
-        f"{table(['load from the Hub', 'cost'], rows)}\n\nRandom Llama models that differ in layers alone (10 and 7, hidden 512) and in FFN width (8192 and 4096, hidden 1024); counted "
-        f"by the tests' Hub; a chunk has {chunk / 2**20:.0f} MiB. `{data['command']}`\n\n"
-        + table(["warm load to `from_pretrained` of the same model", "mapped, nothing read yet", "with the first forward pass", "every byte read"], times)
-        + "\n\nWall time, and CPU time in brackets, from the same command. A patch maps its tensors as `from_pretrained` does; a blend has to be computed before it is there, so make it "
-        "once (`cbd make`) where the same one is loaded often."
-    )
-
-
-def quality(data: dict[str, Any]) -> str:
-    """Sizes in between on four kinds of segment against what else gives such a model."""
-    rivals = list(dict.fromkeys(name for row in data["rows"] for name in row["rivals"]))
-    rows = [
-        [
-            f"{row['segment']}: {format_size(row['parameters'])}", row["by"], f"{row['loss']:.3f} ± {row['stderr']:.3f}", pair(row.get("to_chord")),
-            *(pair(row["rivals"][name]["minus"]) if name in row["rivals"] else "" for name in rivals),
-        ]
-        for row in data["rows"]
-    ]
-    return (
-        f"{table(['segment and size', 'by', 'loss', 'to chord', *rivals], rows)}\n\nSegments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage, "
-        f"{data['heldout_tokens']:,} held-out tokens; a rival's column is its loss less the chain's, paired. `{data['command']}`"
-    )
-
-
-def heal(data: dict[str, Any]) -> str:
-    """What healing needs to reach a model distilled on its own."""
-    rows, words = [], []
-    for row in data["rows"]:
-        alone, size = row["alone"], format_size(row["parameters"])
-        for point in row["curve"]:
-            how = f"healed on {point['tokens']:,}" if point["tokens"] else "as made"
-            rows.append([f"{size}, {how}", f"{point['loss']:.3f} ± {point['stderr']:.3f}", pair(point["to_alone"])])
-        rows.append([f"{size}, distilled on its own on {alone['tokens']:,}", f"{alone['loss']:.3f} ± {alone['stderr']:.3f}", ""])
-        reached = row["reached"]
-        words.append(
-            f"{size} reaches it on none of these" if reached is None else f"{size} is there as made, untrained" if not reached else f"{size} reaches it on {reached:,} tokens, 1/{alone['tokens'] / reached:.0f}"
-        )
-    return (
-        f"{table(['size and tokens', 'loss', 'to its own'], rows)}\n\nHealed by default settings, against the same shape cut from the teacher and distilled on its own with a stage's settings; "
-        f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired: {'; '.join(words)}. `{data['command']}`"
-    )
-
-
-def adapter(data: dict[str, Any]) -> str:
-    """What a LoRA keeps of its gain when it is carried."""
-    anchor = data["anchor"]
-
-    def kept(row: dict[str, Any]) -> str:
-        share, error = row["kept"]
-        return f"{share:.0%}" + ("" if error is None else f" ± {error:.0%}")
-
-    rows = [[format_size(anchor["parameters"]) + ", its own", f"{anchor['base'][0]:.3f}", f"{anchor['adapted'][0]:.3f}", pair(anchor["gain"]), "", ""]]
-    for row in data["rows"]:
-        anew = f"{row['anew'][0]:.3f} ({pair(row['carried_to_anew'])})" if "anew" in row else ""
-        rows.append([format_size(row["parameters"]), f"{row['base'][0]:.3f}", f"{row['carried'][0]:.3f}", pair(row["gain"]), kept(row), anew])
-    head = ["size", "without it", "with it", "gain", "kept of its gain", "trained anew there (carried to that)"]
-    return (
-        f"{table(head, rows)}\n\nA LoRA of rank {data['rank']}, trained on {data['tokens']:,} tokens of another domain on the largest anchor and carried without training; "
-        f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. The goal of 80% at the middle is {'reached' if data['reached'] else 'missed'}. `{data['command']}`"
-    )
-
-
-def speed(data: dict[str, Any]) -> str:
-    """Predicted and measured speeds."""
-    rows = [
-        [
-            f"**{format_size(row['parameters'])}**" if row["anchor"] else format_size(row["parameters"]), f"{row['layers']} x {row['ffn']}",
-            *(f"{row[kind]['tokens_per_second']:.2f}" for kind in ("predicted", "measured")), f"{row['off']:+.1%}",
-            *(f"{row[kind]['latency']:.2f}" for kind in ("predicted", "measured")), f"{row['latency_off']:+.1%}",
-        ]
-        for row in data["rows"]
-    ]
-    head = ["size", "layers x FFN", "tokens a second, predicted", "measured", "off", "latency in s, predicted", "measured", "off"]
-    worst = max(abs(row["off"]) for row in data["rows"] if not row["anchor"])
-    noise = max(abs(row["off"]) for row in data["rows"] if row["anchor"])
-    real = "" if data["real_to_random"] is None else f" The same model with its own weights against random ones: {data['real_to_random']:+.1%}."
-    return (
-        f"{table(head, rows)}\n\n{data['where']}; medians of {data['runs']} runs in turns, on {data['cpus']} cores with a load of {min(data['load']):.1f} to {max(data['load']):.1f} by what else "
-        f"ran; anchors are bold, and they alone are timed to predict: sizes in between are at most {worst:.1%} off, and two timings of one anchor {noise:.1%} apart.{real} `{data['command']}`"
-    )
-
-
-def draft(data: dict[str, Any]) -> str:
-    """Drafts for the largest size."""
-    rows = [
-        [
-            format_size(row["parameters"]), f"{row['drafted']:,}", f"{row['acceptance']:.0%}", f"{row['tokens_per_second_alone']:.2f}", f"{row['tokens_per_second']:.2f}",
-            f"{row['speedup']:.2f}x",
-        ]
-        for row in data["results"]
-    ]
-    best = "no draft is faster than it alone" if data["best"] is None else f"the best draft is {format_size(data['best'])}"
-    ties = sum(row["ties"] for row in data["results"])
-    same = "the output is the same in all" if not ties else f"the output parts at a tie in {ties} of {data['prompts'] * len(rows)}"
-    return (
-        f"{table(['draft', 'drafted', 'accepted', 'tokens a second alone', 'with it', 'speed-up'], rows)}\n\n{format_size(data['target'])} answering {data['prompts']} prompts with "
-        f"{data['new_tokens']:,} tokens, greedy, {data['dtype']}, {data['where']}, {data['threads']} threads, medians of {data['rounds']} rounds in turns; {same}; {best}. `{data['command']}`"
-    )
-
-
-def fill(document: Path, renders: dict[str, Any]) -> None:
-    """Fill the marked blocks of a document that have results."""
+def fill(document: Path, blocks: dict[str, str]) -> None:
+    """Fill the marked blocks of a document; those without text stay as they are."""
     text = document.read_text(encoding="utf-8")
-    for name, render in renders.items():
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
+    for name, block in blocks.items():
+        if block:
             before, rest = text.split(f"<!-- {name}:begin -->")
             after = rest.split(f"<!-- {name}:end -->")[1]
-            text = f"{before}<!-- {name}:begin -->\n{render(json.loads(path.read_text()))}\n<!-- {name}:end -->{after}"
+            text = f"{before}<!-- {name}:begin -->\n{block}\n<!-- {name}:end -->{after}"
     document.write_text(text, encoding="utf-8")
 
 
+def draw() -> None:
+    """Pictures of the results that are curves."""
+    quality = read("quality")
+    if quality is not None:
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for segment in dict.fromkeys(row["segment"] for row in quality["rows"]):
+            rows = sorted((row for row in quality["rows"] if row["segment"] == segment and row.get("to_chord")), key=lambda row: row["share"])
+            axes.errorbar([row["share"] for row in rows], [row["to_chord"][0] for row in rows], [row["to_chord"][1] for row in rows], marker="o", capsize=3, label=segment)
+        axes.axhline(0, color="0.5", linewidth=1)
+        axes.set(xlabel="share of the way from the smaller anchor", ylabel="loss less the chord, nats per token", xticks=[0.25, 0.5, 0.75])
+        axes.legend(frameon=False)
+        save(figure, "quality")
+    alpha = read("alpha")
+    if alpha is not None:
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for row in alpha["rows"]:
+            axes.plot([float(name) for name in row["alphas"]], [one["to_fitted"][0] for one in row["alphas"].values()], marker=".", label=format_size(row["parameters"]))
+        axes.axhline(0, color="0.5", linewidth=1)
+        axes.set(xlabel="alpha, the weight of the smaller anchor", ylabel="loss less that of the fitted alpha, nats per token")
+        axes.legend(frameon=False, title="size")
+        save(figure, "alpha")
+
+
+def save(figure: Any, name: str) -> None:
+    """A picture, the same bytes for the same figures."""
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def main() -> None:
-    """Fill the documents."""
+    """Write the documents."""
     latest = ROOT / "demo" / "results.json"
     if latest.is_file():
         shutil.copyfile(latest, RESULTS / "demo.json")
         shutil.copyfile(ROOT / "demo" / "curve.png", RESULTS / "demo.png")
-    fill(ROOT / "README.md", {
-        "demo": demo, "boomerang": boomerang, "step": step, "teacher_cache": teacher_cache, "head": head, "anchors": anchors, "align": align, "memory": memory,
-        "loading": loading, "hub": hub, "heal": heal, "adapter": adapter, "speed": speed, "draft": draft,
-    })
-    fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": quality})
+    draw()
+    (ROOT / "benchmarks" / "README.md").write_text(page(), encoding="utf-8")
+    figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in ("demo", *BESIDE) and line(name))
+    fill(ROOT / "README.md", {"demo": table("demo"), "figures": figures, **{name: line(name) for name in BESIDE}})
+    fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": table("quality")})
 
 
 if __name__ == "__main__":

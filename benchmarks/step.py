@@ -10,7 +10,6 @@ of seven after one round that does not count. Memory is anonymous memory, each i
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measuring import Peak, in_turns, medians
+from measuring import Peak, in_turns, medians, write
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,11 +116,10 @@ def main() -> None:
     for name, value in middle.items():
         table.add_row(name, f"{8 * 128 / value:,.0f}", f"{memory[name]:,.0f}")
     Console(width=100).print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
-        "command": "python benchmarks/step.py --teacher demo/chain/anchors/135M --student demo/chain/anchors/99M", "torch": torch.__version__,
+    write(options.out, {
+        "command": "python benchmarks/step.py --teacher demo/chain/anchors/135M --student demo/chain/anchors/99M",
         "threads": 2, "dtype": "fp32 student and AdamW, bf16 teacher, bf16 autocast", "seconds": middle, "all_seconds": seconds, "peak_mib": memory,
-    }, indent=1) + "\n")
+    })
 
 
 if __name__ == "__main__":

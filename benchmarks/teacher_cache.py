@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_turns, medians
+from measuring import in_turns, medians, write
 from rich.console import Console
 from rich.table import Table
 from step import stepper_of_batches
@@ -87,15 +87,14 @@ def main() -> None:
             f"{value:+.4f}" for value in (one["student"]["full"], one["student"]["kept"], one["student"]["kept"] - one["student"]["full"])
         ))
     Console(width=120).print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     if seconds:
         kept.update(seconds=medians(seconds), all_seconds=seconds)
         kept.pop("times", None)
-    options.out.write_text(json.dumps({
-        **kept, "command": f"python benchmarks/teacher_cache.py --chain {Path(options.chain).name} --text wikipedia.jsonl --tokens {options.tokens}" + " --errors" * options.errors, "torch": torch.__version__, "threads": 2,
+    write(options.out, {
+        **kept, "command": f"python benchmarks/teacher_cache.py --chain {Path(options.chain).name} --text wikipedia.jsonl --tokens {options.tokens}" + " --errors" * options.errors, "threads": 2,
         "tokens": cache.record.source.packing.predicted, "student": f"{chain.anchors[1].name}, {chain.anchors[1].origin}", "dtype": str(compute).removeprefix("torch."), "figures": figures,
-    }, indent=1) + "\n")
+    })
 
 
 if __name__ == "__main__":

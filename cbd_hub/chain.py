@@ -22,7 +22,6 @@ from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
 from cbd_hub.interpolation.planner import Kept, Maps, Plan, layer_types
-from cbd_hub.links import calibration_of, join
 from cbd_hub.manifest import (
     FILE_NAME,
     Anchor,
@@ -311,6 +310,7 @@ def assemble_chain(
         WeightsError: If a checkpoint's files cannot be used, or hold a value that is no finite number where its models are run.
         StorageError: If ``output_dir`` is in the way or the disk is full.
     """
+    from cbd_hub.links import calibration_of, join  # live models, which an opened chain has no use for
     if align != "auto" and not isinstance(align, bool):
         raise ArgumentError(f'align={align!r} is not known; use align="auto", True or False')
     if isinstance(checkpoints, (str, os.PathLike)):

@@ -164,3 +164,8 @@ def test_importing_cbd_hub_is_light():
 def test_the_cli_starts_without_torch():
     code = "import cbd_hub.cli, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_a_load_and_a_plan_import_no_machinery_for_training():
+    code = "import cbd_hub.cli, cbd_hub.model, cbd_hub.chain, sys; print(sorted({'accelerate', 'datasets', 'peft', 'scipy', 'transformers.modeling_utils', 'transformers.generation'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

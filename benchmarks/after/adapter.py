@@ -11,7 +11,7 @@ anchor; the goal is 80% at the middle. Losses and adapters are kept in ``--work`
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +31,10 @@ from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import read_texts
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import write
 
 
 SHARES = (0.75, 0.5, 0.25, 0.0)  # of the way from the smaller neighbour to the larger one
@@ -143,11 +147,10 @@ def main() -> None:
             pair(row["carried_to_anew"]) if "anew" in row else "",
         )
     Console(width=150).print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
+    write(options.out, {
         "command": f"python benchmarks/after/adapter.py --chain {options.chain} --text {Path(options.text).name}", "tokens": bench.steps * options.batch_size * options.block_size, "rank": options.rank,
-        "learning_rate": options.learning_rate, "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), **found, "torch": torch.__version__,
-    }, indent=1) + "\n")
+        "learning_rate": options.learning_rate, "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), **found,
+    })
 
 
 def pair(values: Any) -> str:

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +21,10 @@ from cbd_hub.precision import best_device
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.stopwatch import device_name
 from cbd_hub.texts import read_texts
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import write
 
 
 def main() -> None:
@@ -50,11 +54,10 @@ def main() -> None:
         table.add_row(format_size(row.parameters), f"{row.acceptance:.0%}", f"{row.alone:.2f}", f"{row.together:.2f}", f"{row.speedup:.2f}x", str(row.ties))
     Console(width=120).print(table)
     text = "" if options.text is None else f" --text {Path(options.text).name}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
+    write(options.out, {
         "command": f"python benchmarks/after/draft.py --chain {options.chain}{text}", **found.summary(), "where": device_name(best_device()), "threads": torch.get_num_threads(),
-        "dtype": options.dtype, "rounds": options.rounds, "load": load, "torch": torch.__version__,
-    }, indent=1) + "\n")
+        "dtype": options.dtype, "rounds": options.rounds, "load": load,
+    })
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ token, differences paired. Every loss is kept in ``--work``: a run that was stop
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +30,10 @@ from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.sizes import format_size
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import write
 
 
 HELDOUT_TOKENS = 8000
@@ -112,10 +116,9 @@ def main() -> None:
             difference = point["to_alone"]
             table.add_row(f"{point['tokens']:,} tokens", f"{point['loss']:.3f} ± {point['stderr']:.3f}", f"{difference[0]:+.3f} ± {difference[1]:.3f}")
         Console(width=120).print(table)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({
-            "command": f"python benchmarks/after/heal.py --chain {options.chain}", "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), "rows": rows, "torch": torch.__version__,
-        }, indent=1) + "\n")
+        write(options.out, {
+            "command": f"python benchmarks/after/heal.py --chain {options.chain}", "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), "rows": rows,
+        })
 
 
 if __name__ == "__main__":

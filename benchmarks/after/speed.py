@@ -12,8 +12,8 @@ runs a model folder's own weights beside random ones of its config. Writes bench
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ from cbd_hub.speed.measuring import Speed, measure_in_turns
 from cbd_hub.speed.prediction import Probe, SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch
 from cbd_hub.weights import load_model, read_config
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import write
 
 
 SHAPES = ((30, 1536), (24, 1192), (17, 704))
@@ -127,11 +131,10 @@ def main() -> None:
     command = "python benchmarks/after/speed.py " + ("--random" if options.random else f"--chain {options.chain}") + ("" if options.real is None else " --real MODEL")
     data = {
         "command": f"OMP_NUM_THREADS={torch.get_num_threads()} {command}", "where": watch.text, "cpus": os.cpu_count(), "load": load, "runs": options.runs, "new_tokens": options.new_tokens,
-        "rows": rows, "real_to_random": None if options.real is None else measured[-2].off(measured[-1]), "torch": torch.__version__,
+        "rows": rows, "real_to_random": None if options.real is None else measured[-2].off(measured[-1]),
     }
     print("load of the machine:", " ".join(f"{value:.1f}" for value in load), "" if data["real_to_random"] is None else f"real weights to random ones: {data['real_to_random']:+.1%}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(data, indent=1) + "\n")
+    write(options.out, data)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ from cbd_hub.shapes import count, shape_of
 from cbd_hub.weights import load_model
 
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import write
 from rivals import collapsed, selected
 
 
@@ -272,11 +273,10 @@ def main() -> None:
         console.print(table)
         rows = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
         rows = sorted([row for row in rows if row["segment"] != name] + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({
+        write(options.out, {
             "command": "python benchmarks/quality/run.py --demo demo --work quality" + (" --free" if options.free else ""), "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
-            "torch": torch.__version__, "transformers": transformers.__version__,
-        }, indent=1) + "\n")
+
+        })
 
 
 if __name__ == "__main__":

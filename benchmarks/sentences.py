@@ -1,0 +1,138 @@
+"""What each benchmark shows in one sentence, for README.md; its table is in benchmarks/README.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables import pair
+
+from cbd_hub.sizes import format_size
+
+
+def memory(data: dict[str, Any]) -> str:
+    """Peak memory against its law."""
+    under = sum(row["peak"] <= row["limit"] for row in data["rows"])
+    closest = max(data["rows"], key=lambda row: row["peak"] / row["limit"])
+    return (
+        f"Peak memory of `from_chain` is below its bound (the model, twice its largest tensor, 64 MB) at {under} of {len(data['rows'])} sizes and dtypes; "
+        f"the closest takes {closest['peak'] / closest['limit']:.0%} of it ({closest['size']}, {closest['dtype']})."
+    )
+
+
+def head(data: dict[str, Any]) -> str:
+    """The loss head against Liger."""
+    against = []
+    for case in data["cases"]:
+        rivals = [seconds for name, seconds in case["seconds"].items() if name.startswith("Liger")]
+        if rivals:
+            against.append(case["seconds"]["cbd_hub"] / min(rivals))
+    memory = [case["peak_mib"]["cbd_hub"] / case["peak_mib"]["TRL"] for case in data["cases"] if "TRL" in case["peak_mib"]]
+    return (
+        f"The loss head takes {min(against):.2f} to {max(against):.2f} of the time of Liger's best, and {min(memory):.2f} to {max(memory):.2f} of the memory of TRL's chunked loss "
+        f"(less is better), in {len(data['cases'])} cases."
+    )
+
+
+def teacher_cache(data: dict[str, Any]) -> str:
+    """A teacher cache's error."""
+    parts = [
+        f"{one['student']['kept'] - one['student']['full']:+.4f} nats of forward KL at {one['bytes_per_token']:.0f} bytes a token (top {one['top_k']}, {one['draws']} draws)"
+        for one in data["figures"].values() if one["draws"]
+    ]
+    return f"A teacher cache is off by {' and '.join(parts)}."
+
+
+def align(data: dict[str, Any]) -> str:
+    """How much of the barrier an alignment removes."""
+    gone = [f"{max(found['gone'].values()):.0%} at {name}" for name, found in data.items() if isinstance(found, dict) and "gone" in found]
+    return f"Of the loss barrier between two models trained apart, aligning removes {' and '.join(gone)}."
+
+
+def hub(data: dict[str, Any]) -> str:
+    """What a load from the Hub costs."""
+    real, wide = data["seconds"]["real"], data["seconds"]["wide"]
+
+    def ratio(seconds: dict[str, dict[str, float]], ours: str, theirs: str) -> str:
+        return f"{seconds[ours]['wall'] / seconds[theirs]['wall']:.2f}x"
+
+    return (
+        f"A cold `patch` fetches {data['patch cold bytes'] / 1e6:.0f} MB where both anchors have {data['both anchors bytes'] / 1e6:.0f}, a second size of the segment {data['second size bytes'] / 1e6:.0f} MB more; "
+        f"warm, with the first forward pass, a patch takes {ratio(real, 'from_chain, forward', 'from_pretrained, forward')} the time of `from_pretrained`, a blend "
+        f"{ratio(wide, 'from_chain, forward', 'from_pretrained, forward')}, {data['warm pinned requests']} requests where the revision is pinned."
+    )
+
+
+def heal(data: dict[str, Any]) -> str:
+    """What healing reaches."""
+    parts = []
+    for row in data["rows"]:
+        made, last = row["curve"][0], row["curve"][-1]
+        parts.append(
+            f"{format_size(row['parameters'])} stands at {made['loss']:.3f} as made and {last['loss']:.3f} after {last['tokens']:,} tokens, against {row['alone']['loss']:.3f} of the same shape "
+            f"distilled on its own on {row['alone']['tokens']:,}"
+        )
+    return f"{'; '.join(parts)} (nats per token)."
+
+
+def adapter(data: dict[str, Any]) -> str:
+    """What a carried LoRA keeps."""
+    rows = "; ".join(f"{row['kept'][0]:.0%} at {format_size(row['parameters'])}" for row in data["rows"])
+    return f"A LoRA of {format_size(data['anchor']['parameters'])}, carried without training, keeps of its gain there: {rows}."
+
+
+def speed(data: dict[str, Any]) -> str:
+    """How well a speed is predicted."""
+    off = [abs(row["off"]) for row in data["rows"] if not row["anchor"]]
+    late = [abs(row["latency_off"]) for row in data["rows"] if not row["anchor"]]
+    return f"Of {len(off)} sizes in between, tokens a second are predicted within {max(off):.1%} and latency within {max(late):.1%} of what is measured."
+
+
+def draft(data: dict[str, Any]) -> str:
+    """The best draft."""
+    best = max(data["results"], key=lambda row: row["speedup"])
+    word = "as fast" if best["speedup"] >= 1 else "as fast, so that none pays here"
+    return f"For {format_size(data['target'])} the best of {len(data['results'])} drafts is {format_size(best['parameters'])}: {best['acceptance']:.0%} accepted, {best['speedup']:.2f}x {word}."
+
+
+def alpha(data: dict[str, Any]) -> str:
+    """The sweep of alpha against the fitted one."""
+    half = [row["alphas"]["0.5"]["to_fitted"] for row in data["rows"] if "0.5" in row["alphas"]]
+    best = [min(one["to_fitted"][0] for one in row["alphas"].values()) for row in data["rows"]]
+    return (
+        f"A plain average (alpha 0.5) loses {min(value for value, _ in half):.3f} to {max(value for value, _ in half):.3f} nats to the alpha that the chain fits, and no alpha of the paper's sweep "
+        f"beats that by more than {max(0.0, -min(best)):.3f}, at {len(data['rows'])} sizes."
+    )
+
+
+def loading(data: dict[str, Any]) -> str:
+    """Time to load, and to write."""
+    parts = [f"a {name} {found['from_chain, touched']['wall'] / found['from_pretrained, touched']['wall']:.2f}x" for name, found in data["memory"].items()]
+    words = f"With every weight read once, `from_chain` takes the time of `from_pretrained` times: {', '.join(parts)}."
+    if "disk" in data:
+        ratios = [
+            f"{data['disk'][name][rival]['wall'] / data['disk'][name]['cbd make']['wall']:.1f}x as fast as its {rival.split()[1]}" for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough"))
+        ]
+        words += f" `cbd make` against mergekit, whole commands: {' and '.join(ratios)}."
+    return words
+
+
+def bridge(data: dict[str, Any]) -> str:
+    """What the bridge losses cost against GOLD's."""
+    case = data.get("loss", {})
+    if "GOLD, hybrid" not in case:
+        return ""
+    ours, theirs = case["span+vocab"], case["GOLD, hybrid"]
+    return (
+        f"The bridge loss `span+vocab` takes {ours['cpu_seconds'] / theirs['cpu_seconds']:.2f} of the time and {ours['peak_bytes'] / theirs['peak_bytes']:.2f} of the memory of TRL's GOLD (hybrid)."
+    )
+
+
+def quality(data: dict[str, Any]) -> str:
+    """Segments against their chord."""
+    rows = [row for row in data["rows"] if row.get("to_chord")]
+    under = sum(row["to_chord"][0] <= row["to_chord"][1] for row in rows)
+    worst = max(rows, key=lambda row: row["to_chord"][0])
+    return (
+        f"Of {len(rows)} sizes on four kinds of segment, {under} lie on or below the line between their anchors' losses; the furthest above it is {format_size(worst['parameters'])} of "
+        f"{worst['segment']} ({pair(worst['to_chord'])} nats)."
+    )
