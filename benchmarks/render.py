@@ -24,6 +24,7 @@ SECTIONS = {
     "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step against TRL", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding",
+    "tasks": "Multiple-choice tasks", "lm_eval": "The tasks through lm-eval", "paper": "The paper's pipeline at small scale",
 }
 BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # README.md has them where it speaks of these
 INTRODUCTION = """# Benchmarks
@@ -137,6 +138,7 @@ def main() -> None:
     figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in ("demo", *BESIDE) and line(name))
     fill(ROOT / "README.md", {"demo": table("demo"), "figures": figures, **{name: line(name) for name in BESIDE}})
     fill(ROOT / "benchmarks" / "quality" / "README.md", {"quality": table("quality")})
+    fill(ROOT / "examples" / "paper" / "README.md", {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")})
 
 
 if __name__ == "__main__":

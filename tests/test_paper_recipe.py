@@ -110,7 +110,7 @@ def test_stand_ins_of_the_other_chains_pass_every_check_of_their_shapes(name, tm
     values["teacher"] = local[values["teacher"]]
     values["anchors"] = [{"checkpoint": local[anchor["checkpoint"]]} for anchor in values["anchors"]]
     values["stages"] = {local[each]: fields for each, fields in values.get("stages", {}).items()}
-    stages = plan_stages(Recipe.parse(values), Path(values["teacher"]), read_config(values["teacher"]))
+    stages = plan_stages(Recipe.parse(values), Path(values["teacher"]), read_config(Path(values["teacher"])))
     assert [stage.bridged for stage in stages] == ([True, True, False, False] if name == "pythia" else [False, False])
 
 
@@ -159,3 +159,25 @@ def test_the_readmes_python_parses_and_its_recipes_are_all_told_of():
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         ast.parse(block)
     assert all(file.name in text for file in [*RECIPES, *PAPER.glob("*.py")])
+
+
+def test_finetuning_learns_answers_alone_and_scores_them(tmp_path, monkeypatch, capsys):
+    """The whole script on a tiny model, a row longer than the rest among its data."""
+    tiny.save(tiny.gpt2(n_positions=64), tmp_path / "model")
+    rows = [{"prompt": f"say {index} now", "completion": " yes"} for index in range(6)] + [{"prompt": "a" * 100, "completion": " no"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", "model", "--data", "rows.jsonl", "--out", "tuned", "--epochs", "2", "--batch", "4", "--learning-rate", "1e-2"]
+    if importlib.util.find_spec("rouge_score") is not None:
+        words += ["--score", "rows.jsonl", "--new-tokens", "4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    made = runpy.run_path(str(PAPER / "finetune.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "an ordinary GPT2LMHeadModel in tuned" in said
+    assert ("Rouge-L" in said) == ("--score" in words)
+    assert (tmp_path / "tuned" / "config.json").is_file()
+    short, *_, long = made["tokenise"](rows, tiny.tokenizer(), 64)
+    end = tiny.tokenizer().eos_token_id
+    assert [token for token in short["labels"] if token != -100] == [*tiny.tokenizer()(" yes")["input_ids"], end]
+    assert len(short["labels"]) == len(short["input_ids"]) == len("say 0 now yes") + 1
+    assert len(long["input_ids"]) == len(long["labels"]) == 64

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -140,7 +141,6 @@ class Small:
 
 def spent() -> float:
     """Processor seconds of this process and those that it waited for."""
-    import os
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -151,6 +151,7 @@ def main() -> None:
     steps = ("get", "assemble", "sft", "kl", "bridge", "alpha", "finetune")
     parser.add_argument("--step", choices=["all", *steps], default="all")
     parser.add_argument("--out", type=Path, default=Path("paper"))
+    parser.add_argument("--record", type=Path, help="also write what the steps cost, and where that was, into such a file")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     small, file = Small(options.out), options.out / "costs.json"
@@ -165,6 +166,10 @@ def main() -> None:
         costs[step] = {"processor_seconds": round(spent() - began, 1), "wall_seconds": round(time.monotonic() - wall, 1), "threads": torch.get_num_threads()}
         write_text(file, json.dumps(costs, indent=1) + "\n")
         print(f"{step}: {costs[step]['processor_seconds']} processor seconds")
+    if options.record:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        from measuring import write
+        write(options.record, {"command": "python examples/paper/small.py --step all --out paper", "steps": costs})
 
 
 if __name__ == "__main__":
