@@ -3,7 +3,9 @@
 import ast
 import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,15 +168,13 @@ def test_finetuning_learns_answers_alone_and_scores_them(tmp_path, monkeypatch, 
     tiny.save(tiny.gpt2(n_positions=64), tmp_path / "model")
     rows = [{"prompt": f"say {index} now", "completion": " yes"} for index in range(6)] + [{"prompt": "a" * 100, "completion": " no"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--model", "model", "--data", "rows.jsonl", "--out", "tuned", "--epochs", "2", "--batch", "4", "--learning-rate", "1e-2"]
-    if importlib.util.find_spec("rouge_score") is not None:
-        words += ["--score", "rows.jsonl", "--new-tokens", "4"]
+    words = ["--model", "model", "--data", "rows.jsonl", "--out", "tuned", "--epochs", "2", "--batch", "4", "--learning-rate", "1e-2", "--score", "rows.jsonl", "--new-tokens", "4"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
     made = runpy.run_path(str(PAPER / "finetune.py"), run_name="__main__")
     said = capsys.readouterr().out
     assert "an ordinary GPT2LMHeadModel in tuned" in said
-    assert ("Rouge-L" in said) == ("--score" in words)
+    assert re.search(r"Rouge-L \d+\.\d\d on 7 prompts", said)
     assert (tmp_path / "tuned" / "config.json").is_file()
     short, *_, long = made["tokenise"](rows, tiny.tokenizer(), 64)
     end = tiny.tokenizer().eos_token_id
