@@ -188,7 +188,7 @@ def through_lm_eval(model: Any, tokenizer: Any, name: str, chosen: list[Row]) ->
         (Path(temporary) / "task.yaml").write_text(json.dumps(own))  # JSON is YAML
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16), tasks=[f"local_{name}"], num_fewshot=0, bootstrap_iters=0,
-            task_manager=TaskManager(include_path=temporary),
+            task_manager=TaskManager(include_path=temporary, include_defaults=False),
         )
     return [
         {"nats": [-score for score, _ in sample["filtered_resps"]], **{metric: sample[metric] for metric in ("acc", "acc_norm") if metric in sample}}
