@@ -34,11 +34,12 @@ from transformers import Trainer, TrainingArguments
 from cbd_hub import ChainDistiller, ChainDistillerConfig, Recipe, distill_chain
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
-from cbd_hub.evaluation import Calibration, Documents, Losses, Question, choice_accuracy, document_losses
+from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.precision import has_bf16
+from cbd_hub.questions import Question, choice_accuracy
 from cbd_hub.retokenize import retokenize
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import load_model

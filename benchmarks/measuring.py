@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 
-PACKAGES = ("cbd-hub", "torch", "transformers", "huggingface-hub", "peft", "trl", "liger-kernel")
+PACKAGES = ("cbd-hub", "torch", "transformers", "huggingface-hub", "peft", "trl", "liger-kernel", "lm-eval")
 
 
 def anonymous() -> int:

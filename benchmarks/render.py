@@ -24,6 +24,7 @@ SECTIONS = {
     "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step against TRL", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding",
+    "tasks": "Multiple-choice tasks", "lm_eval": "The tasks through lm-eval", "paper": "The paper's pipeline at small scale",
 }
 BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # README.md has them where it speaks of these
 INTRODUCTION = """# Benchmarks
@@ -102,6 +103,7 @@ def documents() -> dict[str, dict[str, str]]:
     return {
         "README.md": {"demo": table("demo"), "figures": figures, **{name: line(name) for name in BESIDE}},
         "benchmarks/quality/README.md": {"quality": table("quality")},
+        "examples/paper/README.md": {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")},
     }
 
 

@@ -147,3 +147,21 @@ def headline(data: dict[str, Any]) -> str:
         f"{most['tokens'] / (data['stage_tokens'] * (len(data['anchors']) - 1)):.0f} times the chain's tokens; the chain pays from {data['costs']['crossover']['seconds']} sizes on (seconds), "
         f"against a distillation each."
     )
+
+
+def tasks(data: dict[str, Any]) -> str:
+    """Tasks of the largest model."""
+    largest = max(row["parameters"] for row in data["rows"])
+    found = ", ".join(f"{row['task']} {row['accuracy']:.2f} ± {row['accuracy_stderr']:.2f}" for row in data["rows"] if row["parameters"] == largest)
+    return f"Zero-shot, {format_size(largest)}: {found}."
+
+
+def lm_eval(data: dict[str, Any]) -> str:
+    """Whether the protocol is lm-eval's."""
+    items, differ = sum(row["check"]["items"] for row in data["rows"]), sum(len(found) for row in data["rows"] for found in row["check"]["different"].values())
+    return f"Through lm-eval's Python API {differ} of {items} items of {', '.join(dict.fromkeys(row['task'] for row in data['rows']))} come out otherwise than by `cbd eval --tasks`."
+
+
+def paper(data: dict[str, Any]) -> str:
+    """The paper's pipeline."""
+    return f"The paper's pipeline on models of 135M and less takes {sum(found['processor_seconds'] for found in data['steps'].values()):.0f} processor seconds."

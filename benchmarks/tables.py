@@ -334,3 +334,39 @@ def headline(data: dict[str, Any]) -> str:
         f"Anchors: {anchors}. Every token is also a teacher's pass. The chain costs less from {cross['tokens']} sizes on in tokens, from {cross['seconds']} on in seconds (its measuring of cuts and curves "
         f"included). {data['stage_tokens']:,} tokens a stage, {data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. `{data['command']}`",
     ])
+
+
+def share(row: dict[str, Any], kind: str) -> str:
+    """A share of right answers with its standard error."""
+    return f"{row[kind]:.3f} ± {row[f'{kind}_stderr']:.3f}"
+
+
+def tasks(data: dict[str, Any]) -> str:
+    """Shares of right answers."""
+    rows = [[row["model"], row["task"], f"{row['questions']} of {row['of']:,}", share(row, "accuracy"), share(row, "accuracy_norm"), f"{row['seconds']:.0f}"] for row in data["rows"]]
+    head = ["model", "task", "items", "right", "right by characters", "seconds"]
+    return (
+        f"{table(head, rows)}\n\nZero-shot, the likeliest choice; ± standard error over items. Not fine-tuned, and so not comparable with the paper's tables, whose every score is after 10 epochs on the "
+        f"task's training set. {data['threads']} thread{'s' if data['threads'] > 1 else ''}. `{data['command']}`"
+    )
+
+
+def lm_eval(data: dict[str, Any]) -> str:
+    """Our figures and lm-eval's of the same items."""
+    rows = []
+    for row in data["rows"]:
+        check = row["check"]
+        for name, metric in (("accuracy", "acc"), ("accuracy_norm", "acc_norm")):
+            if metric in check["lm_eval"]:
+                rows.append([
+                    row["model"], f"{row['task']}, {metric}", str(check["items"]), f"{check['ours'][name]:.3f}", f"{check['lm_eval'][metric]:.3f}", str(len(check["different"][metric])),
+                    f"{check['largest_difference']:.1e}",
+                ])
+    head = ["model", "task and metric", "items", "ours", "lm-eval's", "items that differ", "largest difference of a log-likelihood, nats"]
+    return f"{table(head, rows)}\n\nThe same rows, read by lm-eval's own task files, and the same model, through its Python API. `{data['command']}`"
+
+
+def paper(data: dict[str, Any]) -> str:
+    """What each step of the paper's pipeline costs at small scale."""
+    rows = [[name, f"{found['processor_seconds']:.0f}", f"{found['wall_seconds']:.0f}"] for name, found in data["steps"].items()]
+    return f"{table(['step', 'processor seconds', 'wall seconds'], rows)}\n\nOne thread beside other work. `{data['command']}`"

@@ -293,9 +293,10 @@ def evaluate(
     from cbd_hub.chain import Chain
     from cbd_hub.distill.data import is_conversation, read_rows
     from cbd_hub.distill.packing import tokenised
-    from cbd_hub.evaluation import Documents, Question, bits_per_byte, choice_accuracy, document_losses
+    from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
     from cbd_hub.interpolation.live import ModelRunner
     from cbd_hub.precision import best_device
+    from cbd_hub.questions import Question, choice_accuracy
     hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
     wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
@@ -338,7 +339,7 @@ def evaluate(
         print_json({"chain": opened.name, "text": text, **counts, "results": rows, "tasks": answers})
         return
     if answers:
-        table_of(f"{opened.name}: share of right answers ± standard error; norm: by bytes of the choice", [
+        table_of(f"{opened.name}: share of right answers ± standard error; norm: by characters of the choice", [
             {
                 "size": row["size"], "task": row["task"], "questions": row["questions"], "accuracy": with_error(row["accuracy"], row["accuracy_stderr"]),
                 "norm": with_error(row["accuracy_norm"], row["accuracy_norm_stderr"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ENOUGH = 2048  # calibration tokens
 _BATCH_TOKENS = 2048
-_IGNORED = -100
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Documents:
     @property
     def tokens(self) -> int:
         """Predicted tokens of all documents."""
-        return sum(int((labels[1:] != _IGNORED).sum()) for labels in self.labels or self.ids)
+        return sum(int((labels[1:] != IGNORED).sum()) for labels in self.labels or self.ids)
 
     def first(self, tokens: int) -> Documents:
         """As many documents as fit into so many tokens, at least one."""
@@ -61,8 +60,8 @@ class Documents:
         """Some documents padded to one length: ids, attention mask (None without padding), and the token that each position predicts, -100 for none."""
         input_ids = pad_sequence([self.ids[index] for index in chosen], batch_first=True)
         mask = pad_sequence([torch.ones_like(self.ids[index]) for index in chosen], batch_first=True)
-        labels = pad_sequence([(self.labels or self.ids)[index] for index in chosen], batch_first=True, padding_value=_IGNORED)
-        targets = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+        labels = pad_sequence([(self.labels or self.ids)[index] for index in chosen], batch_first=True, padding_value=IGNORED)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return input_ids.to(device), None if bool(mask.all()) else mask.to(device), targets.to(device)
 
     @classmethod
@@ -108,7 +107,7 @@ class Documents:
         ids, lengths, kept, total = [], [], [], 0
         for row in rows:
             tokens, labels = (torch.tensor(values[:block_size]) for values in row)
-            counted = tokens[1:][labels[1:] != _IGNORED]
+            counted = tokens[1:][labels[1:] != IGNORED]
             if not len(counted):
                 continue
             ids.append(tokens)
@@ -249,20 +248,20 @@ def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) 
         while stop < len(by_length) and (stop + 1 - start) * len(documents.ids[by_length[stop]]) <= _BATCH_TOKENS:
             stop += 1
         chosen = by_length[start:stop]
-        for index, (total, count) in zip(chosen, _batch_losses(runner, documents, chosen, bf16)):
+        for index, (total, count) in zip(chosen, batch_losses(runner, documents, chosen, bf16)):
             nats[index], tokens[index] = total, count
         start = stop
     return Losses(nats, tokens)
 
 
-def _batch_losses(runner: Runner, documents: Documents, chosen: Sequence[int], bf16: bool) -> list[tuple[float, int]]:
-    """Summed loss and count of the predicted tokens of some documents."""
+def batch_losses(runner: Runner, documents: Documents, chosen: Sequence[int], bf16: bool) -> list[tuple[float, int]]:
+    """Summed loss in nats, and count, of the predicted tokens of some documents in one forward pass."""
     device = runner.device
     bf16 = bf16 and has_bf16(device.type)
     input_ids, mask, targets = documents.batch(chosen, device)
     with products(device, bf16=bf16):
         output = runner(input_ids, mask)
-    predicts = targets != _IGNORED
+    predicts = targets != IGNORED
     head = output.head
     hidden = output.hidden[predicts]
     losses = token_losses(
@@ -304,82 +303,6 @@ def byte_losses(runner: Runner, tokenizer: Any, texts: Sequence[str], *, charact
         raise DataError("there is no text to measure on; give a file with at least a few paragraphs")
     documents = Documents(tuple(torch.tensor(rows[place]) for place in held), tuple(len(parts[place].encode()) for place in held))
     if len(before) > 1:
-        labels = tuple(torch.cat([ids.new_full((len(before),), _IGNORED), ids[len(before) :]]) for ids in documents.ids)
+        labels = tuple(torch.cat([ids.new_full((len(before),), IGNORED), ids[len(before) :]]) for ids in documents.ids)
         documents = Documents(documents.ids, documents.lengths, labels)
     return Losses(document_losses(runner, documents, bf16=bf16).nats, np.array(documents.lengths))
-
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question: a context, the ways it may go on, and which is right."""
-
-    query: str
-    choices: tuple[str, ...]
-    answer: int
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> list[Question]:
-        """Questions of a .jsonl file whose rows hold ``query``, ``choices`` and ``answer`` (the right one's index from 0).
-
-        Raises:
-            DataError: If the file cannot be read, or a row is no question; the message names the line.
-        """
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); give a .jsonl file of questions") from error
-        found = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                question = cls(str(row["query"]), tuple(str(choice) for choice in row["choices"]), int(row["answer"]))
-                if len(question.choices) < 2 or not 0 <= question.answer < len(question.choices) or not all(question.choices):
-                    raise ValueError("needs two choices or more, none empty, and the index of one as answer")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise DataError(f"{path} line {number} is no question with query, choices and answer ({error})") from error
-            found.append(question)
-        if not found:
-            raise DataError(f"{path} holds no questions; give rows with query, choices and answer")
-        return found
-
-
-@torch.no_grad()
-def choice_accuracy(runner: Runner, questions: Sequence[Question], tokenizer: Any, *, bf16: bool = True) -> dict[str, float]:
-    """Share of questions whose right choice is the likeliest continuation of the query.
-
-    The log-likelihood protocol of lm-evaluation-harness: query and choice are tokenised as one text, the choice's tokens are those after the query's
-    own, and the largest summed log-probability wins; for ``accuracy_norm`` it is divided by the choice's length in bytes first.
-
-    Returns:
-        ``accuracy`` and ``accuracy_norm``, each from 0 to 1, their standard errors over questions, and the number of questions.
-    """
-    rows: list[tuple[Tensor, Tensor]] = []
-    for question in questions:
-        start = len(tokenizer(question.query)["input_ids"])
-        for choice in question.choices:
-            ids = torch.tensor(tokenizer(question.query + choice)["input_ids"])
-            labels = ids.clone()
-            labels[: min(start, len(ids) - 1)] = _IGNORED
-            rows.append((ids, labels))
-    nats = [0.0] * len(rows)
-    documents = Documents(tuple(ids for ids, _ in rows), (), tuple(labels for _, labels in rows))
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
-    for first in range(0, len(order), 16):
-        chosen = order[first : first + 16]
-        for index, (total, _) in zip(chosen, _batch_losses(runner, documents, chosen, bf16)):
-            nats[index] = total
-    right, right_norm, at = [], [], 0
-    for question in questions:
-        here = nats[at : at + len(question.choices)]
-        lengths = [len(choice.encode()) for choice in question.choices]
-        right.append(int(np.argmin(here)) == question.answer)
-        right_norm.append(int(np.argmin([total / length for total, length in zip(here, lengths)])) == question.answer)
-        at += len(question.choices)
-    scores: dict[str, float] = {"questions": len(questions)}
-    for name, hits in (("accuracy", right), ("accuracy_norm", right_norm)):
-        share = float(np.mean(hits))
-        scores[name] = share
-        scores[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(len(hits) - 1, 1))
-    return scores

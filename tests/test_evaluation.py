@@ -1,6 +1,5 @@
 """Losses, standard errors and accuracies against slow references."""
 
-import json
 import math
 
 import numpy as np
@@ -8,8 +7,7 @@ import pytest
 import tiny
 import torch
 
-from cbd_hub.errors import DataError
-from cbd_hub.evaluation import Documents, Losses, Question, bits_per_byte, choice_accuracy, document_losses
+from cbd_hub.evaluation import Documents, Losses, bits_per_byte, document_losses
 from cbd_hub.interpolation.live import ModelRunner
 
 
@@ -37,39 +35,3 @@ def test_standard_errors_agree_with_resampling():
     assert losses.stderr == pytest.approx(resampled.std(), rel=0.1)
     assert losses.minus((1.0, losses)) == (0.0, 0.0)
     assert Losses(nats[:1], tokens[:1]).stderr is None
-
-
-def test_choices_are_scored_by_their_own_tokens(family):
-    """Accuracy by hand: the summed log-probability of each choice's tokens after the query."""
-    model, tok = tiny.FAMILIES[family](), tiny.tokenizer()
-    questions = [Question(f"{index} and one is", (" two", " three words", " x"), index % 3) for index in range(9)]
-    scores = choice_accuracy(ModelRunner(model), questions, tok, bf16=False)
-    hits = norm = 0
-    for question in questions:
-        start = len(tok(question.query).input_ids)
-        totals = []
-        for choice in question.choices:
-            ids = torch.tensor([tok(question.query + choice).input_ids])
-            logs = model(ids).logits[0].log_softmax(-1)
-            totals.append(sum(float(logs[place - 1, ids[0, place]]) for place in range(start, ids.shape[1])))
-        hits += int(np.argmax(totals)) == question.answer
-        norm += int(np.argmax([total / len(choice) for total, choice in zip(totals, question.choices)])) == question.answer
-    assert scores["accuracy"] == pytest.approx(hits / 9)
-    assert scores["accuracy_norm"] == pytest.approx(norm / 9)
-    assert scores["questions"] == 9
-
-
-def test_questions_are_read_or_refused_by_line(tmp_path):
-    good = {"query": "a", "choices": ["b", "c"], "answer": 1}
-    path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps(good) + "\n")
-    assert Question.read(path) == [Question("a", ("b", "c"), 1)]
-    for wrong in ({**good, "answer": 2}, {**good, "choices": ["b"]}, {"query": "a"}, [], {**good, "choices": ["", "b"]}):
-        path.write_text(json.dumps(good) + "\n" + json.dumps(wrong) + "\n")
-        with pytest.raises(DataError, match="line 2"):
-            Question.read(path)
-    path.write_text("")
-    with pytest.raises(DataError, match="no questions"):
-        Question.read(path)
-    with pytest.raises(DataError, match="cannot be read"):
-        Question.read(tmp_path / "absent")

@@ -124,7 +124,7 @@ def test_a_stream_that_is_all_set_aside_is_said(tmp_path):
 
 def test_the_papers_recipe_is_ready(tmp_path):
     """The example, with models and data sets of this machine in the place of those of the Hub, passes every check that comes before training."""
-    example = Recipe.read(Path(__file__).parent.parent / "examples" / "paper_minillm.yaml").model_dump(exclude_none=True)
+    example = Recipe.read(Path(__file__).parent.parent / "examples" / "paper" / "gpt2.yaml").model_dump(exclude_none=True)
     shapes = {"gpt2-xl": (4, 64, 128), "gpt2-large": (4, 48, 96), "gpt2-medium": (3, 32, 64), "gpt2": (2, 16, 32)}
     for name, (layers, hidden, ffn) in shapes.items():
         tiny.save(tiny.gpt2(layers=layers, hidden=hidden, heads=hidden // 8, ffn=ffn, n_positions=1024), tmp_path / name)
