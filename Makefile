@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
 
-.PHONY: help demo test test-all docs nightly fix clean
+.PHONY: help demo test test-all release docs nightly fix clean
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
 	@echo "make test    documentation, lint, types, doctests and tests (under 10 minutes)"
-	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, and every view of the page (pictures in artefacts/space)"
+	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, every view of the page (pictures in artefacts/space), and a release"
+	@echo "make release the wheel and the sdist, in dist/, once they install and run with the lowest and the newest versions"
 	@echo "make docs    the documentation, in build/site"
 	@echo "make nightly the tests against the real Hub, with the account of HF_TOKEN"
 	@echo "make fix     let ruff mend what it can"
@@ -57,6 +58,11 @@ test-all: $(READY)all $(READY)browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	CBD_FUZZ_CASES=10000 $(BIN)/pytest -m "not nightly"
+
+release: $(READY)dev
+	$(BIN)/pytest -m "not nightly" tests/test_release.py
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
 
 nightly: $(READY)dev
 	$(BIN)/pytest -m nightly tests/test_nightly.py
