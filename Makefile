@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
 
-.PHONY: help demo test test-all docs bench bench-full nightly fix clean
+.PHONY: help demo test test-all release docs bench bench-full nightly fix clean
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
 	@echo "make test    documentation, lint, types, doctests and tests (under 10 minutes)"
-	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, and every view of the page (pictures in artefacts/space)"
+	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, every view of the page (pictures in artefacts/space), and a release"
+	@echo "make release the wheel and the sdist, in dist/, once they install and run with the lowest and the newest versions"
 	@echo "make docs    the documentation, in build/site"
 	@echo "make bench   the benchmarks that take minutes, and benchmarks/README.md; goes on where it was stopped"
 	@echo "make bench-full  also those that train rivals, for hours"
@@ -76,6 +77,11 @@ bench: $(READY)bench $(READY)mergekit
 
 bench-full: $(READY)bench $(READY)mergekit
 	$(BIN)/python benchmarks/bench.py --full --mergekit-python $(VENV)/mergekit/bin/python
+
+release: $(READY)dev
+	$(BIN)/pytest -m "not nightly" tests/test_release.py
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
 
 nightly: $(READY)dev
 	$(BIN)/pytest -m nightly tests/test_nightly.py

@@ -6,7 +6,6 @@ The names are loaded when they are first used: ``import cbd_hub`` imports no tor
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 
@@ -46,7 +45,7 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version("cbd-hub")
+        return import_module("importlib.metadata").version("cbd-hub")  # pyproject.toml alone says it
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
