@@ -158,7 +158,7 @@ def on_disk(chain: str, size: str, saved: Path, patched: Chain, work: Path, pyth
             "mergekit passthrough": commands.theirs({"merge_method": "passthrough", "slices": slices, "dtype": "float32"}),
         }, repeats),
         "imports": in_turns({
-            "cbd make": lambda: subprocess.run([sys.executable, "-c", "import cbd_hub.cli, cbd_hub.model"], check=True),
+            "cbd make": lambda: subprocess.run([sys.executable, "-c", "import cbd_hub.cli, cbd_hub.model, transformers; transformers.AutoConfig, transformers.LlamaConfig"], check=True),
             "mergekit": lambda: subprocess.run([python, "-c", "import mergekit.scripts.run_yaml"], check=True),
         }, repeats),
     }
