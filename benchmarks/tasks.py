@@ -284,7 +284,7 @@ def main() -> None:
     found = measure(options, names)
     show(found)
     name = "lm_eval" if options.check else "tasks"
-    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    words = (Path(word).name if Path(word).is_absolute() else word for before, word in zip(sys.argv, sys.argv[1:]) if "--out" not in (before, word))
     write_result(options.out or Path(f"benchmarks/results/{name}.json"), {
         "command": " ".join(["python benchmarks/tasks.py", *words]), "threads": torch.get_num_threads(), "rows": found,
     })

@@ -1,6 +1,7 @@
 """The paper's pipeline as files: valid as they stand, with the paper's numbers, and carried out on stand-ins of the same families."""
 
 import ast
+import importlib.util
 import json
 import re
 import runpy
@@ -181,3 +182,46 @@ def test_finetuning_learns_answers_alone_and_scores_them(tmp_path, monkeypatch, 
     assert [token for token in short["labels"] if token != -100] == [*tiny.tokenizer()(" yes")["input_ids"], end]
     assert len(short["labels"]) == len(short["input_ids"]) == len("say 0 now yes") + 1
     assert len(long["input_ids"]) == len(long["labels"]) == 64
+
+
+@pytest.mark.slow
+def test_the_small_pipeline_goes_through_every_step_on_a_tiny_source(tmp_path, monkeypatch):
+    """All but the fetching, and with the scripts that it calls in this process."""
+    spec = importlib.util.spec_from_file_location("small", PAPER / "small.py")
+    small = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small)
+    tokenizer, scripts = kinds.byte_level(330), []
+
+    def get(self):
+        model = tiny.llama(layers=6, ffn=64, max_position_embeddings=512)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.save_pretrained(self.out / "models" / "source")
+        tokenizer.save_pretrained(self.out / "models" / "source")
+        lines = [json.dumps({"text": text}) for text in tiny.texts(120)]
+        self.text.write_text("\n".join(lines))
+        (self.out / "text.jsonl").write_text("\n".join(lines))
+        rows = "".join(json.dumps({"prompt": f"{text} {index} Answer:", "completion": " yes"}) + "\n" for index, text in enumerate(tiny.texts(40)))
+        self.tasks.mkdir()
+        for file in (self.prompts, self.tasks / "sciq.train.jsonl", self.tasks / "sciq.test.jsonl"):
+            file.write_text(rows)
+
+    def run(self, script, *words):
+        scripts.append(script)
+        if script.startswith("examples/"):
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", [script, *words])
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    monkeypatch.setattr(small.Small, "get", get)
+    monkeypatch.setattr(small.Small, "_run", run)
+    monkeypatch.setattr(small, "ANCHORS", {"large": {"layers": 4, "ffn": 48}, "small": {"layers": 2, "ffn": 32}})
+    monkeypatch.setattr(small, "VOCABULARY", 300)
+    monkeypatch.setattr(small, "DATA", {**small.DATA, "block_size": 64})
+    monkeypatch.setattr(sys, "argv", ["small.py", "--step", "all", "--out", str(tmp_path)])
+    small.main()
+    assert list(json.loads((tmp_path / "costs.json").read_text())) == ["get", "assemble", "sft", "kl", "bridge", "alpha", "finetune"]
+    assert scripts == ["examples/paper/finetune.py"] * 4 + ["benchmarks/tasks.py"] * 2
+    bridged = json.loads((tmp_path / "bridged" / "chain.json").read_text())
+    assert [link["kind"] for link in bridged["links"]] == ["bridge", "segment"]
+    small.main()  # nothing is done twice
+    assert len(scripts) == 6

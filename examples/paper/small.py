@@ -36,6 +36,7 @@ from cbd_hub.retokenize import retokenize
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ANCHORS = {"large": {"layers": 20, "ffn": 1280}, "small": {"layers": 12, "ffn": 1024}}
+VOCABULARY = "16K"  # of the bridge's students
 ALPHAS = [round(0.1 * tenth, 1) for tenth in range(11)]
 FEW: dict[str, Any] = {  # in the place of 5,000 steps, 256 responses and 512 tokens
     "max_steps": 4, "rollout_batch": 8, "inner_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_new_tokens": 16,
@@ -98,7 +99,7 @@ class Small:
         first, second = self.out / "models" / "first", self.out / "models" / "second"
         if not second.is_dir():
             for name, folder in (("large", first), ("small", second)):
-                retokenize(self.out / "models" / name, folder, keep="16K")
+                retokenize(self.out / "models" / name, folder, keep=VOCABULARY)
         few = {"max_steps": FEW["max_steps"], "per_device_train_batch_size": 4, "text_weight": 0.0}
         self._distil("bridge", "bridged", {"teacher": self.model("source"), "anchors": [{"checkpoint": str(first)}, {"checkpoint": str(second)}]}, {str(first): few})
 
