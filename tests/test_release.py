@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import assembled
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -211,14 +210,15 @@ def our_torch():
 
 
 def journey(environment, folder, archive):
-    """Ask for help, plan, make, and load what was made without cbd_hub."""
-    chain = assembled(folder, 4, 2)
+    """Ask for help, assemble a chain with its card, plan, make, and load what was made without cbd_hub."""
+    models, chain = [tiny.save(tiny.llama(layers=layers, seed=layers), folder / f"m{layers}") for layers in (4, 2)], folder / "chain"
+    environment.run("cbd", "assemble", *models, "--out", chain)
+    assert "library_name: cbd-hub" in (chain / "README.md").read_text()
     size = parameter_count(tiny.llama(layers=3).config)
     assert environment.run("cbd", "--version").split()[-1] == PROJECT["version"], archive
     assert "distill" in environment.run("cbd", "--help")
     assert json.loads(environment.run("cbd", "plan", chain, "--size", size, "--json"))["parameters"] == size
     environment.run("cbd", "make", chain, "--size", size, "--out", folder / "model")
-    assert "cbd" in (folder / "model" / "README.md").read_text()
     assert int(environment.run("python", "-c", PLAIN, folder / "model")) == size
 
 
