@@ -265,6 +265,19 @@ def test_numbers_out_of_range_are_refused(wrong):
         Sampling(**wrong)
 
 
+def test_a_temperature_next_to_nothing_is_none(desk):
+    texts = [last(desk.generate("min", "the river", Sampling(temperature=temperature, new_tokens=6))).text for temperature in (0.0, 1e-300, 0.009)]
+    assert len(set(texts)) == 1
+
+
+def test_what_is_no_text_is_refused_by_name():
+    from cbd_hub.space.programs import text_of
+    assert text_of("a", "prompt") == "a"
+    for wrong in (None, 3, ["a"], {"a": 1}):
+        with pytest.raises(ArgumentError, match="prompt=.* is not text"):
+            text_of(wrong, "prompt")
+
+
 class Gate:
     """Models that are made when a test lets them."""
 

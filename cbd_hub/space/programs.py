@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import api
 
-from cbd_hub.errors import CBDError
+from cbd_hub.errors import ArgumentError, CBDError
 from cbd_hub.space.desk import Desk
 from cbd_hub.space.writing import Sampling
 
@@ -52,6 +52,17 @@ def sampling_of(temperature: float, top_p: float, tokens: float, seed: float) ->
     numbers = [0 if value is None else value for value in (tokens, seed)]
     whole = [int(value) if isinstance(value, float) and value.is_integer() else value for value in numbers]
     return Sampling(temperature, top_p, whole[0], whole[1])  # type: ignore[arg-type]
+
+
+def text_of(value: Any, name: str) -> str:
+    """A program's text.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name}={str(value)[:40]} is not text; give a string")
+    return value
 
 
 def register(desk: Desk, turn: dict[str, Any]) -> None:
@@ -105,7 +116,7 @@ def register(desk: Desk, turn: dict[str, Any]) -> None:
             new_tokens: Most tokens to write.
             seed: Of the draws.
         """
-        for state in desk.generate(size, prompt, sampling_of(temperature, top_p, new_tokens, seed)):
+        for state in desk.generate(size, text_of(prompt, "prompt"), sampling_of(temperature, top_p, new_tokens, seed)):
             yield {**state.data(), "state": state.state}
 
     def chat(size: str, message: str, temperature: float = 0.0, top_p: float = 1.0, new_tokens: int = 64, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -119,7 +130,7 @@ def register(desk: Desk, turn: dict[str, Any]) -> None:
             new_tokens: Most tokens to write.
             seed: Of the draws.
         """
-        for state in desk.chat(size, [{"role": "user", "content": message}], sampling_of(temperature, top_p, new_tokens, seed)):
+        for state in desk.chat(size, [{"role": "user", "content": text_of(message, "message")}], sampling_of(temperature, top_p, new_tokens, seed)):
             yield {**state.data(), "state": state.state}
 
     def compare(
@@ -136,8 +147,8 @@ def register(desk: Desk, turn: dict[str, Any]) -> None:
             new_tokens: Most tokens to write.
             seed: Of the draws.
         """
-        wishes = [wish for wish in sizes.split(",") if wish.strip()]
-        for states in desk.compare(wishes, prompt, sampling_of(temperature, top_p, new_tokens, seed), text):
+        wishes = [wish for wish in text_of(sizes, "sizes").split(",") if wish.strip()]
+        for states in desk.compare(wishes, text_of(prompt, "prompt"), sampling_of(temperature, top_p, new_tokens, seed), text_of(text, "text")):
             yield [{**state.data(), "state": state.state} for state in states]
 
     glances: list[Callable[..., Any]] = [sizes, describe, largest, snippet]

@@ -27,7 +27,7 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0, or less than a hundredth, takes the likeliest token each time.
         top_p: Nucleus, above 0 to 1.
         new_tokens: Most tokens to write.
         seed: Of the draws: the same one gives the same text.
@@ -47,10 +47,15 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ArgumentError(f"{name.replace('_', ' ')} {str(value)[:40]} is outside {low:g} to {high:g}; choose a value in that range")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken: logits divided by less than this can be no finite numbers."""
+        return self.temperature < 0.01
+
     def warpers(self) -> LogitsProcessorList:
         """What is done to logits before a draw."""
         found = LogitsProcessorList()
-        if self.temperature not in (0.0, 1.0):
+        if not self.greedy and self.temperature != 1.0:
             found.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_p < 1.0:
             found.append(TopPLogitsWarper(float(self.top_p)))
@@ -101,7 +106,7 @@ class Writer:
         self.seconds += time.perf_counter() - started
 
     def _draw(self, logits: Tensor) -> int:
-        if not self.sampling.temperature:
+        if self.sampling.greedy:
             return int(logits.argmax())
         weights = torch.softmax(self._warpers(self.ids, logits), -1)
         return int(torch.multinomial(weights, 1, generator=self._draws))
