@@ -167,26 +167,19 @@ def test_all_terms_take_one_pass_and_no_dense_logits(tmp_path, monkeypatch):
     trainer = trainer_for("llama", tmp_path, kd_weight=0.7, ce_weight=0.3, temperature=2.0, hidden_weight=0.5, hidden_loss="mse")
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
     trainer.model.train()
-    passes, widest = [], 0
+    passes = []
     for model in (trainer.model, trainer.teacher):
         model.get_input_embeddings().register_forward_hook(lambda *_, model=model: passes.append(model))
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal widest
-            made = function(*args, **(kwargs or {}))
-            if isinstance(made, torch.Tensor) and made.dim() and made.shape[-1] == tiny.VOCAB:
-                widest = max(widest, made.numel() // tiny.VOCAB)
-            return made
-
-    with Watch():
+    watch = tiny.Widest()
+    with watch:
         value = trainer.compute_loss(trainer.model, batch)
         value.backward()
     assert passes == [trainer.model, trainer.teacher] or passes == [trainer.teacher, trainer.model]
     keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
     keep[:, :-1] = batch["labels"][:, 1:] != -100
     assert int(keep.sum()) > 64
-    assert 0 < widest <= 32  # 32 rows of V are the head's own gradient, (V, H) transposed
+    assert 0 < watch.rows <= 32  # 32 rows of V are the head's own gradient, (V, H) transposed
     ours, theirs = (model(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True).hidden_states for model in (trainer.model, trainer.teacher))
     ends = [int(trainer.kept.layers[1]) - 1, 3]
     hidden = sum(((a[keep] - theirs[end + 1][keep]).square().mean(-1) / theirs[end + 1][keep].square().mean(-1)).mean() / 2 for a, end in zip(ours[1:], ends))
@@ -465,8 +458,6 @@ def test_an_adapters_card_says_what_it_belongs_on(tmp_path):
 
 def test_a_device_without_float64_gets_none(monkeypatch, tmp_path):
     """The loss with fp32 as the widest type makes no float64 tensor at all."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from cbd_hub.losses import head
 
     class Narrow(TorchDispatchMode):

@@ -141,7 +141,7 @@ def tree():
 @pytest.fixture(scope="module")
 def archives(tree):
     """The sdist of the tree and the wheel that is built from it."""
-    pytest.importorskip("build")
+    pytest.importorskip("build", reason="the release's tests need build: pip install 'cbd-hub[release]'")
     said(sys.executable, "-m", "build", "--outdir", "dist", tree, cwd=tree.parent)
     (sdist,), (wheel,) = (list((tree.parent / "dist").glob(f"*{ending}")) for ending in (".tar.gz", ".whl"))
     return sdist, wheel

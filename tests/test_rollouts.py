@@ -451,21 +451,13 @@ def test_dense_logits_are_never_formed(tmp_path, monkeypatch, normalised):
     monkeypatch.setattr("cbd_hub.losses.log_probs._block_rows", lambda *_: 4)
     trainer = sampler_for("llama", tmp_path, **{**MINILLM, "max_new_tokens": 24}, length_normalised=normalised, per_device_train_batch_size=16)
     (batch,), items = batches_of(trainer)
-    widest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal widest
-            made = function(*args, **(kwargs or {}))
-            if isinstance(made, torch.Tensor) and made.dim() and made.shape[-1] == tiny.VOCAB:
-                widest = max(widest, made.numel() // tiny.VOCAB)
-            return made
-
+    watch = tiny.Widest()
     trainer.model.train()
-    with Watch():
+    with watch:
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).backward()
     assert int(items) > 32
-    assert 0 < widest <= 32  # 32 rows of V are the head's own gradient, (V, H) transposed
+    assert 0 < watch.rows <= 32  # 32 rows of V are the head's own gradient, (V, H) transposed
 
 
 def test_endless_orders_walk_every_row_before_any_twice():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -191,3 +192,17 @@ def random_kept(small, large, seed):
         np.sort(draw.choice(large.layers, small.layers, replace=False)), np.stack([draw.permutation(large.ffn) for _ in range(large.layers)]),
         np.stack(heads), draw.permutation(large.hidden),
     )
+
+
+class Widest(TorchDispatchMode):
+    """While it is entered, the most rows of a vocabulary's width that one tensor had, in ``rows``."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dim() and made.shape[-1] == VOCAB:
+            self.rows = max(self.rows, made.numel() // VOCAB)
+        return made
