@@ -4,7 +4,7 @@
 
 In memory, page cache warm, a blend of the chain and a patch of random weights: `CBDModel.from_chain` of an in-between size against transformers'
 ``from_pretrained`` of that model saved on disk, which maps files and reads nothing yet; and both followed by one sum over every weight, after which both
-models have been read. On disk, whole commands and imports apart: a blend
+models have been read. Beside the blend stands its floor: two files of that very size, added up tensor by tensor into new memory, with no plan and no model around it. On disk, whole commands and imports apart: a blend
 against mergekit's ``linear`` of two checkpoints of that very size, and a patch against its ``passthrough``. Time against size on chains of random weights in
 bf16; ``--hidden 640,832,1088,1344,2816`` goes to 2B (30 GB of disk, 16 GB of memory). Runs take turns; medians of wall time and of CPU time. Other work on the
 machine stretches the first and hardly the second. mergekit (0.1.5) has a Python of its own:
@@ -14,6 +14,7 @@ machine stretches the first and hardly the second. mergekit (0.1.5) has a Python
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import shutil
 import statistics
@@ -29,6 +30,7 @@ import torch
 import yaml
 from measuring import write
 from rich.console import Console
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -53,6 +55,7 @@ def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> Seconds
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
+            gc.collect()  # or one call pays for the memory of the model before it
             wall, cpu = time.perf_counter(), cpu_seconds()
             call()
             if repeat:
@@ -66,10 +69,18 @@ def touched(model: Any) -> None:
         parameter.detach().sum()
 
 
-def in_memory(chain: str | Path, saved: Path, repeats: int, **wish: Any) -> Seconds:
-    """Seconds to a model in memory."""
+def summed(first: Path, second: Path) -> list[torch.Tensor]:
+    """Half of each tensor of two checkpoints, in new memory: the least that a blend has to do."""
+    with safe_open(first / "model.safetensors", "pt") as ours, safe_open(second / "model.safetensors", "pt") as theirs:
+        return [torch.lerp(ours.get_tensor(key), theirs.get_tensor(key), 0.5) for key in ours.keys()]  # noqa: SIM118 (no mapping)
+
+
+def in_memory(chain: str | Path, saved: Path, repeats: int, other: Path | None = None, **wish: Any) -> Seconds:
+    """Seconds to a model in memory; with ``other``, a second checkpoint of its size, also to the sum of both."""
     load = AutoModelForCausalLM.from_pretrained
+    floor: dict[str, Callable[[], object]] = {} if other is None else {"two files added up": lambda: summed(saved, other)}
     return in_turns({
+        **floor,
         "from_chain": lambda: CBDModel.from_chain(chain, **wish), "from_pretrained": lambda: load(saved, dtype="auto"),
         "from_chain, touched": lambda: touched(CBDModel.from_chain(chain, **wish)), "from_pretrained, touched": lambda: touched(load(saved, dtype="auto")),
     }, repeats)
@@ -89,6 +100,15 @@ def random_chain(folder: Path, hidden: int, layers: tuple[int, int], dtype: torc
     for path in paths:
         shutil.rmtree(path)
     return chain
+
+
+def scaled(saved: Path, folder: Path) -> None:
+    """Another checkpoint of the same shape."""
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(folder)
 
 
 def middle_of(chain: Chain) -> int:
@@ -136,15 +156,10 @@ class Commands:
         return self.timed(self.python, "-m", "mergekit.scripts.run_yaml", path)
 
 
-def on_disk(chain: str, size: str, saved: Path, patched: Chain, work: Path, python: str, repeats: int) -> dict[str, Seconds]:
+def on_disk(chain: str, size: str, saved: Path, other: Path, patched: Chain, work: Path, python: str, repeats: int) -> dict[str, Seconds]:
     """Seconds of whole commands, and of their imports alone."""
-    model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.01)
-    model.save_pretrained(work / "other")
     commands = Commands(work, python)
-    pair = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (saved, work / "other")]
+    pair = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (saved, other)]
     names = {anchor.name: work / f"chain768/anchors/{anchor.name}" for anchor in patched.anchors}
     middle = middle_of(patched)
     slices = slices_of(patched.plan(middle, strategy="patch"), names)
@@ -184,17 +199,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         plan = CBDModel.materialize(options.chain, options.size, strategy="blend", output_dir=work / "saved")
+        scaled(work / "saved", work / "other")
         patched = random_chain(work, 768, (24, 12))
         patch: dict[str, Any] = {"size": middle_of(patched), "strategy": "patch"}
         found = CBDModel.materialize(work / "chain768", **patch, output_dir=work / "patched")
         results["parameters"] = {"blend": plan.parameters, "patch": found.parameters}
         results["memory"] = {
-            "blend": in_memory(options.chain, work / "saved", options.repeats, size=options.size, strategy="blend"),
+            "blend": in_memory(options.chain, work / "saved", options.repeats, work / "other", size=options.size, strategy="blend"),
             "patch": in_memory(work / "chain768", work / "patched", options.repeats, **patch),
         }
         console.print(results["memory"])
         if options.mergekit_python:
-            results["disk"] = on_disk(options.chain, options.size, work / "saved", patched, work, options.mergekit_python, options.command_repeats)
+            results["disk"] = on_disk(options.chain, options.size, work / "saved", work / "other", patched, work, options.mergekit_python, options.command_repeats)
             console.print(results["disk"])
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

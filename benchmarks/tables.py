@@ -121,6 +121,13 @@ def loading(data: dict[str, Any]) -> str:
     lines = [
         "`from_pretrained` maps files and reads nothing; a patch's tensors are mapped as well, a blend's have to be read and made."
     ]
+    blend = data["memory"]["blend"]
+    if (added := blend.get("two files added up")) is not None:
+        floor = added["wall"] + blend["from_pretrained"]["wall"]
+        lines.append(
+            f"Two files of that size added up into new memory, with no plan and no model, take {added['wall']:.2f} s: with that on top `from_pretrained` would stand at "
+            f"{floor / blend['from_pretrained']['wall']:.1f}x, and `from_chain` takes {blend['from_chain']['wall'] / floor:.1f}x of it."
+        )
     for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
         if "disk" in data:
             ours, theirs, imports = data["disk"][name]["cbd make"], data["disk"][name][rival], data["disk"]["imports"]
