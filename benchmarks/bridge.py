@@ -113,9 +113,10 @@ class Bench:
             str(run), seed=options.seed, max_steps=self.steps, per_device_train_batch_size=options.batch, block_size=BLOCK, bf16=True, save_steps=50, report_to="none",
             learning_rate=options.learning_rate, disable_tqdm=True, logging_steps=10, **(RIVALS["span"] if gold else RIVALS[rival]),
         )
-        console.print(f"{name}: {self.steps} steps")
+        rows = self.enough(tokenizers[0])
+        console.print(f"{name}: {self.steps} steps, {len(rows)} texts")
         trainer = (gold or ChainDistiller)(
-            model=start(), teacher=teacher, args=config, train_dataset=self.rows, processing_class=tokenizers[0], teacher_processing_class=tokenizers[1],
+            model=start(), teacher=teacher, args=config, train_dataset=rows, processing_class=tokenizers[0], teacher_processing_class=tokenizers[1],
         )
         began = time.perf_counter()
         trainer.train(resume_from_checkpoint=get_last_checkpoint(run) if run.is_dir() else None)
@@ -123,6 +124,12 @@ class Bench:
         model = trainer.accelerator.unwrap_model(trainer.model)
         shutil.rmtree(run, ignore_errors=True)
         return model
+
+    def enough(self, tokenizer: Any) -> list[dict[str, str]]:
+        """As many texts as fill the budget once, with a fifth to spare: no rival reads others, and the teacher answers no prompt that is not used."""
+        ends = itertools.accumulate(len(tokenizer(row["text"])["input_ids"]) for row in self.rows)
+        wanted = 1.2 * self.steps * self.options.batch * BLOCK
+        return self.rows[: 1 + next((place for place, end in enumerate(ends) if end >= wanted), len(self.rows))]
 
     @property
     def steps(self) -> int:
@@ -307,8 +314,10 @@ def main() -> None:
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for row in options.only or ROWS:
         found = report(row, run[row](bench))
-        plain = {} if row in ("align", "loss") else {"steps": bench.steps, "tokens": bench.steps * options.batch * BLOCK}
-        results[row] = {"command": f"python benchmarks/bridge.py --only {row}", **plain, **found, **whence()}
+        trained = row not in ("align", "loss")
+        plain = {"steps": bench.steps, "tokens": bench.steps * options.batch * BLOCK} if trained else {}
+        budget = f" --tokens {options.tokens} --batch {options.batch} --heldout-bytes {options.heldout_bytes}" if trained else ""
+        results[row] = {"command": f"python benchmarks/bridge.py --only {row}{budget}", **plain, **found, **whence()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
