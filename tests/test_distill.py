@@ -223,6 +223,16 @@ def resumed(family, folder, stop, **options):
     return weights(tiny.stopped_and_resumed(lambda: trainer_for(family, folder, **options), folder, stop))
 
 
+def test_cross_entropy_alone_does_not_run_the_teacher(tmp_path):
+    runs = []
+    for weight in (0.0, 0.5):
+        trainer = trainer_for("llama", tmp_path, kd_weight=weight, ce_weight=1.0)
+        trainer.teacher.model.register_forward_hook(lambda *_: runs[-1].append(1))
+        runs.append([])
+        trainer.train()
+    assert [len(found) for found in runs] == [0, 2]
+
+
 @pytest.mark.parametrize("stop", [3, 5])
 def test_stopped_and_resumed_equals_never_stopped(family, tmp_path, stop):
     whole, again = resumed(family, tmp_path / "a", 0, path_fraction=0.5), resumed(family, tmp_path / "b", stop, path_fraction=0.5)

@@ -201,11 +201,12 @@ class ChainDistiller(SamplingTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _beside_teacher(self, model: Any, inputs: dict[str, Any], compute: Callable[[Any, Output | None], T]) -> T:
-        """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either; cached top tokens and its answers need no teacher."""
+        """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either; cached top tokens, its answers and cross-entropy alone need no teacher."""
         model = without_compiler(model)
         module = self.accelerator.unwrap_model(model)
         student = module.get_base_model() if is_peft_model(module) else module
-        if "top_ids" in inputs or "teacher_log_probs" in inputs or self.args.bridge == "text":
+        untaught = not self.args.kd_weight and self.hidden is None
+        if untaught or "top_ids" in inputs or "teacher_log_probs" in inputs or self.args.bridge == "text":
             with self.accelerator.autocast():
                 return inside(model, module, lambda: compute(student, None), frozen=not torch.is_grad_enabled())
         if self.teacher is None:
