@@ -25,9 +25,10 @@ from rich.table import Table
 from step import stepper_of_batches
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig
+from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.data import read_rows
 from cbd_hub.distill.packing import packed_dataset
-from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.precision import has_bf16
 from cbd_hub.weights import load_model
 

@@ -40,7 +40,7 @@ def held_out(mode, teacher, folder):
     from datasets import IterableDataset
     from test_distill import rows
 
-    from cbd_hub.distill.teacher_cache import write_cache
+    from cbd_hub.distill.cache_writing import write_cache
 
     if "bridge" in MODES[mode]:
         return [[{"prompt": text[:9], "completion": text[9 : 12 + index]} for index, text in enumerate(tiny.texts(count, seed=9))] for count in (3, 9, 11)]
@@ -56,7 +56,7 @@ def main(folder, mode):
     from test_distill import rows, student_of
 
     from cbd_hub import ChainDistiller, ChainDistillerConfig
-    from cbd_hub.distill.teacher_cache import write_cache
+    from cbd_hub.distill.cache_writing import write_cache
 
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))

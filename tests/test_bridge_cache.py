@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.distill.cache_writing import write_cache
+from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.files import sha256
 from cbd_hub.losses.alignment import prefix_of, token_bytes

@@ -327,7 +327,7 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, caplog):
     student.resize_token_embeddings(300)
     teacher.resize_token_embeddings(280)
     config = ChainDistillerConfig(str(tmp_path), max_steps=1, bf16=False, disable_tqdm=True)
-    with caplog.at_level("INFO", "cbd_hub.distill.distiller"):
+    with caplog.at_level("INFO", "cbd_hub.distill.wiring"):
         trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
     assert "260" in caplog.text
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbd_hub import CBDModel, Chain, heal
 from cbd_hub.cards import interpolant_card
 from cbd_hub.distill import heal as module
+from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.healing import Healer, divided
-from cbd_hub.distill.teacher_cache import write_cache
 from cbd_hub.errors import ArgumentError, DataError, SizeError, StorageError, WeightsError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import ModelRunner

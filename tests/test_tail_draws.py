@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.distill.teacher_cache import write_cache
+from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.top_codec import TailCodec
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.losses.divergence import forward_kl

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
+from test_cache_writing import BLOCK, K, files, texts, write
 from test_cli import run
 from test_distill import resumed as resumed_live
 from test_distill import rows as masked_rows
@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 from cbd_hub import ChainDistiller, ChainDistillerConfig, distill_chain
 from cbd_hub.distill.cache_record import CacheRecord
 from cbd_hub.distill.packing import packed_dataset
-from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TopCodec, rounding_kl
-from cbd_hub.errors import ArgumentError, DataError, IntegrityError, StorageError, VocabularyMismatchError
+from cbd_hub.errors import ArgumentError, DataError, IntegrityError, VocabularyMismatchError
 from cbd_hub.files import sha256
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.losses.divergence import forward_kl
@@ -39,27 +39,11 @@ from cbd_hub.losses.head import distillation_loss
 from cbd_hub.losses.log_probs import top_log_probs
 
 
-K, BLOCK = 24, 32
-
-
-def texts(count=40, seed=0):
-    return [{"text": text} for text in tiny.texts(count, seed)]
-
-
-def write(folder, teacher=None, rows=None, **options):
-    options = {"tokenizer": tiny.tokenizer(), "block_size": BLOCK, "top_k": K, "shard_tokens": 32 * BLOCK, **options}
-    return write_cache(teacher or tiny.llama(), texts() if rows is None else rows, folder, **options)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "c"
     write(folder)
     return folder
-
-
-def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
 # -- the codec ---------------------------------------------------------------------------------------------------------------
@@ -146,12 +130,6 @@ def test_random_bytes_decode_to_distributions_or_are_refused(raw):
     assert ids.min() >= 0
     assert ids.max() < 300
     assert (np.exp(kept).sum(1) <= 1 + 1e-6).all()
-
-
-def test_options_outside_their_range_are_refused(tmp_path):
-    for options, message in (({"bits": 3}, "bits=3"), ({"top_k": 260}, "top_k=260"), ({"top_k": 0}, "top_k=0")):
-        with pytest.raises(ArgumentError, match=message):
-            write(tmp_path / "c", **options)
 
 
 def test_top_log_probs_are_the_dense_reference():
@@ -261,11 +239,6 @@ def test_a_cache_that_stopped_at_a_limit_is_of_the_first_documents(tmp_path):
         cache.check(rows=texts(2), tokenizer=tiny.tokenizer(), block_size=BLOCK)
 
 
-def test_streams_are_cached_as_lists_are(cache, tmp_path):
-    write(tmp_path / "c", rows=Dataset.from_list(texts()).to_iterable_dataset())
-    assert files(tmp_path / "c") == files(cache)
-
-
 def test_bf16_files_and_their_fp32_load_are_one_teacher(tmp_path):
     teacher = tiny.llama().bfloat16()
     cache = write(tmp_path / "c", teacher)
@@ -290,48 +263,6 @@ def test_a_teacher_in_several_files_is_the_same_teacher(family, tmp_path):
     save_file(tensors, shards[-1], metadata={"format": "pt"})
     with pytest.raises(DataError, match="another teacher"):
         cache.check(teacher=AutoModelForCausalLM.from_pretrained(tmp_path / "many"))
-
-
-@pytest.mark.parametrize("stop", [0, 1, 2])
-def test_killed_and_run_again_it_comes_out_the_same(cache, tmp_path, stop):
-    """Killed in a shard, the run leaves no cache and goes on behind the last whole shard; the folder is the same, byte for byte."""
-    folder = tmp_path / "c"
-    code = f"""
-import os, sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
-import torch, tiny; torch.set_num_threads(1)
-from pathlib import Path
-from test_teacher_cache import write
-def progress(done, total):
-    if done > {stop} * 32 + 8: os.kill(os.getpid(), 9)
-write(Path({str(folder)!r}), progress=progress)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == -9, done.stderr[-2000:]
-    assert len(list(folder.glob("data/*.arrow"))) == stop
-    with pytest.raises(DataError, match="run it again if it was stopped"):
-        TeacherCache.open(folder)
-    if stop == 2:  # a shard that was cut short is made again
-        shard = min(folder.glob("data/*.arrow"))
-        shard.write_bytes(shard.read_bytes()[:-100])
-    asked = []
-    write(folder, progress=lambda done, total: asked.append(done))
-    assert asked[0] == (8 if stop != 1 else 32)
-    assert files(folder) == files(cache)
-    assert not (folder / ".work").exists()
-
-
-def test_a_finished_cache_is_not_made_again(cache, tmp_path, monkeypatch):
-    shutil.copytree(cache, tmp_path / "c")
-    (tmp_path / "c" / ".work").mkdir()  # killed at its very end
-    monkeypatch.setattr("cbd_hub.distill.teacher_cache.ModelRunner", None)
-    write(tmp_path / "c")
-    assert files(tmp_path / "c") == files(cache)
-    with pytest.raises(StorageError, match="another top_k, tail_draws; choose another folder"):
-        write(tmp_path / "c", top_k=5)
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "thesis.txt").touch()
-    with pytest.raises(StorageError, match="already exists and is no teacher cache"):
-        write(tmp_path / "d")
 
 
 def test_damaged_files_and_rows_are_named(cache, tmp_path):
@@ -387,20 +318,6 @@ def test_a_hostile_record_is_refused(cache, tmp_path, change, message):
     (tmp_path / "c" / "cache.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
         CacheRecord.read(tmp_path / "c")
-
-
-def test_texts_that_cannot_be_cached_are_named(tmp_path):
-    for options, message in (
-        ({"rows": []}, "no rows"), ({"rows": [{"text": "a"}]}, "does not fill one block"), ({"tokenizer": None}, "no tokenizer came"),
-        ({"rows": [{"input_ids": [5, 400]}]}, "token 400"), ({"rows": [{"input_ids": [5, 6], "labels": [5]}]}, "no block"),
-        ({"rows": [{"input_ids": [5, 6], "attention_mask": [1, 0]}]}, "without padding"), ({"rows": [{"input_ids": [5, 6]}, {"input_ids": [5, 6], "labels": [5, 6]}]}, "same columns"),
-    ):
-        with pytest.raises(DataError, match=message):
-            write(tmp_path / "c", **options)
-    broken = tiny.llama()
-    broken.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(DataError, match="no numbers"):
-        write(tmp_path / "c", broken)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.data import read_rows
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import read_parts, stage_rows
-from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import ArgumentError
 from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
 from cbd_hub.plans import weight_dtype

@@ -1,4 +1,4 @@
-"""What a teacher cache was made from: cache.json as validated data, and blocks that are identified while they are read."""
+"""What a teacher cache was made from: cache.json as validated data, the columns of the shards, and blocks that are identified while they are read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from datasets import Features, List, Value
 from pydantic import Field, ValidationError
 
 from cbd_hub.distill.packing import pack
@@ -20,6 +21,8 @@ from cbd_hub.manifest import Data, FileRecord, Parameters, Sha256
 SCHEMA_VERSION = 3
 FILE_NAME = "cache.json"
 COLUMNS = ("input_ids", "labels", "position_ids")
+TOP, TAIL = "teacher_top", "teacher_tail"
+TOKEN = "token_log_probs"
 _TEXT = ("text", "prompt", "completion", "response", "messages")
 _MAX_BYTES = 64 * 2**20
 
@@ -70,6 +73,11 @@ class Source(Data):
     student_sha256: Sha256 | None = None
     token_log_probs: bool = False
     tail_draws: int = Field(default=0, ge=0, le=2**12)
+
+    def features(self) -> Features:
+        """The columns of the shards."""
+        own = {TOKEN: List(Value("float16"))} if self.token_log_probs else {}
+        return Features({**{name: List(Value("int32")) for name in self.columns}, **own, TOP: Value("binary"), **({TAIL: Value("binary")} if self.tail_draws else {})})
 
 
 class StudentFigures(Data):

@@ -10,7 +10,6 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
-from transformers.utils import is_peft_available
 
-from cbd_hub.distill.bridge_cache import BridgedCache
-from cbd_hub.distill.bridging import COLUMNS, Bridge, check_heads
+from cbd_hub.distill.bridging import COLUMNS
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import with_tokens
 from cbd_hub.distill.hidden import Batch, HiddenTerm
@@ -31,6 +28,7 @@ from cbd_hub.distill.packing import CACHED, collate, next_tokens
 from cbd_hub.distill.path import path_plan, segment_to
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
+from cbd_hub.distill.wiring import wired
 from cbd_hub.distill.wrapping import (
     compile_base,
     inside,
@@ -42,8 +40,8 @@ from cbd_hub.distill.wrapping import (
     sparse_rows,
     without_compiler,
 )
-from cbd_hub.errors import ArgumentError, TrainingError, VocabularyMismatchError
-from cbd_hub.interpolation.live import Between, ModelRunner, Output, check_head, frozen, router_loss
+from cbd_hub.errors import ArgumentError, TrainingError
+from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
 from cbd_hub.interpolation.planner import Kept, Plan
 from cbd_hub.losses.head import Listed, distillation_loss
 
@@ -111,44 +109,19 @@ class ChainDistiller(SamplingTrainer):
         for name, why in (("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", "logits are never formed")):
             if kwargs.get(name) is not None:
                 raise ArgumentError(f"{name} would never be called: {why}; leave it out")
-        reader = processing_class if args.bridge is None else teacher_processing_class
-        self.teacher_cache = _cached(args, teacher_cache, teacher, reader, train_dataset, eval_dataset)
-        if self.teacher_cache is not None and args.bridge is not None:
-            self.bridge, self._vocab_size, kept = Bridge(args, processing_class, teacher_processing_class), None, None
-            check_heads(self.bridge, model)
-            train_dataset = _bridged(self.bridge, self.teacher_cache, model, train_dataset, eval_dataset)
-            teacher = None
-        elif self.teacher_cache is not None:
-            teacher, train_dataset, kept = None, self.teacher_cache, None
-            self._vocab_size = _cached_vocabulary(model, self.teacher_cache)
-        elif isinstance(teacher, torch.nn.Module) and args.bridge is not None:
-            self.bridge, self._vocab_size = Bridge(args, processing_class, teacher_processing_class), None
-            check_heads(self.bridge, model, teacher)
-        elif isinstance(teacher, torch.nn.Module):
-            self._vocab_size = _shared_vocabulary(model, teacher, processing_class)
-        else:
-            raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model, or a teacher_cache")
-        loaded: list[Any] = [found for found in (model, teacher) if isinstance(found, torch.nn.Module) and not is_sharded(found)]
-        for found in loaded:
-            check_head(found.get_base_model() if is_peft_model(found) else found)
-        if kept is None and args.path_fraction:
-            raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
-        student = self._student = model
-        if peft_config is not None:
-            model = _with_adapter(model, peft_config, args)
-        if self.bridge is not None:
-            kwargs.setdefault("data_collator", self.bridge.collate)
-            if args.bridge == "text":
-                train_dataset = None if train_dataset is None else self.bridge.prompts(train_dataset, teacher)
-            elif self.teacher_cache is None:
-                train_dataset, eval_dataset = (self.bridge.with_tokens(rows, model, teacher) for rows in (train_dataset, eval_dataset))
-        kwargs.setdefault("data_collator", functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0))
+        wiring = wired(
+            args, model, teacher, cache=teacher_cache, tokenizers=(processing_class, teacher_processing_class), train_dataset=train_dataset,
+            eval_dataset=eval_dataset, kept=kept, peft_config=peft_config,
+        )
+        self.teacher_cache, self.bridge, self._student, self._vocab_size = wiring.cache, wiring.bridge, model, wiring.vocab_size
+        student, model, teacher, kept = model, wiring.model, wiring.teacher, wiring.kept
+        padded = functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0)
+        kwargs.setdefault("data_collator", padded if self.bridge is None else self.bridge.collate)
+        rows = unpacked(wiring.train_dataset, processing_class, args)
         super().__init__(
             model=model, args=args,
-            train_dataset=self._set_up_sampling(
-                args, teacher, *(with_tokens(rows, processing_class, args, model) for rows in (unpacked(train_dataset, processing_class, args), text_dataset))
-            ),
-            eval_dataset=with_tokens(eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
+            train_dataset=self._set_up_sampling(args, teacher, *(with_tokens(found, processing_class, args, model) for found in (rows, text_dataset))),
+            eval_dataset=with_tokens(wiring.eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
         self.add_callback(MetricsFile())
@@ -378,82 +351,3 @@ class _Settle(TrainerCallback):
 
 def _batch(inputs: Mapping[str, Any], whose: str = "") -> tuple[Tensor, Tensor | None, Tensor | None]:
     return inputs[f"{whose}input_ids"], inputs.get(f"{whose}attention_mask"), inputs.get(f"{whose}position_ids")
-
-
-def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:
-    """The student with a fresh adapter.
-
-    Raises:
-        ArgumentError: If peft is not there, or the adapter cannot be trained by this loss.
-    """
-    if not is_peft_available():
-        raise ArgumentError("peft_config needs peft; run `pip install peft`")
-    peft = import_module("peft")
-    if is_peft_model(model):
-        raise ArgumentError("the student already has an adapter; pass the plain model with peft_config, or the adapted one without")
-    if args.path_fraction:
-        raise ArgumentError("path_fraction trains the student's own weights and cannot be combined with peft_config; choose one")
-    if peft_config.is_prompt_learning:
-        raise ArgumentError("prompt learning changes the sequence, which this loss cannot follow; use LoRA")
-    adapted = peft.get_peft_model(model, peft_config)
-    if type(adapted.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
-        raise ArgumentError("the adapter is on the output head, which the loss reads as a plain matrix; leave lm_head out of target_modules")
-    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):  # the newer name, transformers 5.23
-        adapted.enable_input_require_grads()
-    return adapted
-
-
-def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None:
-    """Rows of both heads that are real tokens, where they are padded to different lengths; None where they agree."""
-    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
-    if ours == theirs:
-        return None
-    real = None if tokenizer is None else len(tokenizer)
-    if real is None or real > min(ours, theirs):
-        raise VocabularyMismatchError(
-            f"the student has a vocabulary of {ours:,} and the teacher of {theirs:,}"
-            + ("; pass their tokenizer as processing_class if one is only padded" if real is None else f", but the tokenizer has {real:,} tokens")
-            + ". Distillation on logits needs one vocabulary; models of different ones need a bridge"
-        )
-    logger.info("heads of %d and %d rows are padded; the loss uses the tokenizer's %d tokens", ours, theirs, real)
-    return real
-
-
-def _cached(
-    args: ChainDistillerConfig, cache: Any, teacher: Any, tokenizer: Any, train_dataset: Any, eval_dataset: Any
-) -> TeacherCache | None:
-    """The teacher cache to train from, found to be that of what is given; None where the teacher is to be run."""
-    if cache is None:
-        cache = train_dataset if isinstance(train_dataset, TeacherCache) else args.teacher_cache
-    if cache is None:
-        return None
-    args.check_cached()
-    sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-    if any(rows is not None and not isinstance(rows, TeacherCache) for rows in sets):
-        raise ArgumentError("evaluation would run the teacher, and a teacher cache stands in its place; pass a TeacherCache as eval_dataset too, or none")
-    opened = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
-    rows = None if isinstance(train_dataset, TeacherCache) else train_dataset
-    opened.check(teacher=teacher, tokenizer=tokenizer, rows=rows, block_size=args.block_size)
-    return opened
-
-
-def _bridged(bridge: Bridge, cache: TeacherCache, student: Any, rows: Any, eval_dataset: Any) -> BridgedCache:
-    """The rows of a bridge from a teacher cache.
-
-    Raises:
-        ArgumentError: If the documents are missing, or rows to evaluate on came.
-    """
-    if rows is None or isinstance(rows, TeacherCache):
-        raise ArgumentError(f"bridge={bridge.args.bridge} reads the documents of {cache.name} with the student's tokenizer too; pass them as train_dataset")
-    if eval_dataset is not None:
-        raise ArgumentError("evaluation of a bridge runs the teacher, and a teacher cache stands in its place; leave eval_dataset out, and measure bits per byte")
-    room = 4 * bridge.args.block_size
-    return BridgedCache(bridge, cache, rows, min(room, getattr(student.config, "max_position_embeddings", None) or room))
-
-
-def _cached_vocabulary(student: Any, cache: TeacherCache) -> int | None:
-    """Rows of the student's head that the cache's tokens are; None where that is all."""
-    ours, theirs = student.config.vocab_size, cache.codec.vocab_size
-    if ours < theirs:
-        raise VocabularyMismatchError(f"the student has a vocabulary of {ours:,} and the cached teacher of {theirs:,}; models of different ones need a bridge")
-    return None if ours == theirs else theirs

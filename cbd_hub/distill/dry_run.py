@@ -17,6 +17,7 @@ from transformers import set_seed
 
 from cbd_hub import shapes
 from cbd_hub.cut import mixes
+from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.data import Parts
 from cbd_hub.distill.distiller import ChainDistiller
@@ -30,7 +31,7 @@ from cbd_hub.distill.stages import (
     stage_rows,
     stage_tokenizers,
 )
-from cbd_hub.distill.teacher_cache import TeacherCache, write_cache
+from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import short_attention
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.hub import resolve_checkpoint

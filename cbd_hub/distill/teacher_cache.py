@@ -1,56 +1,22 @@
-"""A teacher's top-k log-probabilities, written once and read instead of running it."""
+"""A teacher's top-k log-probabilities, read instead of running it."""
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
-from datasets.arrow_writer import ArrowWriter
-from torch import Tensor
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Dataset as TorchDataset
 
-from cbd_hub.cards import cache_card
-from cbd_hub.distill.cache_record import (
-    FILE_NAME,
-    SCHEMA_VERSION,
-    CacheRecord,
-    Figures,
-    IdentifiedBlocks,
-    PackingRecord,
-    ShardRecord,
-    Source,
-    StudentFigures,
-    TeacherRecord,
-    TextRecord,
-    predicts,
-)
-from cbd_hub.distill.packing import IGNORED, collate, next_tokens
-from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
-from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError
-from cbd_hub.files import check_file, disk_error, sha256, write_text
+from cbd_hub.distill.cache_record import FILE_NAME, TAIL, TOKEN, TOP, CacheRecord, IdentifiedBlocks, predicts
+from cbd_hub.distill.top_codec import TailCodec, TopCodec
+from cbd_hub.errors import DataError
+from cbd_hub.files import check_file
 from cbd_hub.hub import download, is_repo_id
-from cbd_hub.interpolation.live import ModelRunner, frozen
-from cbd_hub.losses.alignment import prefix_of
-from cbd_hub.losses.head import Listed, distillation_loss
-from cbd_hub.losses.log_probs import top_log_probs
-from cbd_hub.shapes import check_positions, parameter_count
 from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
-
-
-SHARD_TOKENS = 2**18
-_WORK = ".work"
-_TOP, _TAIL = "teacher_top", "teacher_tail"
-_TOKEN = "token_log_probs"
 
 
 class TeacherCache(TorchDataset[dict[str, Any]]):
@@ -63,6 +29,7 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
 
     Example:
         >>> import tempfile
+        >>> from cbd_hub.distill.cache_writing import write_cache
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> teacher = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +61,7 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
         if not folder.is_dir() and is_repo_id(os.fspath(cache)):
             folder = download(os.fspath(cache), revision, [FILE_NAME, "data/*"], {"repo_type": "dataset", "token": token})
         record = CacheRecord.read(folder)
-        wanted = _features(record.source)
+        wanted = record.source.features()
         parts = []
         for shard in record.shards:
             path = folder / shard.path
@@ -130,15 +97,15 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
                 if values.shape != (length,) or not length or values.min() < low or values.max() >= high:
                     raise DataError(f"{name} are not {length} numbers from {low} to {high - 1:,}")
         keep = predicts(row)
-        found = {"top": self.codec.decode(row.pop(_TOP), int(keep.sum()))}
+        found = {"top": self.codec.decode(row.pop(TOP), int(keep.sum()))}
         if self.tail.draws:
-            found["tail"] = self.tail.decode(row.pop(_TAIL), int(keep.sum()))
+            found["tail"] = self.tail.decode(row.pop(TAIL), int(keep.sum()))
         for name, parts in found.items():
             for what, part in zip(("ids", "log_probs"), parts):
                 row[f"{name}_{what}"] = np.zeros((length, part.shape[1]), part.dtype)
                 row[f"{name}_{what}"][keep] = part
         if self.record.source.token_log_probs:
-            row[_TOKEN] = _checked(row[_TOKEN], keep)
+            row[TOKEN] = _checked(row[TOKEN], keep)
         return row
 
     def check(self, *, teacher: Any = None, tokenizer: Any = None, rows: Iterable[Mapping[str, Any]] | None = None, block_size: int = 128) -> None:
@@ -147,7 +114,7 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
         Args:
             teacher: A loaded model.
             tokenizer: A transformers tokenizer.
-            rows: Rows or blocks, as for `write_cache`. A cache that stopped at a limit of tokens must be made of the first ones.
+            rows: Rows or blocks, as for `cbd_hub.distill.cache_writing.write_cache`. A cache that stopped at a limit of tokens must be made of the first ones.
             block_size: Tokens in a block, for rows that are packed.
 
         Raises:
@@ -181,11 +148,6 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
 _REMEDY = "; make a cache for this one with `cbd cache-teacher`, or leave teacher_cache out"
 
 
-def _features(source: Source) -> Features:
-    own = {_TOKEN: List(Value("float16"))} if source.token_log_probs else {}
-    return Features({**{name: List(Value("int32")) for name in source.columns}, **own, _TOP: Value("binary"), **({_TAIL: Value("binary")} if source.tail_draws else {})})
-
-
 def _checked(values: Any, keep: np.ndarray) -> np.ndarray:
     """Log-probabilities of a block's tokens, where ``keep`` says which positions predict one that counts.
 
@@ -194,262 +156,5 @@ def _checked(values: Any, keep: np.ndarray) -> np.ndarray:
     """
     found = np.asarray(values, np.float32)
     if found.shape != keep.shape or not np.isfinite(found).all() or found.max() > 0 or found[~np.roll(keep, 1)].any():
-        raise ValueError(f"{_TOKEN} are no log-probabilities of its tokens")
+        raise ValueError(f"{TOKEN} are no log-probabilities of its tokens")
     return found
-
-
-@dataclass
-class _Sums:
-    """What is added up over the positions of a shard."""
-
-    positions: int = 0
-    rounding: float = 0.0
-    worst: float = 0.0
-    tail: float = 0.0
-    full: float = 0.0
-    kept: float = 0.0
-
-    def add(self, other: _Sums) -> None:
-        for name in ("positions", "rounding", "tail", "full", "kept"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.worst = max(self.worst, other.worst)
-
-
-@dataclass
-class _Asker:
-    """The teacher, and perhaps a student, asked about blocks."""
-
-    codec: TopCodec
-    tail: TailCodec
-    teacher: Any
-    student: Any = None
-    sums: _Sums = field(default_factory=_Sums)
-
-    def __call__(self, blocks: list[dict[str, np.ndarray]], first: int) -> list[dict[str, Any]]:
-        """The encoded top tokens of each block and draws from the others, and the log-probabilities of its own; ``first`` is the first block's number."""
-        batch = {name: tensor.to(self.teacher.device, torch.int64) for name, tensor in collate(blocks).items()}
-        keep = next_tokens(batch["labels"]) != IGNORED
-        inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-        target = ModelRunner(self.teacher)(*inputs)
-        head, hidden = target.head, target.hidden[keep].float()
-        uniform = np.concatenate([np.random.default_rng(first + place).random(int(row.sum())) for place, row in enumerate(keep.cpu().numpy())])
-        top = top_log_probs(
-            hidden, head.weight, self.codec.top_k, next_tokens(batch["labels"])[keep], bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-            vocab_size=self.codec.vocab_size, draws=self.tail.draws, uniform=torch.from_numpy(uniform.astype(np.float32)).to(hidden.device),
-        )
-        if not torch.isfinite(top.log_probs).all():
-            raise DataError(f"the teacher's log-probabilities are no numbers on a batch that begins with tokens {blocks[0]['input_ids'][:8].tolist()}")
-        order = top.ids.argsort(-1)
-        exact = (top.ids.gather(1, order).cpu().numpy(), top.log_probs.gather(1, order).cpu().numpy(), top.log_rest.cpu().numpy())
-        drawn = (top.tail_ids.cpu().numpy(), top.tail_log_probs.cpu().numpy())
-        encoded, start = [], 0
-        kept, tails = np.empty_like(exact[1]), tuple(map(np.empty_like, drawn))
-        for block, positions in zip(blocks, keep.cpu().numpy()):
-            here = slice(start, start + int(positions.sum()))
-            listed = self.codec.encode(*(part[here] for part in exact))
-            chosen = np.zeros(len(positions), np.float16)
-            chosen[np.roll(positions, 1)] = top.chosen[here].clamp(-6e4, 0.0).cpu().numpy()
-            encoded.append({_TOP: listed, _TOKEN: chosen[: len(block["input_ids"])]})
-            kept[here] = self.codec.decode(listed, here.stop - start)[1]
-            if self.tail.draws:
-                others = self.tail.encode(*(part[here] for part in drawn))
-                encoded[-1][_TAIL] = others
-                for whole, part in zip(tails, self.tail.decode(others, here.stop - start)):
-                    whole[here] = part
-            start = here.stop
-        costs = rounding_kl(exact[1], exact[2], kept)
-        self.sums.positions += len(costs)
-        self.sums.rounding += float(costs.sum())
-        self.sums.worst = max(self.sums.worst, float(costs.max(initial=0.0)))
-        self.sums.tail += float(np.exp(exact[2], dtype=np.float64).sum())
-        if self.student is not None:
-            parts = (exact[0], kept, *(tails if self.tail.draws else ()))
-            whole_kl, kept_kl = self._divergences(inputs, keep, hidden, head, Listed(*(torch.from_numpy(part).to(hidden.device) for part in parts)))
-            self.sums.full += whole_kl
-            self.sums.kept += kept_kl
-        return encoded
-
-    def _divergences(self, inputs: tuple[Any, ...], keep: Tensor, hidden: Tensor, head: Any, top: Listed) -> tuple[float, float]:
-        """Forward KL to the student, summed over positions: over the whole vocabulary, and over what is kept."""
-        output = ModelRunner(self.student)(*inputs)
-        ours = output.head
-        full, kept = (
-            float(distillation_loss(
-                output.hidden[keep].float(), ours.weight, hidden, head.weight, torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device),
-                num_items=1, vocab_size=self.codec.vocab_size, student_bias=ours.bias, teacher_bias=head.bias,
-                student_logit_scale=ours.logit_scale, teacher_logit_scale=head.logit_scale, student_softcap=ours.softcap,
-                teacher_softcap=head.softcap, teacher_top=listed,
-            )) for listed in (None, top)
-        )
-        return full, kept
-
-
-def write_cache(
-    teacher: Any, rows: Iterable[Mapping[str, Any]], folder: str | os.PathLike[str], *, tokenizer: Any = None, block_size: int = 128,
-    top_k: int = 128, bits: int = 8, max_tokens: int | None = None, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS,
-    dtype: torch.dtype | None = None, student: Any = None, bos: bool = False, tail_draws: int | None = None, progress: Callable[[int, int], None] | None = None,
-) -> TeacherCache:
-    """Run a teacher over a text once and keep its top-k log-probabilities, as a folder that ``datasets.load_dataset`` reads.
-
-    Of the tokens that are not listed the sum of their probabilities is kept, and some drawn from them by their probability: these make the forward KL to a
-    student that of the whole vocabulary in expectation, in value and gradient. With the sum alone, which the other divergences read, it is less than that.
-    Shards are written aside and renamed. Stopped, the same call goes on behind the last whole shard, and the folder comes out as if it had not been
-    stopped. Two figures say what the cache costs, in ``cache.json``: ``rounding_kl``, what rounding the log-probabilities moves the teacher by, and
-    ``tail_mass``, the probability of the tokens that are not listed. With ``student`` its forward KL is measured from the cache and from the teacher itself.
-
-    Args:
-        teacher: The model to learn from.
-        rows: Rows with ``text``, ``prompt`` and ``completion`` or ``messages``, which are packed, or blocks that have ``input_ids``.
-        folder: The folder to make: absent, empty, or this cache unfinished.
-        tokenizer: Its tokenizer; needed unless rows have ``input_ids``.
-        block_size: Tokens in a packed block.
-        top_k: Tokens listed at a position.
-        bits: Precision of a log-probability, 4 to 16; at 8 rounding costs at most 0.0005 nats at any token.
-        max_tokens: Stop with the block in which so many tokens are reached; None for the whole text.
-        batch_size: Blocks a forward pass.
-        shard_tokens: Tokens in a shard, which is what is lost at most when it is stopped.
-        dtype: What the teacher computes in; its own by default. Logits are made in fp32.
-        student: A model to measure the tail's share of the divergence with; costs a second forward pass.
-        bos: Begin each block of joined text with what the tokenizer puts before a text, such as gemma's ``<bos>``, without which it is no good teacher.
-        tail_draws: Tokens drawn from those that are not listed at a position; by default a twelfth of ``top_k``, or 1; 0 for the sum alone.
-        progress: Called with the blocks done and the blocks in all.
-
-    Returns:
-        The cache.
-
-    Raises:
-        ArgumentError: If a block is longer than the teacher's positions.
-        DataError: If the text does not fill one block, or a token is not in the teacher's vocabulary.
-        StorageError: If the folder is in the way, holds another cache, or the disk is full.
-    """
-    target = Path(folder)
-    rows_of_head = teacher.get_output_embeddings().weight.shape[0]
-    codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, len(tokenizer)))
-    if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:
-        raise VocabularyMismatchError(f"the student has a vocabulary of {student.config.vocab_size:,}, the cache one of {codec.vocab_size:,}; give a student of the teacher's vocabulary")
-    tail = TailCodec(max(1, top_k // 12) if tail_draws is None else tail_draws, codec.vocab_size)
-    if tail.draws < 0:
-        raise ArgumentError(f"tail_draws={tail_draws} is negative; give 0 or more, such as a twelfth of top_k")
-    prefix = prefix_of(tokenizer) if bos and tokenizer is not None else []
-    identified = IdentifiedBlocks(rows, tokenizer, block_size, prefix)
-    if not identified.packed:
-        check_positions(block_size, teacher.config, f"block_size={block_size}")
-    blocks, complete = [], True
-    for block in identified:
-        blocks.append(block)
-        if block.keys() != blocks[0].keys():
-            raise DataError(f"block {len(blocks) - 1:,} has {', '.join(block)} and the first one {', '.join(blocks[0])}; give all blocks the same columns")
-        if block["input_ids"].max() >= codec.vocab_size:
-            raise DataError(f"block {len(blocks) - 1:,} has the token {block['input_ids'].max():,}, not below the vocabulary's size, {codec.vocab_size:,}; give the teacher's tokenizer")
-        if "position_ids" not in block:
-            check_positions(len(block["input_ids"]), teacher.config, f"block {len(blocks) - 1:,} of {len(block['input_ids']):,} tokens")
-        if max_tokens is not None and identified.tokens >= max_tokens:
-            complete = False
-            break
-    if not identified.predicted:
-        raise DataError(f"the text does not fill one block of {block_size:,} tokens; give more text or a smaller block_size")
-    name = getattr(teacher.config, "_name_or_path", "") or ""
-    source = Source(
-        teacher=TeacherRecord(
-            repo_id=name if is_repo_id(name) else None, parameters=parameter_count(teacher.config), weights_sha256=weights_sha256(teacher),
-            dtype=str(dtype or teacher.dtype).removeprefix("torch."),
-        ),
-        tokenizer_sha256=None if tokenizer is None else tokenizer_sha256(tokenizer),
-        text=TextRecord(sha256=identified.text_sha256, documents=identified.documents, complete=complete),
-        packing=PackingRecord(
-            sha256=identified.packing_sha256, block_size=None if identified.packed else block_size, blocks=identified.blocks,
-            tokens=identified.tokens, predicted=identified.predicted, prefix=prefix,
-        ),
-        columns=list(blocks[0]), top_k=top_k, bits=bits, vocab_size=codec.vocab_size,
-        shard_blocks=max(1, shard_tokens // max(len(block["input_ids"]) for block in blocks)),
-        student_sha256=None if student is None else weights_sha256(student), token_log_probs=True, tail_draws=tail.draws,
-    )
-    if dtype is not None and teacher.dtype != dtype:
-        teacher = copy.deepcopy(teacher).to(dtype)
-    try:
-        with frozen(teacher, *([] if student is None else [student])):
-            _write(target, source, blocks, (codec, tail), teacher, student, batch_size, progress or (lambda done, total: None))
-    except OSError as error:
-        if isinstance(error, CBDError) or not disk_error(error):
-            raise
-        raise StorageError(f"cannot write {target}: {error.strerror or one_line(error)}; free or choose another disk and run again, it goes on") from error
-    return TeacherCache.open(target)
-
-
-def _write(
-    target: Path, source: Source, blocks: list[dict[str, np.ndarray]], codecs: tuple[TopCodec, TailCodec], teacher: Any, student: Any, batch_size: int,
-    progress: Callable[[int, int], None],
-) -> None:
-    work = target / _WORK
-    if _begun(target, source):
-        shutil.rmtree(work, ignore_errors=True)  # there if it was killed at its very end
-        progress(len(blocks), len(blocks))
-        return
-    count = -(-len(blocks) // source.shard_blocks)
-    total, shards = _Sums(), []
-    for index in range(count):
-        name = f"data/train-{index:05d}-of-{count:05d}.arrow"
-        first, last = index * source.shard_blocks, min((index + 1) * source.shard_blocks, len(blocks))
-        facts = _finished(work / f"{index:05d}.json", target / name)
-        if facts is None:
-            asker = _Asker(*codecs, teacher, student)
-            partial = work / "shard.partial"
-            with ArrowWriter(path=str(partial), features=_features(source), writer_batch_size=batch_size) as writer:
-                for start in range(first, last, batch_size):
-                    part = blocks[start : min(start + batch_size, last)]
-                    for block, found in zip(part, asker(part, start), strict=True):
-                        writer.write({**block, **found})
-                    progress(start + len(part), len(blocks))
-                writer.finalize()
-            facts = {"bytes": partial.stat().st_size, "sha256": sha256(partial), "sums": vars(asker.sums)}
-            write_text(work / f"{index:05d}.json", json.dumps(facts))
-            (target / name).parent.mkdir(exist_ok=True)
-            os.replace(partial, target / name)
-        progress(last, len(blocks))
-        shards.append(ShardRecord(path=name, rows=last - first, bytes=facts["bytes"], sha256=facts["sha256"]))
-        total.add(_Sums(**facts["sums"]))
-    figures = Figures(
-        bytes_per_token=sum(shard.bytes for shard in shards) / source.packing.tokens, rounding_kl=total.rounding / total.positions,
-        rounding_kl_max=total.worst, tail_mass=total.tail / total.positions,
-        student=None if student is None else StudentFigures(
-            parameters=parameter_count(student.config), full=total.full / total.positions, kept=total.kept / total.positions,
-        ),
-    )
-    record = CacheRecord(schema_version=SCHEMA_VERSION, created_with=f"cbd_hub {version('cbd-hub')}", source=source, figures=figures, shards=shards)
-    write_text(target / "README.md", cache_card(record.model_dump()))
-    for path in target.glob(".*"):
-        if path != work:
-            path.unlink()  # left by a run that was killed while it wrote
-    write_text(target / FILE_NAME, record.model_dump_json(indent=1) + "\n")
-    shutil.rmtree(work)
-
-
-def _begun(target: Path, source: Source) -> bool:
-    """Whether the cache is finished already; otherwise the folder is made ready for it.
-
-    Raises:
-        StorageError: If the folder holds anything else.
-    """
-    plan = target / _WORK / "source.json"
-    found: dict[str, Any] | None = None
-    if (target / FILE_NAME).is_file():
-        found = CacheRecord.read(target).source.model_dump()
-    elif plan.is_file():
-        found = json.loads(plan.read_bytes())
-    elif target.exists() and (not target.is_dir() or any(path.name != _WORK for path in target.iterdir())):
-        raise StorageError(f"{target} already exists and is no teacher cache; choose another folder or remove it")
-    wanted = source.model_dump()
-    if found is not None and found != wanted:
-        differs = ", ".join(name for name in wanted if found.get(name) != wanted[name])
-        raise StorageError(f"{target} holds a cache of another {differs}; choose another folder or remove it")
-    if found is None:
-        write_text(plan, json.dumps(wanted))
-    return (target / FILE_NAME).is_file()
-
-
-def _finished(facts: Path, shard: Path) -> dict[str, Any] | None:
-    """What was written of a shard if it is whole, else None."""
-    if not facts.is_file() or not shard.is_file():
-        return None
-    found: dict[str, Any] = json.loads(facts.read_bytes())
-    return found if shard.stat().st_size == found["bytes"] and sha256(shard) == found["sha256"] else None

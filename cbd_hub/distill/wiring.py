@@ -1,0 +1,178 @@
+"""How a `ChainDistiller` is put together: a teacher or its cache, one vocabulary or a bridge, the whole student or an adapter, and the rows for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers.utils import is_peft_available
+
+from cbd_hub.distill.bridge_cache import BridgedCache
+from cbd_hub.distill.bridging import Bridge, check_heads
+from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.teacher_cache import TeacherCache
+from cbd_hub.distill.wrapping import is_peft_model, is_sharded
+from cbd_hub.errors import ArgumentError, VocabularyMismatchError
+from cbd_hub.interpolation.live import check_head
+from cbd_hub.interpolation.planner import Kept
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Wiring:
+    """What a trainer is given, found to go together.
+
+    Attributes:
+        model: What is trained: the student, with its adapter where there is one.
+        teacher: The model that is run; None where a cache stands in its place.
+        cache: The teacher cache, or None.
+        bridge: Between two vocabularies, or None where there is one.
+        vocab_size: Rows of both heads that are real tokens; None where that is all, or where a bridge leads from one vocabulary to the other.
+        kept: Which units of the teacher the student was cut from; None where it is not known or no teacher is run.
+        train_dataset: Rows, those of the cache or those that the bridge has read; None where none came.
+        eval_dataset: The same for evaluation.
+    """
+
+    model: Any
+    teacher: Any
+    cache: TeacherCache | None
+    bridge: Bridge | None
+    vocab_size: int | None
+    kept: Kept | None
+    train_dataset: Any
+    eval_dataset: Any
+
+
+def wired(
+    args: ChainDistillerConfig, student: Any, teacher: Any, *, cache: Any, tokenizers: tuple[Any, Any], train_dataset: Any, eval_dataset: Any,
+    kept: Kept | None, peft_config: Any,
+) -> Wiring:
+    """Put together what a trainer is given.
+
+    Args:
+        args: Its arguments.
+        student: The student.
+        teacher: The teacher; with a cache compared with it, and may be None.
+        cache: A `TeacherCache`, its folder or its Hub id; None for that of ``train_dataset`` or ``args``, if any.
+        tokenizers: The student's and, with a bridge, the teacher's.
+        train_dataset: Rows to train on.
+        eval_dataset: Rows to evaluate on, several of them by name, or None.
+        kept: Which units of the teacher the student was cut from, or None.
+        peft_config: Of an adapter to train instead of the student's weights, or None.
+
+    Raises:
+        ArgumentError: If something is missing, or does not go with the rest.
+        DataError: If the cache was made for something else, or a row cannot be read.
+        VocabularyMismatchError: If the vocabularies differ.
+    """
+    found = _cached(args, cache, teacher, tokenizers[0 if args.bridge is None else 1], train_dataset, eval_dataset)
+    if found is not None:
+        teacher = kept = None
+    elif not isinstance(teacher, torch.nn.Module):
+        raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model, or a teacher_cache")
+    bridge = vocab_size = None
+    if args.bridge is not None:
+        bridge = Bridge(args, *tokenizers)
+        check_heads(bridge, student, teacher)
+        if found is not None:
+            train_dataset = _bridged(bridge, found, student, train_dataset, eval_dataset)
+    elif found is not None:
+        train_dataset, vocab_size = found, _cached_vocabulary(student, found)
+    else:
+        vocab_size = _shared_vocabulary(student, teacher, tokenizers[0])
+    loaded: list[Any] = [model for model in (student, teacher) if isinstance(model, torch.nn.Module) and not is_sharded(model)]
+    for model in loaded:
+        check_head(model.get_base_model() if is_peft_model(model) else model)
+    if kept is None and args.path_fraction:
+        raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
+    model = student if peft_config is None else _with_adapter(student, peft_config, args)
+    if bridge is not None and args.bridge == "text":
+        train_dataset = None if train_dataset is None else bridge.prompts(train_dataset, teacher)
+    elif bridge is not None and found is None:
+        train_dataset, eval_dataset = (bridge.with_tokens(rows, model, teacher) for rows in (train_dataset, eval_dataset))
+    return Wiring(model, teacher, found, bridge, vocab_size, kept, train_dataset, eval_dataset)
+
+
+def _cached(
+    args: ChainDistillerConfig, cache: Any, teacher: Any, tokenizer: Any, train_dataset: Any, eval_dataset: Any
+) -> TeacherCache | None:
+    """The teacher cache to train from, found to be that of what is given; None where the teacher is to be run."""
+    if cache is None:
+        cache = train_dataset if isinstance(train_dataset, TeacherCache) else args.teacher_cache
+    if cache is None:
+        return None
+    args.check_cached()
+    sets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    if any(rows is not None and not isinstance(rows, TeacherCache) for rows in sets):
+        raise ArgumentError("evaluation would run the teacher, and a teacher cache stands in its place; pass a TeacherCache as eval_dataset too, or none")
+    opened = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
+    rows = None if isinstance(train_dataset, TeacherCache) else train_dataset
+    opened.check(teacher=teacher, tokenizer=tokenizer, rows=rows, block_size=args.block_size)
+    return opened
+
+
+def _bridged(bridge: Bridge, cache: TeacherCache, student: Any, rows: Any, eval_dataset: Any) -> BridgedCache:
+    """The rows of a bridge from a teacher cache.
+
+    Raises:
+        ArgumentError: If the documents are missing, or rows to evaluate on came.
+    """
+    if rows is None or isinstance(rows, TeacherCache):
+        raise ArgumentError(f"bridge={bridge.args.bridge} reads the documents of {cache.name} with the student's tokenizer too; pass them as train_dataset")
+    if eval_dataset is not None:
+        raise ArgumentError("evaluation of a bridge runs the teacher, and a teacher cache stands in its place; leave eval_dataset out, and measure bits per byte")
+    room = 4 * bridge.args.block_size
+    return BridgedCache(bridge, cache, rows, min(room, getattr(student.config, "max_position_embeddings", None) or room))
+
+
+def _cached_vocabulary(student: Any, cache: TeacherCache) -> int | None:
+    """Rows of the student's head that the cache's tokens are; None where that is all."""
+    ours, theirs = student.config.vocab_size, cache.codec.vocab_size
+    if ours < theirs:
+        raise VocabularyMismatchError(f"the student has a vocabulary of {ours:,} and the cached teacher of {theirs:,}; models of different ones need a bridge")
+    return None if ours == theirs else theirs
+
+
+def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None:
+    """Rows of both heads that are real tokens, where they are padded to different lengths; None where they agree."""
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours == theirs:
+        return None
+    real = None if tokenizer is None else len(tokenizer)
+    if real is None or real > min(ours, theirs):
+        raise VocabularyMismatchError(
+            f"the student has a vocabulary of {ours:,} and the teacher of {theirs:,}"
+            + ("; pass their tokenizer as processing_class if one is only padded" if real is None else f", but the tokenizer has {real:,} tokens")
+            + ". Distillation on logits needs one vocabulary; models of different ones need a bridge"
+        )
+    logger.info("heads of %d and %d rows are padded; the loss uses the tokenizer's %d tokens", ours, theirs, real)
+    return real
+
+
+def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:
+    """The student with a fresh adapter.
+
+    Raises:
+        ArgumentError: If peft is not there, or the adapter cannot be trained by this loss.
+    """
+    if not is_peft_available():
+        raise ArgumentError("peft_config needs peft; run `pip install peft`")
+    peft = import_module("peft")
+    if is_peft_model(model):
+        raise ArgumentError("the student already has an adapter; pass the plain model with peft_config, or the adapted one without")
+    if args.path_fraction:
+        raise ArgumentError("path_fraction trains the student's own weights and cannot be combined with peft_config; choose one")
+    if peft_config.is_prompt_learning:
+        raise ArgumentError("prompt learning changes the sequence, which this loss cannot follow; use LoRA")
+    adapted = peft.get_peft_model(model, peft_config)
+    if type(adapted.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
+        raise ArgumentError("the adapter is on the output head, which the loss reads as a plain matrix; leave lm_head out of target_modules")
+    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):  # the newer name, transformers 5.23
+        adapted.enable_input_require_grads()
+    return adapted

@@ -1,0 +1,105 @@
+"""Writing a teacher cache: the same folder from lists and streams, stopped or not; what cannot be cached is named."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from cbd_hub.distill.cache_writing import write_cache
+from cbd_hub.distill.teacher_cache import TeacherCache
+from cbd_hub.errors import ArgumentError, DataError, StorageError
+
+
+K, BLOCK = 24, 32
+
+
+def texts(count=40, seed=0):
+    return [{"text": text} for text in tiny.texts(count, seed)]
+
+
+def write(folder, teacher=None, rows=None, **options):
+    options = {"tokenizer": tiny.tokenizer(), "block_size": BLOCK, "top_k": K, "shard_tokens": 32 * BLOCK, **options}
+    return write_cache(teacher or tiny.llama(), texts() if rows is None else rows, folder, **options)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "c"
+    write(folder)
+    return folder
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def test_options_outside_their_range_are_refused(tmp_path):
+    for options, message in (({"bits": 3}, "bits=3"), ({"top_k": 260}, "top_k=260"), ({"top_k": 0}, "top_k=0")):
+        with pytest.raises(ArgumentError, match=message):
+            write(tmp_path / "c", **options)
+
+
+def test_streams_are_cached_as_lists_are(cache, tmp_path):
+    write(tmp_path / "c", rows=Dataset.from_list(texts()).to_iterable_dataset())
+    assert files(tmp_path / "c") == files(cache)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_killed_and_run_again_it_comes_out_the_same(cache, tmp_path, stop):
+    """Killed in a shard, the run leaves no cache and goes on behind the last whole shard; the folder is the same, byte for byte."""
+    folder = tmp_path / "c"
+    code = f"""
+import os, sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+import torch, tiny; torch.set_num_threads(1)
+from pathlib import Path
+from test_cache_writing import write
+def progress(done, total):
+    if done > {stop} * 32 + 8: os.kill(os.getpid(), 9)
+write(Path({str(folder)!r}), progress=progress)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == -9, done.stderr[-2000:]
+    assert len(list(folder.glob("data/*.arrow"))) == stop
+    with pytest.raises(DataError, match="run it again if it was stopped"):
+        TeacherCache.open(folder)
+    if stop == 2:  # a shard that was cut short is made again
+        shard = min(folder.glob("data/*.arrow"))
+        shard.write_bytes(shard.read_bytes()[:-100])
+    asked = []
+    write(folder, progress=lambda done, total: asked.append(done))
+    assert asked[0] == (8 if stop != 1 else 32)
+    assert files(folder) == files(cache)
+    assert not (folder / ".work").exists()
+
+
+def test_a_finished_cache_is_not_made_again(cache, tmp_path, monkeypatch):
+    shutil.copytree(cache, tmp_path / "c")
+    (tmp_path / "c" / ".work").mkdir()  # killed at its very end
+    monkeypatch.setattr("cbd_hub.distill.cache_writing.ModelRunner", None)
+    write(tmp_path / "c")
+    assert files(tmp_path / "c") == files(cache)
+    with pytest.raises(StorageError, match="another top_k, tail_draws; choose another folder"):
+        write(tmp_path / "c", top_k=5)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "thesis.txt").touch()
+    with pytest.raises(StorageError, match="already exists and is no teacher cache"):
+        write(tmp_path / "d")
+
+
+def test_texts_that_cannot_be_cached_are_named(tmp_path):
+    for options, message in (
+        ({"rows": []}, "no rows"), ({"rows": [{"text": "a"}]}, "does not fill one block"), ({"tokenizer": None}, "no tokenizer came"),
+        ({"rows": [{"input_ids": [5, 400]}]}, "token 400"), ({"rows": [{"input_ids": [5, 6], "labels": [5]}]}, "no block"),
+        ({"rows": [{"input_ids": [5, 6], "attention_mask": [1, 0]}]}, "without padding"), ({"rows": [{"input_ids": [5, 6]}, {"input_ids": [5, 6], "labels": [5, 6]}]}, "same columns"),
+    ):
+        with pytest.raises(DataError, match=message):
+            write(tmp_path / "c", **options)
+    broken = tiny.llama()
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(DataError, match="no numbers"):
+        write(tmp_path / "c", broken)
