@@ -1,6 +1,6 @@
 """Bridges from a teacher of another vocabulary or architecture, in held-out bits per byte, row by row.
 
-    python benchmarks/bridge.py --models models --train train.jsonl --heldout heldout.jsonl --work bridge [--only gemma --only move] [--rivals span,text] [--tokens 500000]
+    python benchmarks/bridge.py --models models --train train.jsonl --heldout heldout.jsonl --work bridge [--only gemma --only move] [--rival span --rival text] [--tokens 500000]
 
 Rows: ``gemma`` (Gemma-3-270M teaches a 99M cut of SmolLM2-135M), ``move`` (SmolLM2-135M in GPT-2's vocabulary), ``gpt2`` (SmolLM2-135M teaches a GPT-2 of its size
 and vocabulary, from random weights and with its embeddings), ``align`` (spans of every pair of tokenizers), ``loss`` (time and memory of the losses alone).
@@ -139,8 +139,7 @@ class Bench:
     def compared(self, row: str, start: Callable[[], Any], teacher: Any, tokenizers: tuple[Any, Any], rivals: list[str]) -> dict[str, Losses]:
         """A student untrained and after every rival's training."""
         found = {"untrained": self.losses(f"{row}/untrained", start, tokenizers[0])}
-        wanted = self.options.rivals.split(",") if self.options.rivals else rivals
-        for rival in (rival for rival in rivals if rival in wanted):
+        for rival in (rival for rival in rivals if not self.options.rival or rival in self.options.rival):
             name = f"{row}/{rival}/{self.steps}"
             found[rival] = self.losses(name, functools.partial(self.trained, name, start, teacher, tokenizers, rival), tokenizers[0])
         return found
@@ -299,7 +298,7 @@ def main() -> None:
     for name, default in (("models", "models"), ("train", "train.jsonl"), ("heldout", "heldout.jsonl"), ("work", "bridge")):
         parser.add_argument(f"--{name}", type=Path, default=Path(default))
     parser.add_argument("--only", action="append", choices=ROWS, help="a row; all by default")
-    parser.add_argument("--rivals", default="", help="of a row's rivals these, with commas between; all by default")
+    parser.add_argument("--rival", action="append", help="one of a row's rivals; all by default")
     parser.add_argument("--tokens", type=int, default=500_000, help="of a training, at most")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"blocks of {BLOCK} tokens a step")
     parser.add_argument("--heldout-bytes", type=int, default=100_000)
