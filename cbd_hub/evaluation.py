@@ -22,6 +22,7 @@ from cbd_hub.interpolation.live import Runner
 from cbd_hub.losses.alignment import prefix_of
 from cbd_hub.losses.log_probs import token_losses
 from cbd_hub.precision import has_bf16, products
+from cbd_hub.texts import utf8
 
 
 logger = logging.getLogger(__name__)
@@ -295,7 +296,7 @@ def byte_losses(runner: Runner, tokenizer: Any, texts: Sequence[str], *, charact
     before = prefix_of(tokenizer) or [token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None][:1]
     if not before:
         raise DataError("the tokenizer has neither a first nor an end-of-text token, so that a text's first token cannot be predicted; set its eos_token")
-    sizes = itertools.accumulate(len(text[:characters].encode()) for text in texts)
+    sizes = itertools.accumulate(len(utf8(text[:characters], f"text {number:,}")) for number, text in enumerate(texts))
     parts = [text[:characters] for text, total in zip(texts, sizes) if total <= max_bytes] or [text[:characters] for text in texts[:1]]
     rows = [[*before, *tokenizer(part, add_special_tokens=False)["input_ids"]] for part in parts]
     held = [place for place, row in enumerate(rows) if len(row) > len(before)]

@@ -23,7 +23,7 @@ from cbd_hub.families import family_of
 from cbd_hub.files import check_absent, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
-from cbd_hub.losses.alignment import byte_ends, token_bytes
+from cbd_hub.losses.alignment import byte_ends, check_faithful, check_whole, token_bytes, written_tokens
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import parse_size
@@ -31,7 +31,8 @@ from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config,
 
 
 BITS = 1 / math.log(2)  # in a nat
-_ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+_ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
+_TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias")
 _OWN_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 
 
@@ -114,6 +115,7 @@ def retokenize(
     else:
         assert tokenizer is not None
         new = load_tokenizer(resolve_checkpoint(tokenizer))
+        check_faithful(old)
         parts = composition(old, new)
     made = copy.deepcopy(config)
     setattr(made, family.fields["vocab"], len(parts))
@@ -171,7 +173,10 @@ def _recomposed(tensor: Tensor, dim: int, parts: Sequence[Sequence[int]]) -> Ten
 
 
 def _renumber(holder: Any, old: Any, new: Any, places: Mapping[int, int] | None) -> None:
-    """Give a config's special tokens their new numbers: where the vocabulary was trimmed those of the same tokens, else those of the same use."""
+    """Give a config's special tokens their new numbers: where the vocabulary was trimmed those of the same tokens, else those of the same use.
+
+    Other tokens that it names (suppressed, forced) are renumbered where the vocabulary was trimmed, and left out in another one.
+    """
     for role in _ROLES:
         name = f"{role}_token_id"
         value = getattr(holder, name, None)
@@ -183,33 +188,48 @@ def _renumber(holder: Any, old: Any, new: Any, places: Mapping[int, int] | None)
             setattr(holder, name, [places[token] for token in value if token in places])
         else:
             setattr(holder, name, places.get(value))
+    for name in _TOKEN_LISTS:
+        if getattr(holder, name, None) is not None:
+            setattr(holder, name, None if places is None else _renumbered(getattr(holder, name), places))
+
+
+def _renumbered(value: Any, places: Mapping[int, int]) -> Any:
+    """New numbers of tokens in lists, lists of lists and biases by tokens; what holds a token that is gone is left out. None where nothing is left."""
+    if isinstance(value, dict):
+        return {tuple(places[token] for token in key): bias for key, bias in value.items() if all(token in places for token in key)} or None
+    if not isinstance(value, list):
+        return places.get(value)
+    found = [_renumbered(part, places) for part in value]
+    if value and isinstance(value[0], list):
+        return [part for part, whole in zip(found, value) if part is not None and len(part) == len(whole)] or None
+    return [part for part in found if part is not None] or None
 
 
 def composition(old: Any, new: Any) -> list[list[int]]:
     """The old tokens that each token of another tokenizer consists of, one where it is in the old vocabulary.
+
+    That is the token of the same name and bytes, else the one that the old tokenizer writes for its bytes; of a special one that of the same name, else of the
+    same use, the end of a text before its beginning.
 
     Args:
         old: The tokenizer of the model.
         new: The other one.
 
     Raises:
-        ArgumentError: If a tokenizer has no byte offsets.
+        ArgumentError: If a tokenizer has no byte offsets, marks the pieces of a word, or does not read every text to the byte.
     """
-    known: dict[bytes, int] = {}
-    for place, token in enumerate(token_bytes(old)):
-        if token and (token not in known or known[token] in old.all_special_ids):
-            known[token] = place
+    check_whole(new)
+    known, vocab, held, special = written_tokens(old), old.get_vocab(), token_bytes(old), (set(old.all_special_ids), set(new.all_special_ids))
     uses = {getattr(new, f"{role}_token_id"): getattr(old, f"{role}_token_id") for role in reversed(_ROLES) if getattr(old, f"{role}_token_id") is not None}
-    table, everything = token_bytes(new), sorted(set(old.get_vocab().values()))
+    names, everything = {place: name for name, place in new.get_vocab().items()}, sorted(set(vocab.values()))
     longest = max(map(len, known), default=0)
     parts = []
-    for place, token in enumerate(table):
-        if place in uses and place in new.all_special_ids:
-            parts.append([uses[place]])
-        elif token in known:
-            parts.append([known[token]])
-        else:
-            parts.append(_spelt(token, old, known, longest) or everything)  # a number without a token is never read
+    for place, token in enumerate(token_bytes(new)):
+        twin = vocab.get(names.get(place))
+        if twin is None or held[twin] != token or (twin in special[0]) != (place in special[1]):
+            twin = uses.get(place) if place in special[1] else None
+        twin = known.get(token) if twin is None else twin
+        parts.append([twin] if twin is not None else _spelt(token, old, known, longest) or everything)  # a number without a token is never read
     return parts
 
 
@@ -261,7 +281,7 @@ def trimmed(tokenizer: Any, keep: int) -> tuple[Any, list[int]]:
     room, count = keep - least, 0  # for products of merges
     for pair in pairs:
         product = "".join(pair)
-        if product not in taken:
+        if product not in taken and taken.issuperset(pair):  # a list made from SentencePiece also has pairs whose parts come later
             if not room:
                 break
             room -= product not in added
@@ -271,7 +291,7 @@ def trimmed(tokenizer: Any, keep: int) -> tuple[Any, list[int]]:
     kept = sorted({vocab[token] for token in taken} | set(numbers.values()))
     places = {token: place for place, token in enumerate(kept)}
     model["vocab"] = {token: places[vocab[token]] for token in sorted(taken, key=vocab.__getitem__)}
-    model["merges"] = model["merges"][:count]
+    model["merges"] = [merge for merge, pair in zip(model["merges"][:count], pairs) if taken.issuperset([*pair, "".join(pair)])]
     for entry in facts["added_tokens"]:
         entry["id"] = places[entry["id"]]
     facts["post_processor"] = _replaced(facts["post_processor"], numbers, places)

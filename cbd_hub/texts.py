@@ -141,12 +141,35 @@ def column_of(rows: Any, column: str, source: str) -> list[str]:
     return [text for text in rows[column] if text]
 
 
+def utf8(text: str, where: str = "the text") -> bytes:
+    """The bytes of a text; ``where`` names it in errors.
+
+    Raises:
+        DataError: If it holds half a surrogate pair, which is no character.
+    """
+    fault = unicode_fault(text)
+    if fault is not None:
+        raise DataError(f"{where} {fault}")
+    return text.encode()
+
+
+def unicode_fault(text: str) -> str | None:
+    """Why a text is no Unicode text, in words that follow its name; None where it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"holds a lone surrogate at character {error.start:,}, which is no Unicode text; repair or leave out that row"
+    return None
+
+
 def nonempty(texts: list[str], source: str) -> list[str]:
     """The texts that hold anything; ``source`` names them in errors.
 
     Raises:
-        DataError: If there are none.
+        DataError: If there are none, or one is no Unicode text.
     """
+    for number, text in enumerate(texts):
+        utf8(text, f"{source} text {number:,}")
     kept = [text for text in texts if text.strip()]
     if not kept:
         raise DataError(f"{source} holds no text; give a file with at least a few paragraphs")

@@ -1,5 +1,7 @@
 """A student learns from a teacher of another architecture and vocabulary: exact losses, accumulation, resuming, every kind of data."""
 
+import json
+
 import pytest
 import tiny
 import tokenizers_for_bridge as kinds
@@ -147,6 +149,29 @@ def test_spans_of_chats_are_what_the_assistant_says(tmp_path):
     assert [label != -100 for label in row["labels"]].count(True) >= [number >= 0 for number in row["spans"]].count(True)
 
 
+@pytest.mark.parametrize("answer", ["a", "assistant", "user", "hi", "[assistant]", "t"])
+def test_answers_that_the_template_says_too_are_found_in_their_turn(answer):
+    chat = [{"role": "system", "content": f"{answer} {answer}"}, {"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
+    bridge = Bridge(ChainDistillerConfig("unused", bridge="span", block_size=256, report_to="none"), STUDENT, TEACHER)
+    (row,) = bridge.blocks([{"messages": chat}], 512)
+    for ids, spans, tokenizer in (("input_ids", "spans", STUDENT), ("teacher_input_ids", "teacher_spans", TEACHER)):
+        inside = [place for place, number in enumerate(row[spans]) if number >= 0]
+        assert b"".join(token_bytes(tokenizer)[row[ids][place]] for place in inside) == answer.encode() + b"<eos>"
+        assert inside[-1] > len(row[ids]) - 4
+        if spans == "spans":
+            assert all(row["labels"][place] != -100 for place in inside)
+
+
+def test_answers_do_not_begin_or_end_with_half_a_character(tmp_path):
+    teacher = resized(tiny.llama(layers=3, hidden=48, seed=3), len(STUDENT))
+    trainer = trainer_for(tmp_path, [{"text": "日本語のテキストと한국어 👍🏽 " * 6}], teacher=teacher, tokenizer=STUDENT, bridge="text", max_new_tokens=3)
+    assert trainer.train_dataset is not None
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "answers" / "answers-00000.jsonl").read_text().splitlines()]
+    assert len(lines) > 2
+    assert not any(side.startswith("\ufffd") or side.endswith("\ufffd") for line in lines for side in (line["prompt"], line["completion"]))
+
+
 def test_the_teacher_may_begin_with_its_own_token():
     bridge = Bridge(ChainDistillerConfig("out", bridge="span", block_size=16), STUDENT, TEACHER)
     assert (prefix_of(STUDENT), prefix_of(TEACHER)) == ([], [TEACHER.bos_token_id])
@@ -193,8 +218,10 @@ def test_what_a_bridge_refuses(tmp_path):
         trainer_for(tmp_path, tokenizer=kinds.byte_level(900))
     with pytest.raises(DataError, match="these rows have input_ids"):
         trainer_for(tmp_path, [{"input_ids": [1, 2]}])
-    with pytest.raises(DataError, match="row 1: the text holds a lone surrogate"):
+    with pytest.raises(DataError, match="row 1: text holds a lone surrogate"):
         trainer_for(tmp_path, [{"text": "fine"}, {"text": "\ud800"}])
+    with pytest.raises(DataError, match=r"row 0: messages\[1\] holds a lone surrogate"):
+        trainer_for(tmp_path, [{"messages": [CHATS[0]["messages"][0], {"role": "assistant", "content": "\ud83d"}]}])
     silent = kinds.sentencepiece()
     silent.chat_template = None
     with pytest.raises(DataError, match="row 0: the teacher's tokenizer: .* no chat template"):

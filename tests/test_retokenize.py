@@ -8,13 +8,13 @@ import pytest
 import tiny
 import tokenizers_for_bridge as kinds
 import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from cbd_hub.errors import ArgumentError, CBDError, SizeFormatError, StorageError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.losses.alignment import token_bytes
-from cbd_hub.retokenize import retokenize, trimmed
+from cbd_hub.retokenize import composition, retokenize, trimmed
 
 
 MADE = {name: make() for name, make in kinds.MAKERS.items() if name != "bytes"}
@@ -96,15 +96,15 @@ def test_rows_for_another_tokenizer(old_kind, new_kind, tied, tmp_path):
     assert new.config.eos_token_id == theirs.eos_token_id
     places = {}
     for place, token in enumerate(token_bytes(ours)):
-        if place not in ours.all_special_ids:
-            places.setdefault(token, place)
+        if place not in ours.all_special_ids and (token not in places or ours.convert_ids_to_tokens(places[token]).startswith("<0x")):
+            places[token] = place  # a byte of the fallback where there is no other
     for name, rows in vocabulary_rows(new).items():
         before = vocabulary_rows(old)[name]
         assert torch.equal(rows[theirs.eos_token_id], before[ours.eos_token_id])
         for place, token in enumerate(token_bytes(theirs)):
             if place in theirs.all_special_ids or not token:
                 continue
-            if token in places:
+            if token in places and not theirs.convert_ids_to_tokens(place).startswith("<0x"):
                 assert torch.equal(rows[place], before[places[token]]), token
             elif old_kind == "gpt2" and is_text(token):
                 ids = ours(token.decode(), add_special_tokens=False)["input_ids"]
@@ -118,12 +118,64 @@ def is_text(token):
         return False
 
 
-def test_a_model_moved_to_its_own_tokenizer_is_itself(tmp_path):
-    source = saved(tmp_path / "old", tied=False)
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
+def test_a_model_moved_to_its_own_tokenizer_is_itself(kind, tmp_path):
+    source = saved(tmp_path / "old", tokenizer=kind, tied=False)
     made = retokenize(source, tmp_path / "new", tokenizer=source)
     assert made.composed == 0
     old, new = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (source, tmp_path / "new"))
     assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_special_tokens_are_those_of_the_same_name_then_of_the_same_use():
+    old, new = kinds.byte_level(), kinds.byte_level()
+    old.eos_token = new.bos_token = new.eos_token = "<eos>"
+    assert composition(old, new)[new.eos_token_id] == [old.convert_tokens_to_ids("<eos>")]
+    other = kinds.byte_level()
+    other.add_special_tokens({"bos_token": "<|end|>", "eos_token": "<|end|>"})
+    assert composition(old, other)[other.eos_token_id] == [old.eos_token_id]
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: kinds.byte_level(normalizer=normalizers.Lowercase()), "lower-cases text"), (lambda: kinds.byte_level(normalizer=normalizers.NFKC()), "applies NFKC"),
+    (lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))), "neither bytes nor a fallback"),
+])
+def test_tokenizers_that_lose_text_are_refused(make, said, tmp_path):
+    source = saved(tmp_path / "old")
+    make().save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ArgumentError, match=said):
+        retokenize(source, tmp_path / "new", tokenizer=tmp_path / "tokenizer")
+    assert not (tmp_path / "new").exists()
+
+
+def test_merges_whose_parts_come_later_are_no_hindrance():
+    """A list of merges that was made from SentencePiece has every split of a token, also those with parts that are longer merges."""
+    facts = json.loads(MADE["gemma"].backend_tokenizer.to_str())
+    known, listed = facts["model"]["vocab"], facts["model"]["merges"]
+    facts["model"]["merges"] = [
+        [product[:cut], product[cut:]] for product in map("".join, listed) for cut in range(1, len(product)) if product[:cut] in known and product[cut:] in known
+    ]
+    old = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(facts)), eos_token="<eos>")
+    least = len(old) - len({"".join(pair) for pair in listed})
+    for keep in range(least, len(old), 17):
+        new, kept = trimmed(old, keep)
+        assert len(new) <= keep
+        for text in kinds.HARD:
+            read = [kept[token] for token in new(text, add_special_tokens=False)["input_ids"]]
+            assert b"".join(token_bytes(old)[token] for token in read) == b"".join(token_bytes(old)[token] for token in old(text, add_special_tokens=False)["input_ids"])
+
+
+def test_tokens_that_a_generation_config_names_are_renumbered(tmp_path):
+    source = saved(tmp_path / "old")
+    config = GenerationConfig(eos_token_id=MADE["gpt2"].eos_token_id, suppress_tokens=[300, 398], bad_words_ids=[[270, 300], [399]], forced_eos_token_id=399)
+    config.save_pretrained(source)
+    retokenize(source, tmp_path / "new", keep=320)
+    kept = trimmed(MADE["gpt2"], 320)[1]
+    assert kept != list(range(320))
+    found = GenerationConfig.from_pretrained(tmp_path / "new")
+    assert [kept[token] for token in found.suppress_tokens] == [300]
+    assert [[kept[token] for token in word] for word in found.bad_words_ids] == [[270, 300]]
+    assert found.forced_eos_token_id is None
 
 
 def test_what_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from cbd_hub.weights import weights_sha256
 
 logger = logging.getLogger(__name__)
 
+_BROKEN = "\ufffd"  # what a decoder writes for a part of a character
 _SHARD = 256  # prompts of a file, and most that a kill can lose
 _MARK = "answers.json"
 
@@ -80,10 +81,12 @@ def _lines(teacher: Any, prompts: Sequence[Prompt], places: range, sampling: Sam
     rows: list[dict[str, Any]] = [dict(rollout.row) for rollout in rollouts]
     if tokenizer is not None:
         for row, rollout in zip(rows, rollouts):
-            row["prompt"], whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (rollout.prompt, [*rollout.prompt, *rollout.response]))
-            row["completion"] = whole.removeprefix(row["prompt"])  # a decoder may drop the space that a text begins with, and this is none
-            if row["completion"] == whole and row["prompt"]:  # tokens of the response end a character of the prompt
-                row["completion"] = tokenizer.decode(rollout.response, skip_special_tokens=True)
+            prompt, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (rollout.prompt, [*rollout.prompt, *rollout.response]))
+            prompt = prompt.rstrip(_BROKEN)  # half a character, which the response ends
+            answer = whole.removeprefix(prompt)  # a decoder may drop the space that a text begins with, and this is none
+            if answer == whole and prompt:
+                answer = tokenizer.decode(rollout.response, skip_special_tokens=True)
+            row["prompt"], row["completion"] = prompt.lstrip(_BROKEN), answer.strip(_BROKEN)
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -20,10 +20,11 @@ from cbd_hub.distill.rollouts import positions_of, prompts_of
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
 from cbd_hub.interpolation.live import Head, Output
-from cbd_hub.losses.alignment import byte_ends, check_faithful, common_spans, prefix_of, utf8
+from cbd_hub.losses.alignment import byte_ends, check_faithful, common_spans, prefix_of
 from cbd_hub.losses.bridge import shared_loss, shared_tokens, shared_top_loss, span_loss
 from cbd_hub.losses.log_probs import chosen_log_probs, token_losses
 from cbd_hub.shapes import check_positions
+from cbd_hub.texts import utf8
 
 
 logger = logging.getLogger(__name__)
@@ -254,18 +255,17 @@ class Bridge:
                 raise DataError(f"the {who}'s tokenizer reads its own chat template's text otherwise than the chat; give prompt and completion")
             sides.append(Side(ids, [-1] * len(ids), tokens.labels))
             ends.append(border)
-            renderings.append(text)
+            renderings.append(utf8(text))
         span = 0
-        at = [0, 0]
-        for message in messages:
-            said = message.get("content")
-            said = said.strip() if isinstance(said, str) else ""
-            places = [text.find(said, start) for text, start in zip(renderings, at)]
-            if not said or min(places) < 0:
-                continue  # a template that rewrites it has no text in common with the other
-            at = [place + len(said) for place in places]
-            if message["role"] == "assistant":
-                span = self._turn(sides, [end - len(text[:place].encode()) for end, text, place in zip(ends, renderings, places)], len(utf8(said)), span)
+        turns = [_turns(side.labels, border) for side, border in zip(sides, ends)]
+        answers = [message.get("content") for message in messages if message["role"] == "assistant"]
+        if any(len(found) != len(answers) for found in turns):
+            return sides[0], sides[1]  # a template that leaves turns out or joins them
+        for answer, *places in zip(answers, *turns):
+            said = utf8(answer.strip()) if isinstance(answer, str) else b""
+            starts = [text.find(said, *place) for text, place in zip(renderings, places)]
+            if said and min(starts) >= 0:  # a template that rewrites it has no text in common with the other
+                span = self._turn(sides, [border - start for border, start in zip(ends, starts)], len(said), span)
         return sides[0], sides[1]
 
     def _turn(self, sides: Sequence[Side], ends: Sequence[np.ndarray], size: int, span: int) -> int:
@@ -406,6 +406,14 @@ def _known(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
         return -token_losses(hidden.to(compute), head.weight, tokens, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
 
 
+def _turns(labels: Sequence[int], ends: np.ndarray) -> list[tuple[int, int]]:
+    """First byte and the byte after the last of each stretch of tokens that count; ``ends`` are the tokens' last bytes."""
+    counted = np.concatenate([[False], np.array(labels) != IGNORED, [False]])
+    borders = np.append(0, ends)  # of token n from n to n + 1
+    changes = np.flatnonzero(counted[1:] != counted[:-1])
+    return [(int(borders[start]), int(borders[stop])) for start, stop in changes.reshape(-1, 2)]
+
+
 def is_plain(rows: Any) -> bool:
     """Whether rows are texts, by the first one."""
     return not {"messages", "prompt"} & set(next(iter(rows), {}))
@@ -415,10 +423,6 @@ def _text_of(row: Mapping[str, Any], number: int) -> str:
     check_row(row, f"row {number:,}")
     if "text" not in row:
         raise DataError(f"row {number:,}: the first row is text and this one has the columns {', '.join(row)}; give rows of one kind")
-    try:
-        utf8(row["text"])
-    except DataError as error:
-        raise DataError(f"row {number:,}: {error}") from error
     return str(row["text"])
 
 

@@ -28,6 +28,7 @@ from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.precision import best_device
 from cbd_hub.retokenize import BITS, Retokenized, difference_of, measured, retokenize
+from cbd_hub.texts import utf8
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
 
 
@@ -85,7 +86,7 @@ def retokenize_and_train(
     asked = {
         "model": os.fspath(model), "revision": revision, "keep": keep, "tokenizer": None if tokenizer is None else os.fspath(tokenizer), "steps": steps, "bridge": bridge,
         "ce_weight": ce_weight, "learning_rate": learning_rate, "batch_size": batch_size, "block_size": block_size, "bf16": bf16, "heldout": heldout, "seed": seed,
-        "text_sha256": hashlib.sha256("\0".join(text).encode()).hexdigest(),
+        "text_sha256": hashlib.sha256(utf8("\0".join(text), "the text")).hexdigest(),
     }
     work = target.absolute().parent / f".{target.absolute().name}.work"
     with held(work, str(target)):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cbd_hub.errors import DataError
+from cbd_hub.texts import unicode_fault
 
 
 RESPONSES = ("completion", "response")
@@ -39,7 +40,10 @@ def check_row(row: Mapping[str, Any], where: str | None = None) -> None:
 
 
 def _text_fault(name: str, value: Any) -> str | None:
-    return None if isinstance(value, str) else f"{name} is no text but {_kind(value)}; give texts, or leave the row out"
+    if not isinstance(value, str):
+        return f"{name} is no text but {_kind(value)}; give texts, or leave the row out"
+    fault = unicode_fault(value)
+    return None if fault is None else f"{name} {fault}"
 
 
 def _chat_fault(name: str, value: Any) -> str | None:
@@ -51,6 +55,9 @@ def _chat_fault(name: str, value: Any) -> str | None:
         content = message.get("content")
         if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
             return f"{name}[{index}] has no content but {_kind(content)}; give each message a role and content"
+        fault = unicode_fault(content) if isinstance(content, str) else None
+        if fault is not None:
+            return f"{name}[{index}] {fault}"
     return None
 
 

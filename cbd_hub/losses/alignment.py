@@ -17,12 +17,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tokenizers import Tokenizer
 
-from cbd_hub.errors import ArgumentError, DataError
+from cbd_hub.errors import ArgumentError
+from cbd_hub.texts import utf8
 
 
 Span = tuple[tuple[int, int], tuple[int, int], int]
 
 _SPACE = "\u2581"
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a byte of SentencePiece's fallback
 _FAITHFUL = {"NFC", "NFD", "ByteLevel", "Prepend", "Sequence"}
 _LOSSY = {
     "Lowercase": "lower-cases text", "StripAccents": "strips accents", "NFKC": "applies NFKC", "NFKD": "applies NFKD", "BertNormalizer": "cleans text as BERT does",
@@ -86,6 +88,12 @@ def _backend(tokenizer: Any) -> Any:
     return backend
 
 
+def _byte_kinds(backend: Any) -> tuple[bool, bool]:
+    """Whether a tokenizer is byte-level, and whether it falls back to bytes: by either it reads every text."""
+    kinds = {part.get("type") for component in (backend.decoder, backend.pre_tokenizer, backend.normalizer) for part in _parts(component)}
+    return "ByteLevel" in kinds, bool(getattr(backend.model, "byte_fallback", False)) or "ByteFallback" in kinds
+
+
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """The bytes that each token id stands for: of byte-level BPE, SentencePiece with byte fallback, and added tokens.
 
@@ -98,22 +106,74 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         ArgumentError: If it has no byte offsets.
     """
     backend = _backend(tokenizer)
-    kinds = {part.get("type") for component in (backend.decoder, backend.pre_tokenizer, backend.normalizer) for part in _parts(component)}
+    byte_level, fallback = _byte_kinds(backend)
     vocab = backend.get_vocab(with_added_tokens=False)
     added = {place: token.content for place, token in backend.get_added_tokens_decoder().items()}
     found = [b""] * (max([*vocab.values(), *added], default=-1) + 1)
-    alphabet = byte_alphabet() if "ByteLevel" in kinds else None
-    fallback = bool(getattr(backend.model, "byte_fallback", False)) or "ByteFallback" in kinds
+    alphabet = byte_alphabet() if byte_level else None
     for token, place in vocab.items():
         if alphabet is not None and all(character in alphabet for character in token):
             found[place] = bytes(alphabet[character] for character in token)
-        elif fallback and len(token) == 6 and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
-            found[place] = bytes([int(token[3:5], 16)])
+        elif fallback and (byte := _BYTE.fullmatch(token)):
+            found[place] = bytes([int(byte[1], 16)])
         else:
             found[place] = (token if alphabet is not None else token.replace(_SPACE, " ")).encode(errors="replace")
     for place, content in added.items():
         found[place] = content.encode(errors="replace")
     return found
+
+
+def written_tokens(tokenizer: Any) -> dict[bytes, int]:
+    """The token of each string of bytes that is one.
+
+    Of several tokens of the same bytes that is the one which the tokenizer writes: a special token, or a byte of SentencePiece's fallback, only where there is
+    no other, and of others what comes of the text itself, else the first.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+
+    Raises:
+        ArgumentError: If it has no byte offsets, or marks the pieces of a word, so that the bytes of a token do not say which it is.
+
+    Example:
+        >>> written_tokens(tokenizer)[b" the"]  # doctest: +SKIP
+        278
+    """
+    backend = _backend(tokenizer)
+    mark = next((mark for name in ("continuing_subword_prefix", "end_of_word_suffix") if (mark := getattr(backend.model, name, None))), None)
+    if mark:
+        raise ArgumentError(
+            f'{type(tokenizer).__name__} marks pieces of a word by "{mark}", so that its tokens are not known by their bytes; give a byte-level or SentencePiece-like '
+            "tokenizer, or use bridge=span"
+        )
+    special = set(tokenizer.all_special_ids)
+    spare = {place for token, place in backend.get_vocab(with_added_tokens=False).items() if _BYTE.fullmatch(token)} if _byte_kinds(backend)[1] else set()
+    places: dict[bytes, list[int]] = {}
+    for place, token in enumerate(token_bytes(tokenizer)):
+        if token:
+            places.setdefault(token, []).append(place)
+    found = {}
+    for token, alike in places.items():
+        usual = [place for place in alike if place not in special and place not in spare] or [place for place in alike if place not in special] or alike
+        if len(usual) > 1:
+            ids = backend.encode(token.decode(errors="replace"), add_special_tokens=False).ids
+            usual = [place for place in usual if ids == [place]] or usual
+        found[token] = usual[0]
+    return found
+
+
+def check_whole(tokenizer: Any) -> None:
+    """Refuse a tokenizer that does not read every text to the byte.
+
+    Raises:
+        ArgumentError: If it has no byte offsets, a normaliser that loses what the text says, or neither bytes nor a fallback to them.
+    """
+    check_faithful(tokenizer)
+    if not any(_byte_kinds(_backend(tokenizer))):
+        raise ArgumentError(
+            f"{type(tokenizer).__name__} has neither bytes nor a fallback to them, so that some texts become unknown tokens, of which no loss per byte is known; give a "
+            "byte-level tokenizer, or one with byte fallback"
+        )
 
 
 def check_faithful(tokenizer: Any) -> None:
@@ -142,18 +202,6 @@ def _reader(tokenizer: Any) -> _Reader:
     reader = _Reader(tokens, np.fromiter(map(len, tokens), np.int64, len(tokens)))
     _READERS[tokenizer] = size, reader
     return reader
-
-
-def utf8(text: str) -> bytes:
-    """The bytes of a text.
-
-    Raises:
-        DataError: If it holds half a surrogate pair, which is no character.
-    """
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"the text holds a lone surrogate at character {error.start:,}, which is no Unicode text; repair or leave out that row") from error
 
 
 def byte_ends(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
-from cbd_hub.losses.alignment import byte_spans, token_bytes
+from cbd_hub.losses.alignment import byte_spans, written_tokens
 from cbd_hub.losses.head import _few_at_once, _gradients_times, _HeadGradient, _scaled, _through_scaling, widest
 
 
@@ -92,17 +92,13 @@ def shared_tokens(student: Any, teacher: Any) -> Tensor:
         The ids of each in student and teacher, int64, shape (K, 2), rising in the student's.
 
     Raises:
-        ArgumentError: If a tokenizer has no byte offsets.
+        ArgumentError: If a tokenizer has no byte offsets, or marks the pieces of a word.
         VocabularyMismatchError: If there are none.
     """
     sides = []
     for tokenizer in (student, teacher):
         special = set(tokenizer.all_special_ids)
-        places: dict[bytes, int] = {}
-        for place, token in enumerate(token_bytes(tokenizer)):
-            if token and place not in special:
-                places.setdefault(token, place)
-        sides.append(places)
+        sides.append({token: place for token, place in written_tokens(tokenizer).items() if place not in special})
     pairs = sorted((place, sides[1][token]) for token, place in sides[0].items() if token in sides[1])
     if not pairs:
         raise VocabularyMismatchError("student and teacher share no token, so that there is nothing to distil by bridge=vocab; use bridge=span")
