@@ -117,14 +117,31 @@ def loading(data: dict[str, Any]) -> str:
 
 
 def bridge(data: dict[str, Any]) -> str:
-    """What the bridge losses cost against GOLD's."""
+    """What bridges gain, and what their losses cost against GOLD's."""
+    words = []
+    if "gemma" in data:
+        rivals = {name: one for name, one in data["gemma"].items() if isinstance(one, dict) and "bits_per_byte" in one and name not in ("teacher", "untrained", "cross-entropy")}
+        gains = ", ".join(f"{name} {pair([one['to_cross_entropy'], one['stderr']])}" for name, one in sorted(rivals.items(), key=lambda entry: entry[1]["bits_per_byte"]))
+        words.append(f"Gemma-3-270M teaches a 99M Llama of another vocabulary, {data['gemma']['tokens']:,} tokens; held-out bits per byte against cross-entropy alone: {gains}.")
+    if "move" in data:
+        start = data["move"]["original"]["bits_per_byte"]
+        more = {name: one["bits_per_byte"] / start - 1 for name, one in data["move"].items() if isinstance(one, dict) and "bits_per_byte" in one}
+        words.append(
+            f"SmolLM2-135M in GPT-2's vocabulary has {more['composed rows, untrained']:.0%} more bits per byte untrained and {more['composed rows, span']:.0%} after {data['move']['tokens']:,} tokens "
+            f"of `span` ({more['random rows, span']:.0%} from random rows)."
+        )
+    if "gpt2" in data:
+        ours, base = (data["gpt2"][f"random, {name}"] for name in ("vocab", "cross-entropy"))
+        words.append(
+            f"A GPT-2 of SmolLM2-135M's size, from random weights, {data['gpt2']['tokens']:,} tokens: {ours['bits_per_byte']:.3f} bits per byte taught by it, {base['bits_per_byte']:.3f} by cross-entropy."
+        )
     case = data.get("loss", {})
-    if "GOLD, hybrid" not in case:
-        return ""
-    ours, theirs = case["span+vocab"], case["GOLD, hybrid"]
-    return (
-        f"The bridge loss `span+vocab` takes {ours['cpu_seconds'] / theirs['cpu_seconds']:.2f} of the time and {ours['peak_bytes'] / theirs['peak_bytes']:.2f} of the memory of TRL's GOLD (hybrid)."
-    )
+    if "GOLD, hybrid" in case:
+        ours, theirs = case["span+vocab"], case["GOLD, hybrid"]
+        words.append(
+            f"The bridge loss `span+vocab` takes {ours['cpu_seconds'] / theirs['cpu_seconds']:.2f} of the time and {ours['peak_bytes'] / theirs['peak_bytes']:.2f} of the memory of TRL's GOLD (hybrid)."
+        )
+    return " ".join(words)
 
 
 def quality(data: dict[str, Any]) -> str:
