@@ -128,24 +128,27 @@ def config_for(shape: Shape, config: Any, layers: list[int] | None = None) -> An
     return made
 
 
-# What a config says about origin and use, not about what the model computes.
+# What a config class declares of origin and use, not of what the model computes.
 _NO_MATTER = {
-    "_name_or_path", "architectures", "cbd", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "pretraining_tp",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "return_dict", "output_hidden_states", "output_attentions",
-    "task_specific_params", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "id2label",
-    "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "n_ctx", "attn_implementation", "init_std",
+    "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "initializer_range", "init_std", "pretraining_tp",
+    "bos_token_id", "eos_token_id", "pad_token_id", "return_dict", "output_hidden_states", "output_attentions",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "id2label",
+    "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder",
     "max_window_layers", "_sliding_window_pattern",  # layer_types says what comes of them
 }
 
 
 def other_differences(first: Any, second: Any) -> list[str]:
-    """Config fields, besides the shape's, in which two models compute differently: position bases, activations, biases, tied heads."""
+    """Config fields, besides the shape's, in which two models compute differently: position bases, activations, biases, tied heads.
+
+    Only what the architecture's config class declares counts; what else a config.json holds is read by nothing.
+    """
     family = family_of(first)
     shape = {family.fields[axis] for axis in _FIELDS if axis in family.fields} | set(family.single_layer_fields) | set(family.requires)
     if shape_of(first).hidden != shape_of(second).hidden and family.norm_eps is not None:
         shape.add(family.norm_eps)  # it goes with the hidden width
     ours, theirs = first.to_dict(), second.to_dict()
-    names = (ours.keys() | theirs.keys()) - shape - _NO_MATTER
+    names = type(first)().to_dict().keys() - shape - _NO_MATTER
     return sorted(name for name in names if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))
 
 
