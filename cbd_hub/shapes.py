@@ -181,7 +181,8 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
     ratio of them.
 
     Raises:
-        ArgumentError: If a field is unknown, missing where the neighbours differ, or outside their range.
+        ArgumentError: If a field is unknown, missing where the neighbours differ, or outside their range; if query heads do not share the kv heads
+            evenly, or so that a group would hold more or fewer of them than the neighbours' groups do.
         ArchitectureError: If the architecture cannot have the shape.
     """
     values = wish.model_dump() if isinstance(wish, Shape) else {name: as_int(value) for name, value in wish.items()}
@@ -203,6 +204,13 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
                 )
             values[name] = getattr(small, name)
     shape = Shape(**values)
+    groups = _span(small.heads // small.kv_heads, large.heads // large.kv_heads)
+    if shape.heads not in [shape.kv_heads * group for group in groups]:
+        heads = " or ".join(str(shape.kv_heads * group) for group in groups)
+        raise ArgumentError(
+            f"shape heads={shape.heads} with kv_heads={shape.kv_heads}: the neighbours have {' to '.join(map(str, dict.fromkeys((groups[0], groups[-1]))))} "
+            f"query heads per kv head; choose heads={heads}, or other kv_heads"
+        )
     check_legal(shape, config)
     return shape
 
