@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -114,13 +115,18 @@ def test_a_mixture_of_experts_is_refused_as_one():
             family_of(config)
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"do_layer_norm_before": False}, "do_layer_norm_before=False where only True"), ({"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 where only 768"),
-    ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+@pytest.mark.parametrize(("make", "more", "message"), [
+    (OPTConfig, {"do_layer_norm_before": False}, "do_layer_norm_before=False where only True"), (OPTConfig, {"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 where only 768"),
+    (OPTConfig, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+    (GPT2Config, {"scale_attn_by_inverse_layer_idx": True}, "gpt2 model has scale_attn_by_inverse_layer_idx=True where only False"),
+    (GPT2Config, {"add_cross_attention": True}, "add_cross_attention=True"),
+    (Gemma3TextConfig, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
 ])
-def test_variants_of_opt_that_the_table_is_not_for_are_refused(more, message):
+def test_variants_that_a_table_is_not_for_are_refused(make, more, message):
+    """Such a model would be counted wrongly, or compute something else with a layer in another place."""
     with pytest.raises(ArchitectureError, match=message):
-        parameter_count(OPTConfig(**more))
+        parameter_count(make(**more))
+    assert parameter_count(make(**dict.fromkeys(more, None))) if make is Gemma3TextConfig else parameter_count(make())
 
 
 def test_every_family_names_what_writes_and_what_normalises():
