@@ -231,6 +231,18 @@ def check_positions(tokens: int, config: Any, what: str) -> None:
         raise ArgumentError(f"{what} is more than the model's {room:,} positions; give {room:,} or less")
 
 
+def block_size(*configs: Any, most: int = 128) -> int:
+    """Tokens of a block of calibration text: ``most``, or as many as the positions of the model that has fewest.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> block_size(GPT2Config()), block_size(GPT2Config(), GPT2Config(n_positions=64))
+        (128, 64)
+    """
+    rooms = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min([most, *(room for room in rooms if room is not None)])
+
+
 def check_cut(shape: Shape, whole: Shape, config: Any) -> None:
     """Refuse a shape that cannot be cut from a model.
 

@@ -379,14 +379,25 @@ def test_what_no_alignment_can_be_fitted_on_is_refused(tmp_path):
         align(broken, tiny.llama())
     with pytest.raises(WeightsError, match=r"/s: model.embed_tokens.weight holds values that are no finite numbers"):
         chain_of(tmp_path, broken, tiny.llama(), align=False, calibration=tiny.texts())
-    for calibration in ([], ["text"], [torch.arange(4), torch.arange(5)]):
+    for calibration in ([], ["text"], [torch.arange(4), torch.arange(5)], [torch.arange(4), "text"], [torch.arange(4).view(1, 4)], [torch.tensor(3)]):
         with pytest.raises(ArgumentError, match="tensors of one length"):
             align(tiny.llama(layers=2), tiny.llama(), calibration)
+    for calibration, message in (
+        ([torch.rand(8)], "is of torch.float32; token ids are of torch.int64"), ([torch.ones(8, dtype=torch.bool)], "is of torch.bool"),
+        ([torch.tensor([5])], "rows of length 1; give two tokens"), ([torch.zeros(0, dtype=torch.long)], "rows of length 0"),
+        ([torch.full((8,), 999)], "token id 999, and the vocabulary has 260"), ([torch.full((8,), -1)], "token id -1"),
+        ([torch.arange(100)], r"a row of 100 tokens is more than the model's 64 positions"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            align(tiny.gpt2(layers=2, n_positions=64), tiny.gpt2(n_positions=64), calibration)
     with pytest.raises(ArgumentError, match="not known for these gemma3_text models; choose permutation"):
         fit(tiny.gemma3(seed=1), tiny.gemma3(), residual="rotation")
 
 
 def test_what_cannot_be_aligned_is_refused():
+    for pair in (("x", tiny.llama()), (tiny.llama(), None)):
+        with pytest.raises(ArgumentError, match="to align is (str|NoneType); give a loaded transformers model"):
+            align(*pair)
     with pytest.raises(ArchitectureError, match="two architectures"):
         align(tiny.llama(), tiny.gpt2())
     with pytest.raises(ManifestError, match="more ffn"):

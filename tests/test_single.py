@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from cbd_hub import CBDModel, cli
-from cbd_hub.cut import mixes
+from cbd_hub.cut import measure_importance, mixes
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError
+from cbd_hub.evaluation import Documents
 from cbd_hub.shapes import count, parameter_count, shape_of
 from cbd_hub.single import OWN_TEXT, cut_single
 
@@ -73,7 +74,7 @@ def test_the_loss_is_that_of_the_model_on_held_out_text(source, tmp_path):
     from cbd_hub.single import _split
     from cbd_hub.weights import load_tokenizer
     tokenizer = load_tokenizer(source)
-    chosen, heldout = _split(TEXTS, "texts", tokenizer, 4096)
+    chosen, heldout = _split(TEXTS, "texts", tokenizer, 4096, 128)
     joined = tokenizer.decode(torch.cat(chosen.ids))
     assert not any(tokenizer.decode(ids) in joined for ids in heldout.ids)
     cut = cut_single(source, int(0.8 * size_of(source)), calibration=TEXTS)
@@ -177,6 +178,17 @@ def test_every_size_is_cut_within_a_percent_or_the_nearest_named_which_then_is_c
             assert count(found[0], config) == named
         assert all(abs(count(shape, config) - size) <= 0.01 * size and count(shape, config) < whole for shape in found)
     assert refused
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_of_few_positions_is_cut_on_shorter_blocks(own, tmp_path):
+    """Learned positions end: a block of 128 tokens does not fit into 48."""
+    folder = tiny.save(tiny.gpt2(layers=3, n_positions=48), tmp_path / "m")
+    wanted = int(0.8 * size_of(folder))
+    model = CBDModel.from_pretrained(folder, wanted, calibration=None if own else TEXTS)
+    assert abs(model.num_parameters() - wanted) <= 0.01 * wanted
+    with pytest.raises(ArgumentError, match=r"a row of 64 tokens is more than the model's 48 positions"):
+        measure_importance(model, Documents((torch.arange(64),), (64,)))
 
 
 def test_models_that_are_none_are_refused(tmp_path):
