@@ -17,6 +17,7 @@ from cbd_hub.families import family_of
 from cbd_hub.files import sha256
 from cbd_hub.interpolation.align import align, apply, fit, segment_with
 from cbd_hub.interpolation.execute import combine
+from cbd_hub.interpolation.fitting import Fit
 from cbd_hub.interpolation.live import Between
 from cbd_hub.interpolation.maps import norms
 from cbd_hub.interpolation.planner import patch_plan, segment_plan
@@ -89,6 +90,23 @@ def test_a_permuted_copy_aligns_back(name):
     back = align(other, model)
     torch.testing.assert_close(logits(back), logits(model), atol=1e-3, rtol=1e-3)
     same_parameters(back, model, 1e-3)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_an_odd_number_of_rotary_channels_is_turned_in_pairs(share):
+    """Heads of 12 channels: transformers turns 4 of them where a quarter is 3."""
+    model = tiny.gpt_neox(layers=2, hidden=48, heads=4, seed=3, rotary_pct=share)
+    cos, _ = model.gpt_neox.rotary_emb(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))
+    assert Fit(model, model, None, None).rotary_width == cos.shape[-1]
+    found = fit(model, model)
+    assert found.error < 1e-3
+    assert found.maps.queries is not None
+    same_parameters(apply(found, model, model), model, 1e-3)
+
+
+def test_models_of_few_positions_are_tried_on_as_many_tokens():
+    model = tiny.gpt2(layers=1, n_positions=16)
+    assert fit(model, model).error < 1e-3
 
 
 def turned_llama(model, hidden, seed=0):
