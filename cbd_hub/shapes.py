@@ -174,6 +174,22 @@ def follow(wish: Mapping[str, int], like: Shape, config: Any) -> dict[str, int]:
     return values
 
 
+def named_fields(wish: Shape | Mapping[str, int]) -> dict[str, Any]:
+    """The fields that a shape names, whole numbers of any kind as ints.
+
+    Raises:
+        ArgumentError: If it is no mapping, or names an unknown field.
+    """
+    if isinstance(wish, Shape):
+        return wish.model_dump()
+    if not isinstance(wish, Mapping):
+        raise ArgumentError(f'shape={wish!r} is no shape; give its fields, such as {{"layers": 24, "ffn": 1192}}')
+    for name in wish:
+        if name not in _FIELDS:
+            raise ArgumentError(f'shape has no field "{name}"; its fields are {", ".join(_FIELDS)}')
+    return {name: as_int(value) for name, value in wish.items()}
+
+
 def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, config: Any) -> Shape:
     """A whole shape from a partial one; what is not named follows from what is, or is taken from the neighbours where they agree.
 
@@ -185,10 +201,8 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
             evenly, or so that a group would hold more or fewer of them than the neighbours' groups do.
         ArchitectureError: If the architecture cannot have the shape.
     """
-    values = wish.model_dump() if isinstance(wish, Shape) else {name: as_int(value) for name, value in wish.items()}
+    values = named_fields(wish)
     for name, value in values.items():
-        if name not in _FIELDS:
-            raise ArgumentError(f'shape has no field "{name}"; its fields are {", ".join(_FIELDS)}')
         low, high = sorted((getattr(small, name), getattr(large, name)))
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ArgumentError(f"shape {name}={value!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
@@ -295,7 +309,7 @@ def shape_between(
     The path: layers, hidden width, kv heads and query heads per kv head each go linearly with size (or as given) to the nearest that the
     architecture can have, and the FFN fills the rest within the neighbours' range. Where it cannot, the next nearest number of layers is
     taken, and at each the nearest widths that can. So a size comes out within 0.2% where the FFN moves and 1% where hidden width does and the FFN does
-    not, unless all else moves in steps that the FFN's range does not bridge: layers alone, or whole heads of a small model.
+    not, unless all else moves in steps that the FFN's range does not bridge: layers alone, or whole heads with the hidden width.
 
     Args:
         size: Parameters wanted.
@@ -388,7 +402,7 @@ def check_tolerance(size: int, shape: Shape, small: Shape, large: Shape, config:
     real = sorted(sizes, key=lambda real: abs(real - size))[:2]
     near = " or ".join(f"{format_size(parameters)} ({parameters:,})" for parameters in sorted(real))
     raise SizeError(
-        f"no shape between the neighbours has {size:,} parameters within {tolerance:.1%}; the nearest have {near}: "
+        f"no shape between the neighbours has {size:,} parameters within {100 * tolerance:.3g}%; the nearest have {near}: "
         "ask for one of these, or raise tolerance"
     )
 

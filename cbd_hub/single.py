@@ -26,8 +26,8 @@ from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Shape
 from cbd_hub.precision import best_device
-from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, parameter_count, shape_of
-from cbd_hub.sizes import as_int, format_size, matches, parse_size
+from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, named_fields, parameter_count, shape_of
+from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.texts import texts_of
 from cbd_hub.weights import (
     Checkpoint,
@@ -174,10 +174,7 @@ def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | 
         assert wanted is not None
         mixes(wanted, config)  # refused before the work, not after it
         return wanted, None
-    values = shape.model_dump() if isinstance(shape, Shape) else {field: as_int(value) for field, value in shape.items()}
-    unknown = sorted(set(values) - set(Shape.model_fields))
-    if unknown:
-        raise ArgumentError(f'shape has no field "{unknown[0]}"; its fields are {", ".join(Shape.model_fields)}')
+    values = named_fields(shape)
     try:
         named = Shape.model_validate({**above.model_dump(), **values}, strict=True).model_dump(include=set(values))
         found = Shape.model_validate({**above.model_dump(), **follow(named, above, config)})

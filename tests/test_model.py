@@ -154,6 +154,10 @@ def test_alpha_moves_the_shared_parameters_from_one_anchor_to_the_other(chain):
     ({"size": "min", "tolerance": 7}, "tolerance=7"),
     ({"size": "min", "strategy": "best"}, "choose one of"),
     ({"size": "min", "alpha": -1}, "outside 0 to 1"),
+    ({"size": "min", "alpha": "0.5"}, "alpha='0.5' is outside 0 to 1; it is a number"),
+    ({"size": "min", "tolerance": "0.5"}, "tolerance='0.5' is outside 0 to 1; it is a number"),
+    ({"size": "min", "strategy": "patch", "alpha": 0.5}, "no meaning for strategy=\"patch\""),
+    ({"shape": "layers=2"}, "shape='layers=2' is no shape; give its fields"),
 ])
 def test_wrong_arguments_are_named_with_the_way_out(chain, arguments, message):
     with pytest.raises(ArgumentError, match=message):

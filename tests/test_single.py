@@ -125,6 +125,7 @@ def test_the_same_call_gives_the_same_model(source):
     ({"shape": {"layers": 9}}, ArgumentError, "layers=9 cannot be cut from layers=6"),
     ({"shape": {"layers": 0}}, ArgumentError, "shape layers=0"),
     ({"shape": {"depth": 3}}, ArgumentError, 'no field "depth"'),
+    ({"shape": "layers=2"}, ArgumentError, "shape='layers=2' is no shape"),
     ({"shape": {"layers": 6}}, SizeError, "is all of"),
     ({"shape": {"hidden": 30}}, ArchitectureError, "cannot have the shape"),
     ({"shape": {"layers": 3, "ffn": 8}, "size": 50_000}, SizeError, "leave one of them out"),
