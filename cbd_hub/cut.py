@@ -20,12 +20,13 @@ from cbd_hub.interpolation.live import Between, frozen
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan
 from cbd_hub.manifest import Mix, Shape
 from cbd_hub.precision import products
-from cbd_hub.shapes import check_cut, count, fill_ffn, shape_of
+from cbd_hub.shapes import check_cut, check_positions, count, fill_ffn, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import LOADING
 
 
 _DEPTHS = (1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5)  # shares of the layers that are tried
+_MEETS, _NEAR = 0.005, 0.01  # how far a cut may be from its size, as a share of it; the second where no cut is nearer
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
 
     Returns:
         The importance.
+
+    Raises:
+        ArgumentError: If a document is longer than the model has positions.
     """
+    longest = max(len(ids) for ids in documents.ids)
+    check_positions(longest, model.config, f"a row of {longest:,} tokens")
     family, shape = family_of(model.config), shape_of(model.config)
     blocks = list(model.get_submodule(family.blocks))
     weights = family.parameters(model)
@@ -199,28 +205,38 @@ def cut_model(model: Any, plan: Plan) -> Any:
 
 
 def mixes(size: int, config: Any, wish: Shape | None = None) -> list[Shape]:
-    """Shapes of a size that mix fewer layers and narrower FFN; at least one.
+    """Shapes of a size, each smaller than the whole model, that mix fewer layers and narrower FFN; at least one.
+
+    They keep a few shares of the layers; where all of these are too deep for the size, of as many layers as are not. Where layers and FFN come in
+    too coarse steps to meet the size within 0.5%, it is the nearest shape within 1%.
 
     Raises:
-        SizeError: If the model cannot be cut to that size in layers and FFN.
+        SizeError: If the model cannot be cut to that size in layers and FFN, naming the nearest to which it can.
     """
-    whole = shape_of(config)
     if wish is not None:
         return [wish]
-    found: dict[int, Shape] = {}
-    for share in _DEPTHS:
-        shape = whole.model_copy(update={"layers": max(1, round(share * whole.layers))})
-        width = min(fill_ffn(size, shape, config), whole.ffn)
-        shape = shape.model_copy(update={"ffn": width})
-        if abs(count(shape, config) - size) <= 0.005 * size:
-            found[shape.layers] = shape
-    if not found:
-        smallest = count(whole.model_copy(update={"layers": 1, "ffn": 1}), config)
-        raise SizeError(
-            f"a model of {format_size(count(whole, config))} cannot be cut to {format_size(size)} in layers and FFN width; "
-            f"its embeddings and one layer alone have {format_size(smallest)}: ask for a size well between these"
-        )
-    return list(found.values())
+    whole = shape_of(config)
+    shapes = {depth: shape for depth in range(whole.layers, 0, -1) if (shape := _narrowed(size, depth, config)) is not None}
+    away = {depth: abs(count(shape, config) - size) for depth, shape in shapes.items()}
+    for deepest in shapes:
+        depths = dict.fromkeys(max(1, round(share * deepest)) for share in _DEPTHS)
+        if found := [shapes[depth] for depth in depths if depth in shapes and away[depth] <= _MEETS * size]:
+            return found
+    nearest = min(shapes, key=away.__getitem__, default=None)
+    if nearest is not None and away[nearest] <= _NEAR * size:
+        return [shapes[nearest]]
+    real = 0 if nearest is None else count(shapes[nearest], config)
+    raise SizeError(
+        f"a model of {format_size(count(whole, config))} cannot be cut to {format_size(size)} ({size:,} parameters) in layers and FFN width; "
+        + (f"the nearest that it can be cut to has {format_size(real)} ({real:,}): ask for size={real}" if real else "it has one layer of one neuron")
+    )
+
+
+def _narrowed(size: int, layers: int, config: Any) -> Shape | None:
+    """The shape of so many layers with the FFN that brings it nearest to a size; None where only the whole model has so many."""
+    whole = shape_of(config)
+    shape, widest = whole.model_copy(update={"layers": layers}), whole.ffn - (layers == whole.layers)
+    return shape.model_copy(update={"ffn": min(fill_ffn(size, shape, config), widest)}) if widest else None
 
 
 @dataclass(frozen=True)
@@ -280,7 +296,6 @@ def choose_cut(model: Any, size: int, importance: Importance, documents: Documen
     shapes = mixes(size, model.config, wish)
     best = min(shapes, key=loss)
     if len(shapes) > 1:
-        beside = [best.model_copy(update={"layers": best.layers + step}) for step in (-1, 1)]
-        beside = [shape.model_copy(update={"ffn": fill_ffn(size, shape, model.config)}) for shape in beside if 1 <= shape.layers <= whole.layers]
-        best = min([best, *(shape for shape in beside if shape.ffn <= whole.ffn)], key=loss)
+        beside = [_narrowed(size, best.layers + step, model.config) for step in (-1, 1) if 1 <= best.layers + step <= whole.layers]
+        best = min([best, *(shape for shape in beside if shape is not None and abs(count(shape, model.config) - size) <= _MEETS * size)], key=loss)
     return replace(Cut.of(model, best, importance, name), tried=tried)

@@ -14,6 +14,7 @@ from cbd_hub.interpolation.planner import Kept, Maps, layer_types
 from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Shape, Strategies
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
+from cbd_hub.shapes import block_size
 from cbd_hub.weights import load_model, load_tokenizer
 
 
@@ -21,17 +22,16 @@ if TYPE_CHECKING:
     from cbd_hub.interpolation.fitting import Report
 
 
-_BLOCK = 128
 _TOKENS = 4096
 
 
-def calibration_of(texts: Sequence[str], folder: Path) -> Calibration:
-    """Calibration text as the tokenizer of a checkpoint reads it.
+def calibration_of(texts: Sequence[str], folder: Path, configs: Sequence[Any]) -> Calibration:
+    """Calibration text as the tokenizer of a checkpoint reads it, in blocks that models of all these configs have positions for.
 
     Raises:
         DataError: If it is too short.
     """
-    return Calibration.read(texts, load_tokenizer(folder), _BLOCK, _TOKENS)
+    return Calibration.read(texts, load_tokenizer(folder), block_size(*configs), _TOKENS)
 
 
 @dataclass(frozen=True)

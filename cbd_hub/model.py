@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import shutil
 import warnings
@@ -47,19 +48,15 @@ LOADER_ARGUMENTS = frozenset({
 # What transformers accepts and drops.
 _DROPPED = frozenset({"low_cpu_mem_usage", "from_tf", "from_flax", "mirror", "_fast_init", "offload_state_dict", "proxies"})
 _REFUSED = {
-    "config": "the config follows from the chain; change model.config afterwards",
-    "state_dict": "the weights follow from the chain",
-    "gguf_file": "anchors are safetensors",
+    "config": "the config follows from the shape; change model.config afterwards",
+    "state_dict": "the weights follow from the shape",
+    "gguf_file": "weights are read from safetensors",
     "ignore_mismatched_sizes": "cbd_hub never re-initialises a tensor",
-    "key_mapping": "anchors keep their checkpoint keys",
-    "variant": "a chain has one set of weights; choose dtype instead",
-    "subfolder": "name the chain itself",
-    "adapter_kwargs": "name the adapter by adapter=, with its revision as org/lora@revision",
+    "key_mapping": "tensors keep their checkpoint keys",
+    "variant": "there is one set of weights; choose dtype instead",
+    "subfolder": "name the folder or repo itself",
+    "adapter_kwargs": "name the adapter by from_chain's adapter=, with its revision as org/lora@revision",
 }
-_OWN = (
-    "size", "memory_budget", "min_tokens_per_second", "max_latency", "shape", "strategy", "alpha", "tolerance", "adapter", "adapter_size", "revision", "token", "cache_dir",
-    "local_files_only", "force_download",
-)
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,8 @@ class _Prepared:
             checkpoint.remember()
 
 
-def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for transformers, unknown and unusable ones refused.
+def _check_loader_arguments(arguments: Mapping[str, Any], caller: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments for transformers that came to ``caller`` besides its own, unknown and unusable ones refused.
 
     Raises:
         ArgumentError: Naming the nearest valid argument.
@@ -96,12 +93,13 @@ def _check_loader_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     kept = {}
     for name, value in arguments.items():
         if name in _REFUSED:
-            raise ArgumentError(f"{name}= cannot be used with a chain: {_REFUSED[name]}")
+            raise ArgumentError(f"{name}= cannot be used with {caller.__name__}: {_REFUSED[name]}")
         if name in _DROPPED:
             continue
         if name not in LOADER_ARGUMENTS:
-            near = difflib.get_close_matches(name, [*_OWN, *LOADER_ARGUMENTS], n=1, cutoff=0.0)[0]
-            raise ArgumentError(f"{name}= is no argument of from_chain; did you mean {near}=?")
+            own = [known.name for known in inspect.signature(caller).parameters.values() if known.kind is known.KEYWORD_ONLY]
+            near = difflib.get_close_matches(name, ["size", *own, *LOADER_ARGUMENTS], n=1, cutoff=0.0)[0]
+            raise ArgumentError(f"{name}= is no argument of {caller.__name__}; did you mean {near}=?")
         kept[name] = value
     if "torch_dtype" in kept:
         warnings.warn("torch_dtype= is deprecated in transformers 5; use dtype=", FutureWarning, stacklevel=3)
@@ -148,7 +146,7 @@ def load(files: ChainFiles, plan: Plan, *, fetched: Callable[[], None], tick: Ca
     """
     prepared = replace(_prepare(files, plan), tick=tick)
     fetched()
-    return _load(prepared, _check_loader_arguments(arguments))
+    return _load(prepared, _check_loader_arguments(arguments, load))
 
 
 class CBDModel:
@@ -197,7 +195,7 @@ class CBDModel:
             ManifestError: If there is no such chain or its chain.json is refused.
             ArgumentError: If an option is unknown or out of its range.
         """
-        arguments = _check_loader_arguments(transformers_kwargs)
+        arguments = _check_loader_arguments(transformers_kwargs, CBDModel.plan)
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
@@ -252,7 +250,7 @@ class CBDModel:
             WeightsError: If a tensor is missing, extra or mis-shaped.
             ArgumentError: If an argument is unknown or out of its range.
         """
-        arguments = _check_loader_arguments(transformers_kwargs)
+        arguments = _check_loader_arguments(transformers_kwargs, CBDModel.from_chain)
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
@@ -314,7 +312,7 @@ class CBDModel:
             StorageError: If the folder is in the way or the disk is full.
             CBDError: As `from_chain`.
         """
-        arguments = _check_loader_arguments({"dtype": dtype, **transformers_kwargs})
+        arguments = _check_loader_arguments({"dtype": dtype, **transformers_kwargs}, CBDModel.materialize)
         dtype = arguments.get("dtype")
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
@@ -382,7 +380,7 @@ class CBDModel:
             >>> model = CBDModel.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", size="120M")  # doctest: +SKIP
             >>> model.config.cbd["loss"], model.config.cbd["stderr"]  # doctest: +SKIP
         """
-        arguments = _check_loader_arguments(transformers_kwargs)
+        arguments = _check_loader_arguments(transformers_kwargs, CBDModel.from_pretrained)
         options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
         weight_dtype(arguments.get("dtype"), torch.float32)  # refused before the work, not after it
         from cbd_hub.single import cut_single  # measures with live models, which a load from a chain does not need

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,18 @@ from cbd_hub.families import family_named, family_of
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.budget import largest_meeting, largest_size
 from cbd_hub.interpolation.curve import Chord
-from cbd_hub.interpolation.planner import Kept, Maps, Plan, Segment, anchor_plan, last_loss, segment_of, segment_plan, shape_in
+from cbd_hub.interpolation.planner import (
+    Kept,
+    Maps,
+    Plan,
+    Segment,
+    anchor_plan,
+    check_options,
+    last_loss,
+    segment_of,
+    segment_plan,
+    shape_in,
+)
 from cbd_hub.manifest import Anchor, Manifest, Shape
 from cbd_hub.precision import best_device
 from cbd_hub.remote import bytes_to_fetch
@@ -106,7 +118,7 @@ def plan_in(
     if must and (size is not None or shape is not None):
         raise ArgumentError(f"{'=, '.join(must)}= came with size= or shape=; give {'one of them' if len(must) == 1 else 'either these or one of those'}")
     if must:
-        _check_options(strategy, alpha)
+        check_options(strategy, alpha)
     glance = replace(files, glance=True)
     if memory_budget is not None:
         size = _size_that_fits(glance, parse_bytes(memory_budget), dtype, strategy, alpha)
@@ -151,8 +163,8 @@ def _plan(files: ChainFiles, size: str | int | None, shape: Shape | Mapping[str,
     manifest = files.manifest
     if size is None and shape is None:
         raise ArgumentError('neither size nor shape nor memory_budget nor a speed was given; ask for a size such as size="138M"')
-    if not 0.0 < tolerance < 1.0:
-        raise ArgumentError(f"tolerance={tolerance} is outside 0 to 1; it is a share of the size, such as 0.02")
+    if not isinstance(tolerance, Real) or not 0.0 < tolerance < 1.0:
+        raise ArgumentError(f"tolerance={tolerance!r} is outside 0 to 1; it is a number, a share of the size such as 0.02")
     if shape is not None:
         small, large, wanted = _around_shape(files, shape, None if size is None else manifest.size(size))
     else:
@@ -162,7 +174,7 @@ def _plan(files: ChainFiles, size: str | int | None, shape: Shape | Mapping[str,
     if small is large:
         dataset = small.evaluations[-1].dataset if small.evaluations else None
         # An anchor is itself whatever the strategy; the options are still checked.
-        _check_options(strategy, alpha)
+        check_options(strategy, alpha)
         return anchor_plan(manifest.name, wanted, small.name, small.shape, anchor_config(files, small), last_loss(small.evaluations, dataset))
     segment = segment_between(files, small, large)
     ends = Chord.of(manifest, manifest.link(small, large)).losses
@@ -276,13 +288,6 @@ def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
     return {
         "bytes_read": read, **({} if files.revision is None else {"bytes_to_fetch": fetched}), "bytes_in_memory": {"float32": 4 * plan.parameters, "bfloat16": 2 * plan.parameters},
     }
-
-
-def _check_options(strategy: str, alpha: float | None) -> None:
-    if strategy not in ("auto", "blend", "patch"):
-        raise ArgumentError(f"strategy={strategy!r} is not known; choose one of auto, blend, patch")
-    if alpha is not None and not 0.0 <= alpha <= 1.0:
-        raise ArgumentError(f"alpha={alpha} is outside 0 to 1; it is the weight of the smaller neighbour")
 
 
 def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int | None) -> tuple[Anchor, Anchor, int]:

@@ -128,24 +128,27 @@ def config_for(shape: Shape, config: Any, layers: list[int] | None = None) -> An
     return made
 
 
-# What a config says about origin and use, not about what the model computes.
+# What a config class declares of origin and use, not of what the model computes.
 _NO_MATTER = {
-    "_name_or_path", "architectures", "cbd", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "pretraining_tp",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "return_dict", "output_hidden_states", "output_attentions",
-    "task_specific_params", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "id2label",
-    "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "n_ctx", "attn_implementation", "init_std",
+    "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "initializer_range", "init_std", "pretraining_tp",
+    "bos_token_id", "eos_token_id", "pad_token_id", "return_dict", "output_hidden_states", "output_attentions",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "id2label",
+    "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder",
     "max_window_layers", "_sliding_window_pattern",  # layer_types says what comes of them
 }
 
 
 def other_differences(first: Any, second: Any) -> list[str]:
-    """Config fields, besides the shape's, in which two models compute differently: position bases, activations, biases, tied heads."""
+    """Config fields, besides the shape's, in which two models compute differently: position bases, activations, biases, tied heads.
+
+    Only what the architecture's config class declares counts; what else a config.json holds is read by nothing.
+    """
     family = family_of(first)
     shape = {family.fields[axis] for axis in _FIELDS if axis in family.fields} | set(family.single_layer_fields) | set(family.requires)
     if shape_of(first).hidden != shape_of(second).hidden and family.norm_eps is not None:
         shape.add(family.norm_eps)  # it goes with the hidden width
     ours, theirs = first.to_dict(), second.to_dict()
-    names = (ours.keys() | theirs.keys()) - shape - _NO_MATTER
+    names = type(first)().to_dict().keys() - shape - _NO_MATTER
     return sorted(name for name in names if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))
 
 
@@ -171,6 +174,22 @@ def follow(wish: Mapping[str, int], like: Shape, config: Any) -> dict[str, int]:
     return values
 
 
+def named_fields(wish: Shape | Mapping[str, int]) -> dict[str, Any]:
+    """The fields that a shape names, whole numbers of any kind as ints.
+
+    Raises:
+        ArgumentError: If it is no mapping, or names an unknown field.
+    """
+    if isinstance(wish, Shape):
+        return wish.model_dump()
+    if not isinstance(wish, Mapping):
+        raise ArgumentError(f'shape={wish!r} is no shape; give its fields, such as {{"layers": 24, "ffn": 1192}}')
+    for name in wish:
+        if name not in _FIELDS:
+            raise ArgumentError(f'shape has no field "{name}"; its fields are {", ".join(_FIELDS)}')
+    return {name: as_int(value) for name, value in wish.items()}
+
+
 def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, config: Any) -> Shape:
     """A whole shape from a partial one; what is not named follows from what is, or is taken from the neighbours where they agree.
 
@@ -178,13 +197,12 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
     ratio of them.
 
     Raises:
-        ArgumentError: If a field is unknown, missing where the neighbours differ, or outside their range.
+        ArgumentError: If a field is unknown, missing where the neighbours differ, or outside their range; if query heads do not share the kv heads
+            evenly, or so that a group would hold more or fewer of them than the neighbours' groups do.
         ArchitectureError: If the architecture cannot have the shape.
     """
-    values = wish.model_dump() if isinstance(wish, Shape) else {name: as_int(value) for name, value in wish.items()}
+    values = named_fields(wish)
     for name, value in values.items():
-        if name not in _FIELDS:
-            raise ArgumentError(f'shape has no field "{name}"; its fields are {", ".join(_FIELDS)}')
         low, high = sorted((getattr(small, name), getattr(large, name)))
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ArgumentError(f"shape {name}={value!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
@@ -200,6 +218,13 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
                 )
             values[name] = getattr(small, name)
     shape = Shape(**values)
+    groups = _span(small.heads // small.kv_heads, large.heads // large.kv_heads)
+    if shape.heads not in [shape.kv_heads * group for group in groups]:
+        heads = " or ".join(str(shape.kv_heads * group) for group in groups)
+        raise ArgumentError(
+            f"shape heads={shape.heads} with kv_heads={shape.kv_heads}: the neighbours have {' to '.join(map(str, dict.fromkeys((groups[0], groups[-1]))))} "
+            f"query heads per kv head; choose heads={heads}, or other kv_heads"
+        )
     check_legal(shape, config)
     return shape
 
@@ -218,6 +243,18 @@ def check_positions(tokens: int, config: Any, what: str) -> None:
     room = getattr(config, "max_position_embeddings", None)
     if room is not None and tokens > room:
         raise ArgumentError(f"{what} is more than the model's {room:,} positions; give {room:,} or less")
+
+
+def block_size(*configs: Any, most: int = 128) -> int:
+    """Tokens of a block of calibration text: ``most``, or as many as the positions of the model that has fewest.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> block_size(GPT2Config()), block_size(GPT2Config(), GPT2Config(n_positions=64))
+        (128, 64)
+    """
+    rooms = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min([most, *(room for room in rooms if room is not None)])
 
 
 def check_cut(shape: Shape, whole: Shape, config: Any) -> None:
@@ -272,7 +309,7 @@ def shape_between(
     The path: layers, hidden width, kv heads and query heads per kv head each go linearly with size (or as given) to the nearest that the
     architecture can have, and the FFN fills the rest within the neighbours' range. Where it cannot, the next nearest number of layers is
     taken, and at each the nearest widths that can. So a size comes out within 0.2% where the FFN moves and 1% where hidden width does and the FFN does
-    not, unless all else moves in steps that the FFN's range does not bridge: layers alone, or whole heads of a small model.
+    not, unless all else moves in steps that the FFN's range does not bridge: layers alone, or whole heads with the hidden width.
 
     Args:
         size: Parameters wanted.
@@ -365,7 +402,7 @@ def check_tolerance(size: int, shape: Shape, small: Shape, large: Shape, config:
     real = sorted(sizes, key=lambda real: abs(real - size))[:2]
     near = " or ".join(f"{format_size(parameters)} ({parameters:,})" for parameters in sorted(real))
     raise SizeError(
-        f"no shape between the neighbours has {size:,} parameters within {tolerance:.1%}; the nearest have {near}: "
+        f"no shape between the neighbours has {size:,} parameters within {100 * tolerance:.3g}%; the nearest have {near}: "
         "ask for one of these, or raise tolerance"
     )
 

@@ -26,8 +26,8 @@ from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.manifest import Shape
 from cbd_hub.precision import best_device
-from cbd_hub.shapes import check_cut, count, fill_ffn, follow, parameter_count, shape_of
-from cbd_hub.sizes import as_int, format_size, matches, parse_size
+from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, named_fields, parameter_count, shape_of
+from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.texts import texts_of
 from cbd_hub.weights import (
     Checkpoint,
@@ -41,7 +41,6 @@ from cbd_hub.weights import (
 
 
 OWN_TEXT = "text that the model wrote itself"
-_BLOCK = 128
 _TOKENS = (512, 4096)  # least and most tokens of a trial
 _WORK = 3e11  # parameters times tokens of a trial: what bounds the time
 _SLACK = 0.02  # how far a shape may be from the size that came with it
@@ -146,7 +145,7 @@ def cut_single(
         say(f"{name} writes {tokens:,} tokens of text")
         documents, heldout = _own_text(live, tokens)
     else:
-        documents, heldout = _split(texts, source, load_tokenizer(folder), tokens)
+        documents, heldout = _split(texts, source, load_tokenizer(folder), tokens, block_size(config))
     say(f"importance on {documents.tokens:,} tokens of {source}")
     importance = measure_importance(live, documents)
     cut = choose_cut(live, wanted, importance, documents, name=name, wish=wish)
@@ -175,10 +174,7 @@ def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | 
         assert wanted is not None
         mixes(wanted, config)  # refused before the work, not after it
         return wanted, None
-    values = shape.model_dump() if isinstance(shape, Shape) else {field: as_int(value) for field, value in shape.items()}
-    unknown = sorted(set(values) - set(Shape.model_fields))
-    if unknown:
-        raise ArgumentError(f'shape has no field "{unknown[0]}"; its fields are {", ".join(Shape.model_fields)}')
+    values = named_fields(shape)
     try:
         named = Shape.model_validate({**above.model_dump(), **values}, strict=True).model_dump(include=set(values))
         found = Shape.model_validate({**above.model_dump(), **follow(named, above, config)})
@@ -197,26 +193,26 @@ def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | 
     return size_found, found
 
 
-def _split(texts: Sequence[str], source: str, tokenizer: Any, tokens: int) -> tuple[Documents, Documents]:
+def _split(texts: Sequence[str], source: str, tokenizer: Any, tokens: int, block: int) -> tuple[Documents, Documents]:
     """A part to measure importance and choose on, and a part to measure the result on; no text is in both."""
     unique = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode(errors="replace")).digest())
     half = len(unique) // 2
     if not half:
         raise DataError(f"{source} has one document, and choosing and measuring need one each; give more, separated by blank lines")
     try:
-        return Documents.packed(unique[half:], tokenizer, _BLOCK, tokens), Documents.read(unique[:half], tokenizer, _BLOCK, tokens)
+        return Documents.packed(unique[half:], tokenizer, block, tokens), Documents.read(unique[:half], tokenizer, block, tokens)
     except DataError as error:
-        raise DataError(f"{source} is too short: half of it has to fill a block of {_BLOCK} tokens; give a longer text") from error
+        raise DataError(f"{source} is too short: half of it has to fill a block of {block} tokens; give a longer text") from error
 
 
 def _own_text(model: Any, tokens: int) -> tuple[Documents, Documents]:
     """Text sampled from a model at temperature 1 from its first token on; the second half is held out."""
-    settings = model.config.get_text_config()
+    settings, block = model.config.get_text_config(), block_size(model.config)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     start = next((token for token in (settings.bos_token_id, *ends) if token is not None), 0)
-    rows = torch.full((tokens // _BLOCK, 1), start, device=model.device)
+    rows = torch.full((tokens // block, 1), start, device=model.device)
     plain = transformers.GenerationConfig(
-        do_sample=True, top_k=0, min_new_tokens=_BLOCK - 1, max_new_tokens=_BLOCK - 1, eos_token_id=None if ends[0] is None else ends, pad_token_id=start
+        do_sample=True, top_k=0, min_new_tokens=block - 1, max_new_tokens=block - 1, eos_token_id=None if ends[0] is None else ends, pad_token_id=start
     )
     with torch.random.fork_rng(), frozen(model):
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from cbd_hub.families import family_of
 from cbd_hub.files import sha256
 from cbd_hub.interpolation.align import align, apply, fit, segment_with
 from cbd_hub.interpolation.execute import combine
+from cbd_hub.interpolation.fitting import Fit
 from cbd_hub.interpolation.live import Between
 from cbd_hub.interpolation.maps import norms
 from cbd_hub.interpolation.planner import patch_plan, segment_plan
@@ -89,6 +90,23 @@ def test_a_permuted_copy_aligns_back(name):
     back = align(other, model)
     torch.testing.assert_close(logits(back), logits(model), atol=1e-3, rtol=1e-3)
     same_parameters(back, model, 1e-3)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_an_odd_number_of_rotary_channels_is_turned_in_pairs(share):
+    """Heads of 12 channels: transformers turns 4 of them where a quarter is 3."""
+    model = tiny.gpt_neox(layers=2, hidden=48, heads=4, seed=3, rotary_pct=share)
+    cos, _ = model.gpt_neox.rotary_emb(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))
+    assert Fit(model, model, None, None).rotary_width == cos.shape[-1]
+    found = fit(model, model)
+    assert found.error < 1e-3
+    assert found.maps.queries is not None
+    same_parameters(apply(found, model, model), model, 1e-3)
+
+
+def test_models_of_few_positions_are_tried_on_as_many_tokens():
+    model = tiny.gpt2(layers=1, n_positions=16)
+    assert fit(model, model).error < 1e-3
 
 
 def turned_llama(model, hidden, seed=0):
@@ -379,14 +397,25 @@ def test_what_no_alignment_can_be_fitted_on_is_refused(tmp_path):
         align(broken, tiny.llama())
     with pytest.raises(WeightsError, match=r"/s: model.embed_tokens.weight holds values that are no finite numbers"):
         chain_of(tmp_path, broken, tiny.llama(), align=False, calibration=tiny.texts())
-    for calibration in ([], ["text"], [torch.arange(4), torch.arange(5)]):
+    for calibration in ([], ["text"], [torch.arange(4), torch.arange(5)], [torch.arange(4), "text"], [torch.arange(4).view(1, 4)], [torch.tensor(3)]):
         with pytest.raises(ArgumentError, match="tensors of one length"):
             align(tiny.llama(layers=2), tiny.llama(), calibration)
+    for calibration, message in (
+        ([torch.rand(8)], "is of torch.float32; token ids are of torch.int64"), ([torch.ones(8, dtype=torch.bool)], "is of torch.bool"),
+        ([torch.tensor([5])], "rows of length 1; give two tokens"), ([torch.zeros(0, dtype=torch.long)], "rows of length 0"),
+        ([torch.full((8,), 999)], "token id 999, and the vocabulary has 260"), ([torch.full((8,), -1)], "token id -1"),
+        ([torch.arange(100)], r"a row of 100 tokens is more than the model's 64 positions"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            align(tiny.gpt2(layers=2, n_positions=64), tiny.gpt2(n_positions=64), calibration)
     with pytest.raises(ArgumentError, match="not known for these gemma3_text models; choose permutation"):
         fit(tiny.gemma3(seed=1), tiny.gemma3(), residual="rotation")
 
 
 def test_what_cannot_be_aligned_is_refused():
+    for pair in (("x", tiny.llama()), (tiny.llama(), None)):
+        with pytest.raises(ArgumentError, match="to align is (str|NoneType); give a loaded transformers model"):
+            align(*pair)
     with pytest.raises(ArchitectureError, match="two architectures"):
         align(tiny.llama(), tiny.gpt2())
     with pytest.raises(ManifestError, match="more ffn"):

@@ -64,6 +64,14 @@ def test_with_text_the_segments_are_measured(family, tmp_path, monkeypatch):
         assert link.strategies.blend.road
 
 
+def test_anchors_of_few_positions_are_measured_on_shorter_blocks(tmp_path, monkeypatch):
+    """A block of 128 tokens does not fit into the learned positions of the anchor that has fewest."""
+    monkeypatch.setattr("cbd_hub.interpolation.align.STEPS", 1)
+    checkpoints = [tiny.save(tiny.gpt2(layers=layers, ffn=16, n_positions=48), tmp_path / f"m{layers}") for layers in (3, 2)]
+    chain = assemble_chain(checkpoints, tmp_path / "chain", calibration=tiny.texts(10))
+    assert all(anchor.evaluations for anchor in chain.manifest.anchors)
+
+
 @pytest.mark.parametrize("case", ["one", "equal", "family", "hidden", "heads", "vocabulary", "tied", "deeper", "align", "untabled", "pickle", "absent"])
 def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, case):
     base = tiny.save(tiny.llama(layers=4), tmp_path / "base")

@@ -1,11 +1,14 @@
 """The tables against the real classes: every stored tensor, its shape, its count."""
 
+import json
+
 import pytest
 import tiny
 import torch
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -16,7 +19,8 @@ from transformers import (
 
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import FAMILIES, family_named, family_of
-from cbd_hub.shapes import config_for, count, parameter_count, shape_of
+from cbd_hub.shapes import config_for, count, other_differences, parameter_count, shape_of
+from cbd_hub.weights import read_config
 
 
 VARIANTS = {
@@ -111,13 +115,18 @@ def test_a_mixture_of_experts_is_refused_as_one():
             family_of(config)
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"do_layer_norm_before": False}, "do_layer_norm_before=False where only True"), ({"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 where only 768"),
-    ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+@pytest.mark.parametrize(("make", "more", "message"), [
+    (OPTConfig, {"do_layer_norm_before": False}, "do_layer_norm_before=False where only True"), (OPTConfig, {"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 where only 768"),
+    (OPTConfig, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+    (GPT2Config, {"scale_attn_by_inverse_layer_idx": True}, "gpt2 model has scale_attn_by_inverse_layer_idx=True where only False"),
+    (GPT2Config, {"add_cross_attention": True}, "add_cross_attention=True"),
+    (Gemma3TextConfig, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
 ])
-def test_variants_of_opt_that_the_table_is_not_for_are_refused(more, message):
+def test_variants_that_a_table_is_not_for_are_refused(make, more, message):
+    """Such a model would be counted wrongly, or compute something else with a layer in another place."""
     with pytest.raises(ArchitectureError, match=message):
-        parameter_count(OPTConfig(**more))
+        parameter_count(make(**more))
+    assert parameter_count(make(**dict.fromkeys(more, None))) if make is Gemma3TextConfig else parameter_count(make())
 
 
 def test_every_family_names_what_writes_and_what_normalises():
@@ -136,3 +145,64 @@ def test_counting_allocates_nothing():
     before = torch.tensor(0)
     assert parameter_count(config) > 400e9
     assert before == 0
+
+
+def published(folder, name, **fields):
+    """A config as transformers reads a published config.json."""
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(fields))
+    return read_config(folder / name)
+
+
+GPT2_JSON = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "attn_pdrop": 0.1, "bos_token_id": 50256,
+    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_positions": 1024,
+    "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+    "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+}
+OLD = {"n_special": 0, "predict_special_tokens": True}
+GEMMA_JSON = {
+    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32768,
+    "num_key_value_heads": 1, "num_attention_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "vocab_size": 262144, "use_cache": True,
+}
+LLAMA_JSON = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 100000, "tie_word_embeddings": True,
+}
+PUBLISHED = {
+    "gpt2": (
+        {**GPT2_JSON, "n_embd": 768, "n_head": 12, "n_layer": 12}, {**GPT2_JSON, **OLD, "n_embd": 1024, "n_head": 16, "n_layer": 24},
+        {**GPT2_JSON, **OLD, "n_embd": 1280, "n_head": 20, "n_layer": 36}, {**GPT2_JSON, **OLD, "output_past": True, "n_embd": 1600, "n_head": 25, "n_layer": 48},
+    ),
+    "gemma3": (
+        {**GEMMA_JSON, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "_sliding_window_pattern": 6, "use_bidirectional_attention": False,
+         "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3},
+        {**GEMMA_JSON, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "cache_implementation": "hybrid", "sliding_window_pattern": 6},
+    ),
+    "llama": (
+        {**LLAMA_JSON, "rope_interleaved": False, "is_llama_config": True, "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+        {**LLAMA_JSON, "num_hidden_layers": 32, "prefix": "</s>", "gradient_checkpointing": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_do_not_differ_in_fields_that_nothing_reads(name, tmp_path):
+    """The paper's own chain is of the published GPT-2s, whose older config.json files hold strays."""
+    configs = [published(tmp_path, str(place), **fields) for place, fields in enumerate(PUBLISHED[name])]
+    for small, large in zip(configs, configs[1:]):
+        assert other_differences(large, small) == other_differences(small, large) == []
+
+
+@pytest.mark.parametrize(("name", "more", "differs"), [
+    ("llama", {"rope_theta": 500.0}, "rope_parameters"), ("mistral", {"sliding_window": 7}, "sliding_window"), ("qwen2", {"hidden_act": "gelu"}, "hidden_act"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"), ("gemma3_text", {"final_logit_softcapping": 3.0}, "final_logit_softcapping"),
+    ("gemma3_text", {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar"), ("gemma3_text", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping"),
+    ("gpt2", {"activation_function": "relu"}, "activation_function"), ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+    ("gpt_neox", {"rotary_pct": 0.5}, "rope_parameters"), ("gpt_neox", {"use_parallel_residual": False}, "use_parallel_residual"),
+    ("opt", {"enable_bias": False}, "enable_bias"), ("olmo2", {"rope_theta": 500.0}, "rope_parameters"), ("olmo2", {"tied": False}, "tie_word_embeddings"),
+])
+def test_what_a_model_computes_by_is_a_difference(name, more, differs):
+    assert other_differences(tiny.EVERY[name]().config, tiny.EVERY[name](**more).config) == [differs]

@@ -213,6 +213,8 @@ def test_where_only_layers_move_a_distant_size_is_refused_with_the_nearest():
     assert segment_plan(segment, middle).parameters == middle
     with pytest.raises(SizeError, match=r"nearest have .*or raise tolerance"):
         segment_plan(segment, low + (middle - low) // 2)
+    with pytest.raises(SizeError, match="parameters within 1e-07%; the nearest"):
+        segment_plan(segment, middle + 1, tolerance=1e-9)
     assert segment_plan(segment, low + (middle - low) // 2 + 100, tolerance=0.5).parameters in (low, middle)
 
 

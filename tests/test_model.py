@@ -148,16 +148,38 @@ def test_alpha_moves_the_shared_parameters_from_one_anchor_to_the_other(chain):
     ({"sise": 3}, r"sise= is no argument of from_chain; did you mean size=\?"),
     ({"size": "min", "torch_dtyp": 3}, "did you mean torch_dtype="),
     ({"size": "min", "atn_implementation": 3}, "did you mean attn_implementation="),
-    ({"size": "min", "state_dict": {}}, "cannot be used with a chain"),
+    ({"size": "min", "state_dict": {}}, "state_dict= cannot be used with from_chain"),
     ({"size": "min", "dtype": "int8"}, "no dtype that weights"),
     ({}, "neither size nor shape"),
     ({"size": "min", "tolerance": 7}, "tolerance=7"),
     ({"size": "min", "strategy": "best"}, "choose one of"),
     ({"size": "min", "alpha": -1}, "outside 0 to 1"),
+    ({"size": "min", "alpha": "0.5"}, "alpha='0.5' is outside 0 to 1; it is a number"),
+    ({"size": "min", "tolerance": "0.5"}, "tolerance='0.5' is outside 0 to 1; it is a number"),
+    ({"size": "min", "strategy": "patch", "alpha": 0.5}, "no meaning for strategy=\"patch\""),
+    ({"shape": "layers=2"}, "shape='layers=2' is no shape; give its fields"),
 ])
 def test_wrong_arguments_are_named_with_the_way_out(chain, arguments, message):
     with pytest.raises(ArgumentError, match=message):
         CBDModel.from_chain(chain, **arguments)
+
+
+@pytest.mark.parametrize(("call", "own"), [
+    (lambda **more: CBDModel.plan("no", "1M", **more), "tolerance"), (lambda **more: CBDModel.from_chain("no", "1M", **more), "adapter_size"),
+    (lambda **more: CBDModel.materialize("no", "1M", output_dir="x", **more), "memory_budget"), (lambda **more: CBDModel.from_pretrained("no", "1M", **more), "calibration"),
+])
+def test_a_wrong_argument_is_compared_with_the_callers_own(call, own):
+    name = next(name for name in ("plan", "from_chain", "materialize", "from_pretrained") if name in call.__code__.co_names)
+    with pytest.raises(ArgumentError, match=rf"{own}x= is no argument of {name}; did you mean {own}="):
+        call(**{f"{own}x": 1})
+    with pytest.raises(ArgumentError, match=f"config= cannot be used with {name}: "):
+        call(config=5)
+
+
+def test_what_a_cut_has_no_argument_for_is_not_recommended():
+    """alpha= is one of from_chain alone."""
+    with pytest.raises(ArgumentError, match="alpha= is no argument of from_pretrained; did you mean (?!alpha)"):
+        CBDModel.from_pretrained("no", "1M", alpha=0.5)
 
 
 @pytest.mark.parametrize("size", ["138Q", "", "900M", 1, -5, 10**18, "0"])

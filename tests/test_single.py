@@ -1,6 +1,7 @@
 """A chain of one: any model cut to a smaller size, with what it lost."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from cbd_hub import CBDModel, cli
+from cbd_hub.cut import measure_importance, mixes
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError
-from cbd_hub.shapes import parameter_count
+from cbd_hub.evaluation import Documents
+from cbd_hub.shapes import count, parameter_count, shape_of
 from cbd_hub.single import OWN_TEXT, cut_single
 
 
@@ -71,7 +74,7 @@ def test_the_loss_is_that_of_the_model_on_held_out_text(source, tmp_path):
     from cbd_hub.single import _split
     from cbd_hub.weights import load_tokenizer
     tokenizer = load_tokenizer(source)
-    chosen, heldout = _split(TEXTS, "texts", tokenizer, 4096)
+    chosen, heldout = _split(TEXTS, "texts", tokenizer, 4096, 128)
     joined = tokenizer.decode(torch.cat(chosen.ids))
     assert not any(tokenizer.decode(ids) in joined for ids in heldout.ids)
     cut = cut_single(source, int(0.8 * size_of(source)), calibration=TEXTS)
@@ -122,6 +125,7 @@ def test_the_same_call_gives_the_same_model(source):
     ({"shape": {"layers": 9}}, ArgumentError, "layers=9 cannot be cut from layers=6"),
     ({"shape": {"layers": 0}}, ArgumentError, "shape layers=0"),
     ({"shape": {"depth": 3}}, ArgumentError, 'no field "depth"'),
+    ({"shape": "layers=2"}, ArgumentError, "shape='layers=2' is no shape"),
     ({"shape": {"layers": 6}}, SizeError, "is all of"),
     ({"shape": {"hidden": 30}}, ArchitectureError, "cannot have the shape"),
     ({"shape": {"layers": 3, "ffn": 8}, "size": 50_000}, SizeError, "leave one of them out"),
@@ -136,6 +140,56 @@ def test_what_cannot_be_cut_is_refused(tmp_path_factory, options, error, message
     source = tiny.save(tiny.llama(layers=6, ffn=96), tmp_path_factory.mktemp("refused") / "m")
     with pytest.raises(error, match=message):
         CBDModel.from_pretrained(source, **{"calibration": TEXTS, **options})
+
+
+SMOLLM = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("below", [1, 1_000, 50_000, 100_000])
+def test_a_cut_to_just_below_the_whole_is_smaller_than_it(below):
+    whole = parameter_count(SMOLLM)
+    for shape in mixes(whole - below, SMOLLM):
+        assert abs(count(shape, SMOLLM) - (whole - below)) <= 0.005 * whole
+        assert count(shape, SMOLLM) < whole
+
+
+@pytest.mark.parametrize(("size", "deepest"), [(60_000_000, 30), (40_000_000, 13), (30_000_000, 2)])
+def test_sizes_below_half_of_the_layers_are_cut_too(size, deepest):
+    found = mixes(size, SMOLLM)
+    assert max(shape.layers for shape in found) == deepest
+    assert len({shape.layers for shape in found}) == len(found) <= 7
+    assert all(abs(count(shape, SMOLLM) - size) <= 0.005 * size for shape in found)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_every_size_is_cut_within_a_percent_or_the_nearest_named_which_then_is_cut(layers):
+    config = tiny.llama(layers=layers).config
+    whole, refused = parameter_count(config), 0
+    for size in range(count(shape_of(config).model_copy(update={"layers": 1, "ffn": 1}), config) - 500, whole, 97):
+        try:
+            found = mixes(size, config)
+        except SizeError as error:
+            refused += 1
+            named = int(re.search(r"ask for size=(\d+)", str(error))[1])
+            assert named < whole
+            assert abs(named - size) > 0.01 * size
+            found, size = mixes(named, config), named
+            assert count(found[0], config) == named
+        assert all(abs(count(shape, config) - size) <= 0.01 * size and count(shape, config) < whole for shape in found)
+    assert refused
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_model_of_few_positions_is_cut_on_shorter_blocks(own, tmp_path):
+    """Learned positions end: a block of 128 tokens does not fit into 48."""
+    folder = tiny.save(tiny.gpt2(layers=3, n_positions=48), tmp_path / "m")
+    wanted = int(0.8 * size_of(folder))
+    model = CBDModel.from_pretrained(folder, wanted, calibration=None if own else TEXTS)
+    assert abs(model.num_parameters() - wanted) <= 0.01 * wanted
+    with pytest.raises(ArgumentError, match=r"a row of 64 tokens is more than the model's 48 positions"):
+        measure_importance(model, Documents((torch.arange(64),), (64,)))
 
 
 def test_models_that_are_none_are_refused(tmp_path):

@@ -418,6 +418,45 @@ def test_published_shapes_follow_from_layers_and_hidden_width():
         assert shape.ffn == 4 * shape.hidden == 256 * shape.heads
 
 
+GROUPS = {"hidden": 72, "head_dim": 8, "ffn": 24}
+
+
+@pytest.mark.parametrize(("wish", "message"), [
+    ({"heads": 12, "kv_heads": 2}, "heads=12 with kv_heads=2: the neighbours have 2 to 3 query heads per kv head; choose heads=4 or 6, or other kv_heads"),
+    ({"heads": 4, "kv_heads": 4}, "choose heads=8 or 12"), ({"heads": 8, "kv_heads": 3}, "choose heads=6 or 9"), ({"heads": 9, "kv_heads": 4}, "choose heads=8 or 12"),
+])
+def test_groups_that_neither_neighbour_could_hold_are_refused(wish, message):
+    """Their heads would be taken from foreign groups."""
+    small, large = (tiny.llama(layers=layers, heads=heads, kv_heads=kv, **GROUPS) for layers, heads, kv in ((2, 4, 2), (3, 12, 4)))
+    with pytest.raises(ArgumentError, match=message):
+        complete_shape({"layers": 3, **wish}, shape_of(small.config), shape_of(large.config), large.config)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2), (6, 3), (9, 3), (8, 4)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_between_unlike_groups_every_head_comes_from_its_own_group(heads, kv_heads, ordered):
+    models = {
+        "small": tiny.llama(layers=2, heads=4, kv_heads=2, seed=1, **GROUPS), "large": tiny.llama(layers=3, heads=12, kv_heads=4, seed=2, **GROUPS),
+    }
+    small, large = (shape_of(model.config) for model in models.values())
+    kept = Kept.even(small, large)
+    if ordered:
+        kept = dataclasses.replace(kept, heads=tiny.random_kept(small, large, 3).heads)
+    segment = Segment("small", "large", small, large, kept, kept.dropped[::-1], models["large"].config)
+    shape = complete_shape({"layers": 3, "heads": heads, "kv_heads": kv_heads}, small, large, segment.config)
+    group, order = heads // kv_heads, np.arange(12) if kept.heads is None else kept.heads[0]
+    chosen = order.reshape(4, 3)[:kv_heads, :group]
+    for alpha, model, q, kv in ((0.0, models["large"], chosen.ravel(), chosen[:, 0] // 3), (1.0, models["small"], np.arange(4).reshape(2, 2)[:, :group].ravel(), np.arange(2))):
+        plan, live = blend_plan(segment, shape, Mix(alpha=alpha)), {name: dict(each.named_parameters()) for name, each in models.items()}
+        for role, wanted, per in (("q", q, group), ("k", kv, 1), ("v", kv, 1)):
+            name = f"model.layers.0.self_attn.{role}_proj.weight"
+            made = combine(plan.tensors[name], live).unflatten(0, (kv_heads, per, 8))
+            if alpha:
+                made = made[:2, :2]
+            theirs = model.get_parameter(name).unflatten(0, (-1, 8))[torch.from_numpy(wanted)]
+            torch.testing.assert_close(made.flatten(0, 1), theirs)
+
+
 def big(family):
     from transformers import GPT2Config, LlamaConfig
     if family == "gpt2":

@@ -13,6 +13,7 @@ GEMMA3 = replace(
     LLAMA,
     name="gemma3_text",
     model_types=("gemma3_text",),
+    requires={"use_bidirectional_attention": False},
     tensors=tensors(
         *QK_NORMS, *(spec for name in _NORMS for spec in norm(BLOCK + name)), qkv_bias="attention_bias", out_bias="attention_bias",
     ),

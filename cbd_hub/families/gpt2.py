@@ -21,6 +21,7 @@ GPT2 = Family(
         "head_size": lambda config: config.n_embd // config.n_head,
         "ffn": lambda config: 4 * config.n_embd,
     },
+    requires={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},  # a layer in another place computes what it did
     tensors=(
         TensorSpec("transformer.wte.weight", ("vocab", "hidden")),
         TensorSpec("transformer.wpe.weight", ("positions", "hidden")),

@@ -181,7 +181,8 @@ class Family:
         sizes = self.sizes(config)
         for name, value in self.requires.items():
             wanted = sizes[value] if isinstance(value, str) else value
-            if (found := getattr(config, name, wanted)) != wanted:
+            found = getattr(config, name, wanted)
+            if (bool(found) if isinstance(wanted, bool) else found) != wanted:  # a published config may say null for false
                 return f"{name}={found!r} where only {wanted!r} is known"
         return None
 

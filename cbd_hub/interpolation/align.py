@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cbd_hub.errors import ArchitectureError, ArgumentError
 from cbd_hub.families import family_of
@@ -20,12 +21,12 @@ from cbd_hub.interpolation.maps import Maps, places
 from cbd_hub.interpolation.plan import Kept, Segment, layer_types, small_eps
 from cbd_hub.interpolation.refine import middle_loss, refine
 from cbd_hub.manifest import Mix
-from cbd_hub.shapes import other_differences, shape_of
+from cbd_hub.shapes import block_size, check_positions, other_differences, shape_of
 from cbd_hub.weights import LOADING, check_finite
 
 
 STEPS = 120
-_PROBE = 64  # tokens on which a fit is tried
+_PROBE = 64  # most tokens on which a fit is tried
 _MOST = 1e-2  # difference of a logit on them
 
 
@@ -68,7 +69,7 @@ def align(model: Any, reference: Any, calibration: Sequence[Tensor] | None = Non
     Raises:
         ArchitectureError: If they differ in more than depth and widths.
         ManifestError: If the model is larger somewhere, of another head size or vocabulary, or their layers' types allow no map.
-        ArgumentError: If the calibration is no list of equally long token ids.
+        ArgumentError: If one is no transformers model, or the calibration no list of equally long token ids that both can read.
         WeightsError: If a weight is no finite number.
 
     Example:
@@ -91,6 +92,9 @@ def fit(
         steps: Gradient steps on the text after the fit.
         report: Called with what is done, how much of it, and of how much.
     """
+    for name, one in (("model", model), ("reference", reference)):
+        if not isinstance(one, PreTrainedModel):
+            raise ArgumentError(f"the {name} to align is {type(one).__name__}; give a loaded transformers model")
     family = family_of(model.config)
     if family is not family_of(reference.config):
         raise ArchitectureError(f"a {family.name} and a {family_of(reference.config).name} are of two architectures; only models of one can be aligned")
@@ -101,8 +105,8 @@ def fit(
         )
     small, large = shape_of(model.config), shape_of(reference.config)
     Kept.even(small, large, layer_types(model.config, reference.config)).check(small, large)
-    if calibration is not None and (not len(calibration) or any(not isinstance(ids, Tensor) or ids.shape != calibration[0].shape for ids in calibration)):
-        raise ArgumentError("calibration for alignment is a list of token ids, tensors of one length; give Documents.packed(texts, tokenizer, 128).ids, or None")
+    if calibration is not None:
+        _check_calibration(calibration, model.config, reference.config)
     check_finite(model, "the model")
     check_finite(reference, "the reference")
     models = {"small": model, "large": reference}
@@ -127,6 +131,23 @@ def fit(
             best = replace(best, maps=maps)
             best = replace(best, error=_error(best, model, reference))
     return best
+
+
+def _check_calibration(calibration: Sequence[Tensor], *configs: Any) -> None:
+    """Refuse what is no list of equally long token ids that models of both configs can read."""
+    first = calibration[0] if len(calibration) and isinstance(calibration[0], Tensor) else None
+    if first is None or first.dim() != 1 or any(not isinstance(ids, Tensor) or ids.shape != first.shape for ids in calibration):
+        raise ArgumentError("calibration for alignment is a list of token ids, tensors of one length; give Documents.packed(texts, tokenizer, 128).ids, or None")
+    kinds = sorted({str(ids.dtype) for ids in calibration if ids.dtype not in (torch.int64, torch.int32)})
+    if kinds:
+        raise ArgumentError(f"calibration for alignment is of {kinds[0]}; token ids are of torch.int64 or torch.int32")
+    if len(first) < 2:
+        raise ArgumentError(f"calibration for alignment has rows of length {len(first)}; give two tokens or more, such as 128")
+    low, high = min(int(ids.min()) for ids in calibration), max(int(ids.max()) for ids in calibration)
+    for config in configs:
+        if low < 0 or high >= shape_of(config).vocab:
+            raise ArgumentError(f"calibration for alignment holds the token id {low if low < 0 else high}, and the vocabulary has {shape_of(config).vocab:,}; use the models' tokenizer")
+        check_positions(len(first), config, f"a row of {len(first):,} tokens")
 
 
 def _tried(fitted: Fit, model: Any, reference: Any, report: Report | None = None) -> Alignment:
@@ -197,7 +218,7 @@ def apply(alignment: Alignment, model: Any, reference: Any) -> Any:
 @torch.no_grad()
 def _error(alignment: Alignment, model: Any, reference: Any) -> float:
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(shape_of(model.config).vocab, (1, _PROBE), generator=draw).to(model.device)
+    ids = torch.randint(shape_of(model.config).vocab, (1, block_size(model.config, reference.config, most=_PROBE)), generator=draw).to(model.device)
     return float((apply(alignment, model, reference)(input_ids=ids).logits - model(input_ids=ids).logits).abs().max())
 
 

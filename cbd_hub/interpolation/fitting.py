@@ -134,7 +134,8 @@ class Fit:
             return 0
         settings = getattr(self.models[0].config, "rope_parameters", None)
         share = settings.get("partial_rotary_factor", 1.0) if isinstance(settings, dict) else 1.0
-        return int(self.small.head_size * share)
+        width = int(self.small.head_size * share)
+        return width + width % 2  # transformers turns pairs: of 3 channels, the fourth too
 
     def _by_norm(self, axis: str) -> np.ndarray:
         """Neurons of each of the larger one's layers by the norm of what they write, the largest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, 
 
 
 __all__ = [
-    "PADDING", "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
+    "PADDING", "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "check_options", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
     "segment_of", "segment_plan", "shape_at", "shape_in", "small_eps", "strategy_at",
 ]
 
@@ -81,6 +82,22 @@ def expected_loss(segment: Segment, size: int, strategy: str, ends: tuple[float 
     return float(np.interp(np.log(size), np.log(sizes), losses))
 
 
+def check_options(strategy: str, alpha: float | None) -> None:
+    """Refuse options that have no meaning at any size.
+
+    Raises:
+        ArgumentError: If the strategy is unknown, alpha is no number from 0 to 1, or alpha comes with ``patch``.
+    """
+    if strategy not in STRATEGIES:
+        raise ArgumentError(f"strategy={strategy!r} is not known; choose one of {', '.join(STRATEGIES)}")
+    if alpha is None:
+        return
+    if not isinstance(alpha, Real) or not 0.0 <= alpha <= 1.0:
+        raise ArgumentError(f"alpha={alpha!r} is outside 0 to 1; it is a number, the weight of the smaller neighbour")
+    if strategy == "patch":
+        raise ArgumentError('alpha has no meaning for strategy="patch"; leave it out, or choose "blend"')
+
+
 def segment_plan(
     segment: Segment, size: int, *, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto",
     alpha: float | None = None, tolerance: float = 0.02, chain: str = "", ends: tuple[float | None, float | None] = (None, None),
@@ -122,12 +139,7 @@ def _chosen(
     segment: Segment, size: int, shape: Shape | Mapping[str, int] | None, strategy: str, alpha: float | None, tolerance: float, ends: tuple[float | None, float | None]
 ) -> tuple[str, RoadPoint, Shape]:
     """Strategy, point of the road and shape at a size."""
-    if strategy not in STRATEGIES:
-        raise ArgumentError(f"strategy={strategy!r} is not known; choose one of {', '.join(STRATEGIES)}")
-    if alpha is not None and not 0.0 <= alpha <= 1.0:
-        raise ArgumentError(f"alpha={alpha} is outside 0 to 1; it is the weight of the smaller neighbour")
-    if alpha is not None and strategy == "patch":
-        raise ArgumentError('alpha has no meaning for strategy="patch"; leave it out, or choose "blend"')
+    check_options(strategy, alpha)
     chosen = strategy
     if strategy == "auto":
         # Where only layers move sizes come in steps: what counts is the one that is made.
