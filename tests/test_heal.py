@@ -288,7 +288,7 @@ def test_what_is_refused(chain, tmp_path):
 @pytest.mark.parametrize(("config", "said"), [
     ({"target_modules": ["lm_head"]}, "output head"), ({"target_modules": r".*(q_proj|embed_tokens)"}, r"changes model.embed_tokens \(target_modules\), whose weights the output head shares"),
     ({"modules_to_save": ["embed_tokens"]}, r"changes model.embed_tokens \(modules_to_save\)"), ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-    ({"target_modules": ["nowhere"]}, "peft refuses peft_config: .*nowhere"), ({"target_modules": ["q_proj", "mlp"]}, "peft refuses peft_config: .*not supported"), (None, "peft_config is a dict; give a config of peft"),
+    ({"target_modules": ["nowhere"]}, "peft refuses peft_config: .*nowhere"), ({"target_modules": ["q_proj", "mlp"]}, "peft refuses peft_config: .*LlamaMLP"), (None, "peft_config is a dict; give a config of peft"),
     ({"r": 2}, "nothing"),
 ], ids=["head", "embedding", "saved", "tokens", "absent", "block", "dict", "killed"])
 def test_a_refused_adapter_leaves_nothing_in_the_model(chain, monkeypatch, config, said):

@@ -197,7 +197,7 @@ def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> A
     try:
         adapted = import_module("peft").get_peft_model(model, copy.deepcopy(peft_config))
     except (ValueError, TypeError, RuntimeError) as error:  # a module that is not there, or of a kind that has no such adapter
-        raise ArgumentError(f"peft refuses peft_config: {one_line(error)}") from error
+        raise ArgumentError(f"peft refuses peft_config: {one_line(error)}; name linear modules in target_modules, such as q_proj") from error
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):  # the newer name, transformers 5.23
         adapted.enable_input_require_grads()
     return adapted
