@@ -37,6 +37,7 @@ _WHY = {
     "lora_bias": "its LoRA has biases of its own", "target_parameters": "it changes parameters that are no modules' weights", "trainable_token_indices": "single tokens were trained beside the LoRA",
     "layer_replication": "its model has replicated layers",
 }
+_NAMING = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}  # which modules are changed: a name or number, or several
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "true", "false")  # the others of PEFT change the weights that they start from
 
 
@@ -95,11 +96,11 @@ class Adapter:
         """The factor on B A."""
         return module.alpha / (math.sqrt(module.rank) if self.rslora else module.rank)
 
-    @property
-    def everywhere(self) -> bool:
-        """Whether what it says of one layer holds for all of its model's layers, so that their number is known."""
+    def among(self, paths: Iterable[str]) -> set[str]:
+        """Those of some modules that peft would change by its config; those that it has factors of, where the config leaves that open."""
+        own = {module.path for module in self.modules}
         targets = self.config.get("target_modules")
-        return self.config.get("layers_to_transform") is None and isinstance(targets, list) and not any(re.search(r"(^|\.)\d+(\.|$)", str(name)) for name in targets)
+        return {path for path in paths if (path in own if targets is None or targets == "all-linear" else targeted(self.config, path))}
 
     @property
     def ranks(self) -> str:
@@ -138,7 +139,11 @@ def read_adapter(adapter: str | os.PathLike[str], options: Mapping[str, Any] | N
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"adapter {name}: {WEIGHTS} cannot be read ({one_line(error)}); fetch or save it again") from error
     modules, copies = _modules(name, config, tensors)
-    return Adapter(name, folder, revision, config, tensors, modules, copies)
+    read = Adapter(name, folder, revision, config, tensors, modules, copies)
+    stray = sorted({module.path for module in modules} - read.among(module.path for module in modules))
+    if stray:
+        raise WeightsError(f"adapter {name} has factors of {stray[0][:120]}, which its {CONFIG} does not target; fetch or save it again")
+    return read
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -169,6 +174,15 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     for key, value in config.items():
         if key not in _FREE and key != "bias" and value not in (None, False, [], {}, ""):
             raise ArgumentError(f"adapter {name} has {key[:60]}={str(value)[:60]}, which cannot be carried{': ' + _WHY[key] if key in _WHY else ''}; train it as a plain LoRA")
+    for key, kind in _NAMING.items():
+        value = config.get(key)
+        if not (value is None or isinstance(value, kind) or (isinstance(value, list) and all(isinstance(part, kind) for part in value))):
+            raise WeightsError(f"adapter {name}: {CONFIG} has {key}={str(value)[:60]}, which names no modules; save it again")
+        try:
+            if isinstance(value, str):
+                re.compile(value)
+        except re.error as error:
+            raise WeightsError(f"adapter {name}: {key} of {CONFIG} cannot be read ({one_line(error)}); save it again") from error
     return config
 
 
@@ -231,7 +245,8 @@ def config_of(adapter: Adapter, modules: Iterable[Module], every: Iterable[str],
     """
     modules = list(modules)
     paths, targets = {module.path for module in modules}, adapter.config.get("target_modules")
-    if not (isinstance(targets, list) and adapter.everywhere and not adapter.config.get("exclude_modules") and {path for path in every if _targeted(path, targets)} == paths):
+    narrowed = any(adapter.config.get(name) not in (None, [], "") for name in ("exclude_modules", "layers_to_transform"))
+    if narrowed or not isinstance(targets, list) or adapter.among(every) != paths:
         targets = sorted(paths)
     ranks, alphas = Counter(module.rank for module in modules), Counter(module.alpha for module in modules)
     rank, alpha = (counts.most_common(1)[0][0] for counts in (ranks, alphas))
@@ -243,9 +258,29 @@ def config_of(adapter: Adapter, modules: Iterable[Module], every: Iterable[str],
     }
 
 
-def _targeted(path: str, targets: Iterable[str]) -> bool:
-    """Whether peft takes a module for one of the targets."""
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+def targeted(config: Mapping[str, Any], path: str) -> bool:
+    """Whether peft changes a module of a model: by ``target_modules``, ``exclude_modules``, ``layers_to_transform`` and ``layers_pattern``, as peft reads them.
+
+    Example:
+        >>> targeted({"target_modules": ["q_proj"], "layers_to_transform": [0, 4]}, "model.layers.4.self_attn.q_proj")
+        True
+    """
+    targets, excluded, layers = (config.get(name) for name in ("target_modules", "exclude_modules", "layers_to_transform"))
+    if targets is None or not _named(targets, path) or (excluded and _named(excluded, path)):
+        return False
+    if isinstance(targets, str) or layers in (None, []) or path in targets:  # a whole path is taken whatever its layer
+        return True
+    patterns = config.get("layers_pattern") or []
+    ways = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in ([patterns] if isinstance(patterns, str) else patterns)] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for way in ways if (match := re.match(way, path)) is not None), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _named(names: str | Iterable[str], path: str) -> bool:
+    """Whether a pattern fits a path, or one of several names is the path or its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def tensors_of(modules: Iterable[Module]) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from cbd_hub.families import Family, family_of
 from cbd_hub.families.table import Dimension, dimension_size
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.carrying import Place
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.planner import Plan, mixed_plan
 from cbd_hub.manifest import Anchor, Mix, Shape
-from cbd_hub.plans import anchor_config, plan_in
+from cbd_hub.plans import anchor_config, plan_in, segment_between
 from cbd_hub.shapes import complete_shape, config_for, count, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import read_config
@@ -33,6 +33,7 @@ class Stand:
         place: Where in their segment it stands.
         config: Its transformers config.
         by: How that was found.
+        plan: The plan that makes it.
     """
 
     small: int
@@ -40,6 +41,7 @@ class Stand:
     place: Place
     config: Any
     by: str
+    plan: Plan
 
     @property
     def parameters(self) -> int:
@@ -51,7 +53,7 @@ class Stand:
         """That of a plan's model."""
         names = [anchor.name for anchor in files.manifest.anchors]
         config = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
-        return cls(names.index(plan.small), names.index(plan.large), Place.of(plan), config, by)
+        return cls(names.index(plan.small), names.index(plan.large), Place.of(plan), config, by, plan)
 
     def named(self, files: ChainFiles) -> str:
         """It in words."""
@@ -62,8 +64,8 @@ class Stand:
 def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) -> Stand:
     """Where an adapter was trained.
 
-    As ``size`` says; else its own config.json, if cbd_hub wrote it; else its base model's name, where that is an anchor's; else the shapes of its tensors: first an
-    anchor, then a size in between. All are checked against the shapes.
+    As ``size`` says; else the config.json beside it or in its base model's folder, if cbd_hub wrote it; else its base model's name, where that is an anchor's; else
+    the one place that its modules and their shapes fit. All are checked against the modules and the shapes.
 
     Args:
         files: The chain.
@@ -78,10 +80,10 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
         found = Stand.of(files, plan_in(files, size), "adapter_size")
         _check(files, adapter, found, f"adapter_size={size!r}")
         return found
-    recorded = _recorded(files, adapter)
-    if recorded is not None:
-        return recorded
     base = adapter.config.get("base_model_name_or_path")
+    for folder, by in ((adapter.folder, "config.json"), (Path(base).expanduser() if isinstance(base, str) and base else None, "base_model_name_or_path")):
+        if folder is not None and (recorded := _recorded(files, adapter, folder, by)) is not None:
+            return recorded
     anchor = _named(files, base) if isinstance(base, str) else None
     if anchor is not None:
         found = Stand.of(files, plan_in(files, anchor.parameters), "base_model_name_or_path")
@@ -96,20 +98,21 @@ def _check(files: ChainFiles, adapter: Adapter, found: Stand, said: str) -> None
         raise ArgumentError(f"adapter {adapter.name}: {said}, which is {found.named(files)} of {files.name}, but {misfit}; name the size that it was trained at by adapter_size=")
 
 
-def _recorded(files: ChainFiles, adapter: Adapter) -> Stand | None:
-    """The place that a config.json beside the adapter says, where it is one of this chain that the adapter fits."""
-    if not (adapter.folder / "config.json").is_file():
+def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Stand | None:
+    """The place that a folder's config.json says, where it is one of this chain that the adapter fits."""
+    if not (folder / "config.json").is_file():
         return None
     try:
-        config = read_config(adapter.folder)
+        config = read_config(folder)
         made = getattr(config, "cbd", None)
         if not isinstance(made, Mapping) or misfit_of(adapter, config) is not None:
             return None
-        shape = shape_of(config)
-        strategy = made.get("strategy")
-        found = Stand.of(files, plan_in(files, shape=shape, strategy=strategy if strategy in ("blend", "patch") else "auto"), "config.json")
-        if "alpha" in made and found.small != found.large:
-            found = replace(found, place=Place(shape, Mix(**{name: made[name] for name in Mix.model_fields if name in made})))
+        shape, strategy = shape_of(config), made.get("strategy")
+        plan = plan_in(files, shape=shape, strategy=strategy if strategy in ("blend", "patch") else "auto")
+        if "alpha" in made and plan.strategy != "anchor":
+            segment = segment_between(files, files.manifest.anchor(plan.small), files.manifest.anchor(plan.large))
+            plan = mixed_plan(segment, shape, Mix(**{name: made[name] for name in Mix.model_fields if name in made}), chain=plan.chain)
+        found = Stand.of(files, plan, by)
         names = {files.manifest.anchors[place].name for place in (found.small, found.large)}
         return found if names == set(made.get("neighbours", ())) else None
     except (WeightsError, ArchitectureError, ArgumentError, SizeError, ValidationError, TypeError):
@@ -149,9 +152,23 @@ def misfit_of(adapter: Adapter, config: Any) -> str | None:
         wanted = tuple(dimension_size(dim, sizes) for dim in _sides(family, module))
         if (module.a.shape[1], module.b.shape[0]) != wanted:
             return f"{module.path[:120]} is {module.a.shape[1]} x {module.b.shape[0]} in the adapter and {wanted[0]} x {wanted[1]} there"
-    if highest >= sizes["layers"] or (adapter.everywhere and 0 <= highest < sizes["layers"] - 1):
+    missing = adapter.among(paths_of(config)) - {module.path for module in adapter.modules}
+    if highest >= sizes["layers"] or any((_layer(family, path) or 0) > highest >= 0 for path in missing):
         return f"it has factors of {highest + 1} layers, and there are {sizes['layers']}"
-    return None
+    return f"its config targets {min(missing)[:120]} there too, of which it has no factors" if missing else None
+
+
+def paths_of(config: Any) -> list[str]:
+    """Paths of all modules of a model that a LoRA can change."""
+    family = family_of(config)
+    live = [family.live.get(spec.name, name) for spec, _, name in family.stored(config) if len(spec.dims) == 2]
+    return [name.removesuffix(".weight") for name in live] + ([family.live.get(family.head, family.head).removesuffix(".weight")] if getattr(config, family.tied) else [])
+
+
+def _layer(family: Family, path: str) -> int | None:
+    """The layer of a module; None outside the layers."""
+    known = family.weight_of(path)
+    return None if known is None else known[1]
 
 
 def _sides(family: Family, module: Module) -> tuple[Dimension, Dimension]:
@@ -163,27 +180,22 @@ def _sides(family: Family, module: Module) -> tuple[Dimension, Dimension]:
 
 
 def _by_shapes(files: ChainFiles, adapter: Adapter) -> Stand:
-    """The one anchor, or else the one shape between two, that the tensors fit.
+    """The one anchor or shape between two that the modules and their tensors fit.
 
     Raises:
         ArgumentError: If there is none, or more than one.
     """
     anchors = files.manifest.anchors
-    fitting = [anchor for anchor in anchors if misfit_of(adapter, anchor_config(files, anchor)) is None]
-    if len(fitting) == 1:
-        return Stand.of(files, plan_in(files, fitting[0].parameters), "shapes")
-    if len(fitting) > 1:
-        raise ArgumentError(f"adapter {adapter.name} fits the anchors {', '.join(anchor.name for anchor in fitting)} of {files.name} alike ({_shown(adapter)}); say by adapter_size= which it was trained on")
-    between: list[Stand] = []
+    homes = [(anchor.shape, anchor.name) for anchor in anchors if misfit_of(adapter, anchor_config(files, anchor)) is None]
     for small, large in zip(anchors[1:], anchors):
         if files.manifest.link(small, large).kind == "segment":
-            shape = _between(adapter, small, large, anchor_config(files, large))
-            if shape is not None:
-                between.append(Stand.of(files, plan_in(files, shape=shape), "shapes"))
-    if len(between) == 1:
-        return between[0]
-    if between:
-        raise ArgumentError(f"adapter {adapter.name} fits {' and '.join(stand.named(files) for stand in between)} of {files.name} alike ({_shown(adapter)}); say by adapter_size= where it was trained")
+            config = anchor_config(files, large)
+            homes += [(shape, f"{shape.layers} layers ({format_size(count(shape, config))}) between {small.name} and {large.name}") for shape in _between(adapter, small, large, config)]
+    if len(homes) == 1:
+        return Stand.of(files, plan_in(files, shape=homes[0][0]), "shapes")
+    if homes:
+        named = ", ".join(name for _, name in homes[:3]) + (f" and {len(homes) - 3} more" if len(homes) > 3 else "")
+        raise ArgumentError(f"adapter {adapter.name} fits {named} of {files.name} alike ({_shown(adapter)}); say by adapter_size= which it was trained on")
     misfits = "; ".join(f"{anchor.name}: {misfit_of(adapter, anchor_config(files, anchor))}" for anchor in anchors[:3])
     raise ArgumentError(f"adapter {adapter.name} ({_shown(adapter)}) fits no size of {files.name} ({misfits}); give the chain that its model is from, or its size by adapter_size=")
 
@@ -195,36 +207,43 @@ def _shown(adapter: Adapter) -> str:
     return f"{len(adapter.modules)} modules, {first.path[:80]} {first.a.shape[1]} x {first.b.shape[0]}, base model {str(base)[:120]}"
 
 
-def _between(adapter: Adapter, small: Anchor, large: Anchor, config: Any) -> Shape | None:
-    """The shape between two anchors that the tensors show; what they do not show goes as far from the smaller one as what they do."""
+def _between(adapter: Adapter, small: Anchor, large: Anchor, config: Any) -> list[Shape]:
+    """The shapes between two anchors that an adapter fits, one for each number of layers."""
     family = family_of(config)
-    sizes, known = family.sizes(config), dict[str, int]()
-    if not adapter.everywhere:
-        return None
-    layers = -1
+    known = _axes(family, adapter, family.sizes(config))
+    ends = small.shape.model_dump(), large.shape.model_dump()
+    if known is None or any(not min(ends[0][name], ends[1][name]) <= value <= max(ends[0][name], ends[1][name]) for name, value in known.items()):
+        return []
+    highest = max((layer for module in adapter.modules if (layer := _layer(family, module.path)) is not None), default=None)
+    depths = [{}] if highest is None else [{"layers": layers} for layers in range(max(highest + 1, small.shape.layers), large.shape.layers + 1)]
+    found = (_completed({**known, **depth}, small.shape, large.shape, config) for depth in depths)
+    return [shape for shape in found if shape not in (None, small.shape, large.shape) and misfit_of(adapter, config_for(shape, config)) is None]
+
+
+def _axes(family: Family, adapter: Adapter, sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """The axes that an adapter's tensors show; None where they contradict each other, or the architecture."""
+    known = dict[str, int]()
     for module in adapter.modules:
-        spec = family.weight_of(module.path)
-        if spec is None or not spec[0].present(config):
+        if family.weight_of(module.path) is None:
             return None
-        layers = max(layers, -1 if spec[1] is None else spec[1])
         for axes, length in zip(_sides(family, module), (module.a.shape[1], module.b.shape[0])):
             parts = axes if isinstance(axes, tuple) else (axes,)
             moving = next((part for part in parts if part in ("hidden", "ffn", "heads", "kv_heads")), None)
             rest = dimension_size(tuple(part for part in parts if part != moving), sizes)
             if length % rest or (moving is None and length != rest) or (moving is not None and known.setdefault(str(moving), length // rest) != length // rest):
                 return None
-    if layers >= 0:
-        known["layers"] = layers + 1
-    ends = small.shape.model_dump(), large.shape.model_dump()
-    if any(not min(ends[0][name], ends[1][name]) <= value <= max(ends[0][name], ends[1][name]) for name, value in known.items()):
-        return None
+    return known
+
+
+def _completed(known: Mapping[str, int], small: Shape, large: Shape, config: Any) -> Shape | None:
+    """A shape between two from some of its axes: the others go as far from the smaller one as these; None where there is none."""
+    ends = small.model_dump(), large.model_dump()
     shares = [(value - ends[0][name]) / (ends[1][name] - ends[0][name]) for name, value in known.items() if ends[0][name] != ends[1][name]]
     share = sum(shares) / len(shares) if shares else 0.5
     guessed = {name: round(ends[0][name] + share * (ends[1][name] - ends[0][name])) for name in ("layers", "ffn", "hidden") if name not in known}
-    if not {"heads", "kv_heads"} & known.keys() and not family.hidden_is_heads:
+    if not {"heads", "kv_heads"} & known.keys() and not family_of(config).hidden_is_heads:
         guessed["kv_heads"] = round(ends[0]["kv_heads"] + share * (ends[1]["kv_heads"] - ends[0]["kv_heads"]))
     try:
-        shape = complete_shape({**guessed, **known}, small.shape, large.shape, config)
+        return complete_shape({**guessed, **known}, small, large, config)
     except (ArgumentError, ArchitectureError):
         return None
-    return shape if shape not in (small.shape, large.shape) and misfit_of(adapter, config_for(shape, config)) is None else None

@@ -32,7 +32,7 @@ from cbd_hub.adapter_files import (
     same_weight,
     tensors_of,
 )
-from cbd_hub.adapter_home import Stand, home_of
+from cbd_hub.adapter_home import Stand, home_of, paths_of
 from cbd_hub.errors import ArgumentError, SizeError, WeightsError
 from cbd_hub.families import Family, TensorSpec, family_of
 from cbd_hub.files import check_absent, staged_folder, write_text
@@ -200,7 +200,7 @@ def carried_to(
         "target": {"size": target.named(files), "parameters": plan.parameters, "shape": plan.shape.text}, "steps": len(steps),
         "modules": {"home": len(source.modules), "target": len(modules)}, "ranks": {"home": source.ranks, "target": replace(source, modules=modules).ranks},
     }
-    config = source.config if not steps else config_of(source, modules, _paths(target.config), base_model or _base(files, plan))
+    config = source.config if not steps else config_of(source, modules, paths_of(target.config), base_model or _base(files, plan))
     made = replace(plan, adapter=lineage)
     model_config = made_config(files if weights else glance, made)
     return CarriedAdapter(made, config, tensors_of(modules) if steps else dict(source.tensors), source, model_config, modules)
@@ -270,13 +270,6 @@ def _known(family: Family, path: str) -> tuple[TensorSpec, int | None, str]:
     return found
 
 
-def _paths(config: Any) -> list[str]:
-    """Paths of all modules with weights of a model."""
-    family = family_of(config)
-    live = [family.live.get(spec.name, name) for spec, _, name in family.stored(config)]
-    return [name.removesuffix(".weight") for name in live if name.endswith(".weight")] + ([family.live.get(family.head, family.head).removesuffix(".weight")] if getattr(config, family.tied) else [])
-
-
 def _base(files: ChainFiles, plan: Plan) -> str:
     """What an adapter at a plan's size belongs on: an anchor's own repo or folder, else the chain."""
     if plan.strategy != "anchor":
@@ -294,15 +287,14 @@ def _check_copies(files: ChainFiles, adapter: Adapter, home: Stand) -> None:
     Raises:
         ArgumentError: Naming the first.
     """
-    plan = plan_in(files, home.parameters) if home.small == home.large else plan_in(files, shape=home.place.shape)
     keys = {path: _known(family_of(home.config), path)[2] for path in adapter.copies}
-    part = replace(plan, tensors={key: plan.tensors[key] for key in keys.values()})
+    part = replace(home.plan, tensors={key: home.plan.tensors[key] for key in keys.values()})
     opened = {name: open_weights(files, anchor, anchor_config(files, anchor), rows) for name, rows in part.rows().items() for anchor in [files.manifest.anchor(name)]}
     shapes = stored_shapes(home.config)
     for path, key in keys.items():
         weight = materialise(part.tensors[key], lambda name, tensor: opened[name][tensor], shapes[key], torch.float32)
         if not same_weight(adapter.copies[path], weight):
             raise ArgumentError(
-                f"adapter {adapter.name} holds a weight of {path[:120]} that is not the one of {home.named(files)}: it was trained or resized beside the LoRA, which cannot be carried; "
-                "train it as a plain LoRA"
+                f"adapter {adapter.name} holds a weight of {path[:120]} that is not the one of {home.named(files)}: it was trained or resized beside the LoRA, which cannot be carried: "
+                "train it as a plain LoRA; or its model is another one of that shape: name its size by adapter_size="
             )

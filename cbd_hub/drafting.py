@@ -19,7 +19,7 @@ from cbd_hub.manifest import Anchor
 from cbd_hub.plans import usual_sizes
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import check_positions
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import as_int, format_size
 from cbd_hub.speed.measuring import GREEDY
 
 
@@ -214,12 +214,13 @@ def draft_table(
 
     Example:
         >>> table = draft_table("./chain", target="135M")  # doctest: +SKIP
-        >>> table.best.parameters, round(table.best.speedup, 2)  # doctest: +SKIP
+        >>> table.best and (table.best.parameters, round(table.best.speedup, 2))  # doctest: +SKIP
     """
     opened = chain if isinstance(chain, Chain) else Chain.from_pretrained(chain)
     for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens), ("rounds", rounds), ("num_assistant_tokens", num_assistant_tokens)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name}={value} is below 1; give 1 or more")
+        value = as_int(value)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ArgumentError(f"{name}={value!r} is no whole number of 1 or more; give one")
     goal = opened.plan(target).parameters
     drafts = draft_sizes(opened, goal, sizes)
     place = best_device() if device is None else device
@@ -270,7 +271,7 @@ def draft_sizes(chain: Chain, target: int, sizes: Sequence[str | int] | None = N
                 f"{format_size(size)} lies beyond a bridge and has another vocabulary than {format_size(target)}; choose draft sizes from {format_size(least)} up, or give both "
                 "models with tokenizer= and assistant_tokenizer= to transformers' generate"
             )
-    return found
+    return list({chain.plan(size).parameters: size for size in found}.values())  # two wishes may be one model
 
 
 def _encoded(tokenizer: Any, prompts: Sequence[str], most: int, model: Any) -> list[Tensor]:

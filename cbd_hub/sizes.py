@@ -55,23 +55,25 @@ def parse_size(size: str | int) -> int:
 
 
 def parse_bytes(wish: str | int, name: str = "memory_budget") -> int:
-    """A count of bytes from text such as "300MB" (decimal) or "1.5GiB" (binary), or from an int; ``name`` is what an error calls it.
+    """A count of bytes from text such as "300MB" (decimal), "1.5GiB" (binary) or "1024", or from an int; ``name`` is what an error calls it.
 
     Raises:
         SizeFormatError: If it is none.
 
     Example:
-        >>> parse_bytes("300MB"), parse_bytes("1.5GiB"), parse_bytes(1024)
-        (300000000, 1610612736, 1024)
+        >>> parse_bytes("300MB"), parse_bytes("1.5GiB"), parse_bytes("1024"), parse_bytes(1024)
+        (300000000, 1610612736, 1024, 1024)
     """
     if isinstance(wish, str) and len(wish) <= 32:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", wish, re.IGNORECASE)
-        if match and Decimal(match[1]):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*|\s*\d+\s*", wish, re.IGNORECASE)
+        if match and match[1] is None and int(wish):
+            return int(wish)
+        if match and match[1] is not None and Decimal(match[1]):
             power = " KMGT".index(match[2].upper() or " ")
             return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
     wish = as_int(wish)
     if isinstance(wish, bool) or not isinstance(wish, int) or wish <= 0:
-        raise SizeFormatError(f'{name}={wish!r} is no count of bytes; write a number and a unit, such as "300MB" or "1.5GiB", or a positive int')
+        raise SizeFormatError(f'{name}={wish!r} is no count of bytes; write a number and a unit, such as "300MB" or "1.5GiB", or a whole number of bytes above 0')
     return wish
 
 

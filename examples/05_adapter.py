@@ -43,7 +43,7 @@ def main() -> None:
     model = CBDModel.from_chain(options.chain, size=options.size, adapter=options.adapter)  # loaded by peft
     carry_adapter(options.adapter, options.chain, options.size, output_dir=options.out)  # a PEFT folder
 
-    inputs = Chain.from_pretrained(options.chain).tokenizer()(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = Chain.from_pretrained(options.chain).tokenizer(options.size)(options.prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         without = bare(**inputs).logits
         logits, folder = model(**inputs).logits, PeftModel.from_pretrained(bare, options.out)(**inputs).logits

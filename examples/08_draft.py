@@ -33,7 +33,7 @@ def main() -> None:
         print(f"{row.parameters:,} parameters: {row.accepted} of {row.drafted} drafted tokens accepted, {row.alone:.1f} tokens a second became {row.together:.1f}")
     draft = max(table.rows, key=lambda row: row.speedup)
 
-    inputs = Chain.from_pretrained(options.chain).tokenizer()(options.prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = Chain.from_pretrained(options.chain).tokenizer(options.target)(options.prompt, return_tensors="pt", return_token_type_ids=False)
     target = CBDModel.from_chain(options.chain, options.target)
     how = {"max_new_tokens": options.new_tokens, "do_sample": False}
     alone = target.generate(**inputs, **how)

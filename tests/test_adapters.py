@@ -1,5 +1,6 @@
 """Adapters that move along the chain: what is carried is what a plan makes of anchors that were both changed alike, and peft loads it."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -16,7 +17,8 @@ from test_every_family import IDS, pair, shape_in
 from transformers import AutoModelForCausalLM
 
 from cbd_hub import CBDModel, Chain, assemble_chain, carry_adapter, heal
-from cbd_hub.adapter_files import CONFIG, LINEAGE, WEIGHTS
+from cbd_hub.adapter_files import CONFIG, LINEAGE, WEIGHTS, targeted
+from cbd_hub.adapter_home import paths_of
 from cbd_hub.errors import ArgumentError, CBDError, SizeError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.align import fit, segment_with
@@ -316,7 +318,7 @@ def test_across_two_segments_step_by_step(chain, tmp_path):
     upper, lower = middles(chain)
     way = sizes(chain)[1]
     for home, target in ((first, lower), (last, upper), (upper, last), (lower, upper)):
-        adapter = on(chain, home, tmp_path / f"{home}")
+        adapter = on(chain, home, tmp_path / f"{home}", targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
         made = carry_adapter(adapter, chain, target)
         assert made.plan.adapter["steps"] == 2
         carry_adapter(adapter, chain, way, output_dir=tmp_path / f"{home}-way")
@@ -358,8 +360,8 @@ def test_the_home_is_found_by_name_by_record_and_by_shapes(chain, tmp_path):
 def test_a_home_that_cannot_be_told_is_asked_for(chain, tmp_path):
     top, second, _ = Chain.from_pretrained(chain).anchors
     for where, targets, match in (
-        ("max", r".*layers\.[01]\.self_attn\.q_proj", rf"fits the anchors {top.name}, {second.name} of .* alike .*say by adapter_size="),
-        (middles(chain)[0], r".*layers\.[01]\.mlp\.up_proj", "fits no size of .*adapter_size="),
+        ("max", r".*layers\.[01]\.self_attn\.q_proj", rf"fits {top.name}, {second.name}, 4 layers .* between {second.name} and {top.name} and 1 more of .* alike .*say by adapter_size="),
+        (middles(chain)[0], r".*layers\.[01]\.mlp\.up_proj", "fits 3 layers .*, 4 layers .*, 5 layers .* alike .*adapter_size="),
     ):
         adapter = on(chain, where, tmp_path / str(where), targets=targets)
         with pytest.raises(ArgumentError, match=match):
@@ -376,6 +378,79 @@ def test_a_home_that_cannot_be_told_is_asked_for(chain, tmp_path):
     named = json.loads((other / CONFIG).read_text()) | {"base_model_name_or_path": str(chain / "anchors" / top.name)}
     (other / CONFIG).write_text(json.dumps(named))
     with pytest.raises(ArgumentError, match="base_model_name_or_path is .* which is .* but "):
+        carry_adapter(other, chain, "min")
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """Llamas of 6 layers and of 4, the middle of 5: an adapter on some layers may be of several of them."""
+    return chain_of(tmp_path_factory.mktemp("narrow"), tiny.llama(layers=6, ffn=48, seed=1), tiny.llama(layers=4, ffn=32, seed=2))
+
+
+def test_modules_are_found_by_the_rules_of_peft():
+    """Lists and patterns, what is left out, layers with and without a name for their list: as peft itself decides."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    paths = [path for name in ("llama", "gpt2", "opt") for path in paths_of(tiny.EVERY[name](layers=3).config)]
+    wanted = [["q_proj", "c_attn"], ["self_attn.q_proj", "transformer.h.1.mlp.c_fc"], ["embed_tokens"], r".*\.(q|v)_proj", r".*(layers|h)\.[02]\..*"]
+    left_out = [None, [], ["layers.1.self_attn.q_proj"], r".*\.1\..*", ["proj"]]
+    layers = [(None, None), ([0, 2], None), (1, None), ([1], "layers"), ([2], ["h", "layers"]), ([0], "elsewhere")]
+    found = 0
+    for targets, excluded, (which, pattern) in itertools.product(wanted, left_out, layers):
+        if isinstance(targets, str) and which is not None:
+            continue  # peft takes layers with lists only
+        config = LoraConfig(target_modules=targets, exclude_modules=excluded, layers_to_transform=which, layers_pattern=pattern)
+        expected = [path for path in paths if check_target_module_exists(config, path)]
+        stored = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+        assert [path for path in paths if targeted(stored, path)] == expected, stored
+        found += len(expected)
+    assert found > 200
+
+
+@pytest.mark.parametrize(("targets", "more"), [(r".*\.(q|v)_proj", {}), (["q_proj"], {"exclude_modules": ["v_proj"]}), (["up_proj", "v_proj"], {})])
+def test_a_pattern_is_of_the_size_whose_modules_it_names(narrow, tmp_path, targets, more):
+    """Factors of five layers are never taken for those of a model with six, of which the same pattern names more."""
+    middle = CBDModel.plan(narrow, middles(narrow)[0])
+    for size, shape in ((middles(narrow)[0], middle.shape), ("max", CBDModel.plan(narrow, "max").shape)):
+        adapter = on(narrow, size, tmp_path / f"{size}", targets=targets, **more)
+        home = carry_adapter(adapter, narrow, "max").plan.adapter["home"]
+        assert (home["found_by"], home["shape"][:2]) == ("shapes", f"{shape.layers} ")
+    adapter = tmp_path / f"{middles(narrow)[0]}"
+    with pytest.raises(ArgumentError, match="adapter_size='max', which is .*but (it has factors of 5 layers, and there are 6|.*up_proj is 32 x 42)"):
+        carry_adapter(adapter, narrow, "min", adapter_size="max")
+    there = carry_adapter(adapter, narrow, middles(narrow)[0]).tensors
+    for name, tensor in load_file(adapter / WEIGHTS).items():
+        torch.testing.assert_close(there[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_an_adapter_on_some_layers_is_asked_for_its_size(narrow, tmp_path):
+    """Of how many layers its model has such an adapter shows nothing; named, it is checked as any other."""
+    for name, where, more in (
+        ("some", middles(narrow)[0], {"targets": ["q_proj"], "layers_to_transform": [0, 4]}), ("but", "max", {"targets": ["q_proj"], "exclude_modules": r".*layers\.5\..*"}),
+    ):
+        adapter = on(narrow, where, tmp_path / name, **more)
+        with pytest.raises(ArgumentError, match="fits .*, .* alike .*adapter_size="):
+            carry_adapter(adapter, narrow, "max")
+        assert CBDModel.plan(narrow, "max", adapter=adapter, adapter_size=where).adapter["home"]["parameters"] == CBDModel.plan(narrow, where).parameters
+        with pytest.raises(ArgumentError, match="adapter_size='min', which is .* but "):
+            carry_adapter(adapter, narrow, "min", adapter_size="min")
+
+
+def test_the_record_of_the_base_models_folder_is_read_first(narrow, tmp_path):
+    """An adapter trained on a folder of `cbd make` is of that folder's size, whatever else it would fit."""
+    CBDModel.materialize(narrow, middles(narrow)[0], alpha=0.3, output_dir=tmp_path / "made")
+    adapter = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "made"), tmp_path / "lora", targets=["q_proj"], layers_to_transform=[0, 1])
+    home = carry_adapter(adapter, narrow, "max").plan.adapter["home"]
+    assert (home["found_by"], home["parameters"]) == ("base_model_name_or_path", CBDModel.plan(narrow, middles(narrow)[0]).parameters)
+
+
+def test_an_embedding_of_a_size_in_between_is_carried(chain, tmp_path):
+    """The copy of the weight that peft keeps beside it is that of the size, however the size was named."""
+    adapter = on(chain, middles(chain)[1], tmp_path / "lora", targets=["embed_tokens", "up_proj", "o_proj"])
+    for said in ({}, {"adapter_size": middles(chain)[1]}):
+        assert carry_adapter(adapter, chain, "min", **said).plan.adapter["home"]["parameters"] == CBDModel.plan(chain, middles(chain)[1]).parameters
+    other = lora(CBDModel.from_chain(chain, middles(chain)[1], alpha=0.9), tmp_path / "other", targets=["embed_tokens", "up_proj", "o_proj"])
+    with pytest.raises(ArgumentError, match="holds a weight of .*embed_tokens that is not the one"):
         carry_adapter(other, chain, "min")
 
 
@@ -443,7 +518,8 @@ def test_files_that_are_missing_pickled_or_broken(chain, tmp_path):
         (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json cannot be read"), (lambda folder: (folder / CONFIG).write_text("[]"), "it is no object"),
         (lambda folder: (folder / CONFIG).write_text(" " * 2**21), "bytes"), (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 40), "is not a whole safetensors file"),
         (edited(r=4), "its config says rank 4"), (edited(lora_alpha="x"), "lora_alpha=x, which is no number"), (edited(rank_pattern={"(": 3}), "rank_pattern of adapter_config.json cannot be read"),
-        (edited(rank_pattern=[1]), "rank_pattern of adapter_config.json cannot be read"), (edited(peft_type=None), "PEFT type None"), (edited(some_new_option=3), "some_new_option=3, which cannot be carried"),
+        (edited(target_modules=5), "target_modules=5, which names no modules"), (edited(exclude_modules="("), "exclude_modules of adapter_config.json cannot be read"), (edited(layers_to_transform=["x"]), "layers_to_transform="),
+        (edited(target_modules=["k_proj"]), "has factors of model.layers.0.self_attn.q_proj, which its adapter_config.json does not target"), (edited(rank_pattern=[1]), "rank_pattern of adapter_config.json cannot be read"), (edited(peft_type=None), "PEFT type None"), (edited(some_new_option=3), "some_new_option=3, which cannot be carried"),
         (retyped(lambda tensors: {name: tensor for name, tensor in tensors.items() if name != first}), "not both factors of model.layers.0.self_attn.q_proj"),
         (retyped(lambda tensors: tensors | {first: tensors[first] * float("nan")}), "no matrix of finite numbers"), (retyped(lambda tensors: tensors | {"base_model.model.x.bias": torch.ones(2)}), "no factor of a LoRA"),
         (retyped(lambda tensors: {"x": torch.ones(2, 2)}), "no factor of a LoRA"), (retyped(lambda tensors: {}), "holds no factors"),

@@ -154,6 +154,8 @@ def test_drafts_are_by_default_the_usual_sizes_below_the_target(folder):
     assert large not in found
     assert draft_sizes(chain, middle)[-1] == small
     assert draft_sizes(chain, large, [small, "min", middle]) == [middle, small]
+    real = chain.plan((large + middle) // 2, tolerance=0.5).parameters
+    assert len(draft_sizes(chain, large, [real, real + 1])) == 1, "two wishes that are one model"
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
@@ -163,6 +165,7 @@ def test_drafts_are_by_default_the_usual_sizes_below_the_target(folder):
     ({"prompts": []}, ArgumentError, "no prompt with a token"),
     ({"prompts": [""]}, ArgumentError, "no prompt with a token"),
     ({"rounds": 0}, ArgumentError, "rounds=0"),
+    ({"rounds": 1.5}, ArgumentError, "rounds=1.5 is no whole number"),
     ({"max_new_tokens": 0}, ArgumentError, "max_new_tokens=0"),
     ({"num_assistant_tokens": 0}, ArgumentError, "num_assistant_tokens=0"),
     ({"max_new_tokens": 300}, ArgumentError, "256 positions"),

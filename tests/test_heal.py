@@ -20,7 +20,7 @@ from cbd_hub.cards import interpolant_card
 from cbd_hub.distill import heal as module
 from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.data import split_documents
-from cbd_hub.distill.healing import Healer, divided
+from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.errors import ArgumentError, DataError, SizeError, StorageError, WeightsError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import ModelRunner
@@ -270,17 +270,61 @@ def test_what_is_refused(chain, tmp_path):
         (None, [{"text": "a"}, {"text": 3}], {}, DataError, "dataset row 1: text is no text but int"), (None, data(), {"eval_dataset": data()}, DataError, "none is left"),
         (None, data(), {"output_dir": tmp_path / "full"}, StorageError, "not an empty folder"), (None, data(), {"tokens": 0}, ArgumentError, "tokens=0"),
         (None, data(), {"tokens": 100, "max_steps": 3}, ArgumentError, "give one of them"), (None, data(), {"max_steps": 1.5}, ArgumentError, "max_steps=1.5 is no whole number"),
-        (None, data(), {"learning_rat": 1.0}, ArgumentError, "did you mean learning_rate="), (None, data(), {"path_fraction": 0.3}, ArgumentError, "path_fraction= cannot be set here"),
+        (None, data(), {"learning_rat": 1.0}, ArgumentError, "did you mean learning_rate="), (None, data(), {"lr": 1.0}, ArgumentError, "ChainDistillerConfig; give such as .*learning_rate="), (None, data(), {"path_fraction": 0.3}, ArgumentError, "path_fraction= cannot be set here"),
         (None, data(), {"num_train_epochs": 3}, ArgumentError, "give max_steps, or tokens"), (None, data(), {"heldout": 1.0}, ArgumentError, "heldout=1.0"),
         (None, data(), {"patience": 0}, ArgumentError, "patience=0"), (None, data(), {"block_size": 300}, ArgumentError, "more than the model's 256 positions"),
         (None, data(), {"optim": "magic"}, ArgumentError, "magic"), (None, data(), {"adam_beta1": 2.0}, ArgumentError, "beta"), (None, data(["a b", "c d", "e f"]), {}, DataError, "does not fill one block"),
-        (None, data(), {"peft_config": lora(target_modules=["lm_head"])}, ArgumentError, "output head"),
+        (None, [{"prompt": text} for text in TEXTS], {}, DataError, "a prompt and no answer"), (None, [*({"text": text} for text in TEXTS), {"prompt": "a", "completion": "b"}], {}, DataError, "row 120 has prompts with answers, and .* text"),
+        (None, [{"input_ids": [5, tiny.VOCAB]}], {}, DataError, "row 0: input_ids holds 260, and the model's vocabulary has 260 tokens"), (None, [{"input_ids": [[5]]}], {}, DataError, "no list of token ids"),
+        (None, [{"input_ids": [5, 6], "labels": [-100, -1]}], {}, DataError, "labels holds -1"), (None, [{"input_ids": ["a"]}], {}, DataError, "input_ids cannot be read"),
     ]
     for model, dataset, options, kind, said in wrong:
         base = {name: value for name, value in OPTIONS.items() if name != "max_steps" or "tokens" not in options}
         with pytest.raises(kind, match=said):
             heal(between(chain) if model is None else model, chain, dataset, **{**base, **options})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "other"]
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"target_modules": ["lm_head"]}, "output head"), ({"target_modules": r".*(q_proj|embed_tokens)"}, r"changes model.embed_tokens \(target_modules\), whose weights the output head shares"),
+    ({"modules_to_save": ["embed_tokens"]}, r"changes model.embed_tokens \(modules_to_save\)"), ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+    ({"target_modules": ["nowhere"]}, "peft refuses peft_config: .*nowhere"), ({"target_modules": ["q_proj", "mlp"]}, "peft refuses peft_config: .*LlamaMLP"), (None, "peft_config is a dict; give a config of peft"),
+    ({"r": 2}, "nothing"),
+], ids=["head", "embedding", "saved", "tokens", "absent", "block", "dict", "killed"])
+def test_a_refused_adapter_leaves_nothing_in_the_model(chain, monkeypatch, config, said):
+    """Whatever ends a heal, the model that came has its own modules, and trains what it trained; peft's config is as it was."""
+    model, before = between(chain), between(chain)
+    modules = dict(model.named_modules())
+    given = {"r": 4} if config is None else lora(**config)
+    asked = str(given)
+    if said == "nothing":
+        tiny.killed_in_training(monkeypatch, 1)
+    with pytest.raises(tiny.Killed if said == "nothing" else ArgumentError, match=None if said == "nothing" else said) as caught:
+        heal(model, chain, data(), peft_config=given, **OPTIONS)
+    assert "\n" not in str(caught.value)
+    assert str(given) == asked
+    assert dict(model.named_modules()) == modules
+    assert tiny.same(model, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.use_cache
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_run_with_an_adapter_is_known_again_by_another_process(chain, tmp_path, monkeypatch):
+    """Sets have another order in each process: what was asked is written down in one."""
+    names = ["v_proj", "q_proj", "o_proj", "k_proj"]
+    tiny.killed_in_training(monkeypatch, 1)
+    with pytest.raises(tiny.Killed):
+        heal(between(chain), chain, data(), output_dir=tmp_path / "out", peft_config=lora(target_modules=names), **OPTIONS)
+    asked = json.loads((tmp_path / ".out.work" / "asked.json").read_text())["asked"]
+    assert json.loads(asked["peft_config"])["target_modules"] == sorted(names)
+
+
+def test_rows_of_tensors_are_read(chain):
+    rows = Dataset.from_list([{"input_ids": ids, "labels": [-100, *ids[1:]]} for text in TEXTS for ids in [tiny.tokenizer()(text).input_ids[:32]]])
+    plain, tensors = divided(rows, None, 0.1, 0), divided(rows.with_format("torch"), None, 0.1, 0)
+    assert plain == tensors
+    assert documents_of(tensors[1], tiny.tokenizer(), 32, 8192).tokens > 100
 
 
 def test_tokens_are_steps(chain):

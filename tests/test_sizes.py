@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbd_hub.errors import SizeError
-from cbd_hub.sizes import format_bytes, format_size, matches, parse_size
+from cbd_hub.sizes import format_bytes, format_size, matches, parse_bytes, parse_size
 
 
 @pytest.mark.parametrize(("text", "parameters"), [("138M", 138_000_000), ("1.1B", 1_100_000_000), ("54K", 54_000), ("54k", 54_000), (" 7 M ", 7_000_000), ("12", 12), (5, 5), (np.int64(7), 7)])
@@ -29,6 +29,13 @@ def test_text_means_an_anchor_that_rounds_to_it():
     assert matches("135M", 134_515_008)
     assert matches("134.5M", 134_515_008)
     assert not matches("134M", 134_515_008)
+
+
+def test_bytes_are_read_from_plain_digits_too():
+    assert (parse_bytes("300000"), parse_bytes(" 7 "), parse_bytes("300kB")) == (300_000, 7, 300_000)
+    for wrong in ("0", "1.5", "-3", "300K"):
+        with pytest.raises(SizeError, match="no count of bytes"):
+            parse_bytes(wrong)
 
 
 def test_bytes_are_decimal():

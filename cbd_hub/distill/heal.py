@@ -29,7 +29,8 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.distill.progress import show_stage
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.distill.wrapping import is_peft_model
+from cbd_hub.distill.wiring import check_adapter
+from cbd_hub.distill.wrapping import is_peft_model, unadapted_on_failure
 from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
@@ -101,6 +102,8 @@ def heal(
         >>> model.config.cbd["healed"]["loss"], model.config.cbd["healed"]["stderr"]  # doctest: +SKIP
     """
     made = _made(model)
+    if peft_config is not None:
+        check_adapter(model, peft_config)
     opened = chain if isinstance(chain, Chain) else Chain.from_pretrained(chain, revision=revision or _revision(made, os.fspath(chain)))
     _check_neighbours(model, made, opened)
     if isinstance(dataset, TeacherCache):
@@ -114,11 +117,11 @@ def heal(
         raise ArgumentError(f"heldout={heldout}, heldout_tokens={heldout_tokens}, patience={patience}: give a share between 0 and 1, and 1 or more of the others")
     if eval_dataset is None and (dataset is None or cache is not None):
         raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset" if cache is not None else "neither dataset nor teacher_cache came; pass one")
-    rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed)
+    rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed, model.config.vocab_size)
     documents = documents_of(held_rows, tokenizer, args.block_size, heldout_tokens)
     asked = {
         "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": _fingerprint([rows if isinstance(rows, list) else [], held_rows]),
-        "peft_config": None if peft_config is None else str(peft_config.to_dict()), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
+        "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
         **training, "max_steps": args.max_steps, "processes": args.world_size,
     }
     target, first = None if output_dir is None else Path(output_dir), args.process_index == 0
@@ -127,13 +130,14 @@ def heal(
         args.output_dir = str(work / "run")
         set_seed(args.seed)
         try:
-            healer = Healer(
-                documents, patience, model=_cast(model, torch.float32), teacher=opened.model(teacher.parameters, dtype=torch.bfloat16 if args.bf16 and cache is None else None),
-                args=args, train_dataset=rows, processing_class=tokenizer, teacher_cache=cache, peft_config=peft_config,
-            )
-            _train(healer, teacher.name, progress if progress is not None and first else lambda line: None)
+            with unadapted_on_failure(model):
+                healer = Healer(
+                    documents, patience, model=_cast(model, torch.float32), teacher=opened.model(teacher.parameters, dtype=torch.bfloat16 if args.bf16 and cache is None else None),
+                    args=args, train_dataset=rows, processing_class=tokenizer, teacher_cache=cache, peft_config=peft_config,
+                )
+                _train(healer, teacher.name, progress if progress is not None and first else lambda line: None)
         except BaseException:
-            _cast(model, dtype)
+            _cast(model, dtype).config.use_cache = use_cache
             raise
         healed = _result(healer, dtype, merge)
         healed.config.use_cache = use_cache  # the Trainer switches it off
@@ -248,8 +252,8 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
         if name in _OWN:
             raise ArgumentError(f"{name}= cannot be set here: {_OWN[name]}; leave it out")
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known - _OWN.keys()), n=1, cutoff=0.0)[0]
-            raise ArgumentError(f"{name}= is no argument of heal and no field of ChainDistillerConfig; did you mean {near}=?")
+            near = difflib.get_close_matches(name, sorted(known - _OWN.keys()), n=1)
+            raise ArgumentError(f"{name}= is no argument of heal and no field of ChainDistillerConfig; {f'did you mean {near[0]}=?' if near else 'give such as max_steps=, learning_rate= or seed='}")
     if tokens is not None and "max_steps" in training:
         raise ArgumentError(f"tokens={tokens} came with max_steps={training['max_steps']}; give one of them")
     steps = training.get("max_steps", STEPS)
@@ -344,6 +348,11 @@ def _way(peft_config: Any) -> str:
         return "full"
     kind = str(peft_config.peft_type.value).lower()
     return f"{kind}, rank {peft_config.r}" if hasattr(peft_config, "r") else kind
+
+
+def _as_text(value: Any) -> Any:
+    """What JSON has no word for: sets in one order, whatever the process, and the rest as text."""
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _fingerprint(rows: Any) -> str:

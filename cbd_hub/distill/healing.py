@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
@@ -14,15 +16,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from cbd_hub.distill.data import Parts, as_document, as_row, is_conversation, split_documents
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.packing import tokenised
+from cbd_hub.distill.packing import IGNORED, tokenised
 from cbd_hub.distill.rows import check_row
 from cbd_hub.distill.wrapping import is_peft_model, shards
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.weights import one_line
 
 
-def divided(dataset: Any, eval_dataset: Any, heldout: float, seed: int) -> tuple[Any, list[Mapping[str, Any]]]:
+def divided(dataset: Any, eval_dataset: Any, heldout: float, seed: int, vocab: float = math.inf) -> tuple[Any, list[Mapping[str, Any]]]:
     """Rows to train on and rows to measure on; no document is in both.
 
     Args:
@@ -30,19 +33,20 @@ def divided(dataset: Any, eval_dataset: Any, heldout: float, seed: int) -> tuple
         eval_dataset: Rows to measure on; None to take a part of ``dataset``.
         heldout: That part, as a share of its different documents.
         seed: Of the division, which depends on nothing but the documents' text.
+        vocab: Tokens of the model, which those of ready rows are compared with.
 
     Raises:
         ArgumentError: If a stream came without rows to measure on.
         DataError: If there are no rows, or too few, or one cannot be read.
     """
-    held = None if eval_dataset is None else _rows(eval_dataset, "eval_dataset")
+    held = None if eval_dataset is None else _rows(eval_dataset, "eval_dataset", vocab)
     if dataset is None:
         return None, held or []
     if isinstance(dataset, IterableDataset):
         if held is None:
             raise ArgumentError("dataset is a stream, of which no part can be held out; pass eval_dataset, rows to measure on")
         return dataset, held
-    documents = [as_document(row) for row in _rows(dataset, "dataset")]
+    documents = [as_document(row) for row in _rows(dataset, "dataset", vocab)]
     if held is not None:
         rows = Parts(documents, [], []).rows(without=Parts([], [], [as_document(row) for row in held]))
         if not rows:
@@ -52,19 +56,53 @@ def divided(dataset: Any, eval_dataset: Any, heldout: float, seed: int) -> tuple
     return parts.rows(), [as_row(document) for document in (*parts.heldout, *parts.calibration)]
 
 
-def _rows(dataset: Any, what: str) -> list[Mapping[str, Any]]:
-    """Rows that can be read, as a list."""
+def _rows(dataset: Any, what: str, vocab: float) -> list[Mapping[str, Any]]:
+    """Rows that can be read, all of one kind, as a list."""
     if isinstance(dataset, (str, bytes, os.PathLike)) or not isinstance(dataset, Iterable):
         raise ArgumentError(f"{what} is a {type(dataset).__name__}; give a datasets.Dataset, or a list of rows")
-    rows = list(dataset)
-    for number, row in enumerate(rows):
+    rows: list[Mapping[str, Any]] = []
+    for number, row in enumerate(dataset):
+        where = f"{what} row {number:,}"
         if not isinstance(row, Mapping):
-            raise DataError(f"{what} row {number:,} is no row but {type(row).__name__}; give one split of a datasets.Dataset, or a list of rows")
-        if "input_ids" not in row:
-            check_row(row, f"{what} row {number:,}")
+            raise DataError(f"{where} is no row but {type(row).__name__}; give one split of a datasets.Dataset, or a list of rows")
+        if "input_ids" in row:
+            row = _plain(row, where, vocab)
+        else:
+            check_row(row, where)
+        if rows and _kind(row) != _kind(rows[0]):
+            raise DataError(f"{where} has {_kind(row)}, and the rows before it have {_kind(rows[0])}; give rows of one kind")
+        rows.append(row)
     if not rows:
         raise DataError(f"{what} holds no rows; give some with text, prompt and completion, messages, or input_ids")
     return rows
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """What is learned from a row."""
+    if "input_ids" in row:
+        return "input_ids"
+    return "prompts with answers" if is_conversation(row) else "text" if "text" in row else "a prompt alone"
+
+
+def _plain(row: Mapping[str, Any], where: str, vocab: float) -> dict[str, Any]:
+    """A row of token ids, in lists or tensors, as one in lists.
+
+    Raises:
+        DataError: If it holds no ids of the model, or other labels than ids and -100 for each.
+    """
+    found = {name: value for name, value in row.items() if name != "labels" or value is not None}
+    for name in (name for name in ("input_ids", "labels") if name in found):
+        try:
+            values = torch.as_tensor(found[name])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{where}: {name} cannot be read ({one_line(error)}); give a list of token ids") from error
+        if values.dim() != 1 or not len(values) or values.is_floating_point() or len(values) != len(found["input_ids"]):
+            raise DataError(f"{where}: {name} is no list of token ids, one for each token, but {values.dtype} of shape {tuple(values.shape)}; tokenise it again")
+        wrong = values[((values < 0) | (values >= vocab)) & ((values != IGNORED) | (name == "input_ids"))]
+        if len(wrong):
+            raise DataError(f"{where}: {name} holds {int(wrong[0])}, and the model's vocabulary has {vocab:,} tokens; tokenise it with the chain's tokenizer")
+        found[name] = values.tolist()
+    return found
 
 
 def documents_of(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: int, max_tokens: int) -> Documents:
@@ -73,8 +111,10 @@ def documents_of(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: 
     Raises:
         DataError: If no token counts.
     """
+    if _kind(rows[0]) == "a prompt alone":
+        raise DataError("the rows to measure on have a prompt and no answer; give each its completion, or pass eval_dataset with rows that have one")
     if "input_ids" in rows[0]:
-        ready = ((list(row["input_ids"]), list(row.get("labels") or row["input_ids"])) for row in rows)
+        ready = ((row["input_ids"], row.get("labels", row["input_ids"])) for row in rows)
         return Documents.answered(ready, tokenizer, block_size, max_tokens)
     if is_conversation(rows[0]):
         return Documents.answered(((row.ids, row.labels) for row in tokenised(rows, tokenizer)), tokenizer, block_size, max_tokens)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import is_peft_available
 
+from cbd_hub.adapter_files import targeted
 from cbd_hub.distill.bridge_cache import BridgedCache
 from cbd_hub.distill.bridging import Bridge, check_heads
 from cbd_hub.distill.config import ChainDistillerConfig
@@ -19,6 +22,7 @@ from cbd_hub.distill.wrapping import is_peft_model, is_sharded
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.interpolation.live import check_head
 from cbd_hub.interpolation.planner import Kept
+from cbd_hub.weights import one_line
 
 
 logger = logging.getLogger(__name__)
@@ -155,24 +159,45 @@ def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None
     return real
 
 
-def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:
-    """The student with a fresh adapter.
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """Refuse an adapter that the loss cannot train, before anything is changed in the model.
 
     Raises:
-        ArgumentError: If peft is not there, or the adapter cannot be trained by this loss.
+        ArgumentError: If peft is not there, it is no config of peft, or it is on the output head, or on an embedding that the head shares.
     """
     if not is_peft_available():
         raise ArgumentError("peft_config needs peft; run `pip install peft`")
-    peft = import_module("peft")
+    if not isinstance(peft_config, import_module("peft").PeftConfig):
+        raise ArgumentError(f"peft_config is a {type(peft_config).__name__}; give a config of peft, such as peft.LoraConfig(r=8)")
     if is_peft_model(model):
         raise ArgumentError("the student already has an adapter; pass the plain model with peft_config, or the adapted one without")
-    if args.path_fraction:
-        raise ArgumentError("path_fraction trains the student's own weights and cannot be combined with peft_config; choose one")
     if peft_config.is_prompt_learning:
         raise ArgumentError("prompt learning changes the sequence, which this loss cannot follow; use LoRA")
-    adapted = peft.get_peft_model(model, peft_config)
-    if type(adapted.get_base_model().get_output_embeddings()) is not torch.nn.Linear:
-        raise ArgumentError("the adapter is on the output head, which the loss reads as a plain matrix; leave lm_head out of target_modules")
+    config, embedding, head = peft_config.to_dict(), model.get_input_embeddings(), model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is not head and not (module is embedding and embedding.weight is head.weight):
+            continue
+        saved = any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ())
+        field = "modules_to_save" if saved else "target_modules" if targeted(config, path) else "trainable_token_indices" if config.get("trainable_token_indices") and module is embedding else None
+        if field is not None and module is head:
+            raise ArgumentError(f"the adapter is on the output head, which the loss reads as a plain matrix; leave {path} out of {field}")
+        if field is not None:
+            raise ArgumentError(f"the adapter changes {path} ({field}), whose weights the output head shares, and the two would part; leave {path} out, or train without peft_config")
+
+
+def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:
+    """The student with a fresh adapter; the config stays as it is.
+
+    Raises:
+        ArgumentError: If peft is not there, or the adapter cannot be trained by this loss, or peft refuses it.
+    """
+    check_adapter(model, peft_config)
+    if args.path_fraction:
+        raise ArgumentError("path_fraction trains the student's own weights and cannot be combined with peft_config; choose one")
+    try:
+        adapted = import_module("peft").get_peft_model(model, copy.deepcopy(peft_config))
+    except (ValueError, TypeError, RuntimeError) as error:  # a module that is not there, or of a kind that has no such adapter
+        raise ArgumentError(f"peft refuses peft_config: {one_line(error)}; name linear modules in target_modules, such as q_proj") from error
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):  # the newer name, transformers 5.23
         adapted.enable_input_require_grads()
     return adapted

@@ -64,6 +64,23 @@ def is_peft_model(model: Any) -> bool:
     return is_peft_available() and isinstance(model, import_module("peft").PeftModel)
 
 
+@contextmanager
+def unadapted_on_failure(model: Any) -> Iterator[None]:
+    """What may put adapters into a model: if it fails, the model has its own modules again, and trains what it trained."""
+    modules = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, own in modules:
+            module._modules.clear()
+            module._modules.update(own)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        model.__dict__.pop("peft_config", None)
+        raise
+
+
 def is_sharded(model: Any) -> bool:
     """Whether a model's parameters are split over processes."""
     return isinstance(model, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -20,8 +20,8 @@ from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, 
 
 
 __all__ = [
-    "PADDING", "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "check_options", "expected_loss", "last_loss", "layer_types", "patch_plan", "road_at",
-    "segment_of", "segment_plan", "shape_at", "shape_in", "small_eps", "strategy_at",
+    "PADDING", "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "check_options", "expected_loss", "last_loss", "layer_types", "mixed_plan", "patch_plan",
+    "road_at", "segment_of", "segment_plan", "shape_at", "shape_in", "small_eps", "strategy_at",
 ]
 
 STRATEGIES = ("auto", "blend", "patch")
@@ -111,7 +111,7 @@ def segment_plan(
         ArgumentError: If a strategy is unknown or does not apply, alpha is outside 0 to 1, or alpha comes with ``patch``.
         SizeError: If no shape comes within ``tolerance`` of the size.
     """
-    chosen, point, found = _chosen(segment, size, shape, strategy, alpha, tolerance, ends)
+    chosen, found = _chosen(segment, size, shape, strategy, alpha, tolerance, ends)
     for name, anchor_shape, loss in ((segment.small, segment.small_shape, ends[0]), (segment.large, segment.large_shape, ends[1])):
         if found == anchor_shape:
             return anchor_plan(chain, size, name, anchor_shape, segment.config, loss)
@@ -120,25 +120,30 @@ def segment_plan(
     trough = Chord(segment.small, segment.large, segment.sizes, ends).trough(made, expected)
     if strategy == "auto" and expected is not None and ends[0] is not None and expected > ends[0]:
         trough = f"{trough}; this is {segment.small} padded, which is no better than {segment.small}"
-        plain = replace(segment, blend=Blend(), maps=None)  # turned coordinates can be near only, its own are exact
-        return replace(blend_plan(plain, found, PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
+        return replace(mixed_plan(segment, found, PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
     if chosen == "patch":
         return replace(patch_plan(segment, found, chain=chain, asked=size, expected=expected), trough=trough)
+    point = road_at(segment, made)  # what is made, not what was asked: its shape alone says how it is mixed
     mix = Mix(**{name: getattr(point, name) for name in Mix.model_fields}) if alpha is None else Mix(alpha=alpha)
     return replace(blend_plan(segment, found, mix, chain=chain, asked=size, expected=expected), trough=trough)
+
+
+def mixed_plan(segment: Segment, shape: Shape, mix: Mix, **facts: Any) -> Plan:
+    """The blend of a shape by a mix; the smaller neighbour padded stays in its own coordinates, which are exact where turned ones can be near only."""
+    return blend_plan(replace(segment, blend=Blend(), maps=None) if mix == PADDING else segment, shape, mix, **facts)
 
 
 def shape_in(
     segment: Segment, size: int, *, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02, ends: tuple[float | None, float | None] = (None, None)
 ) -> Shape:
     """The shape of `segment_plan` at a size, in a small part of its time."""
-    return _chosen(segment, size, None, strategy, alpha, tolerance, ends)[2]
+    return _chosen(segment, size, None, strategy, alpha, tolerance, ends)[1]
 
 
 def _chosen(
     segment: Segment, size: int, shape: Shape | Mapping[str, int] | None, strategy: str, alpha: float | None, tolerance: float, ends: tuple[float | None, float | None]
-) -> tuple[str, RoadPoint, Shape]:
-    """Strategy, point of the road and shape at a size."""
+) -> tuple[str, Shape]:
+    """Strategy and shape at a size."""
     check_options(strategy, alpha)
     chosen = strategy
     if strategy == "auto":
@@ -150,16 +155,15 @@ def _chosen(
             f'strategy="patch" needs neighbours that differ in layers only, but {segment.small} is {segment.small_shape.text} and '
             f'{segment.large} is {segment.large_shape.text}; choose "blend"'
         )
-    point = road_at(segment, size)
     if shape is not None:
         found = complete_shape(shape, segment.small_shape, segment.large_shape, segment.config)
     else:
         if chosen == "blend":
-            found = shape_at(segment, point, size, tolerance)
+            found = shape_at(segment, road_at(segment, size), size, tolerance)
         else:
             found = shape_between(size, segment.small_shape, segment.large_shape, segment.config, tolerance=tolerance)
         check_tolerance(size, found, segment.small_shape, segment.large_shape, segment.config, tolerance)
-    return chosen, point, found
+    return chosen, found
 
 
 def segment_of(
