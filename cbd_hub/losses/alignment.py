@@ -274,8 +274,8 @@ def common_spans(ends_a: np.ndarray, ends_b: np.ndarray, total: int) -> tuple[np
         >>> common_spans(np.array([2, 5, 9]), np.array([1, 5, 7, 9]), 9)
         (array([5, 9]), array([2, 3]), array([2, 4]))
     """
-    borders = np.intersect1d(ends_a, ends_b)
-    borders = np.union1d(borders[borders > 0], [total])
+    borders = ends_a[(np.diff(ends_a, prepend=0) > 0) & (ends_a < total)]
+    borders = np.append(borders[np.searchsorted(ends_b, borders, side="right") > np.searchsorted(ends_b, borders)], total)
     sides = (np.searchsorted(ends, borders, side="right") for ends in (ends_a, ends_b))
     tokens_a, tokens_b = sides
     tokens_a[-1], tokens_b[-1] = len(ends_a), len(ends_b)
