@@ -121,7 +121,7 @@ def bridge(data: dict[str, Any]) -> str:
     words = []
     if "gemma" in data:
         rivals = {name: one for name, one in data["gemma"].items() if isinstance(one, dict) and "bits_per_byte" in one and name not in ("teacher", "untrained", "cross-entropy")}
-        gains = ", ".join(f"{name} {pair([one['to_cross_entropy'], one['stderr']])}" for name, one in sorted(rivals.items(), key=lambda entry: entry[1]["bits_per_byte"]))
+        gains = "; ".join(f"{name} {pair([one['to_cross_entropy'], one['stderr']])}" for name, one in sorted(rivals.items(), key=lambda entry: entry[1]["bits_per_byte"]))
         words.append(f"Gemma-3-270M teaches a 99M Llama of another vocabulary, {data['gemma']['tokens']:,} tokens; held-out bits per byte against cross-entropy alone: {gains}.")
     if "move" in data:
         start = data["move"]["original"]["bits_per_byte"]
