@@ -204,6 +204,8 @@ def gpt2(bench: Bench) -> dict[str, Losses]:
         return model
 
     for name, copied in (("random", False), ("embeddings copied", True)):
+        if bench.options.start and name not in bench.options.start:
+            continue
         make = functools.partial(bench.made, f"gpt2-shaped, {name}", functools.partial(start, copied))
         part = bench.compared(f"gpt2/{name}", make, teacher, (tokenizer, tokenizer), ["cross-entropy", "span", "vocab"])
         found |= {f"{name}, {rival}": losses for rival, losses in part.items()}
@@ -299,6 +301,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, default=Path(default))
     parser.add_argument("--only", action="append", choices=ROWS, help="a row; all by default")
     parser.add_argument("--rival", action="append", help="one of a row's rivals; all by default")
+    parser.add_argument("--start", action="append", choices=("random", "embeddings copied"), help="of the row gpt2's students; both by default")
     parser.add_argument("--tokens", type=int, default=500_000, help="of a training, at most")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"blocks of {BLOCK} tokens a step")
     parser.add_argument("--heldout-bytes", type=int, default=100_000)
