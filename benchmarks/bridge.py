@@ -33,6 +33,7 @@ from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.configs import read_config
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.bridging import Bridge
 from cbd_hub.evaluation import Documents, Losses, byte_losses
@@ -44,7 +45,7 @@ from cbd_hub.precision import best_device
 from cbd_hub.retokenize import BITS, retokenize
 from cbd_hub.shapes import count, fill_ffn, shape_of
 from cbd_hub.texts import read_texts
-from cbd_hub.weights import load_model, load_tokenizer, read_config
+from cbd_hub.weights import load_model, load_tokenizer
 
 
 ROWS = ("gemma", "move", "gpt2", "align", "loss")
@@ -242,7 +243,7 @@ def loss(bench: Bench) -> dict[str, Any]:
     heads = [0.05 * torch.randn(*shape) for shape in shapes]
     heads[0].requires_grad_()
     bridges = {kind: Bridge(ChainDistillerConfig("unused", bridge=kind, block_size=BLOCK, report_to="none"), *tokenizers) for kind in ("span", "span+vocab")}
-    batch = bridges["span"].collate(list(itertools.islice(bridges["span"].blocks(bench.rows, 4 * BLOCK), bench.options.loss_batch)))
+    batch = bridges["span"].rows.collate(list(itertools.islice(bridges["span"].rows.blocks(bench.rows, 4 * BLOCK), bench.options.loss_batch)))
     hidden = [torch.randn(*batch[f"{name}input_ids"].shape, width) for name, (_, width) in zip(("", "teacher_"), shapes)]
 
     def ours(kind: str) -> None:

@@ -70,7 +70,7 @@ class GoldDistiller(ChainDistiller):
 
     def _head_loss(self, output: Output, target: Output | None, labels: Tensor, num_items: Any, ce_weight: float, inputs: Mapping[str, Tensor]) -> Tensor:
         if not hasattr(self, "_gold"):
-            self._gold = gold_loss(self.hybrid, self.bridge.student, self.bridge.teacher, output.hidden.device)
+            self._gold = gold_loss(self.hybrid, self.bridge.rows.student, self.bridge.rows.teacher, output.hidden.device)
         assert target is not None
         own = inputs["labels"].clone()
         own[:, 0] = _IGNORED

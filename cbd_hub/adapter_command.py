@@ -19,7 +19,7 @@ from cbd_hub.options import (
     ToleranceOption,
     shape_of_text,
 )
-from cbd_hub.printing import adapter_text, hush_bars, out, print_json
+from cbd_hub.printing import adapter_text, out, print_json
 
 
 commands = typer.Typer()
@@ -36,7 +36,6 @@ def carry(
 ) -> None:
     """Carry a LoRA to another size without training: a PEFT folder for the model that `cbd make` writes with the same options."""
     from cbd_hub.adapters import carry_adapter
-    hush_bars()
     made = carry_adapter(
         adapter, chain, size, output_dir=out_dir, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, adapter_size=adapter_size, base_model=base, revision=revision,
     )

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cbd_hub.errors import ArgumentError, WeightsError
+from cbd_hub.errors import ArgumentError, WeightsError, one_line
 from cbd_hub.hub import TOKENIZER_FILES, download
-from cbd_hub.weights import one_line, read_header
+from cbd_hub.weights import read_header
 
 
 CONFIG, WEIGHTS, LINEAGE = "adapter_config.json", "adapter_model.safetensors", "cbd_adapter.json"

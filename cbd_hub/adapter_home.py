@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cbd_hub.adapter_files import Adapter, Module
+from cbd_hub.configs import read_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError, WeightsError
 from cbd_hub.families import Family, family_of
 from cbd_hub.families.table import Dimension, dimension_size
@@ -20,7 +21,6 @@ from cbd_hub.manifest import Anchor, Mix, Shape
 from cbd_hub.plans import anchor_config, plan_in, segment_between
 from cbd_hub.shapes import complete_shape, config_for, count, shape_of
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import read_config
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from cbd_hub import shapes
 from cbd_hub.cards import chain_card, license_of, merge_card, read_card
+from cbd_hub.configs import read_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
@@ -40,7 +41,7 @@ from cbd_hub.publish import NEVER, push_chain
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
 from cbd_hub.upload import Publication
-from cbd_hub.weights import Checkpoint, load_tokenizer, read_config
+from cbd_hub.weights import Checkpoint, load_tokenizer
 
 
 class Chain:

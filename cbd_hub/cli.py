@@ -160,7 +160,6 @@ def plan(
     from cbd_hub.adapters import carried_to
     from cbd_hub.hub import open_chain
     from cbd_hub.plans import plan_costs, plan_in
-    hush_bars()
     files = replace(open_chain(chain, revision=revision), glance=True)
     planned = plan_in(
         files, size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, dtype=dtype, shape=shape_of_text(shape), strategy=strategy, alpha=alpha,
@@ -212,7 +211,6 @@ def make(
 ) -> None:
     """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
     from cbd_hub.model import CBDModel
-    hush_bars()
     made = CBDModel.materialize(
         chain, size, output_dir=out_dir, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy,
         alpha=alpha, tolerance=tolerance, dtype=dtype, adapter=adapter, adapter_size=adapter_size, revision=revision,

@@ -69,3 +69,9 @@ class StorageError(CBDError, OSError):
 
 class BusyError(CBDError, RuntimeError):
     """No room or no turn for a request now; the same request may go through later."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

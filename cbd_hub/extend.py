@@ -10,6 +10,7 @@ from typing import Any
 from cbd_hub import shapes
 from cbd_hub.cards import chain_card, license_of, merge_card, read_card, shared_license
 from cbd_hub.chain import Chain, check_pair, unique_name
+from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, write_text
@@ -19,7 +20,7 @@ from cbd_hub.links import plain_link
 from cbd_hub.manifest import FILE_NAME, Anchor, FileRecord, Link, Location, PathRecord
 from cbd_hub.publish import commit_index, push_anchor
 from cbd_hub.upload import Publication, Say
-from cbd_hub.weights import Checkpoint, read_config
+from cbd_hub.weights import Checkpoint
 
 
 def add_anchor(

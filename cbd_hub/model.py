@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from cbd_hub.adapter_files import lora_config
 from cbd_hub.adapters import carried_to
+from cbd_hub.configs import StoredConfig, whole_config
 from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.files import staged_folder
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
@@ -29,6 +29,7 @@ from cbd_hub.remote import open_weights
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.stopwatch import Stopwatch
 from cbd_hub.weights import (
+    GENERATION_CONFIG,
     LOADING,
     Checkpoint,
     model_class,
@@ -65,7 +66,7 @@ class _Prepared:
 
     files: ChainFiles
     plan: Plan
-    config: Any
+    config: StoredConfig
     checkpoints: Mapping[str, Checkpoint]
     nearest: Anchor
     tick: Callable[[], None] = lambda: None
@@ -327,13 +328,9 @@ class CBDModel:
         prepared = _prepare(files, plan)
         chosen = weight_dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:
-            for path in (files.checked(prepared.nearest, name) for name in TOKENIZER_FILES if name in prepared.nearest.files):
+            for path in (files.checked(prepared.nearest, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if name in prepared.nearest.files):
                 shutil.copyfile(path, folder / path.name)
-            generation = _generation_config(prepared)
-            if generation is not None:
-                generation.save_pretrained(folder)
-            prepared.config.dtype = chosen
-            prepared.config.save_pretrained(folder)
+            prepared.config.save_pretrained(folder, chosen)
             stored = stored_shapes(prepared.config)
             layout = {name: (chosen, stored[name]) for name in plan.tensors}
             write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, stored, chosen, changes))
@@ -388,22 +385,22 @@ class CBDModel:
         return _load_plan(cut.plan, cut.config, cut.read, cut.checkpoint.dtype, cut.source, cut.generation_config, arguments)
 
 
-def _generation_config(prepared: _Prepared) -> transformers.GenerationConfig | None:
-    if "generation_config.json" not in prepared.nearest.files:
+def _generation_config(prepared: _Prepared) -> Any:
+    if GENERATION_CONFIG not in prepared.nearest.files:
         return None
-    return read_generation_config(prepared.files.checked(prepared.nearest, "generation_config.json").parent)
+    return read_generation_config(prepared.files.checked(prepared.nearest, GENERATION_CONFIG).parent)
 
 
 def _load(prepared: _Prepared, arguments: dict[str, Any]) -> Any:
     made = _load_plan(
-        prepared.plan, prepared.config, prepared.read, prepared.dtype, prepared.files.name, lambda: _generation_config(prepared), arguments
+        prepared.plan, whole_config(prepared.config), prepared.read, prepared.dtype, prepared.files.name, lambda: _generation_config(prepared), arguments
     )
     prepared.remember()
     return made
 
 
 def _load_plan(
-    plan: Plan, config: Any, read: Callable[[str, str], Tensor], dtype: torch.dtype, name: str, generation: Callable[[], transformers.GenerationConfig | None],
+    plan: Plan, config: Any, read: Callable[[str, str], Tensor], dtype: torch.dtype, name: str, generation: Callable[[], Any],
     arguments: dict[str, Any],
 ) -> Any:
     """The plan's model in its plain class, in ``dtype`` unless the arguments say otherwise."""

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cbd_hub import shapes
-from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, SizeError
+from cbd_hub.configs import StoredConfig, stored_config
+from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, SizeError, one_line
 from cbd_hub.families import family_named, family_of
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.budget import largest_meeting, largest_size
@@ -40,25 +41,25 @@ from cbd_hub.sizes import format_bytes, parse_bytes
 from cbd_hub.speed.measuring import Speed, SpeedWish
 from cbd_hub.speed.prediction import SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch, one_device
-from cbd_hub.weights import one_line, read_config
 
 
 _KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
 
 
-def anchor_config(files: ChainFiles, anchor: Anchor) -> Any:
-    """The transformers config of an anchor, compared with what chain.json says of it; read once for an opened chain, and not to be changed.
+def anchor_config(files: ChainFiles, anchor: Anchor) -> StoredConfig:
+    """The config of an anchor, compared with what chain.json says of it; read once for an opened chain, and not to be changed.
 
     Raises:
         IntegrityError: If config.json differs from its recorded hash.
         ManifestError: If its shape or parameters are not the recorded ones.
         ArchitectureError: If its architecture has no axis table.
     """
-    return files.once(("config", anchor.name), lambda: _read_config(files, anchor))
+    found: StoredConfig = files.once(("config", anchor.name), lambda: _read_config(files, anchor))
+    return found
 
 
-def _read_config(files: ChainFiles, anchor: Anchor) -> Any:
-    config = read_config(files.config_folder(anchor))
+def _read_config(files: ChainFiles, anchor: Anchor) -> StoredConfig:
+    config = stored_config(files.config_folder(anchor))
     family = family_named(anchor.family)
     if family_of(config) is not family:
         raise ManifestError(f"anchor {anchor.name} is a {config.model_type} but chain.json says {anchor.family}; fetch the chain again")
@@ -203,9 +204,9 @@ def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, a
     return found
 
 
-def made_config(files: ChainFiles, plan: Plan) -> Any:
+def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
     """The config of a plan's model, with ``cbd``: where it came from."""
-    config = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
+    config: StoredConfig = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
     config.cbd = {
         "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
         "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
@@ -217,7 +218,7 @@ def made_config(files: ChainFiles, plan: Plan) -> Any:
 
 def _dtype_in(files: ChainFiles, dtype: Any) -> torch.dtype:
     config = anchor_config(files, files.manifest.anchors[0])
-    return weight_dtype(dtype, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    return weight_dtype(dtype, config.dtype or torch.float32)
 
 
 def _size_that_is_fast(files: ChainFiles, wish: SpeedWish, limit: int | None, watch: Stopwatch, strategy: str, alpha: float | None) -> int:

@@ -31,6 +31,7 @@ from cbd_hub.cards import (
     read_card,
     shared_license,
 )
+from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file
@@ -39,7 +40,7 @@ from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Sha
 from cbd_hub.plans import anchor_config
 from cbd_hub.sizes import format_bytes
 from cbd_hub.upload import Content, Publication, Publisher, Repo, Say
-from cbd_hub.weights import Checkpoint, read_config, read_header
+from cbd_hub.weights import Checkpoint, read_header
 
 
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")

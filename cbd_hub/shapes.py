@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from cbd_hub.configs import StoredConfig, whole_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError
 from cbd_hub.families import Family, family_of
 from cbd_hub.manifest import Shape
@@ -143,13 +144,19 @@ def other_differences(first: Any, second: Any) -> list[str]:
 
     Only what the architecture's config class declares counts; what else a config.json holds is read by nothing.
     """
+    if isinstance(first, StoredConfig) and isinstance(second, StoredConfig) and not _differences(first, second, first.to_dict().keys() | second.to_dict().keys()):
+        return []
+    first, second = whole_config(first), whole_config(second)
+    return _differences(first, second, type(first)().to_dict().keys())
+
+
+def _differences(first: Any, second: Any, names: Iterable[str]) -> list[str]:
     family = family_of(first)
     shape = {family.fields[axis] for axis in _FIELDS if axis in family.fields} | set(family.single_layer_fields) | set(family.requires)
     if shape_of(first).hidden != shape_of(second).hidden and family.norm_eps is not None:
         shape.add(family.norm_eps)  # it goes with the hidden width
     ours, theirs = first.to_dict(), second.to_dict()
-    names = type(first)().to_dict().keys() - shape - _NO_MATTER
-    return sorted(name for name in names if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))
+    return sorted(name for name in set(names) - shape - _NO_MATTER if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))
 
 
 def follow(wish: Mapping[str, int], like: Shape, config: Any) -> dict[str, int]:

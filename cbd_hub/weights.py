@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cbd_hub.errors import IntegrityError, StorageError, WeightsError
+from cbd_hub.configs import read_config
+from cbd_hub.errors import IntegrityError, StorageError, WeightsError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.files import CheckedFile
 from cbd_hub.manifest import FileRecord
@@ -27,39 +27,11 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+GENERATION_CONFIG = "generation_config.json"
 _MAX_HEADER = 100 * 2**20
 
 # transformers patches module-wide state while it loads, so that two loads at once can leave it broken.
 LOADING = threading.Lock()
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
-
-
-def read_config(folder: Path) -> Any:
-    """The transformers config of a model folder, freed of anything that would run code.
-
-    Raises:
-        WeightsError: If there is none that can be read, or the weights are quantised.
-        ArchitectureError: If its architecture has no axis table.
-    """
-    try:
-        raw = json.loads((folder / "config.json").read_bytes())
-        if "auto_map" in raw or not isinstance(raw.get("model_type"), str):
-            raise ValueError("its architecture needs code of its own, which is never run")
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a hostile config can fail in any way
-        raise WeightsError(f"{folder} has no config.json that can be used ({one_line(error)}); it is no transformers model folder") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise WeightsError(f"{folder} holds quantised weights; interpolate before quantising")
-    config._attn_implementation = None
-    if hasattr(config, "_model_name_or_path"):
-        del config._model_name_or_path  # left behind by conversions
-    family_of(config)
-    return config
 
 
 def model_class(config: Any, source: str) -> Any:
@@ -68,6 +40,7 @@ def model_class(config: Any, source: str) -> Any:
     Raises:
         WeightsError: If the config names none, or one of another architecture.
     """
+    import transformers
     names = config.architectures or []
     found = getattr(transformers, str(names[0]), None) if names else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and getattr(found, "config_class", None) is type(config)):
@@ -109,7 +82,8 @@ def load_tokenizer(folder: Path) -> Any:
         WeightsError: If there is none that can be used.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        from transformers import AutoTokenizer
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a broken or missing tokenizer
         raise WeightsError(f"{folder} has no tokenizer that can be used ({one_line(error)}); save one there with save_pretrained") from error
 
@@ -122,17 +96,18 @@ def stored_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: shapes[spec.name] for spec, _, name in family.stored(config)}
 
 
-def read_generation_config(folder: Path) -> transformers.GenerationConfig | None:
-    """The generation config of a folder; None where it has none.
+def read_generation_config(folder: Path) -> Any:
+    """The transformers generation config of a folder; None where it has none.
 
     Raises:
         WeightsError: If it cannot be used.
     """
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_CONFIG
     if not path.is_file():
         return None
     try:
-        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        from transformers import GenerationConfig
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken one
         raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make it again") from error
 

@@ -62,7 +62,7 @@ def live(trainer, teacher, batch):
     rows = {name: value for name, value in batch.items() if name not in ("teacher_log_probs", "teacher_top_ids", "teacher_top_log_probs")}
     other = ChainDistiller(
         model=trainer.model, teacher=teacher, args=trainer.args, train_dataset=[{"input_ids": [1, 2], "teacher_input_ids": [1, 2]}],
-        processing_class=STUDENT, teacher_processing_class=trainer.bridge.teacher,
+        processing_class=STUDENT, teacher_processing_class=trainer.bridge.rows.teacher,
     )
     other.teacher_cache = None
     return other.compute_loss(other.model, rows)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.distill.bridging import Bridge, answered_rows
+from cbd_hub.distill.answers import answered_rows
+from cbd_hub.distill.bridging import Bridge
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
 from cbd_hub.losses.alignment import prefix_of, token_bytes
 
@@ -120,7 +121,7 @@ def test_blocks_hold_the_text_once(student, teacher):
     """Tokens of all blocks in a row are the texts, and tokens of a span have the same bytes on both sides."""
     a, b = kinds.MAKERS[student](), kinds.MAKERS[teacher]()
     bridge = Bridge(ChainDistillerConfig("out", bridge="span", block_size=24), a, b)
-    rows = list(bridge.blocks([{"text": text} for text in tiny.texts(20)], 96))
+    rows = list(bridge.rows.blocks([{"text": text} for text in tiny.texts(20)], 96))
     for name, tokenizer in (("input_ids", a), ("teacher_input_ids", b)):
         before = len(prefix_of(tokenizer))
         ids = [token for row in rows for token in row[name][before:]]
@@ -153,7 +154,7 @@ def test_spans_of_chats_are_what_the_assistant_says(tmp_path):
 def test_answers_that_the_template_says_too_are_found_in_their_turn(answer):
     chat = [{"role": "system", "content": f"{answer} {answer}"}, {"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
     bridge = Bridge(ChainDistillerConfig("unused", bridge="span", block_size=256, report_to="none"), STUDENT, TEACHER)
-    (row,) = bridge.blocks([{"messages": chat}], 512)
+    (row,) = bridge.rows.blocks([{"messages": chat}], 512)
     for ids, spans, tokenizer in (("input_ids", "spans", STUDENT), ("teacher_input_ids", "teacher_spans", TEACHER)):
         inside = [place for place, number in enumerate(row[spans]) if number >= 0]
         assert b"".join(token_bytes(tokenizer)[row[ids][place]] for place in inside) == answer.encode() + b"<eos>"
@@ -175,7 +176,7 @@ def test_answers_do_not_begin_or_end_with_half_a_character(tmp_path):
 def test_the_teacher_may_begin_with_its_own_token():
     bridge = Bridge(ChainDistillerConfig("out", bridge="span", block_size=16), STUDENT, TEACHER)
     assert (prefix_of(STUDENT), prefix_of(TEACHER)) == ([], [TEACHER.bos_token_id])
-    row = next(iter(bridge.blocks(TEXTS, 64)))
+    row = next(iter(bridge.rows.blocks(TEXTS, 64)))
     assert row["teacher_input_ids"][0] == TEACHER.bos_token_id
     assert row["teacher_spans"][0] == row["spans"][0] == -1
 

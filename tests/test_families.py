@@ -17,10 +17,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from cbd_hub.configs import read_config
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import FAMILIES, family_named, family_of
 from cbd_hub.shapes import config_for, count, other_differences, parameter_count, shape_of
-from cbd_hub.weights import read_config
 
 
 VARIANTS = {

@@ -17,13 +17,13 @@ import yaml
 from test_docs import COMMANDS, commands
 
 from cbd_hub import assemble_chain, distill_chain
+from cbd_hub.configs import read_config
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import plan_stages
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import count
-from cbd_hub.weights import read_config
 
 
 ROOT = Path(__file__).parent.parent

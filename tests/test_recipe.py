@@ -16,13 +16,13 @@ from conftest import recipe as make_recipe
 from safetensors.torch import load_file
 
 from cbd_hub import CBDModel, Chain, Recipe, distill_chain, texts
+from cbd_hub.configs import read_config
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.stages import plan_stages
 from cbd_hub.errors import CBDError, DataError, RecipeError, StorageError
 from cbd_hub.texts import read_texts
-from cbd_hub.weights import read_config
 
 
 ANCHORS = [{"layers": 4, "ffn": 24}, {"layers": 2, "ffn": 24}]

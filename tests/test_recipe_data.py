@@ -9,11 +9,11 @@ from conftest import recipe as make_recipe
 from safetensors.torch import load_file
 
 from cbd_hub import CBDModel, distill_chain
+from cbd_hub.configs import read_config
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.errors import DataError, RecipeError
-from cbd_hub.weights import read_config
 
 
 SHAPE = {"layers": 2, "ffn": 24}

@@ -12,12 +12,12 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import CBDModel, Chain
+from cbd_hub.configs import stored_config
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, SizeError, StorageError
 from cbd_hub.files import CHUNK_BYTES
 from cbd_hub.hub import open_chain
 from cbd_hub.plans import plan_costs
 from cbd_hub.remote import open_weights
-from cbd_hub.weights import read_config
 
 
 SHAPE = {"layers": 7}
@@ -180,7 +180,7 @@ def test_a_cache_in_another_place_holds_all(hub, wide, published, tmp_path, monk
 
 def test_a_load_reads_each_config_once(wide, monkeypatch):
     read = []
-    monkeypatch.setattr("cbd_hub.plans.read_config", lambda folder: read.append(folder) or read_config(folder))
+    monkeypatch.setattr("cbd_hub.plans.stored_config", lambda folder: read.append(folder) or stored_config(folder))
     CBDModel.from_chain(wide, shape=SHAPE)
     assert len(read) == 2
 

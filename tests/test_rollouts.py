@@ -582,9 +582,9 @@ def test_the_papers_recipe_can_be_written_down(tmp_path):
         "objective": "minillm", "rollout_batch": 256, "inner_epochs": 4, "ratio_clip": 0.2, "teacher_mix": 0.2, "max_new_tokens": 512, "length_normalised": True,
         "sampling_temperature": 1.0, "max_steps": 5000, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "learning_rate": 5e-6,
     }
+    from cbd_hub.configs import read_config
     from cbd_hub.distill.recipe import Recipe
     from cbd_hub.distill.stages import plan_stages
-    from cbd_hub.weights import read_config
     made = recipe(tmp_path, "gpt2", [{"layers": 2}], stage=stage)
     (planned,) = plan_stages(Recipe.parse(made), tmp_path / "teacher", read_config(tmp_path / "teacher"))
     config = planned.config("out")

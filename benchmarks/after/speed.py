@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
 from cbd_hub import Chain
+from cbd_hub.configs import read_config
 from cbd_hub.interpolation.plan import Kept, Segment
 from cbd_hub.interpolation.planner import shape_in
 from cbd_hub.plans import anchor_config, usual_sizes
@@ -33,7 +34,7 @@ from cbd_hub.sizes import format_size
 from cbd_hub.speed.measuring import Speed, measure_in_turns
 from cbd_hub.speed.prediction import Probe, SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch
-from cbd_hub.weights import load_model, read_config
+from cbd_hub.weights import load_model
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.utils.data import Dataset as TorchDataset
 
-from cbd_hub.distill.bridging import Bridge, Side, is_plain, row_of
+from cbd_hub.distill.bridge_rows import Side, is_plain, row_of
+from cbd_hub.distill.bridging import Bridge
 from cbd_hub.distill.packing import IGNORED
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import ArgumentError, DataError
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class BridgedCache(TorchDataset[dict[str, Any]]):
-    """A row per block of a cache: what `Bridge.blocks` gives, the student's ``position_ids`` where prompts are packed, and the teacher's log-probabilities.
+    """A row per block of a cache: what `BridgeRows.blocks` gives, the student's ``position_ids`` where prompts are packed, and the teacher's log-probabilities.
 
     ``teacher_log_probs`` are those of its tokens, each after the ones before it; ``teacher_top_ids`` and ``teacher_top_log_probs`` are there for ``vocab``.
 
@@ -40,7 +41,7 @@ class BridgedCache(TorchDataset[dict[str, Any]]):
             raise ArgumentError(f"{cache.name} was made by a version that kept no log-probabilities of the text's own tokens, which a bridge needs; make it again with `cbd cache-teacher`")
         self._bridge, self._cache, self._prefix = bridge, cache, source.packing.prefix
         plain = is_plain(rows)
-        if plain and prefix_of(bridge.teacher) and not self._prefix:
+        if plain and prefix_of(bridge.rows.teacher) and not self._prefix:
             logger.warning("the blocks of %s do not begin with what the teacher begins a text with; make it with `cbd cache-teacher --bos`", cache.name)
         self._rows = list(self._joined(rows, room) if plain else self._packed(rows, room))
         assert len(self._rows) == len(cache)
@@ -57,10 +58,10 @@ class BridgedCache(TorchDataset[dict[str, Any]]):
 
     def _joined(self, rows: Any, room: int) -> Iterator[dict[str, Any]]:
         """Plain text: the student's tokens of a span go into the block in which it begins; a span that lies in two blocks counts for neither."""
-        size, before = self._bridge.args.block_size - len(self._prefix), prefix_of(self._bridge.student)
+        size, before = self._bridge.args.block_size - len(self._prefix), prefix_of(self._bridge.rows.student)
         blocks, done, place = len(self._cache), 0, 0
         sides = self._begun(before)
-        for ours, theirs, same in self._bridge.pieces(rows):
+        for ours, theirs, same in self._bridge.rows.pieces(rows):
             while done < place // size:
                 yield self._row(sides, room)
                 done, sides = done + 1, self._begun(before)
@@ -100,7 +101,7 @@ class BridgedCache(TorchDataset[dict[str, Any]]):
     def _packed(self, rows: Any, room: int) -> Iterator[dict[str, Any]]:
         """Prompts and chats: a block of the cache holds whole rows, and so does the student's."""
         sides = (
-            pair for pair in self._bridge.sides(rows, room, self._bridge.args.block_size) if any(label != IGNORED for label in pair[1].labels[1:])
+            pair for pair in self._bridge.rows.sides(rows, room, self._bridge.args.block_size) if any(label != IGNORED for label in pair[1].labels[1:])
         )
         for index in range(len(self._cache)):
             made: dict[str, Any] = {name: [] for name in ("input_ids", "labels", "position_ids", "spans", "teacher_spans")}

@@ -37,7 +37,7 @@ from cbd_hub.distill.cache_record import (
 from cbd_hub.distill.packing import IGNORED, collate, next_tokens
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
-from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError
+from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError, one_line
 from cbd_hub.files import disk_error, sha256, write_text
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
@@ -45,7 +45,7 @@ from cbd_hub.losses.alignment import prefix_of
 from cbd_hub.losses.head import Listed, distillation_loss
 from cbd_hub.losses.log_probs import top_log_probs
 from cbd_hub.shapes import check_positions, parameter_count
-from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
+from cbd_hub.weights import tokenizer_sha256, weights_sha256
 
 
 SHARD_TOKENS = 2**18

@@ -16,9 +16,8 @@ from cbd_hub.distill.hidden import check_layers
 from cbd_hub.distill.on_policy import check_sources
 from cbd_hub.distill.packing import pack
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError
+from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, one_line
 from cbd_hub.shapes import check_positions, shape_of
-from cbd_hub.weights import one_line
 
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from cbd_hub.distill.bridging import COLUMNS
+from cbd_hub.distill.bridge_rows import COLUMNS
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import with_tokens
 from cbd_hub.distill.hidden import Batch, HiddenTerm
@@ -116,7 +116,7 @@ class ChainDistiller(SamplingTrainer):
         self.teacher_cache, self.bridge, self._student, self._vocab_size = wiring.cache, wiring.bridge, model, wiring.vocab_size
         student, model, teacher, kept = model, wiring.model, wiring.teacher, wiring.kept
         padded = functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0)
-        kwargs.setdefault("data_collator", padded if self.bridge is None else self.bridge.collate)
+        kwargs.setdefault("data_collator", padded if self.bridge is None else self.bridge.rows.collate)
         rows = unpacked(wiring.train_dataset, processing_class, args)
         super().__init__(
             model=model, args=args,
@@ -155,7 +155,7 @@ class ChainDistiller(SamplingTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of an evaluation set, read by both tokenizers where the teacher has its own."""
         if self.bridge is not None and self.args.bridge != "text" and eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self.bridge.with_tokens(eval_dataset, self._student, self.accelerator.unwrap_model(self.teacher))
+            eval_dataset = self.bridge.rows.with_tokens(eval_dataset, self._student, self.accelerator.unwrap_model(self.teacher))
         return super().get_eval_dataloader(eval_dataset)
 
     # -- the loss ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from cbd_hub import shapes
+from cbd_hub.configs import read_config
 from cbd_hub.cut import mixes
 from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.checks import check_stages
@@ -40,7 +41,7 @@ from cbd_hub.losses.head import block_bytes
 from cbd_hub.manifest import Shape
 from cbd_hub.measure import ORDER_TOKENS, ORDER_TRIALS, SHARES
 from cbd_hub.precision import best_device
-from cbd_hub.weights import load_tokenizer, model_class, read_config
+from cbd_hub.weights import load_tokenizer, model_class
 
 
 _DEEP = 5  # layers of the deeper trial

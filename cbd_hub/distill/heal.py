@@ -31,7 +31,7 @@ from cbd_hub.distill.progress import show_stage
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import check_adapter
 from cbd_hub.distill.wrapping import is_peft_model, unadapted_on_failure
-from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError
+from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError, one_line
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES
@@ -39,7 +39,7 @@ from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.manifest import Anchor
 from cbd_hub.shapes import check_positions, parameter_count, shape_of
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import one_line, weights_sha256
+from cbd_hub.weights import weights_sha256
 
 
 logger = logging.getLogger(__name__)

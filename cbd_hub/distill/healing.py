@@ -19,10 +19,9 @@ from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import IGNORED, tokenised
 from cbd_hub.distill.rows import check_row
 from cbd_hub.distill.wrapping import is_peft_model, shards
-from cbd_hub.errors import ArgumentError, DataError
+from cbd_hub.errors import ArgumentError, DataError, one_line
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner, frozen
-from cbd_hub.weights import one_line
 
 
 def divided(dataset: Any, eval_dataset: Any, heldout: float, seed: int, vocab: float = math.inf) -> tuple[Any, list[Mapping[str, Any]]]:

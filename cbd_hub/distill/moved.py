@@ -17,6 +17,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub.cards import license_of, retokenized_card
+from cbd_hub.configs import read_config
 from cbd_hub.distill.begun import unfinished
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import split_documents
@@ -29,7 +30,7 @@ from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.precision import best_device
 from cbd_hub.retokenize import BITS, Retokenized, difference_of, measured, retokenize
 from cbd_hub.texts import utf8
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_config
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
 
 
 _BRIDGES = ("span", "vocab", "span+vocab")

@@ -121,13 +121,13 @@ class SamplingTrainer(EvaluatingTrainer):
         config: ChainDistillerConfig = self.args
         if config.teacher_answers and not self._answered:
             teacher = self.accelerator.unwrap_model(self.teacher)
-            tokenizer = self.processing_class if self.bridge is None else self.bridge.teacher
+            tokenizer = self.processing_class if self.bridge is None else self.bridge.rows.teacher
             with self.accelerator.autocast():
                 answers = teacher_answers(
                     teacher, _all_prompts(self.train_dataset, config, self._positions), Path(config.output_dir) / "answers", self._sampling(0.0, teacher, tokenizer=tokenizer),
                     seed=config.seed, tokenizer=tokenizer, process=(config.process_index, config.world_size), wait=self.accelerator.wait_for_everyone,
                 )
-            self.train_dataset = answers if self.bridge is None else with_tokens(self.bridge.answered(answers), self.processing_class, config, self._student)
+            self.train_dataset = answers if self.bridge is None else with_tokens(self.bridge.rows.answered(answers), self.processing_class, config, self._student)
             self._answered = True
 
     def _sampling(self, teacher_mix: float, *models: Any, tokenizer: Any = None) -> Sampling:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_hub import shapes
 from cbd_hub.cards import license_of
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, unique_name
+from cbd_hub.configs import read_config
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.begun import Begun, dependencies
 from cbd_hub.distill.checks import check_stages
@@ -26,7 +27,7 @@ from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.progress import METRICS, show_stage
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
-from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError
+from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError, one_line
 from cbd_hub.evaluation import bits_per_byte, document_losses
 from cbd_hub.files import disk_error, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
@@ -36,7 +37,7 @@ from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teache
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, one_line, read_config
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
 
 
 _WORK = ".work"

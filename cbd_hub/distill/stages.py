@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from cbd_hub import shapes
 from cbd_hub.chain import check_pair, unique_name
+from cbd_hub.configs import read_config
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import (
     Parts,
@@ -25,12 +26,12 @@ from cbd_hub.distill.data import (
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.schema import Recipe, RecipeData, anchor_key
 from cbd_hub.distill.starts import Start
-from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError
+from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError, one_line
 from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import format_size, matches, parse_size
-from cbd_hub.weights import Checkpoint, load_tokenizer, one_line, read_config
+from cbd_hub.weights import Checkpoint, load_tokenizer
 
 
 CALIBRATION_TOKENS = 4096

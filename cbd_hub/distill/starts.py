@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, m
 from transformers import AutoConfig
 
 from cbd_hub import shapes
-from cbd_hub.errors import ArgumentError, CBDError, RecipeError
+from cbd_hub.configs import read_config
+from cbd_hub.errors import ArgumentError, CBDError, RecipeError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
-from cbd_hub.weights import Checkpoint, load_tokenizer, model_class, one_line, read_config
+from cbd_hub.weights import Checkpoint, load_tokenizer, model_class
 
 
 Axis = Annotated[StrictInt, Field(ge=1, le=2**24)] | None

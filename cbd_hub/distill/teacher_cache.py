@@ -13,10 +13,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cbd_hub.distill.cache_record import FILE_NAME, TAIL, TOKEN, TOP, CacheRecord, IdentifiedBlocks, predicts
 from cbd_hub.distill.top_codec import TailCodec, TopCodec
-from cbd_hub.errors import DataError
+from cbd_hub.errors import DataError, one_line
 from cbd_hub.files import check_file
 from cbd_hub.hub import download, is_repo_id
-from cbd_hub.weights import one_line, tokenizer_sha256, weights_sha256
+from cbd_hub.weights import tokenizer_sha256, weights_sha256
 
 
 class TeacherCache(TorchDataset[dict[str, Any]]):

@@ -19,10 +19,9 @@ from cbd_hub.distill.bridging import Bridge, check_heads
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import is_peft_model, is_sharded
-from cbd_hub.errors import ArgumentError, VocabularyMismatchError
+from cbd_hub.errors import ArgumentError, VocabularyMismatchError, one_line
 from cbd_hub.interpolation.live import check_head
 from cbd_hub.interpolation.planner import Kept
-from cbd_hub.weights import one_line
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ def wired(
     bridge = vocab_size = None
     if args.bridge is not None:
         bridge = Bridge(args, *tokenizers)
-        check_heads(bridge, student, teacher)
+        check_heads(bridge.rows, student, teacher)
         if found is not None:
             train_dataset = _bridged(bridge, found, student, train_dataset, eval_dataset)
     elif found is not None:
@@ -97,9 +96,9 @@ def wired(
         raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
     model = student if peft_config is None else _with_adapter(student, peft_config, args)
     if bridge is not None and args.bridge == "text":
-        train_dataset = None if train_dataset is None else bridge.prompts(train_dataset, teacher)
+        train_dataset = None if train_dataset is None else bridge.rows.prompts(train_dataset, teacher)
     elif bridge is not None and found is None:
-        train_dataset, eval_dataset = (bridge.with_tokens(rows, model, teacher) for rows in (train_dataset, eval_dataset))
+        train_dataset, eval_dataset = (bridge.rows.with_tokens(rows, model, teacher) for rows in (train_dataset, eval_dataset))
     return Wiring(model, teacher, found, bridge, vocab_size, kept, train_dataset, eval_dataset)
 
 

@@ -21,4 +21,5 @@ OLMO2 = replace(
     post_norms=_POST_NORMS,
     head_norms=HEAD_NORMS,
     hidden_multiple=None,
+    optional=("head_dim",),
 )

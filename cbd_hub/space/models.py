@@ -82,7 +82,7 @@ class ModelCache:
     def __init__(self, picker: Picker, limit: int, dtype: Any = None, make: Callable[[int, Loading], Any] | None = None) -> None:
         self.picker, self.limit = picker, limit
         config = anchor_config(picker.files, picker.manifest.anchors[0])
-        own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        own = config.dtype or torch.float32
         self.dtype = weight_dtype(dtype, own if quick(own) or 4 * picker.largest > limit else torch.float32)
         self._make = make or self._load
         self._held: OrderedDict[int, Loading] = OrderedDict()

@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from huggingface_hub import constants
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from cbd_hub.configs import whole_config
 from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.files import write_text
@@ -92,10 +94,11 @@ class Stopwatch:
             ArgumentError: If the device does not hold it.
         """
         options: dict[str, Any] = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        config = whole_config(config)
         plain_class = model_class(config, "a config")
         state = _random_state(stored_shapes(config), self.dtype, self.device)
         try:
-            with LOADING:
+            with LOADING, _no_bars():
                 made = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, **options)
         except torch.OutOfMemoryError as error:
             raise ArgumentError(f"{self.device} has no room for {format_size(parameter_count(config))} to be timed; free it, or choose another device_map") from error
@@ -151,6 +154,19 @@ class Stopwatch:
             "transformers": version("transformers"), "model_type": config.model_type, "shape": shape_of(config).model_dump(),
             "layer_types": [str(kind) for kind in family.layer_types(config)], "parameters": parameter_count(config),
         }
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No bar of transformers for a model that nobody asked for."""
+    from transformers.utils import logging as bars
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _random_state(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
