@@ -216,16 +216,21 @@ def mixes(size: int, config: Any, wish: Shape | None = None) -> list[Shape]:
     if wish is not None:
         return [wish]
     whole = shape_of(config)
-    shapes = {depth: shape for depth in range(whole.layers, 0, -1) if (shape := _narrowed(size, depth, config)) is not None}
-    away = {depth: abs(count(shape, config) - size) for depth, shape in shapes.items()}
-    for deepest in shapes:
+    tried: dict[int, tuple[int, Shape]] = {}  # depth -> how far its shape is from the size, and the shape
+
+    def at(depth: int) -> tuple[int, Shape] | None:
+        if depth not in tried and (shape := _narrowed(size, depth, config)) is not None:
+            tried[depth] = abs(count(shape, config) - size), shape
+        return tried.get(depth)
+
+    for deepest in range(whole.layers, 0, -1):
         depths = dict.fromkeys(max(1, round(share * deepest)) for share in _DEPTHS)
-        if found := [shapes[depth] for depth in depths if depth in shapes and away[depth] <= _MEETS * size]:
+        if found := [made[1] for depth in depths if (made := at(depth)) is not None and made[0] <= _MEETS * size]:
             return found
-    nearest = min(shapes, key=away.__getitem__, default=None)
-    if nearest is not None and away[nearest] <= _NEAR * size:
-        return [shapes[nearest]]
-    real = 0 if nearest is None else count(shapes[nearest], config)
+    away, nearest = min(tried.values(), key=lambda made: made[0], default=(0, None))
+    if nearest is not None and away <= _NEAR * size:
+        return [nearest]
+    real = 0 if nearest is None else count(nearest, config)
     raise SizeError(
         f"a model of {format_size(count(whole, config))} cannot be cut to {format_size(size)} ({size:,} parameters) in layers and FFN width; "
         + (f"the nearest that it can be cut to has {format_size(real)} ({real:,}): ask for size={real}" if real else "it has one layer of one neuron")

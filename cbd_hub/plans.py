@@ -295,22 +295,26 @@ def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int
     """The neighbours whose segment holds a shape, and the shape's size."""
     anchors = files.manifest.anchors
     pairs = [files.manifest.neighbours(size)] if size is not None else list(zip(anchors[1:], anchors))
+    wish = shapes.named_fields(shape)
     error: ArgumentError | None = None
+    within: ArgumentError | None = None  # of a segment that holds every field that is named
     for small, large in pairs or [(anchors[0], anchors[0])]:
         try:
             whole = shapes.complete_shape(shape, small.shape, large.shape, anchor_config(files, large))
         except ArgumentError as found:
             error = error or found
+            if shapes.outside(wish, small.shape, large.shape) is None:
+                within = within or found
             continue
         for anchor in (small, large):
             if whole == anchor.shape:
                 return anchor, anchor, anchor.parameters
         return small, large, shapes.count(whole, anchor_config(files, large)) if size is None else size
     assert error is not None
-    if len(pairs) > 1 and isinstance(shape, Mapping) and set(shape) <= set(Shape.model_fields):
+    if within is None and len(pairs) > 1:
         segments = "; ".join(f"{small.name} ({small.shape.text}) to {large.name} ({large.shape.text})" for small, large in pairs)
-        raise ArgumentError(f"the shape {dict(shape)} lies in no segment of {files.manifest.name}, which has {segments}; choose one inside")
-    raise error
+        raise ArgumentError(f"the shape {wish} lies in no segment of {files.manifest.name}, which has {segments}; choose one inside")
+    raise within or error
 
 
 def weight_dtype(wish: Any, default: torch.dtype) -> torch.dtype:

@@ -197,6 +197,15 @@ def named_fields(wish: Shape | Mapping[str, int]) -> dict[str, Any]:
     return {name: as_int(value) for name, value in wish.items()}
 
 
+def outside(values: Mapping[str, Any], small: Shape, large: Shape) -> str | None:
+    """The first field of a partial shape that is no number between the neighbours'; None where all are."""
+    for name, value in values.items():
+        low, high = sorted((getattr(small, name), getattr(large, name)))
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            return name
+    return None
+
+
 def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, config: Any) -> Shape:
     """A whole shape from a partial one; what is not named follows from what is, or is taken from the neighbours where they agree.
 
@@ -209,10 +218,9 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
         ArchitectureError: If the architecture cannot have the shape.
     """
     values = named_fields(wish)
-    for name, value in values.items():
+    if (name := outside(values, small, large)) is not None:
         low, high = sorted((getattr(small, name), getattr(large, name)))
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ArgumentError(f"shape {name}={value!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
+        raise ArgumentError(f"shape {name}={values[name]!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
     if small.heads * large.kv_heads == large.heads * small.kv_heads:
         values = follow(values, large, config)
     if "hidden" in values and small.hidden != large.hidden and small.ffn * large.hidden == large.ffn * small.hidden:

@@ -232,8 +232,9 @@ def row_spans(span: tuple[int, int], height: int, rows: np.ndarray | None) -> li
     if rows is None or not height:
         return [span]
     start, width = span[0], (span[1] - span[0]) // height
-    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-    return [(start + int(run[0]) * width, min(start + (int(run[-1]) + 1) * width, span[1])) for run in runs if len(run)]
+    gaps = np.flatnonzero(np.diff(rows) != 1)
+    firsts, lasts = rows[[0, *(gaps + 1)][: len(rows)]], rows[[*gaps, -1][: len(rows)]]
+    return list(zip((start + firsts * width).tolist(), np.minimum(start + (lasts + 1) * width, span[1]).tolist()))
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

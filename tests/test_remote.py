@@ -1,14 +1,18 @@
 """Loads from the Hub: only the bytes that are needed, few requests, one download among processes, faults, hostile servers."""
 
+import itertools
 import multiprocessing
 import os
 import signal
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from conftest import assembled
 from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import CBDModel, Chain
@@ -18,6 +22,7 @@ from cbd_hub.files import CHUNK_BYTES
 from cbd_hub.hub import open_chain
 from cbd_hub.plans import plan_costs
 from cbd_hub.remote import open_weights
+from cbd_hub.weights import row_spans
 
 
 SHAPE = {"layers": 7}
@@ -336,3 +341,12 @@ def test_no_token_is_ever_shown(hub, wide, published, caplog, capsys, monkeypatc
     assert secret not in "".join(shown) + str(caught.value) + caplog.text + printed.out + printed.err
     assert secret.encode() not in held
     assert all(secret not in entry.path + entry.query for entry in hub.log)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 9), st.sets(st.integers(0, 39)))
+def test_the_spans_of_rows_are_these_rows(start, width, rows):
+    chosen = sorted(rows)
+    spans = row_spans((start, start + 40 * width), 40, np.array(chosen, dtype=np.int64))
+    assert [place for low, high in spans for place in range(low, high)] == [start + row * width + byte for row in chosen for byte in range(width)]
+    assert all(high < low for (_, high), (low, _) in itertools.pairwise(spans)) or not width

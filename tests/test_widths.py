@@ -432,6 +432,17 @@ def test_groups_that_neither_neighbour_could_hold_are_refused(wish, message):
         complete_shape({"layers": 3, **wish}, shape_of(small.config), shape_of(large.config), large.config)
 
 
+@pytest.mark.parametrize(("shape", "message"), [
+    ({"layers": 3, "heads": 12, "kv_heads": 2}, "heads=12 with kv_heads=2: the neighbours have 2 to 3"), ({"layers": 9}, "lies in no segment of chain, which has .*; choose one inside"),
+])
+def test_a_chain_of_many_segments_says_what_is_wrong_with_a_shape(tmp_path, shape, message):
+    sizes = ((2, 4, 2), (3, 12, 4), (4, 12, 4))
+    anchors = [tiny.save(tiny.llama(layers=layers, heads=heads, kv_heads=kv, **GROUPS), tmp_path / str(layers)) for layers, heads, kv in sizes]
+    chain = assemble_chain(anchors, tmp_path / "chain", align=False)
+    with pytest.raises(ArgumentError, match=message):
+        chain.plan(shape=shape)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2), (6, 3), (9, 3), (8, 4)])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_between_unlike_groups_every_head_comes_from_its_own_group(heads, kv_heads, ordered):

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,7 @@ def blend_plan(
     blender = Blender(segment, shape, mix, share)
     held = [int(layer) for layer in kept.layers]
     layers = sorted({*held, *segment.order[: shape.layers - len(held)]})
+    sources = {layer: source_layer(segment, layer) for layer in layers}
     tensors: dict[str, tuple[Term, ...]] = {}
     for spec in family_of(config).tensors:
         if not spec.present(config):
@@ -67,7 +69,7 @@ def blend_plan(
             tensors[spec.name] = blender.terms(spec, spec.name, spec.name)
             continue
         for position, layer in enumerate(layers):
-            source = source_layer(segment, layer)
+            source = sources[layer]
             small = None if source is None else spec.name.format(layer=source)
             tensors[spec.name.format(layer=position)] = blender.terms(spec, small, spec.name.format(layer=layer), layer)
     found = count(shape, config)
@@ -139,6 +141,7 @@ class Blender:
         self.eps = (mix.alpha * segment.small_eps * segment.small_shape.hidden + (1 - mix.alpha) * segment.large_shape.hidden) / shape.hidden
         self.gains = {"hidden": mix.channel_gain, "ffn": mix.neuron_gain, "heads": mix.head_gain, "kv_heads": mix.head_gain}
         self._found: dict[tuple[Dimension, int], _Coordinates | None] = {}
+        self._parted: dict[tuple[Any, ...], list[_Part]] = {}
 
     def terms(self, spec: TensorSpec, small: str | None, large: str, layer: int = 0) -> tuple[Term, ...]:
         """The terms of one tensor: ``small`` is None where the smaller neighbour has no such layer."""
@@ -163,7 +166,11 @@ class Blender:
         for dim, coordinates in dims.items():
             axes = spec.dims[dim]
             gain = self.gain(axes, small is not None) if writes or norm == "bias" or (feeds and axes != "hidden") else 1.0
-            parts.append(_parts(dim, coordinates, used, gain, family.centred and writes and axes == "hidden"))
+            way = (dim, used, gain, family.centred and writes and axes == "hidden")
+            key = (axes, 0 if axes == "hidden" else layer, *way)
+            if key not in self._parted:
+                self._parted[key] = _parts(coordinates, *way)
+            parts.append(self._parted[key])
         offset = family.norm_offset if norm == "weight" else 0.0
         return tuple(term for box in itertools.product(*filter(None, parts)) for term in self.box(box, both, alone, offset))
 
@@ -177,7 +184,7 @@ class Blender:
         offset *= gain * sum(term.weight for term in terms) - 1
         for term in terms:
             takes = tuple(part.large if term.anchor == self.segment.large else part.small for part in box)
-            yield replace(term, weight=term.weight * gain, takes=takes, offset=offset)
+            yield Term(term.anchor, term.tensor, term.weight * gain, takes, term.turns, offset)
             offset = 0.0
         for index, part in enumerate(box):
             if part.mean is not None:
@@ -257,7 +264,7 @@ class _Part:
     mean: _Part | None = None
 
 
-def _parts(dim: int, coordinates: _Coordinates, used: tuple[bool, bool], gain: float, carries_mean: bool) -> list[_Part]:
+def _parts(coordinates: _Coordinates, dim: int, used: tuple[bool, bool], gain: float, carries_mean: bool) -> list[_Part]:
     """The stretches of a dimension that are treated alike; none where all that is used (of the smaller, of the larger one) is whole and in order."""
 
     def part(stretch: slice, shared: bool) -> _Part:

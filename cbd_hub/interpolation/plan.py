@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,7 +169,7 @@ class Take:
         """How much of the target it fills."""
         return self.spread or len(self.index)
 
-    @property
+    @cached_property
     def run(self) -> slice | None:
         """The selection as a slice, where it is one."""
         first = int(self.index[0]) if len(self.index) else 0
@@ -315,17 +316,14 @@ class Plan:
 
     def rows(self) -> dict[str, dict[str, np.ndarray | None]]:
         """For each anchor and tensor that is read, the indices along its first dimension that are; None for all of them."""
-        read: dict[str, dict[str, np.ndarray | None]] = {}
+        takes: dict[tuple[str, str], list[Take | None]] = {}
         for terms in self.tensors.values():
             for term in terms:
-                take = next((take for take in term.takes if take.dim == 0), None)
-                known = read.setdefault(term.anchor, {})
-                if take is None or known.get(term.tensor, take) is None:
-                    known[term.tensor] = None
-                else:
-                    old = known.get(term.tensor)
-                    chosen = take.index if old is None else np.concatenate([old, take.index])
-                    known[term.tensor] = np.flatnonzero(np.bincount(chosen))  # unique, in a tenth of its time
+                takes.setdefault((term.anchor, term.tensor), []).append(next((take for take in term.takes if take.dim == 0), None))
+        read: dict[str, dict[str, np.ndarray | None]] = {}
+        for (anchor, tensor), found in takes.items():
+            parts = {id(take): take.index for take in found if take is not None}  # parts of other dimensions share them
+            read.setdefault(anchor, {})[tensor] = None if any(take is None for take in found) else np.flatnonzero(np.bincount(np.concatenate([*parts.values()])))  # unique, in a tenth of its time
         return read
 
     def summary(self) -> dict[str, Any]:
