@@ -173,7 +173,7 @@ def on_disk(chain: str, size: str, saved: Path, other: Path, patched: Chain, wor
             "mergekit passthrough": commands.theirs({"merge_method": "passthrough", "slices": slices, "dtype": "float32"}),
         }, repeats),
         "imports": in_turns({
-            "cbd make": lambda: subprocess.run([sys.executable, "-c", "import cbd_hub.cli, cbd_hub.model, transformers; transformers.AutoConfig, transformers.LlamaConfig"], check=True),
+            "cbd make": lambda: subprocess.run([sys.executable, "-c", "import cbd_hub.cli, cbd_hub.model"], check=True),
             "mergekit": lambda: subprocess.run([python, "-c", "import mergekit.scripts.run_yaml"], check=True),
         }, repeats),
     }
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--hidden", default="640,832,1088,1344", help="hidden widths of the chains of random weights, bf16: time against size")
     parser.add_argument("--work", type=Path, help="where the models are made; by default the system's temporary folder")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--command-repeats", type=int, default=2)
+    parser.add_argument("--command-repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loading.json"))
     options = parser.parse_args()
     torch.set_num_threads(2)

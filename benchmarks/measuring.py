@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 
-PACKAGES = ("cbd-hub", "torch", "transformers", "huggingface-hub", "peft", "trl", "liger-kernel", "lm-eval")
+PACKAGES = ("cbd-hub", "torch", "transformers", "huggingface-hub", "peft", "trl", "liger-kernel", "nvidia-modelopt", "lm-eval")
 
 
 def anonymous() -> int:

@@ -53,14 +53,17 @@ def memory(data: dict[str, Any]) -> str:
 
 
 def step(data: dict[str, Any]) -> str:
-    """A distillation step against TRL's."""
-    ours, theirs = data["seconds"]["cbd_hub"], data["seconds"]["TRL GKDTrainer"]
-    memory = data["peak_mib"]
+    """A distillation step against TRL's and Model-Optimizer's."""
+    seconds, memory = data["seconds"], data["peak_mib"]
+    ours = seconds["cbd_hub"]
+    rows = [
+        [name, f"{1024 / value:,.0f}", f"**{value / ours:.2f}x**" if name != "cbd_hub" else "", f"{memory[name]:,.0f}", f"**{memory['cbd_hub'] / memory[name]:.2f}x**" if name != "cbd_hub" else ""]
+        for name, value in seconds.items()
+    ]
     return (
-        f"A distillation step, SmolLM2-135M to its 99M cut, against TRL 1.16 `GKDTrainer` (lmbda 0, beta 0) on the same batches and optimiser, two CPU threads, "
-        f"{data['dtype']}: **{theirs / ours:.2f}x the tokens a second** at 8 x 128 ({1024 / ours:,.0f} against {1024 / theirs:,.0f}), "
-        f"**{memory['cbd_hub'] / memory['TRL GKDTrainer']:.2f}x the peak memory** above weights, gradients and optimiser state at 8 x 512 "
-        f"({memory['cbd_hub']:,.0f} against {memory['TRL GKDTrainer']:,.0f} MiB). `{data['command']}`"
+        f"{table(['trainer', 'tokens a second, 8 x 128', 'ours to it', 'peak MiB, 8 x 512', 'ours to it'], rows)}\n\n"
+        f"A distillation step, SmolLM2-135M to its 99M cut, the same batches and optimiser, two CPU threads, {data['dtype']}; TRL 1.16 `GKDTrainer` with lmbda 0 and beta 0"
+        f"{', Model-Optimizer 0.47 `KDTrainer` without Liger (which wants a GPU)' if len(rows) > 2 else ''}. Memory is above weights, gradients and optimiser state. `{data['command']}`"
     )
 
 

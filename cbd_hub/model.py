@@ -32,6 +32,7 @@ from cbd_hub.weights import (
     GENERATION_CONFIG,
     LOADING,
     Checkpoint,
+    check_generation_config,
     model_class,
     read_generation_config,
     stored_shapes,
@@ -329,6 +330,8 @@ class CBDModel:
         chosen = weight_dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:
             for path in (files.checked(prepared.nearest, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if name in prepared.nearest.files):
+                if path.name == GENERATION_CONFIG:
+                    check_generation_config(path)
                 shutil.copyfile(path, folder / path.name)
             prepared.config.save_pretrained(folder, chosen)
             stored = stored_shapes(prepared.config)

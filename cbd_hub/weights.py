@@ -96,6 +96,19 @@ def stored_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: shapes[spec.name] for spec, _, name in family.stored(config)}
 
 
+def check_generation_config(path: Path) -> None:
+    """Refuse a generation_config.json that holds no fields.
+
+    Raises:
+        WeightsError: If it does not.
+    """
+    try:
+        if not isinstance(json.loads(path.read_bytes()), dict):
+            raise ValueError("it holds no fields")
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make it again") from error
+
+
 def read_generation_config(folder: Path) -> Any:
     """The transformers generation config of a folder; None where it has none.
 
@@ -105,6 +118,7 @@ def read_generation_config(folder: Path) -> Any:
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return None
+    check_generation_config(path)
     try:
         from transformers import GenerationConfig
         return GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -124,3 +124,15 @@ def test_plan_and_make_need_no_transformers(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.stdout.splitlines()[-1:] == ["False"], done.stdout + done.stderr
     assert (tmp_path / "made/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", ""])
+def test_a_broken_generation_config_is_one_clear_error(tmp_path, text):
+    anchors = [tiny.save(tiny.llama(layers=layers), tmp_path / str(layers)) for layers in (4, 2)]
+    for folder in anchors:
+        (folder / "generation_config.json").write_text(text)
+    assemble_chain(anchors, tmp_path / "chain", align=False)
+    for make in (CBDModel.from_chain, lambda *where: CBDModel.materialize(*where, output_dir=tmp_path / "made")):
+        with pytest.raises(WeightsError, match="is no generation config"):
+            make(tmp_path / "chain", "max")
+    assert not (tmp_path / "made").exists()

@@ -109,7 +109,7 @@ class Family:
         model_types: Values of ``config.model_type`` that it covers.
         fields: Axis name -> config attribute.
         defaults: Axis name -> how to get it where the attribute is None or absent, or where there is none: another axis's name for an equal
-            size, or a function of the config.
+            size, or a function of the config, which knows attributes by the names that config.json has.
         requires: Config attribute -> the value that the table is for; the name of an axis means that axis's size.
         tensors: Every stored tensor.
         blocks: Path of the module list of layers.
