@@ -68,7 +68,7 @@ BENCHMARKS = {
     "alpha": Benchmark("benchmarks/alpha.py", "--demo demo"),
     "teacher_cache": Benchmark("benchmarks/teacher_cache.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick="--tokens 1024 --errors"),
     "speed": Benchmark("benchmarks/after/speed.py", "--random --real demo/chain/anchors/135M", environment="OMP_NUM_THREADS=1"),
-    "draft": Benchmark("benchmarks/after/draft.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick="--count 4 --rounds 3"),
+    "draft": Benchmark("benchmarks/after/draft.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick="--count 2"),
     "tasks": Benchmark("benchmarks/tasks.py", "--chain demo/chain", quick="--tasks arc_easy,sciq,winogrande --limit 100", full="--limit 500"),
     "paper": Benchmark("examples/paper/small.py", "--step all --out bench/paper --record benchmarks/results/paper.json", quick=None),
     "bridge, losses": Benchmark("benchmarks/bridge.py", "--models bench/inputs/models --train bench/inputs/train.jsonl --heldout bench/inputs/heldout.jsonl --work bench/bridge", quick=None, full="--only loss --only align"),

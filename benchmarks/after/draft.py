@@ -2,7 +2,8 @@
 
     python benchmarks/after/draft.py --chain demo/chain --text wikipedia.jsonl
 
-`cbd_hub.draft_table` on the first words of documents: greedy, the same output (checked), in turns without and with each draft. Writes benchmarks/results/draft.json.
+A chain that goes further down than the demo's is that of demo/recipe.yaml with an anchor more (``anchors: [99M, 64M, 45M]``, 60 steps for the last: half an hour on
+two slow cores); ``--about`` says so in the table. `cbd_hub.draft_table` on the first words of documents: greedy, the same output (checked), in turns without and with each draft. Writes benchmarks/results/draft.json.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--draft-tokens", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--about", help="what the chain is, where it is not the demo's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/draft.json"))
     options = parser.parse_args()
@@ -53,9 +55,10 @@ def main() -> None:
     for row in found.rows:
         table.add_row(format_size(row.parameters), f"{row.acceptance:.0%}", f"{row.alone:.2f}", f"{row.together:.2f}", f"{row.speedup:.2f}x", str(row.ties))
     Console(width=120).print(table)
-    text = "" if options.text is None else f" --text {Path(options.text).name}"
+    given = {"--sizes": options.sizes, "--text": options.text and Path(options.text).name, "--count": options.count if options.text else None}
+    more = "".join(f" {name} {value}" for name, value in given.items() if value is not None)
     write(options.out, {
-        "command": f"python benchmarks/after/draft.py --chain {options.chain}{text}", **found.summary(), "where": device_name(best_device()), "threads": torch.get_num_threads(),
+        "command": f"python benchmarks/after/draft.py --chain {options.chain.name}{more}", "about": options.about, **found.summary(), "where": device_name(best_device()), "threads": torch.get_num_threads(),
         "dtype": options.dtype, "rounds": options.rounds, "load": load,
     })
 
