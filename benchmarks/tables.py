@@ -278,12 +278,13 @@ def draft(data: dict[str, Any]) -> str:
         ]
         for row in data["results"]
     ]
+    about = data.get("about") or "The demo's chain"
     best = "no draft is faster than it alone" if data["best"] is None else f"the best draft is {format_size(data['best'])}"
     ties = sum(row["ties"] for row in data["results"])
     same = "the output is the same in all" if not ties else f"the output parts at a tie in {ties} of {data['prompts'] * len(rows)}"
     return (
         f"{table(['draft', 'drafted', 'accepted', 'tokens a second alone', 'with it', 'speed-up'], rows)}\n\n{format_size(data['target'])} answering {data['prompts']} prompts with "
-        f"{data['new_tokens']:,} tokens, greedy, {data['dtype']}, {data['where']}, {data['threads']} threads, medians of {data['rounds']} rounds in turns; {same}; {best}. {data.get('about') or "The demo's chain"}. `{data['command']}`"
+        f"{data['new_tokens']:,} tokens, greedy, {data['dtype']}, {data['where']}, {data['threads']} threads, medians of {data['rounds']} rounds in turns; {same}; {best}. {about}. `{data['command']}`"
     )
 
 

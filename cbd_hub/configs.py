@@ -1,51 +1,74 @@
-"""config.json as plain data: plans, checks and files need no more of a config, and transformers takes longer to import than they do."""
+"""Configs as transformers reads them, and remembered: plans, checks and files need no more than their fields, and transformers takes longer to import than they do."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
-from cbd_hub.errors import WeightsError, one_line
-from cbd_hub.families import FAMILIES, Family, family_of
+from cbd_hub.errors import StorageError, WeightsError, one_line
+from cbd_hub.families import family_of
 from cbd_hub.files import write_text
 
 
-_ORIGIN = ("_model_name_or_path",)  # left behind by conversions; it says nothing of the model
+GENERATION_CONFIG = "generation_config.json"
+_RECORD = 1  # of what is remembered
 
 
 class StoredConfig:
-    """The fields of a config.json as attributes, for all that reads a config without running a model.
+    """The fields of a transformers config as attributes, for all that reads a config without running a model.
 
     Args:
-        fields: The fields, every one among them that the architecture's axis table reads.
+        fields: What its config.json holds.
+        defaults: The other fields that its class declares.
+        aliases: Other names of fields.
 
     Example:
-        >>> config = StoredConfig({"model_type": "gpt2", "n_layer": 12, "dtype": "bfloat16"})
-        >>> config.n_layer, config.dtype, hasattr(config, "n_embd")
-        (12, torch.bfloat16, False)
+        >>> config = StoredConfig({"model_type": "gpt2", "n_layer": 12, "dtype": "bfloat16"}, {"n_inner": None}, {"num_hidden_layers": "n_layer"})
+        >>> config.num_hidden_layers, config.n_inner, config.dtype, hasattr(config, "rope_theta")
+        (12, None, torch.bfloat16, False)
     """
 
     _fields: dict[str, Any]
+    _defaults: Mapping[str, Any]
+    _aliases: Mapping[str, str]
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        object.__setattr__(self, "_fields", dict(fields))
+    def __init__(self, fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, aliases: Mapping[str, str] | None = None) -> None:
+        vars(self).update(_fields=dict(fields), _defaults=defaults or {}, _aliases=aliases or {})
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self._fields[name]
-        except KeyError:
-            raise AttributeError(f"config.json has no {name}") from None
+        if not name.startswith("__") and "_fields" in vars(self):  # before it is made it has none
+            name = self._aliases.get(name, name)
+            for fields in (self._fields, self._defaults):
+                if name in fields:
+                    return fields[name]
+        raise AttributeError(f"the config has no {name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._fields[name] = value
+        self._fields[self._aliases.get(name, name)] = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredConfig) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __copy__(self) -> StoredConfig:
+        return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredConfig:
-        return StoredConfig(copy.deepcopy(self._fields, memo))
+        return StoredConfig(copy.deepcopy(self._fields, memo), self._defaults, self._aliases)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredConfig, (self._fields, self._defaults, self._aliases)
 
     @property
     def architectures(self) -> list[str] | None:
@@ -55,36 +78,22 @@ class StoredConfig:
     @property
     def dtype(self) -> torch.dtype | None:
         """The weights' dtype; None where it is not told."""
-        named = getattr(torch, str(self._fields.get("dtype", self._fields.get("torch_dtype"))).removeprefix("torch."), None)
+        named = getattr(torch, str(self._fields.get("dtype")), None)
         return named if isinstance(named, torch.dtype) else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as a config.json holds them."""
-        fields = {name: value for name, value in copy.deepcopy(self._fields).items() if name != "torch_dtype"}
-        return {**fields, "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch.")}
+        """All fields, as transformers' own gives them."""
+        return copy.deepcopy({**self._defaults, **self._fields})
 
-    def save_pretrained(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write it to a folder as config.json, of weights in a dtype."""
-        fields = {**self.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write it to a folder as config.json.
+
+        Args:
+            folder: The folder.
+            dtype: Of the weights; None for what the config says.
+        """
+        fields = self._fields if dtype is None else {**self._fields, "dtype": str(dtype).removeprefix("torch.")}
         write_text(folder / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def read_fields(folder: Path) -> dict[str, Any]:
-    """What a folder's config.json says.
-
-    Raises:
-        WeightsError: If there is none, or one of a model that needs code of its own.
-    """
-    try:
-        fields = json.loads((folder / "config.json").read_bytes())
-        if "auto_map" in fields or not isinstance(fields.get("model_type"), str):
-            raise ValueError("its architecture needs code of its own, which is never run")
-    except Exception as error:  # a hostile config can fail in any way
-        raise _unusable(folder, error) from error
-    assert isinstance(fields, dict)
-    if fields.get("quantization_config") is not None:
-        raise WeightsError(f"{folder} holds quantised weights; interpolate before quantising")
-    return fields
 
 
 def read_config(folder: Path) -> Any:
@@ -94,52 +103,65 @@ def read_config(folder: Path) -> Any:
         WeightsError: If there is none that can be read, or the weights are quantised.
         ArchitectureError: If its architecture has no axis table.
     """
-    import transformers
-    read_fields(folder)
     try:
+        import transformers
+        raw = json.loads((folder / "config.json").read_bytes())
+        if "auto_map" in raw or not isinstance(raw.get("model_type"), str):
+            raise ValueError("its architecture needs code of its own, which is never run")
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a hostile config can fail in any way
-        raise _unusable(folder, error) from error
+        raise WeightsError(f"{folder} has no config.json that can be used ({one_line(error)}); it is no transformers model folder") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise WeightsError(f"{folder} holds quantised weights; interpolate before quantising")
     config._attn_implementation = None
-    for name in _ORIGIN:
-        if hasattr(config, name):
-            delattr(config, name)
+    if hasattr(config, "_model_name_or_path"):
+        del config._model_name_or_path  # left behind by conversions
     family_of(config)
     return config
-
-
-def _unusable(folder: Path, error: BaseException) -> WeightsError:
-    return WeightsError(f"{folder} has no config.json that can be used ({one_line(error)}); it is no transformers model folder")
 
 
 def stored_config(folder: Path) -> StoredConfig:
-    """The config of a model folder, as it is stored.
-
-    One that leaves out a field of its axis table, or gives it a value of another kind, is read by transformers, which knows the defaults.
+    """`read_config` as fields. What transformers makes of a config.json is remembered by its content, so that a second process need not import it.
 
     Raises:
-        WeightsError: If there is none that can be used, or the weights are quantised.
+        WeightsError: If there is none that can be read, or the weights are quantised.
         ArchitectureError: If its architecture has no axis table.
     """
-    fields = read_fields(folder)
-    family = next((family for family in FAMILIES if fields["model_type"] in family.model_types), None)
-    if family is None or not states(fields, family):
+    def read() -> dict[str, Any]:
         whole = read_config(folder)
-        fields = {**json.loads(whole.to_json_string()), **{name: getattr(whole, name) for name in family_of(whole).reads() if hasattr(whole, name)}}
-    config = StoredConfig({name: value for name, value in fields.items() if name not in _ORIGIN})
+        fields = json.loads(whole.to_json_string())
+        others = {name: value for name, value in json.loads(whole.to_json_string(use_diff=False)).items() if name not in fields}
+        return {"fields": fields, "defaults": others, "aliases": dict(type(whole).attribute_map)}
+
+    config = StoredConfig(**_remembered(folder / "config.json", read))
     family_of(config)
     return config
 
 
-def states(fields: Mapping[str, Any], family: Family) -> bool:
-    """Whether fields hold all that a family's table reads, each of the kind that it reads.
+def stored_generation_config(folder: Path) -> str:
+    """The text of `read_generation_config`'s file as transformers would write it, remembered in the same way.
 
-    Example:
-        >>> from cbd_hub.families import GPT2
-        >>> states({"n_layer": 12, "n_embd": 768}, GPT2)
-        False
+    Raises:
+        WeightsError: If it cannot be used.
     """
-    return all(type(fields[name]) in kinds if name in fields else name in family.optional for name, kinds in family.reads().items())
+    text: str = _remembered(folder / GENERATION_CONFIG, lambda: {"text": read_generation_config(folder).to_json_string()})["text"]
+    return text
+
+
+def read_generation_config(folder: Path) -> Any:
+    """The transformers generation config of a folder; None where it has none.
+
+    Raises:
+        WeightsError: If it cannot be used.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        from transformers import GenerationConfig
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a broken one
+        raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make it again") from error
 
 
 def whole_config(config: Any) -> Any:
@@ -150,10 +172,29 @@ def whole_config(config: Any) -> Any:
     """
     if not isinstance(config, StoredConfig):
         return config
-    import transformers
+    with tempfile.TemporaryDirectory() as folder:  # it decodes more than what its class takes
+        config.save_pretrained(Path(folder))
+        try:
+            found = read_config(Path(folder))
+        except WeightsError as error:
+            cause = error.__cause__ or error
+            raise WeightsError(f"transformers refuses the {config.model_type} config that is wanted: {' '.join(str(cause).split())[:300]}") from error
+    found._name_or_path = ""
+    return found
+
+
+def _remembered(path: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is made of a small file: by this version of transformers, from its content alone."""
     try:
-        made = transformers.CONFIG_MAPPING[config.model_type].from_dict(config.to_dict())
-    except Exception as error:  # a hostile config can fail in any way
-        raise WeightsError(f"transformers refuses a config.json of {config.model_type} ({one_line(error)}); make its model again") from error
-    made._attn_implementation = None
-    return made
+        content = path.read_bytes()
+    except OSError:
+        return read()
+    key = hashlib.sha256(f"{_RECORD} {path.name} {version('transformers')}\n".encode() + content).hexdigest()
+    store = Path(constants.HF_HOME) / "cbd_hub" / "configs" / f"{key[:40]}.json"
+    try:
+        found: dict[str, Any] = json.loads(store.read_bytes())
+    except (OSError, ValueError):
+        found = read()
+        with suppress(StorageError):  # a cache that cannot be written is no reason to fail
+            write_text(store, json.dumps(found))
+    return found

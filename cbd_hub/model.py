@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cbd_hub.adapter_files import lora_config
 from cbd_hub.adapters import carried_to
-from cbd_hub.configs import StoredConfig, whole_config
+from cbd_hub.configs import GENERATION_CONFIG, StoredConfig, read_generation_config, stored_generation_config, whole_config
 from cbd_hub.errors import ArgumentError, WeightsError
-from cbd_hub.files import staged_folder
+from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.planner import Plan
@@ -28,16 +28,7 @@ from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight
 from cbd_hub.remote import open_weights
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.stopwatch import Stopwatch
-from cbd_hub.weights import (
-    GENERATION_CONFIG,
-    LOADING,
-    Checkpoint,
-    check_generation_config,
-    model_class,
-    read_generation_config,
-    stored_shapes,
-    write_safetensors,
-)
+from cbd_hub.weights import LOADING, Checkpoint, model_class, stored_shapes, write_safetensors
 
 
 # What transformers 5's loader takes besides what from_chain names itself. Passed through untouched.
@@ -329,10 +320,10 @@ class CBDModel:
         prepared = _prepare(files, plan)
         chosen = weight_dtype(dtype, prepared.dtype)
         with staged_folder(Path(output_dir)) as folder:
-            for path in (files.checked(prepared.nearest, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if name in prepared.nearest.files):
-                if path.name == GENERATION_CONFIG:
-                    check_generation_config(path)
+            for path in (files.checked(prepared.nearest, name) for name in TOKENIZER_FILES if name in prepared.nearest.files):
                 shutil.copyfile(path, folder / path.name)
+            if GENERATION_CONFIG in prepared.nearest.files:
+                write_text(folder / GENERATION_CONFIG, stored_generation_config(files.checked(prepared.nearest, GENERATION_CONFIG).parent))
             prepared.config.save_pretrained(folder, chosen)
             stored = stored_shapes(prepared.config)
             layout = {name: (chosen, stored[name]) for name in plan.tensors}

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from cbd_hub.cards import license_of, retokenized_card
-from cbd_hub.configs import read_config
+from cbd_hub.configs import read_config, read_generation_config
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.evaluation import Losses, byte_losses
 from cbd_hub.families import family_of
@@ -28,7 +28,7 @@ from cbd_hub.losses.alignment import byte_ends, check_faithful, check_whole, tok
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import parse_size
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_generation_config, write_safetensors
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, write_safetensors
 
 
 BITS = 1 / math.log(2)  # in a nat

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from cbd_hub.configs import StoredConfig, whole_config
+from cbd_hub.configs import whole_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError
 from cbd_hub.families import Family, family_of
 from cbd_hub.manifest import Shape
@@ -144,7 +144,7 @@ def other_differences(first: Any, second: Any) -> list[str]:
 
     Only what the architecture's config class declares counts; what else a config.json holds is read by nothing.
     """
-    if isinstance(first, StoredConfig) and isinstance(second, StoredConfig) and not _differences(first, second, first.to_dict().keys() | second.to_dict().keys()):
+    if not _differences(first, second, first.to_dict().keys() | second.to_dict().keys()):
         return []
     first, second = whole_config(first), whole_config(second)
     return _differences(first, second, type(first)().to_dict().keys())

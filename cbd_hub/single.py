@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from cbd_hub.cards import cut_card, license_of
-from cbd_hub.configs import read_config
+from cbd_hub.configs import read_config, read_generation_config
 from cbd_hub.cut import choose_cut, measure_importance, mixes
 from cbd_hub.errors import ArgumentError, DataError, SizeError
 from cbd_hub.evaluation import Documents, Losses, document_losses
@@ -30,7 +30,7 @@ from cbd_hub.precision import best_device
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, named_fields, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.texts import texts_of
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, read_generation_config, stored_shapes, write_safetensors
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, stored_shapes, write_safetensors
 
 
 OWN_TEXT = "text that the model wrote itself"

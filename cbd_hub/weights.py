@@ -27,7 +27,6 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-GENERATION_CONFIG = "generation_config.json"
 _MAX_HEADER = 100 * 2**20
 
 # transformers patches module-wide state while it loads, so that two loads at once can leave it broken.
@@ -94,36 +93,6 @@ def stored_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     sizes = family.sizes(config)
     shapes = {spec.name: spec.shape(sizes) for spec in family.tensors}  # the same in every layer
     return {name: shapes[spec.name] for spec, _, name in family.stored(config)}
-
-
-def check_generation_config(path: Path) -> None:
-    """Refuse a generation_config.json that holds no fields.
-
-    Raises:
-        WeightsError: If it does not.
-    """
-    try:
-        if not isinstance(json.loads(path.read_bytes()), dict):
-            raise ValueError("it holds no fields")
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make it again") from error
-
-
-def read_generation_config(folder: Path) -> Any:
-    """The transformers generation config of a folder; None where it has none.
-
-    Raises:
-        WeightsError: If it cannot be used.
-    """
-    path = folder / GENERATION_CONFIG
-    if not path.is_file():
-        return None
-    check_generation_config(path)
-    try:
-        from transformers import GenerationConfig
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a broken one
-        raise WeightsError(f"{path} is no generation config ({one_line(error)}); fetch or make it again") from error
 
 
 class Checkpoint:
@@ -245,10 +214,12 @@ def row_spans(span: tuple[int, int], height: int, rows: np.ndarray | None) -> li
     """
     if rows is None or not height:
         return [span]
+    if not len(rows):
+        return []
     start, width = span[0], (span[1] - span[0]) // height
-    gaps = np.flatnonzero(np.diff(rows) != 1)
-    firsts, lasts = rows[[0, *(gaps + 1)][: len(rows)]], rows[[*gaps, -1][: len(rows)]]
-    return list(zip((start + firsts * width).tolist(), np.minimum(start + (lasts + 1) * width, span[1]).tolist()))
+    gap = np.diff(rows) != 1
+    firsts, lasts = rows[np.concatenate([[True], gap])].tolist(), rows[np.concatenate([gap, [True]])].tolist()
+    return [(start + first * width, min(start + (last + 1) * width, span[1])) for first, last in zip(firsts, lasts)]
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -12,7 +12,6 @@ _NORMS = ("input_layernorm", "pre_feedforward_layernorm", *_POST_NORMS)
 GEMMA3 = replace(
     LLAMA,
     name="gemma3_text",
-    single_layer_fields=("layer_types",),
     model_types=("gemma3_text",),
     requires={"use_bidirectional_attention": False},
     tensors=tensors(

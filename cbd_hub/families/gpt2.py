@@ -45,5 +45,4 @@ GPT2 = Family(
     residual=("attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
     base_prefix="transformer.",
     buffers=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
-    single_layer_fields=(),
 )

@@ -40,5 +40,4 @@ GPT_NEOX = Family(
     residual=("attention.dense.weight", "attention.dense.bias", "mlp.dense_4h_to_h.weight", "mlp.dense_4h_to_h.bias"),
     base_prefix="gpt_neox.",
     buffers=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-    single_layer_fields=(),
 )

@@ -54,7 +54,6 @@ LLAMA = Family(
     embedding="model.embed_tokens.weight",
     residual=("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias"),
     buffers=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    single_layer_fields=(),
 )
 
 MISTRAL = replace(LLAMA, name="mistral", model_types=("mistral",), tensors=tensors(*PRE_NORMS), hidden_multiple=None)

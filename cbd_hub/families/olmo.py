@@ -21,5 +21,4 @@ OLMO2 = replace(
     post_norms=_POST_NORMS,
     head_norms=HEAD_NORMS,
     hidden_multiple=None,
-    optional=("head_dim",),
 )

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +108,7 @@ class Family:
         model_types: Values of ``config.model_type`` that it covers.
         fields: Axis name -> config attribute.
         defaults: Axis name -> how to get it where the attribute is None or absent, or where there is none: another axis's name for an equal
-            size, or a function of the config, which knows attributes by the names that config.json has.
+            size, or a function of the config.
         requires: Config attribute -> the value that the table is for; the name of an axis means that axis's size.
         tensors: Every stored tensor.
         blocks: Path of the module list of layers.
@@ -132,7 +131,6 @@ class Family:
         base_prefix: Prefix that published checkpoints may leave out.
         buffers: Pattern of stored keys that are no parameters and are passed over.
         single_layer_fields: Config lists with one entry per layer.
-        optional: Config attributes that the architecture's class does not declare, so that a config.json may leave them out; `defaults` says what holds then.
     """
 
     name: str
@@ -161,7 +159,6 @@ class Family:
     base_prefix: str = "model."
     buffers: str | None = None
     single_layer_fields: tuple[str, ...] = ("layer_types",)
-    optional: tuple[str, ...] = ()
 
     def sizes(self, config: Any) -> dict[str, int]:
         """Length of every named axis for a config."""
@@ -173,20 +170,6 @@ class Family:
                 value = sizes[default] if isinstance(default, str) else default(config)
             sizes[axis] = int(value)
         return sizes
-
-    def reads(self) -> dict[str, tuple[type, ...]]:
-        """Every config attribute that the table reads, and the types that its value can have.
-
-        Example:
-            >>> from cbd_hub.families import GPT2
-            >>> {name: [kind.__name__ for kind in kinds] for name, kinds in GPT2.reads().items() if name in ("n_layer", "n_inner", "layer_norm_epsilon")}
-            {'n_layer': ['int'], 'n_inner': ['int', 'NoneType'], 'layer_norm_epsilon': ['float', 'int']}
-        """
-        found: dict[str, tuple[type, ...]] = {name: (int, NoneType) if axis in self.defaults else (int,) for axis, name in self.fields.items()}
-        found |= {name: (bool,) for spec in self.tensors for name in (spec.when, spec.unless) if name is not None}
-        found |= {name: (int,) if isinstance(value, str) else (type(value), NoneType) for name, value in self.requires.items()}
-        found |= {self.tied: (bool,), **({} if self.norm_eps is None else {self.norm_eps: (float, int)})}
-        return {**found, **dict.fromkeys(self.single_layer_fields, (list,))}
 
     def layer_types(self, config: Any) -> tuple[tuple[Any, ...], ...]:
         """What a config says of each single layer; layers with the same are of one type."""
