@@ -33,6 +33,13 @@ def head(data: dict[str, Any]) -> str:
     )
 
 
+def step(data: dict[str, Any]) -> str:
+    """A distillation step against other trainers'."""
+    ours, memory = data["seconds"]["cbd_hub"], data["peak_mib"]
+    rivals = [f"{name} {seconds / ours:.2f}x the time and {memory[name] / memory['cbd_hub']:.1f}x the memory" for name, seconds in data["seconds"].items() if name != "cbd_hub"]
+    return f"For the same distillation step {' and '.join(rivals)} of ours ({data['dtype']}, two CPU threads)."
+
+
 def teacher_cache(data: dict[str, Any]) -> str:
     """A teacher cache's error."""
     parts = [
