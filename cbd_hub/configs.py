@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
-from cbd_hub.errors import StorageError, WeightsError, one_line
+from cbd_hub.errors import CBDError, StorageError, WeightsError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.files import write_text
 
@@ -109,6 +109,9 @@ def read_config(folder: Path) -> Any:
         if "auto_map" in raw or not isinstance(raw.get("model_type"), str):
             raise ValueError("its architecture needs code of its own, which is never run")
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        family_of(config)
+    except CBDError:
+        raise
     except Exception as error:  # a hostile config can fail in any way
         raise WeightsError(f"{folder} has no config.json that can be used ({one_line(error)}); it is no transformers model folder") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -116,7 +119,6 @@ def read_config(folder: Path) -> Any:
     config._attn_implementation = None
     if hasattr(config, "_model_name_or_path"):
         del config._model_name_or_path  # left behind by conversions
-    family_of(config)
     return config
 
 
@@ -177,8 +179,7 @@ def whole_config(config: Any) -> Any:
         try:
             found = read_config(Path(folder))
         except WeightsError as error:
-            cause = error.__cause__ or error
-            raise WeightsError(f"transformers refuses the {config.model_type} config that is wanted: {' '.join(str(cause).split())[:300]}") from error
+            raise WeightsError(f"transformers refuses the {config.model_type} config that is wanted: {one_line(error.__cause__ or error)}") from error
     found._name_or_path = ""
     return found
 

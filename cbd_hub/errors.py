@@ -72,6 +72,11 @@ class BusyError(CBDError, RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    r"""The first line of an error's text, with the next one where it ends in a colon; or its kind.
+
+    Example:
+        >>> one_line(ValueError("field 'layers':\n    4 is too few\n"))
+        "field 'layers': 4 is too few"
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])[:160] if lines else type(error).__name__

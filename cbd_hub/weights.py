@@ -40,8 +40,8 @@ def model_class(config: Any, source: str) -> Any:
         WeightsError: If the config names none, or one of another architecture.
     """
     import transformers
-    names = config.architectures or []
-    found = getattr(transformers, str(names[0]), None) if names else None
+    names = config.architectures
+    found = getattr(transformers, str(names[0]), None) if names and isinstance(names, list) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and getattr(found, "config_class", None) is type(config)):
         raise WeightsError(f"{source} names the architecture {str(names)[:80]}, which is not one of {config.model_type} in transformers {transformers.__version__}")
     return found

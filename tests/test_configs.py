@@ -115,6 +115,7 @@ def test_fields_of_any_name_shadow_nothing(tmp_path):
     ({"num_hidden_layers": "four"}, "config.json"), ({"num_hidden_layers": 0}, "layers"), ({"quantization_config": {"quant_method": "gptq"}}, "before quantising"),
     ({"auto_map": {"AutoConfig": "mine.Mine"}}, "never run"), ({"model_type": 3}, "never run"), ({"head_dim": None, "num_attention_heads": 0}, "config.json"),
     ({"hidden_act": 5}, "config.json"), ({"rope_parameters": "foo"}, "config.json"), ({"max_position_embeddings": "many"}, "config.json"), ({"layer_types": ["nonsense"] * 4}, "config.json"),
+    ({"rms_norm_eps": 0.0}, "only numbers above 0"), ({"rms_norm_eps": {"__float__": "NaN"}}, "only numbers above 0"), ({"per_layer_config": {"1": {"intermediate_size": 24}}}, "config.json"),
 ])
 def test_a_config_that_cannot_be_used_is_one_clear_error(tmp_path, fields, why):
     folder = changed(tiny.save(tiny.llama(), tmp_path / "model"), **fields)

@@ -5,10 +5,12 @@ All that cuts, counts, widens or interpolates reads these tables. A new architec
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -184,7 +186,8 @@ class Family:
             found = getattr(config, name, wanted)
             if (bool(found) if isinstance(wanted, bool) else found) != wanted:  # a published config may say null for false
                 return f"{name}={found!r} where only {wanted!r} is known"
-        return None
+        eps = 1.0 if self.norm_eps is None else getattr(config, self.norm_eps)
+        return None if isinstance(eps, Real) and 0 < float(eps) < math.inf else f"{self.norm_eps}={eps!r} where only numbers above 0 are known"
 
     def parameters(self, model: Any) -> dict[str, Any]:
         """The parameters of a loaded model by their checkpoint keys."""
