@@ -31,7 +31,8 @@ BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # README.md has them wher
 INTRODUCTION = """# Benchmarks
 
 `make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
-no figure on it is typed by hand. Under each table stand its command, and where and when it ran. Runs take turns and figures are medians where it is time; losses have standard errors
+no figure on it is typed by hand. Under each table stand its command and, of runs since 27 November 2026, machine, versions and day; of earlier ones what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
+(Gemma-3-270M likewise), and `benchmarks/inputs.py` makes `other.jsonl`, `heldout.jsonl` and the models of `--models`. Runs take turns and figures are medians where it is time; losses have standard errors
 over documents, and differences are paired. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
 in [quality/README.md](quality/README.md).
 """
@@ -54,7 +55,7 @@ def whence(data: dict[str, Any]) -> str:
     told = data if "versions" in data else next((found for found in data.values() if isinstance(found, dict) and "versions" in found), {})
     if not told:  # of a run before machine and day were kept
         told = {"versions": {name: data[name] for name in ("python", "torch", "transformers") if name in data}}
-    parts = [told.get("machine"), ", ".join(f"{name} {number}" for name, number in told["versions"].items()), told.get("day")]
+    parts = [data.get("about"), told.get("machine"), ", ".join(f"{name} {number}" for name, number in told["versions"].items()), told.get("day")]
     return f"*{'; '.join(part for part in parts if part) or 'machine and versions were not kept'}*"
 
 
@@ -84,7 +85,8 @@ def line(name: str) -> str:
     """A benchmark in one sentence, with the way to its table; empty where it has no result."""
     data = read(name)
     words = "" if data is None else (getattr(sentences, name, None) or getattr(tables, name))(data)
-    return words and f"{words} [Table](benchmarks/README.md#{anchor(SECTIONS[name])})"
+    about = data and data.get("about")
+    return words and f"{words}{f' {about}.' if about else ''} [Table](benchmarks/README.md#{anchor(SECTIONS[name])})"
 
 
 def fill(document: Path, blocks: dict[str, str]) -> None:

@@ -26,18 +26,23 @@ def head(data: dict[str, Any]) -> str:
         rivals = [seconds for name, seconds in case["seconds"].items() if name.startswith("Liger")]
         if rivals:
             against.append(case["seconds"]["cbd_hub"] / min(rivals))
-    memory = [case["peak_mib"]["cbd_hub"] / case["peak_mib"]["TRL"] for case in data["cases"] if "TRL" in case["peak_mib"]]
+    least = [case["peak_mib"]["cbd_hub"] / min(peak for name, peak in case["peak_mib"].items() if name.startswith("Liger")) for case in data["cases"] if any(name.startswith("Liger") for name in case["peak_mib"])]
+    chunked = {kind: [case[kind]["cbd_hub"] / case[kind]["TRL"] for case in data["cases"] if "TRL" in case[kind]] for kind in ("seconds", "peak_mib")}
+    words = [f"{min(found):.2f} to {max(found):.2f} of its {what}" for what, found in (("time", chunked["seconds"]), ("memory", chunked["peak_mib"])) if found]
     return (
-        f"The loss head takes {min(against):.2f} to {max(against):.2f} of the time of Liger's best, and {min(memory):.2f} to {max(memory):.2f} of the memory of TRL's chunked loss "
-        f"(less is better), in {len(data['cases'])} cases."
+        f"The loss head takes {min(against):.2f} to {max(against):.2f} of Liger's best time and {min(least):.2f} to {max(least):.2f} of its least memory; beside TRL's chunked loss {' and '.join(words)} "
+        f"(less is better; {len(data['cases'])} cases)."
     )
 
 
 def step(data: dict[str, Any]) -> str:
     """A distillation step against other trainers'."""
     ours, memory = data["seconds"]["cbd_hub"], data["peak_mib"]
-    rivals = [f"{name} {seconds / ours:.2f}x the time and {memory[name] / memory['cbd_hub']:.1f}x the memory" for name, seconds in data["seconds"].items() if name != "cbd_hub"]
-    return f"For the same distillation step {' and '.join(rivals)} of ours ({data['dtype']}, two CPU threads)."
+    rivals = [f"{name} takes {seconds / ours:.2f}x the time of ours, and {memory[name] / memory['cbd_hub']:.1f}x its memory" for name, seconds in data["seconds"].items() if name != "cbd_hub"]
+    return (
+        f"For the same distillation step {'; '.join(rivals)} (above weights, gradients and optimiser state; they form whole logits; {data['dtype']}, two CPU threads; "
+        "TRL's chunked loss is the rival of the loss head)."
+    )
 
 
 def teacher_cache(data: dict[str, Any]) -> str:
@@ -84,21 +89,27 @@ def heal(data: dict[str, Any]) -> str:
 def adapter(data: dict[str, Any]) -> str:
     """What a carried LoRA keeps."""
     rows = "; ".join(f"{row['kept'][0]:.0%} at {format_size(row['parameters'])}" for row in data["rows"])
-    return f"A LoRA of {format_size(data['anchor']['parameters'])}, carried without training, keeps of its gain there: {rows}."
+    anew = [
+        f" At {format_size(row['parameters'])} one that is trained there gains {row['anew_gain'][0]:.3f} nats where the carried one gains {row['gain'][0]:.3f}." for row in data["rows"] if row.get("anew")
+    ]
+    return f"A LoRA of {format_size(data['anchor']['parameters'])}, carried without training, keeps of its gain there: {rows}.{''.join(anew)}"
 
 
 def speed(data: dict[str, Any]) -> str:
     """How well a speed is predicted."""
     off = [abs(row["off"]) for row in data["rows"] if not row["anchor"]]
     late = [abs(row["latency_off"]) for row in data["rows"] if not row["anchor"]]
-    return f"Of {len(off)} sizes in between, tokens a second are predicted within {max(off):.1%} and latency within {max(late):.1%} of what is measured."
+    return (
+        f"Of {len(off)} sizes in between (random weights), tokens a second are predicted within {max(off):.1%} and latency within {max(late):.1%} of what runs of {data['new_tokens']} new tokens give; "
+        f"real weights were {abs(data['real_to_random']):.1%} off random ones."
+    )
 
 
 def draft(data: dict[str, Any]) -> str:
     """The best draft."""
     best = max(data["results"], key=lambda row: row["speedup"])
-    word = "as fast" if best["speedup"] >= 1 else "as fast, so that none pays here"
-    return f"For {format_size(data['target'])} the best of {len(data['results'])} drafts is {format_size(best['parameters'])}: {best['acceptance']:.0%} accepted, {best['speedup']:.2f}x {word}."
+    word = "which makes it" if best["speedup"] >= 1 else "and none pays here: with the best it is"
+    return f"For {format_size(data['target'])} the best of {len(data['results'])} drafts is {format_size(best['parameters'])}: {best['acceptance']:.0%} accepted, {word} {best['speedup']:.2f} times as fast as alone."
 
 
 def alpha(data: dict[str, Any]) -> str:
@@ -113,13 +124,17 @@ def alpha(data: dict[str, Any]) -> str:
 
 def loading(data: dict[str, Any]) -> str:
     """Time to load, and to write."""
-    parts = [f"a {name} {found['from_chain, touched']['wall'] / found['from_pretrained, touched']['wall']:.2f}x" for name, found in data["memory"].items()]
-    words = f"With every weight read once, `from_chain` takes the time of `from_pretrained` times: {', '.join(parts)}."
+    parts = [f"a {name} takes {found['from_chain, touched']['wall'] / found['from_pretrained, touched']['wall']:.1f} times as long as `from_pretrained`" for name, found in data["memory"].items()]
+    words = f"With every weight read once, {', '.join(parts)}."
     if "disk" in data:
         ratios = [
             f"{data['disk'][name][rival]['wall'] / data['disk'][name]['cbd make']['wall']:.1f}x as fast as its {rival.split()[1]}" for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough"))
         ]
-        words += f" `cbd make` against mergekit, whole commands: {' and '.join(ratios)}."
+        imports = data["disk"]["imports"]
+        words += (
+            f" `cbd make` against mergekit, whole commands: {' and '.join(ratios)}, for the most part by what is imported ({imports['cbd make']['wall']:.1f} s against {imports['mergekit']['wall']:.1f} s, once a chain's "
+            "configs are remembered)."
+        )
     return words
 
 
@@ -133,9 +148,10 @@ def bridge(data: dict[str, Any]) -> str:
     if "move" in data:
         start = data["move"]["original"]["bits_per_byte"]
         more = {name: one["bits_per_byte"] / start - 1 for name, one in data["move"].items() if isinstance(one, dict) and "bits_per_byte" in one}
+        alike = f", {more['composed rows, cross-entropy']:.0%} after as many of cross-entropy" if "composed rows, cross-entropy" in more else ""
         words.append(
             f"SmolLM2-135M in GPT-2's vocabulary has {more['composed rows, untrained']:.0%} more bits per byte untrained and {more['composed rows, span']:.0%} after {data['move']['tokens']:,} tokens "
-            f"of `span` ({more['random rows, span']:.0%} from random rows)."
+            f"of `span`{alike} ({more['random rows, span']:.0%} from random rows)."
         )
     if "gpt2" in data:
         ours, base = (data["gpt2"][f"random, {name}"] for name in ("vocab", "cross-entropy"))
@@ -153,13 +169,11 @@ def bridge(data: dict[str, Any]) -> str:
 
 def quality(data: dict[str, Any]) -> str:
     """Segments against their chord."""
-    rows = [row for row in data["rows"] if row.get("to_chord") and row["segment"] != "hidden, no path"]  # which recipes do not make
+    rows = [row for row in data["rows"] if row.get("to_chord")]
     under = sum(row["to_chord"][0] <= row["to_chord"][1] for row in rows)
-    worst = max(rows, key=lambda row: row["to_chord"][0])
-    return (
-        f"Of {len(rows)} sizes on four kinds of segment, {under} lie on or below the line between their anchors' losses; the furthest above it is {format_size(worst['parameters'])} of "
-        f"{worst['segment']} ({pair(worst['to_chord'])} nats)."
-    )
+    over = {row["segment"]: row for row in sorted(rows, key=lambda row: row["to_chord"][0]) if row["to_chord"][0] > row["to_chord"][1]}
+    words = ", ".join(f"`{segment}` ({pair(row['to_chord'])} nats at {format_size(row['parameters'])})" for segment, row in over.items())
+    return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses; furthest above it: {words}. The demo's lower segment, above, sags more."
 
 
 def headline(data: dict[str, Any]) -> str:

@@ -182,14 +182,13 @@ def hub(data: dict[str, Any]) -> str:
     times = [
         [
             what, ratio(data["seconds"][name], "from_chain", "from_pretrained"), ratio(data["seconds"][name], "from_chain, forward", "from_pretrained, forward"),
-            ratio(data["seconds"][name], "from_chain", "from_pretrained, read"),
         ]
         for name, what in kinds.items()
     ]
     return (
         f"{table(['load from the Hub', 'cost'], rows)}\n\nRandom Llama models that differ in layers alone (10 and 7, hidden 512) and in FFN width (8192 and 4096, hidden 1024); counted "
         f"by the tests' Hub; a chunk has {chunk / 2**20:.0f} MiB. `{data['command']}`\n\n"
-        + table(["warm load to `from_pretrained` of the same model", "mapped, nothing read yet", "with the first forward pass", "every byte read"], times)
+        + table(["warm load to `from_pretrained` of the same model", "mapped, nothing read yet", "with the first forward pass"], times)
         + "\n\nWall time, and CPU time in brackets, from the same command. A patch maps its tensors as `from_pretrained` does; a blend has to be computed before it is there, so make it "
         "once (`cbd make`) where the same one is loaded often."
     )
@@ -278,13 +277,12 @@ def draft(data: dict[str, Any]) -> str:
         ]
         for row in data["results"]
     ]
-    about = data.get("about") or "The demo's chain"
     best = "no draft is faster than it alone" if data["best"] is None else f"the best draft is {format_size(data['best'])}"
     ties = sum(row["ties"] for row in data["results"])
     same = "the output is the same in all" if not ties else f"the output parts at a tie in {ties} of {data['prompts'] * len(rows)}"
     return (
         f"{table(['draft', 'drafted', 'accepted', 'tokens a second alone', 'with it', 'speed-up'], rows)}\n\n{format_size(data['target'])} answering {data['prompts']} prompts with "
-        f"{data['new_tokens']:,} tokens, greedy, {data['dtype']}, {data['where']}, {data['threads']} threads, medians of {data['rounds']} rounds in turns; {same}; {best}. {about}. `{data['command']}`"
+        f"{data['new_tokens']:,} tokens, greedy, {data['dtype']}, {data['where']}, {data['threads']} threads, medians of {data['rounds']} rounds in turns; {same}; {best}. `{data['command']}`"
     )
 
 
