@@ -45,7 +45,7 @@ def main() -> None:
 
     whole = CBDModel.from_chain(options.chain, size=options.size, dtype=torch.float32)
     model = CBDModel.from_chain(options.chain, size=options.size, dtype=torch.float32, quantization_config=config(options.by))
-    tokenizer = Chain.from_pretrained(options.chain).tokenizer()
+    tokenizer = Chain.from_pretrained(options.chain).tokenizer(options.size)
     inputs = tokenizer(TEXT, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         exact, rough = whole(**inputs).logits, model(**inputs).logits.float()

@@ -5,7 +5,7 @@
 
 The anchors are timed as `CBDModel.from_chain(..., min_tokens_per_second=)` times them, each in its own depth and in a quarter of it, and models of all sizes are measured; all of these run
 in turns, so that what else runs on the machine (its load is written down) falls on all alike, and medians over the runs are compared. An anchor's row compares its shape with the same
-shape: it shows the noise. Weights are random, on whose values no time depends: ``--random`` takes the shapes of the demo's chain (SmolLM2-135M, 99M and 64M) without a chain, and ``--real``
+shape: it shows the noise. Weights are random, on whose values no time depends: ``--random`` takes shapes like the demo's (SmolLM2-135M, 99M and 64M) without a chain, and ``--real``
 runs a model folder's own weights beside random ones of its config. Writes benchmarks/results/speed.json.
 """
 
@@ -54,7 +54,7 @@ def smollm2(layers: int, ffn: int) -> Any:
 
 
 def random_sizes() -> list[tuple[Any, list[Any]]]:
-    """Configs of the demo's sizes, largest first, each with those of its neighbours: the anchors, and three sizes in between two."""
+    """Configs of sizes like the demo's, largest first, each with those of its neighbours: the anchors, and three sizes in between two."""
     anchors = [smollm2(*shape) for shape in SHAPES]
     found = [(anchors[0], [anchors[0]])]
     for large, small in zip(anchors, anchors[1:]):
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--chain", type=Path)
-    source.add_argument("--random", action="store_true", help="the shapes of the demo's chain")
+    source.add_argument("--random", action="store_true", help="shapes like the demo's")
     parser.add_argument("--real", type=Path, help="a model folder, to measure its own weights against random ones")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=8)
