@@ -188,10 +188,14 @@ def headline(data: dict[str, Any]) -> str:
 
 
 def tasks(data: dict[str, Any]) -> str:
-    """Tasks of the largest model."""
-    largest = max(row["parameters"] for row in data["rows"])
-    found = ", ".join(f"{row['task']} {row['accuracy']:.2f} ± {row['accuracy_stderr']:.2f}" for row in data["rows"] if row["parameters"] == largest)
-    return f"Zero-shot, {format_size(largest)}: {found}."
+    """Tasks by size."""
+    words = []
+    for task in dict.fromkeys(row["task"] for row in data["rows"]):
+        rows = sorted((row for row in data["rows"] if row["task"] == task), key=lambda row: -row["parameters"])
+        each = [f"{format_size(row['parameters'])} {row['accuracy']:.2f}" for row in rows]
+        words.append(f"{task} {', '.join(each)}")
+    most = max(row["accuracy_stderr"] for row in data["rows"])
+    return f"Zero-shot accuracy by size, up to {max(row['questions'] for row in data['rows'])} items each, standard errors up to {most:.2f}: {'; '.join(words)}."
 
 
 def lm_eval(data: dict[str, Any]) -> str:
