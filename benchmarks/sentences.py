@@ -45,6 +45,9 @@ def step(data: dict[str, Any]) -> str:
     )
 
 
+step_bf16 = step
+
+
 def teacher_cache(data: dict[str, Any]) -> str:
     """A teacher cache's error."""
     parts = [

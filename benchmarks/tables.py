@@ -67,6 +67,9 @@ def step(data: dict[str, Any]) -> str:
     )
 
 
+step_bf16 = step
+
+
 def teacher_cache(data: dict[str, Any]) -> str:
     """What a teacher cache saves and costs."""
     rows = [
