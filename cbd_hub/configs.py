@@ -59,16 +59,8 @@ class StoredConfig:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StoredConfig) and vars(self) == vars(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __copy__(self) -> StoredConfig:
         return copy.deepcopy(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoredConfig:
-        return StoredConfig(copy.deepcopy(self._fields, memo), self._defaults, self._aliases)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StoredConfig, (self._fields, self._defaults, self._aliases)
 
     @property
     def architectures(self) -> list[str] | None:

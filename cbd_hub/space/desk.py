@@ -173,9 +173,8 @@ class Desk:
         return ids
 
     def _config(self, size: int) -> Any:
-        from cbd_hub.configs import whole_config
         from cbd_hub.plans import anchor_config
-        return whole_config(anchor_config(self.picker.files, self.chain.neighbours(size)[0]))
+        return anchor_config(self.picker.files, self.chain.neighbours(size)[0])
 
     def _run(self, prompts: Mapping[int, Sequence[int]], sampling: Sampling, passages: Mapping[int, Sequence[int]] | None = None) -> Iterator[list[Written]]:
         end = time.monotonic() + self.limits.seconds
