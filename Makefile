@@ -75,7 +75,7 @@ $(READY)mergekit:
 bench: $(READY)bench $(READY)mergekit
 	$(BIN)/python benchmarks/bench.py --mergekit-python $(VENV)/mergekit/bin/python
 
-bench-full: $(READY)bench $(READY)mergekit
+bench-full: $(READY)bench $(READY)all $(READY)mergekit
 	$(BIN)/python benchmarks/bench.py --full --mergekit-python $(VENV)/mergekit/bin/python
 
 release: $(READY)dev

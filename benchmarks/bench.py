@@ -4,8 +4,8 @@
 
 The quick set makes the demo's chain where there is none and measures what takes minutes; the full set also trains rivals, for hours. Each is a command of its own, shown before it runs.
 One that has ended well, with the same arguments and the same code, is not run again: stop at any time and go on with the same command (``--again`` forgets that).
-One that fails is named with its last lines, and the others go on. Rivals are left out where their package is not installed (extra ``bench``: TRL and Liger; mergekit in an environment
-of its own, named by ``--mergekit-python``).
+One that fails is named with its last lines, and the others go on. Rivals are left out where their package is not installed (extra ``bench``: TRL, Liger and Model-Optimizer; mergekit in an environment
+of its own, named by ``--mergekit-python``), as are formats of ``deploy`` (extras ``gguf``, ``onnx`` and ``quantised``).
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ BENCHMARKS = {
     "speed": Benchmark("benchmarks/after/speed.py", "--random --real demo/chain/anchors/135M", environment="OMP_NUM_THREADS=1"),
     "draft": Benchmark("benchmarks/after/draft.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick="--count 2"),
     "tasks": Benchmark("benchmarks/tasks.py", "--chain demo/chain", quick="--tasks arc_easy,sciq,winogrande --limit 100", full="--limit 500"),
+    "deploy": Benchmark("benchmarks/after/deploy.py", "--chain demo/chain", quick=None),
     "paper": Benchmark("examples/paper/small.py", "--step all --out bench/paper --record benchmarks/results/paper.json", quick=None),
     "bridge, losses": Benchmark("benchmarks/bridge.py", "--models bench/inputs/models --train bench/inputs/train.jsonl --heldout bench/inputs/heldout.jsonl --work bench/bridge", quick=None, full="--only loss --only align"),
     "align": Benchmark("benchmarks/align.py", "--text demo/wikipedia.jsonl", quick=None),
@@ -78,7 +79,7 @@ BENCHMARKS = {
     "adapter": Benchmark("benchmarks/after/adapter.py", "--chain demo/chain --text bench/inputs/other.jsonl --work bench/adapter", quick=None),
     "heal": Benchmark("benchmarks/after/heal.py", "--chain demo/chain --work bench/heal", quick=None),
     "bridge": Benchmark("benchmarks/bridge.py", "--models bench/inputs/models --train bench/inputs/train.jsonl --heldout bench/inputs/heldout.jsonl --work bench/bridge", quick=None, full="--only gemma --only move --only gpt2"),
-    "headline": Benchmark("benchmarks/headline.py", "--teacher demo/chain/anchors/135M --text demo/wikipedia.jsonl --work bench/headline", quick=None),
+    "headline": Benchmark("benchmarks/headline.py", "--teacher demo/chain/anchors/135M --text demo/wikipedia.jsonl --tasks arc_easy,sciq --work bench/headline", quick=None),
     "quality": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality", quick=None, full="--seeds 3"),
 }
 

@@ -1,6 +1,6 @@
 """The paper's headline at our scale: sizes in between against training from scratch, and many sizes by one chain against a distillation each.
 
-    python benchmarks/headline.py --teacher demo/chain/anchors/135M --text demo/wikipedia.jsonl --work headline [--tokens 81920] [--tasks arc_easy.jsonl]
+    python benchmarks/headline.py --teacher demo/chain/anchors/135M --text demo/wikipedia.jsonl --work headline [--tokens 81920] [--tasks arc_easy,sciq]
 
 The teacher with its vocabulary trimmed to 8K tokens (`cbd retokenize --keep`), so that small models are small in truth; a chain of two anchors below it, each with the same tokens. Then, at the middle
 of the lower segment, without a training step:
@@ -9,7 +9,7 @@ of the lower segment, without a training step:
 - against the same shape cut from the teacher and distilled on its own with a stage's tokens, at N = 1, 2 and 5 sizes: loss, tokens, teacher passes and seconds of the N, against those of the chain,
   which pays once; the crossover is the least N at which the chain costs less.
 
-Held-out loss in nats per token over documents, differences paired; with ``--tasks`` also accuracy. Models and losses are kept in ``--work``: a run that was stopped goes on. Seconds are of the
+Held-out loss in nats per token over documents, differences paired; with ``--tasks`` also zero-shot accuracy, as benchmarks/tasks.py has it. Models and losses are kept in ``--work``: a run that was stopped goes on. Seconds are of the
 machine as it was. Writes benchmarks/results/headline.json.
 """
 
@@ -29,6 +29,8 @@ import transformers
 from measuring import write
 from rich.console import Console
 from rich.table import Table
+from tasks import TASKS, spread
+from tasks import rows as task_rows
 from transformers import Trainer, TrainingArguments
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig, Recipe, distill_chain
@@ -39,7 +41,7 @@ from cbd_hub.files import staged_folder, write_text
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.precision import has_bf16
-from cbd_hub.questions import Question, choice_accuracy
+from cbd_hub.questions import choice_accuracy
 from cbd_hub.retokenize import retokenize
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import load_model
@@ -78,6 +80,7 @@ class Bench:
         self.text = Documents.packed(self.parts.train, self.tokenizer, self.block, 10**9)
         self.calibration = Calibration.read(self.parts.calibration, self.tokenizer, self.block, CALIBRATION_TOKENS)
         self.teacher = self.chain.model("max", dtype=torch.float32)
+        self.questions = {name: [TASKS[name].question(every[index]) for index in spread(len(every), options.limit)] for name in options.tasks for every in [task_rows(name)]}
 
     def timed(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` gives; its seconds are kept, and added up where it went on."""
@@ -160,9 +163,9 @@ class Bench:
         """One model at the middle size."""
         tokens = steps * self.batch * self.block
         found: dict[str, Any] = {"name": name, "tokens": tokens, "epochs": tokens / (len(self.text.ids) * self.block), "loss": losses.mean, "stderr": losses.stderr, "to_chain": losses.minus((1.0, ours))}
-        if self.options.tasks:
+        if self.questions:
             runner = ModelRunner(make().eval())
-            found["tasks"] = {path.stem: choice_accuracy(runner, Question.read(path)[: self.options.limit], self.tokenizer) for path in self.options.tasks}
+            found["tasks"] = {name: choice_accuracy(runner, questions, self.tokenizer) for name, questions in self.questions.items()}
         return found
 
     def prices(self, many: list[dict[str, Any]]) -> dict[str, Any]:
@@ -184,12 +187,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("demo/wikipedia.jsonl"))
     parser.add_argument("--work", type=Path, default=Path("headline"))
     parser.add_argument("--keep", default="8K", help="tokens of the vocabulary that stay")
-    parser.add_argument("--anchors", default="60M,30M")
-    parser.add_argument("--tokens", type=int, default=81_920, help="of a stage")
+    parser.add_argument("--anchors", default="50M,28M")
+    parser.add_argument("--tokens", type=int, default=20_480, help="of a stage")
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--scratch-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--tasks", type=Path, nargs="*", help="files of questions")
-    parser.add_argument("--limit", type=int, default=500, help="questions of a task")
+    parser.add_argument("--tasks", type=lambda words: words.split(","), default=[], help=f"with commas: {', '.join(TASKS)}")
+    parser.add_argument("--limit", type=int, default=100, help="items of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/headline.json"))
     options = parser.parse_args()
@@ -204,7 +207,7 @@ def main() -> None:
         costs.add_row(count, f"{found['costs']['chain']['seconds']:.0f} s", f"{alone['seconds']:.0f} s")
     console.print(costs)
     write(options.out, {
-        "command": f"python benchmarks/headline.py --anchors {options.anchors} --tokens {options.tokens} --keep {options.keep}", "seed": options.seed, "stage_tokens": bench.steps * bench.batch * bench.block, **found,
+        "command": " ".join(["python benchmarks/headline.py", f"--anchors {options.anchors} --tokens {options.tokens} --keep {options.keep}", *([f"--tasks {','.join(options.tasks)}"] if options.tasks else [])]), "seed": options.seed, "stage_tokens": bench.steps * bench.batch * bench.block, **found,
     })
 
 

@@ -24,10 +24,11 @@ SECTIONS = {
     "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
     "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step", "step_bf16": "A distillation step in bf16", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
-    "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding",
+    "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding", "deploy": "A size in other formats",
     "tasks": "Multiple-choice tasks", "lm_eval": "The tasks through lm-eval", "paper": "The paper's pipeline at small scale",
 }
-BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # README.md has them where it speaks of these
+WHOLE = ("demo", "deploy")  # README.md has their tables
+BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # and these in a sentence, where it speaks of them
 INTRODUCTION = """# Benchmarks
 
 `make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
@@ -102,9 +103,9 @@ def fill(document: Path, blocks: dict[str, str]) -> None:
 
 def documents() -> dict[str, dict[str, str]]:
     """Each document's marked blocks."""
-    figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in ("demo", *BESIDE) and line(name))
+    figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in (*WHOLE, *BESIDE) and line(name))
     return {
-        "README.md": {"demo": table("demo"), "figures": figures, **{name: line(name) for name in BESIDE}},
+        "README.md": {**{name: table(name) for name in WHOLE}, "figures": figures, **{name: line(name) for name in BESIDE}},
         "benchmarks/quality/README.md": {"quality": table("quality")},
         "examples/paper/README.md": {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")},
     }

@@ -348,6 +348,21 @@ def headline(data: dict[str, Any]) -> str:
     ])
 
 
+def deploy(data: dict[str, Any]) -> str:
+    """Conversions of a size."""
+    rows = [
+        [
+            row["format"], f"{row['megabytes']:.1f} MB" if row["megabytes"] else "", f"{row['difference']:g}" + ("" if row["within_bound"] else " (beyond its bound)"),
+            "" if row["kl"] is None else f"{row['kl']:g}",
+        ]
+        for row in data["rows"]
+    ]
+    return (
+        f"{table(['to', 'bytes of weights', 'largest difference', 'mean KL, nats per token'], rows)}\n\n{format_size(data['parameters'])} of the demo's chain ({data['parameters'] * 4 / 1e6:.1f} MB in fp32) against "
+        f"transformers in fp32, over the whole vocabulary: logits (ONNX, quantised) or log-probabilities (GGUF, llama.cpp without flash attention, which sums in half precision). `{data['command']}`"
+    )
+
+
 def share(row: dict[str, Any], kind: str) -> str:
     """A share of right answers with its standard error."""
     return f"{row[kind]:.3f} ± {row[f'{kind}_stderr']:.3f}"
