@@ -212,7 +212,12 @@ class ChainBuilder:
         orders = {f"kept.{axis}": order.astype(np.int32) for axis, order in vars(kept).items() if order is not None}
         save_file({**orders, **({} if maps is None else maps.arrays())}, path)
         path.chmod(0o644)
-        return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
+        return self.maps(name)
+
+    def maps(self, name: str) -> PathRecord:
+        """The record of an anchor's maps, which are written."""
+        path = f"maps/{name}.safetensors"
+        return PathRecord(path=path, sha256=sha256(self.root / path))
 
     def record(
         self, name: str, *, origin: Literal["source", "cut", "published", "random"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,

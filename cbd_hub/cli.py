@@ -88,7 +88,8 @@ def distill(
 ) -> None:
     """Distil a whole chain from a recipe: every stage, resumable.
 
-    Stop it with Ctrl-C and run the same command again: it goes on where it was.
+    Stop it with Ctrl-C and run the same command again: it goes on where it was. A finished chain grows: write further, smaller anchors at the end of the recipe's
+    list and run the command again.
     """
     from cbd_hub.distill.recipe import distill_chain
     from cbd_hub.distill.schema import Recipe

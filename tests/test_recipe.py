@@ -15,7 +15,8 @@ import yaml
 from conftest import recipe as make_recipe
 from safetensors.torch import load_file
 
-from cbd_hub import CBDModel, Chain, Recipe, distill_chain, texts
+from cbd_hub import CBDModel, Chain, Recipe, assemble_chain, distill_chain, texts
+from cbd_hub import chain as chain_module
 from cbd_hub.configs import read_config
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
@@ -162,6 +163,74 @@ def test_a_run_of_another_recipe_is_not_mixed_in(tmp_path, monkeypatch):
         distill_chain(plain, tmp_path / "out")
     with pytest.raises(RecipeError, match="unfinished run whose anchor .* was begun with seed=0, and the recipe has 1"):
         distill_chain({**plain, "seed": 1}, tmp_path / "out")
+
+
+def test_a_finished_chain_grows_by_a_longer_recipe(tmp_path, monkeypatch):
+    """One anchor, then two more: bitwise the chain of all three at once, and nothing that was there is made again."""
+    plain = make_recipe(tmp_path, "llama", [*ANCHORS, {"layers": 1, "ffn": 24}])
+    whole = distill_chain(plain, tmp_path / "whole").files.root
+    target = tmp_path / "grown"
+    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+    (target / ".git").mkdir()
+    trained, measured, measure = [], [], recipe_module.measure_importance
+    monkeypatch.setattr(recipe_module, "show_stage", lambda trainer, name: trained.append(name))
+    monkeypatch.setattr(recipe_module, "measure_importance", lambda model, blocks: measured.append(1) or measure(model, blocks))
+    assert_same(whole, distill_chain(plain, target).files.root)
+    assert trained == [anchor.name for anchor in Chain.from_pretrained(target).anchors[2:]]
+    assert len(measured) == 2
+    assert (target / ".git").is_dir()
+    assert not (target / ".work").exists()
+    assert (target / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("where", ["train", "link", "recipe.yaml", "chain.json"])
+def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(tmp_path, monkeypatch, where):
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    short = {**plain, "anchors": ANCHORS[:1]}
+    whole = distill_chain(plain, tmp_path / "whole").files.root
+    target = tmp_path / "grown"
+    before = distill_chain(short, target).manifest
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if where in ("recipe.yaml", "chain.json"):
+        real = recipe_module.write_text if where == "recipe.yaml" else chain_module.write_text
+        module = recipe_module if where == "recipe.yaml" else chain_module
+        monkeypatch.setattr(module, "write_text", lambda path, text: stop() if path.name == where else real(path, text))
+    else:
+        monkeypatch.setattr(recipe_module, {"train": "ChainDistiller", "link": "measure_segment"}[where], stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill_chain(plain, target)
+    monkeypatch.undo()
+    assert Chain.from_pretrained(target).manifest == before
+    (target / ".chain.json.x1y2").write_text("{")  # what a kill leaves
+    (target / "chunks" / ".x.json.x1y2").write_text("{")
+    assert distill_chain(short, target).manifest == before
+    assert_same(whole, distill_chain(plain, target).files.root)
+    assert not list(target.rglob(".*"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"seed": 5}, "made by another recipe, whose anchor .* was begun with seed=0, and the recipe has 5; put it back to make the chain longer, or choose another folder"),
+    ({"anchors": [{"layers": 3, "ffn": 24}, *ANCHORS[1:]]}, "whose anchor .* was begun with anchors="), ({"anchors": ANCHORS[:1]}, "with an anchor .*, which the recipe does not make"),
+])
+def test_a_chain_grows_at_its_end_alone(tmp_path, chain, change, message):
+    plain = {**yaml.safe_load((chain / "recipe.yaml").read_text()), **change}
+    before = everything(chain)[0]
+    with pytest.raises(RecipeError, match=message):
+        distill_chain(plain, chain)
+    assert everything(chain)[0] == before
+    assert not (chain / ".work").exists()
+
+
+def test_a_chain_with_an_anchor_of_somebody_else_does_not_grow(tmp_path):
+    small = tiny.save(tiny.llama(layers=2, ffn=24, seed=9), tmp_path / "small")
+    large = tiny.save(tiny.llama(layers=4, ffn=24, seed=9), tmp_path / "large")
+    chain = assemble_chain([large, small], tmp_path / "chain")
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    with pytest.raises(RecipeError, match="recipe.yaml did not make as a whole; choose another folder"):
+        distill_chain(plain, chain.files.root)
 
 
 def test_sizes_are_cut_where_it_hurts_least(tmp_path):

@@ -1,4 +1,4 @@
-"""What an unfinished run has begun, so that a corrected recipe goes on with all that it has not changed."""
+"""What a run has begun, so that a corrected recipe goes on with all that it has not changed, and a longer one with a finished chain."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Begun:
         self._work, self._wanted = work, wanted
 
     @staticmethod
-    def any(work: Path) -> bool:
-        """Whether a folder is a run's work folder."""
-        return any(work.glob(f"*{_SUFFIX}"))
+    def names(work: Path) -> set[str]:
+        """The anchors that are begun in a run's work folder; none where it is no such folder."""
+        return {path.name.removesuffix(_SUFFIX) for path in work.glob(f"*{_SUFFIX}")}
 
     def note(self, name: str) -> None:
         """Write down that an anchor is begun."""
@@ -63,15 +63,36 @@ class Begun:
             RecipeError: Naming the anchor and the key.
         """
         root = self._work.parent
-        found = {path.name.removesuffix(_SUFFIX): path for path in sorted(self._work.glob(f"*{_SUFFIX}"))}
-        for name, path in ((name, found[name]) for name in [*self._wanted, *found] if name in found):  # in the order of the chain
+        found = {name: json.loads((self._work / f"{name}{_SUFFIX}").read_text()) for name in sorted(self.names(self._work))}
+        changed = self._changed(found)
+        if changed is not None:
+            name, what = changed
             anew = f"remove {root}" if (root / "anchors" / name).exists() else f"remove {self._work / name} and {self._work / name}.* to begin it anew"
+            raise RecipeError(f"{root} holds an unfinished run {what}; put it back, or {anew}")
+
+    def check_longer(self, made: Mapping[str, dict[str, Any]]) -> None:
+        """Refuse a recipe that does more than add anchors below a finished chain's.
+
+        Args:
+            made: What each of the chain's anchors depended on.
+
+        Raises:
+            RecipeError: Naming the anchor and the key.
+        """
+        changed = self._changed(made)
+        if changed is not None:
+            raise RecipeError(f"{self._work.parent} holds a chain made by another recipe, {changed[1]}; put it back to make the chain longer, or choose another folder")
+
+    def _changed(self, found: Mapping[str, dict[str, Any]]) -> tuple[str, str] | None:
+        """The first anchor that the recipe wants otherwise than it was found, and how."""
+        for name in (name for name in [*self._wanted, *found] if name in found):  # in the order of the chain
             if name not in self._wanted:
-                raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
-            changed = _difference(json.loads(path.read_text()), self._wanted[name])
+                return name, f"with an anchor {name}, which the recipe does not make"
+            changed = _difference(found[name], self._wanted[name])
             if changed is not None:
                 key, old, new = changed
-                raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
+                return name, f"whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}"
+        return None
 
 
 def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, Any] | None:

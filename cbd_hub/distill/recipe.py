@@ -51,11 +51,12 @@ def distill_chain(
 
     Finished stages are skipped and a stage goes on from its last checkpoint, so that a run that was stopped is run again with the same call.
     The same recipe gives the same chain, bit for bit, on the same machine at a fixed number of threads. A recipe may be corrected in between: anchors that are
-    made or begun stay, as long as it asks for them as before. Every stage is checked before the first one trains.
+    made or begun stay, as long as it asks for them as before. Every stage is checked before the first one trains. A finished chain grows by the recipe that made
+    it with further anchors at the end of its list; until they are done it stays what it was.
 
     Args:
         recipe: A `Recipe`, its plain data, or a YAML file.
-        output_dir: The chain's folder: absent, empty, or an unfinished run of this recipe.
+        output_dir: The chain's folder: absent, empty, an unfinished run of this recipe, or a chain made by the beginning of it.
         progress: Called with a line for each step of the work.
 
     Returns:
@@ -69,13 +70,12 @@ def distill_chain(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.read(recipe)
     target = Path(output_dir)
-    if (target / "chain.json").is_file():
-        chain = Chain.from_pretrained(target)
-        if any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors):
+    chain = Chain.from_pretrained(target) if (target / "chain.json").is_file() else None
+    if chain is not None and any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors):
+        if Begun.names(target / _WORK) <= {anchor.name for anchor in chain.anchors}:
             shutil.rmtree(target / _WORK, ignore_errors=True)  # there if it was killed at its very end
-            return chain
-        raise RecipeError(f"{target} holds a chain made by another recipe; choose another folder")
-    run = _Run(recipe, target, progress or (lambda line: None))
+        return chain
+    run = _Run(recipe, target, progress or (lambda line: None), chain)
     try:
         with held(run.work, str(target)):
             run.carry_out()
@@ -87,11 +87,31 @@ def distill_chain(
         raise StorageError(f"cannot write {target}: {one_line(error)}; free or choose another disk and run again, it goes on") from error
 
 
-class _Run:
-    """One carrying-out of a recipe; everything done is on disk, so that the next run skips it."""
+def _recipe_of(chain: Chain, target: Path) -> Recipe:
+    """The recipe that made a finished chain, from its folder.
 
-    def __init__(self, recipe: Recipe, target: Path, progress: Callable[[str], None]) -> None:
-        self.recipe, self.target, self.progress = recipe, target, progress
+    Raises:
+        RecipeError: If there is none, or not all of the chain's anchors are its.
+    """
+    file = target / "recipe.yaml"
+    recipe = Recipe.read(file) if file.is_file() else None
+    if recipe is None or any(anchor.training is None or anchor.training.recipe_sha256 != recipe.sha256() for anchor in chain.anchors[1:]):
+        raise RecipeError(f"{target} holds a chain that its recipe.yaml did not make as a whole; choose another folder")
+    return recipe
+
+
+class _Run:
+    """One carrying-out of a recipe; everything done is on disk, so that the next run skips it.
+
+    Args:
+        recipe: The recipe.
+        target: The chain's folder.
+        progress: Called with a line for each step.
+        chain: A finished chain in the folder, which the recipe is to make longer.
+    """
+
+    def __init__(self, recipe: Recipe, target: Path, progress: Callable[[str], None], chain: Chain | None = None) -> None:
+        self.recipe, self.target, self.progress, self.chain = recipe, target, progress, chain
         self.work = target / _WORK
         self.builder = ChainBuilder(target, chain_name(target))
         self._check_target()
@@ -99,8 +119,12 @@ class _Run:
         self.teacher_config = read_config(self.source)
         Checkpoint(self.source, self.teacher_config)
         self.stages = plan_stages(recipe, self.source, self.teacher_config)
-        self.begun = Begun(self.work, dependencies(recipe, unique_name(shapes.parameter_count(self.teacher_config), []), self.stages))
+        teacher = unique_name(shapes.parameter_count(self.teacher_config), [])
+        self.begun = Begun(self.work, dependencies(recipe, teacher, self.stages))
         self.begun.check()
+        if chain is not None and not Begun.names(self.work):
+            before = _recipe_of(chain, target)
+            self.begun.check_longer(dependencies(before, teacher, plan_stages(before, self.source, self.teacher_config)))
         self.parts = read_parts(recipe)
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
         size = recipe.data.block_size
@@ -116,11 +140,13 @@ class _Run:
 
     def _check_target(self) -> None:
         """Refuse a folder that is something else."""
-        if not Begun.any(self.work) and self.target.exists() and (not self.target.is_dir() or any(path != self.work for path in self.target.iterdir())):
+        if self.chain is None and not Begun.names(self.work) and self.target.exists() and (not self.target.is_dir() or any(path != self.work for path in self.target.iterdir())):
             raise StorageError(f"{self.target} already exists and is no run of a recipe; choose another folder or remove it")
 
     def carry_out(self) -> None:
         self._check_target()  # once more, now that no other process can change it
+        if self.chain is not None and not Begun.names(self.work):
+            self._take_up(self.chain)
         anchors = [self._teacher()]
         links: list[Link] = []
         large = self._load(anchors[0].name)
@@ -128,13 +154,28 @@ class _Run:
             small, cut, importance = self._anchor(stage, large, anchors)
             links.append(self._link(stage, small, large, cut, importance, anchors))
             large = small
-        for path in (*self.target.glob(".*"), *self.target.glob("anchors/.*")):
-            if path != self.work:
-                shutil.rmtree(path)  # left by a run that was killed while it wrote
+        self._clear()
         write_text(self.target / "recipe.yaml", self.recipe.to_yaml())
         parent = anchors[0]
         repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
         self.builder.finish(anchors, links, Teacher(repo_id=repo, parameters=parent.parameters, license=license_of(self.source)))
+
+    def _take_up(self, chain: Chain) -> None:
+        """Make a finished chain an unfinished run of the longer recipe: what it says of its anchors goes back into the work folder, what is begun at last."""
+        for anchor in chain.anchors:
+            self._remember(f"{anchor.name}.evaluation", anchor.evaluations[0].model_dump())
+            if anchor.training is not None:
+                self._remember(f"{anchor.name}.training", anchor.training.model_dump())
+        for link in chain.manifest.links:
+            self._remember(f"{link.small}.link", link.model_dump())
+        for anchor in chain.anchors:
+            self.begun.note(anchor.name)
+
+    def _clear(self) -> None:
+        """Remove what a run that was killed while it wrote has left."""
+        for pattern in ("anchors/.*", "chunks/.*", ".recipe.yaml.*", ".README.md.*", ".chain.json.*"):
+            for path in self.target.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _load(self, name: str) -> Any:
         return load_model(self.builder.anchor_folder(name), torch.float32).to(best_device())
@@ -143,9 +184,12 @@ class _Run:
         """A small result, made once and kept in the work folder."""
         path = self.work / f"{key}.json"
         if not path.is_file():
-            write_text(path, json.dumps(make()))
+            self._remember(key, make())
         found: dict[str, Any] = json.loads(path.read_text())
         return found
+
+    def _remember(self, key: str, result: Mapping[str, Any]) -> None:
+        write_text(self.work / f"{key}.json", json.dumps(result))
 
     def _evaluation(self, model: Any, name: str) -> dict[str, Any]:
         documents = self.calibrations[self._place(name)].documents
@@ -178,7 +222,9 @@ class _Run:
         if stage.checkpoint is not None and stage.size is not None and not stage.bridged:  # only now is the shape above it known for sure
             source = resolve_checkpoint(stage.checkpoint)
             check_pair(parent.parameters, self.builder.anchor_folder(parent.name), large.config, stage.size, source, read_config(source))
-        if stage.own:
+        if stage.own and folder.exists() and (self.work / f"{stage.name}.link.json").is_file():  # nothing is left to do with its cut
+            maps = self.builder.maps(stage.name)
+        elif stage.own:
             importance = measure_importance(large, self.calibrations[self._place(stage.name)].blocks)
             cut = self._cut(stage, large, importance, parent)
             maps = self.builder.save_kept(stage.name, cut.kept)
@@ -188,7 +234,7 @@ class _Run:
         entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small, stage.name))
         result = json.loads((self.work / f"{stage.name}.training.json").read_text())
         anchors.append(self.builder.record(
-            stage.name, origin=stage.origin, parent=None if cut is None else parent.name, maps=maps,
+            stage.name, origin=stage.origin, parent=parent.name if stage.own else None, maps=maps,
             training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256(), objective=result.get("objective")),
             evaluations=[Evaluation(**entry)],
         ))
@@ -243,9 +289,9 @@ class _Run:
         trainer.train(resume_from_checkpoint=last)
         tokens = int(trainer.state.num_input_tokens_seen)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # a checkpoint keeps it
-        write_text(self.work / f"{stage.name}.training.json", json.dumps({
+        self._remember(f"{stage.name}.training", {
             "tokens": tokens, "loss": losses[-1] if losses else None, "seconds": time.monotonic() - started, "objective": "; ".join(arguments.facts().values()),
-        }))
+        })
         student = trainer.accelerator.unwrap_model(trainer.model)
         write_text(self.builder.anchor_folder(f"{stage.name}.{METRICS}"), (run_dir / METRICS).read_text() if (run_dir / METRICS).is_file() else "")
         with staged_folder(folder) as staging:
