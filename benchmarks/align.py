@@ -119,7 +119,7 @@ def main() -> None:
             table.add_row(way, f"{loss:.3f}", f"{found['barriers'][way]:.3f}", f"{found['gone'][way]:.0%}")
         Console(width=110).print(table)
     write(options.out, {
-        "command": f"python benchmarks/align.py --text {options.text.name}{' --tied' if options.tied else ''}", "tokens": held.numel(), "steps": options.steps,
+        "tokens": held.numel(), "steps": options.steps,
         "widths": [128, 192], "calibration": options.calibration * BLOCK, "tied": options.tied, **results,
     })
 

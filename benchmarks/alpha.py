@@ -60,7 +60,7 @@ def main() -> None:
             table.add_row(format_size(size), f"{fitted.mean:.3f}", *(f"{found.mean:.3f}" for found in swept.values()))
     Console(width=140).print(table)
     write(options.out, {
-        "command": "python benchmarks/alpha.py --demo demo", "tokens": documents.tokens, "documents": len(documents.ids), "rows": rows,
+        "tokens": documents.tokens, "documents": len(documents.ids), "rows": rows,
     })
 
 

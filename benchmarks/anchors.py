@@ -65,7 +65,7 @@ def main() -> None:
         table.add_row(name, f"{found.mean:.3f} ± {found.stderr:.3f}", "" if difference is None else f"{difference[0]:+.3f} ± {difference[1]:.3f}")
     Console(width=110).print(table)
     write(options.out, {
-        "command": "python benchmarks/anchors.py --chain demo/chain", "parameters": chain.anchors[1].parameters, "tokens": heldout.tokens,
+        "parameters": chain.anchors[1].parameters, "tokens": heldout.tokens,
         "losses": {name: found.mean for name, found in losses.items()}, "to_default": differences,
     })
 

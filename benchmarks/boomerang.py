@@ -104,7 +104,7 @@ def main() -> None:
     console.print(table)
     console.print(f"chain minus boomerang's best ({best}) at {size:,} parameters: {difference[0]:+.3f} ± {difference[1]:.3f} nats per token, paired")
     write(options.out, {
-        "command": "python benchmarks/boomerang.py --chain demo/chain", "parameters": size, "tokens": documents.tokens, "steps": recipe.stage_arguments(recipe.anchors[0])["max_steps"],
+        "parameters": size, "tokens": documents.tokens, "steps": recipe.stage_arguments(recipe.anchors[0])["max_steps"],
         "chain": ours.mean, "boomerang": {name: losses.mean for name, losses in rivals.items()}, "ends": {name: losses.mean for name, losses in ends.items()},
         "difference": difference[0], "stderr": difference[1],
     })

@@ -319,8 +319,7 @@ def main() -> None:
         found = report(row, run[row](bench))
         trained = row not in ("align", "loss")
         plain = {"steps": bench.steps, "tokens": bench.steps * options.batch * BLOCK} if trained else {}
-        budget = f" --tokens {options.tokens} --batch {options.batch} --heldout-bytes {options.heldout_bytes}" if trained else ""
-        results[row] = {"command": f"python benchmarks/bridge.py --only {row}{budget}", **plain, **found, **whence()}
+        results[row] = {**plain, **found, **whence()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -155,7 +155,7 @@ def main() -> None:
             table.add_row(name, f"{value:.2f}", f"{value / middle['cbd_hub']:.2f}", f"{memory[name]:.0f}" if name in memory else "")
         Console(width=100).print(table)
         write(options.out, {
-            "command": "python benchmarks/head.py" + (" --quick" if options.quick else ""), "cases": sorted(results, key=place),
+            "cases": sorted(results, key=place),
         })
 
 

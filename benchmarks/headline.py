@@ -207,7 +207,7 @@ def main() -> None:
         costs.add_row(count, f"{found['costs']['chain']['seconds']:.0f} s", f"{alone['seconds']:.0f} s")
     console.print(costs)
     write(options.out, {
-        "command": " ".join(["python benchmarks/headline.py", f"--anchors {options.anchors} --tokens {options.tokens} --keep {options.keep}", *([f"--tasks {','.join(options.tasks)}"] if options.tasks else [])]), "seed": options.seed, "stage_tokens": bench.steps * bench.batch * bench.block, **found,
+        "seed": options.seed, "stage_tokens": bench.steps * bench.batch * bench.block, **found,
     })
 
 

@@ -166,7 +166,7 @@ def measure(hub: Any, folder: Path) -> dict[str, Any]:
 
     seconds = {repo: beside(repo, shape, cache) for repo, shape, cache in (("deep", PATCH, "patch"), ("real", REAL, "real"), ("wide", BLEND, "blend"))}
     return {
-        "command": "python benchmarks/hub.py", "chunk bytes": CHUNK_BYTES, "target bytes": own, "both anchors bytes": sum(4 * anchor.parameters for anchor in deep.anchors),
+        "chunk bytes": CHUNK_BYTES, "target bytes": own, "both anchors bytes": sum(4 * anchor.parameters for anchor in deep.anchors),
         "patch cold bytes": first["bytes"], "patch cold requests for weights": first["weight requests"], "patch planned bytes": patch_planned,
         "plan requests": plan_requests, "second size bytes": second["bytes"],
         "second size new bytes": used(deep, PATCH, FURTHER)[0] - patch_used, "warm pinned requests": warm["requests"], "warm requests": unpinned["requests"],

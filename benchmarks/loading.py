@@ -193,9 +193,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     disable_progress_bar()
-    results: dict[str, Any] = {
-        "command": "python benchmarks/loading.py --chain demo/chain --mergekit-python mergekit/bin/python", "repeats": options.repeats,
-    }
+    results: dict[str, Any] = {"repeats": options.repeats}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         plan = CBDModel.materialize(options.chain, options.size, strategy="blend", output_dir=work / "saved")

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -86,12 +87,19 @@ def machine() -> str:
     return f"{device_name(device)}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {bf16} bf16 instructions"
 
 
+def command() -> str:
+    """The command as it was typed; of a file elsewhere on this machine the name alone."""
+    typed = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return " ".join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", *typed])
+
+
 def whence() -> dict[str, Any]:
-    """Where a figure comes from: the machine, the versions and the day."""
-    return {"machine": machine(), "versions": versions(), "day": datetime.now(UTC).date().isoformat()}
+    """Where a figure comes from: the command, the machine, the versions and the day."""
+    return {"command": command(), "machine": machine(), "versions": versions(), "day": datetime.now(UTC).date().isoformat()}
 
 
 def write(out: Path, data: Mapping[str, Any]) -> None:
-    """Write a benchmark's result as JSON, with where it comes from."""
+    """Write a benchmark's result as JSON, with where it comes from (what ``data`` says of that itself holds)."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**data, **whence()}, indent=1) + "\n")
+    out.write_text(json.dumps({**whence(), **data}, indent=1) + "\n")

@@ -30,8 +30,8 @@ def head(data: dict[str, Any]) -> str:
     chunked = {kind: [case[kind]["cbd_hub"] / case[kind]["TRL"] for case in data["cases"] if "TRL" in case[kind]] for kind in ("seconds", "peak_mib")}
     words = [f"{min(found):.2f} to {max(found):.2f} of its {what}" for what, found in (("time", chunked["seconds"]), ("memory", chunked["peak_mib"])) if found]
     return (
-        f"The loss head takes {min(against):.2f} to {max(against):.2f} of Liger's best time and {min(least):.2f} to {max(least):.2f} of its least memory; beside TRL's chunked loss {' and '.join(words)} "
-        f"(less is better; {len(data['cases'])} cases)."
+        f"On two CPU threads, all of them eager, the loss head takes {min(against):.2f} to {max(against):.2f} of the time of Liger's chunked loss at its best and {min(least):.2f} to {max(least):.2f} of its least "
+        f"memory; beside TRL's chunked loss {' and '.join(words)} (less is better; {len(data['cases'])} cases). Liger compiled, and Triton's kernels on a GPU, were not measured."
     )
 
 
@@ -71,9 +71,10 @@ def hub(data: dict[str, Any]) -> str:
         return f"{seconds[ours]['wall'] / seconds[theirs]['wall']:.2f}x"
 
     return (
-        f"A cold `patch` fetches {data['patch cold bytes'] / 1e6:.0f} MB where both anchors have {data['both anchors bytes'] / 1e6:.0f}, a second size of the segment {data['second size bytes'] / 1e6:.0f} MB more; "
-        f"warm, with the first forward pass, a patch takes {ratio(real, 'from_chain, forward', 'from_pretrained, forward')} the time of `from_pretrained`, a blend "
-        f"{ratio(wide, 'from_chain, forward', 'from_pretrained, forward')}, {data['warm pinned requests']} requests where the revision is pinned."
+        f"Random weights, by the tests' Hub on this machine: a cold `blend`, which `auto` chose at every size of trained weights here, fetches {data['blend cold bytes'] / 1e6:.0f} MB of both anchors' "
+        f"{data['blend both anchors bytes'] / 1e6:.0f}; a `patch`, of anchors that differ in layers alone, {data['patch cold bytes'] / 1e6:.0f} MB of {data['both anchors bytes'] / 1e6:.0f}, and a second size of that "
+        f"segment {data['second size bytes'] / 1e6:.0f} MB more. Warm, with the first forward pass, a blend takes {ratio(wide, 'from_chain, forward', 'from_pretrained, forward')} the time of `from_pretrained`, a patch "
+        f"{ratio(real, 'from_chain, forward', 'from_pretrained, forward')}; {data['warm pinned requests']} requests where the revision is pinned."
     )
 
 
@@ -93,9 +94,9 @@ def adapter(data: dict[str, Any]) -> str:
     """What a carried LoRA keeps."""
     rows = "; ".join(f"{row['kept'][0]:.0%} at {format_size(row['parameters'])}" for row in data["rows"])
     anew = [
-        f" At {format_size(row['parameters'])} one that is trained there gains {row['anew_gain'][0]:.3f} nats where the carried one gains {row['gain'][0]:.3f}." for row in data["rows"] if row.get("anew")
+        f" At {format_size(row['parameters'])} one that is trained there improves the loss by {row['anew_gain'][0]:.3f} nats, the carried one by {row['gain'][0]:.3f}." for row in data["rows"] if row.get("anew")
     ]
-    return f"A LoRA of {format_size(data['anchor']['parameters'])}, carried without training, keeps of its gain there: {rows}.{''.join(anew)}"
+    return f"A LoRA of {format_size(data['anchor']['parameters'])}, carried without training, keeps of its improvement there: {rows}.{''.join(anew)}"
 
 
 def speed(data: dict[str, Any]) -> str:
@@ -128,12 +129,14 @@ def alpha(data: dict[str, Any]) -> str:
 def loading(data: dict[str, Any]) -> str:
     """Time to load, and to write."""
     parts = [f"a {name} takes {found['from_chain, touched']['wall'] / found['from_pretrained, touched']['wall']:.1f} times as long as `from_pretrained`" for name, found in data["memory"].items()]
-    words = f"With every weight read once, {', '.join(parts)}."
+    words = f"From a local chain, every weight read once: {', '.join(parts)}."
     if "disk" in data:
-        ratios = [
-            f"{data['disk'][name][rival]['wall'] / data['disk'][name]['cbd make']['wall']:.1f}x as fast as its {rival.split()[1]}" for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough"))
-        ]
         imports = data["disk"]["imports"]
+        ratios = []
+        for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
+            ours, theirs = data["disk"][name]["cbd make"], data["disk"][name][rival]
+            apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
+            ratios.append(f"{theirs['wall'] / ours['wall']:.1f}x as fast as its {rival.split()[1]} ({apart:.1f}x in CPU time without imports)")
         words += (
             f" `cbd make` against mergekit, whole commands: {' and '.join(ratios)}, for the most part by what is imported ({imports['cbd make']['wall']:.1f} s against {imports['mergekit']['wall']:.1f} s, once a chain's "
             "configs are remembered)."
@@ -198,7 +201,7 @@ def tasks(data: dict[str, Any]) -> str:
         each = [f"{format_size(row['parameters'])} {row['accuracy']:.2f}" for row in rows]
         words.append(f"{task} {', '.join(each)}")
     most = max(row["accuracy_stderr"] for row in data["rows"])
-    return f"Zero-shot accuracy by size, up to {max(row['questions'] for row in data['rows'])} items each, standard errors up to {most:.2f}: {'; '.join(words)}."
+    return f"Zero-shot accuracy by size, up to {max(row['questions'] for row in data['rows'])} items each, validation sets, standard errors up to {most:.2f}: {'; '.join(words)}. By chance arc_easy and sciq come to 0.25, winogrande to 0.50, which tells none of these sizes apart."
 
 
 def lm_eval(data: dict[str, Any]) -> str:

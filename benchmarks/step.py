@@ -139,7 +139,6 @@ def main() -> None:
         table.add_row(name, f"{8 * 128 / value:,.0f}", f"{value / middle['cbd_hub']:.2f}x", f"{memory[name]:,.0f}", f"{memory['cbd_hub'] / memory[name]:.2f}x")
     Console(width=100).print(table)
     write(options.out, {
-        "command": "python benchmarks/step.py --teacher demo/chain/anchors/135M --student demo/chain/anchors/99M",
         "threads": 2, "dtype": "fp32 student and AdamW, bf16 teacher, bf16 autocast" if BF16 else "fp32 for all", "seconds": middle, "all_seconds": seconds, "peak_mib": memory,
     })
 

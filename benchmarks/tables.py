@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +32,7 @@ def demo(data: dict[str, Any]) -> str:
         for row in data["rows"]
     ]
     head = ["size", "layers x FFN", "by", "loss", "perplexity", "merely cut", "to small neighbour", "to chord"]
-    return f"{table(head, rows)}\n\n{data['tokens']:,} tokens in {data['documents']} documents; nats per token ± standard error over documents."
+    return f"{table(head, rows)}\n\n{data['tokens']:,} tokens in {data['documents']} documents; nats per token ± standard error over documents. Merely cut: the loss of the teacher cut to that shape; to ...: the size's loss less that one, paired."
 
 
 def boomerang(data: dict[str, Any]) -> str:
@@ -101,7 +102,7 @@ def head(data: dict[str, Any]) -> str:
             f"{memory['cbd_hub']:.0f} / {smallest:.0f} / {memory.get('TRL', float('nan')):.0f}",
         ])
     names = ["N x V", "seconds", "to floor", "to Liger's best", "to TRL", "to dense", "peak MiB: ours / Liger's least / TRL"]
-    return f"{table(names, rows)}\n\nForward and backward of the loss head, H 576, two CPU threads; ratios of time, less is faster. Peak memory above the inputs and a head's gradient in their dtype; ours is summed in fp32, of which the second half counts here in bf16. `{data['command']}`"
+    return f"{table(names, rows)}\n\nForward and backward of the loss head, H 576, two CPU threads; ratios of time, less is faster. Peak memory above the inputs and a head's gradient in their dtype; ours is summed in fp32, of which the second half counts here in bf16. All are eager: Liger's `chunked_loss` with `compiled=False`, TRL's without its Triton kernel; on a GPU both have faster ways, which were not measured. `{data['command']}`"
 
 
 def anchors(data: dict[str, Any]) -> str:
@@ -200,6 +201,7 @@ def hub(data: dict[str, Any]) -> str:
 def quality(data: dict[str, Any]) -> str:
     """Sizes in between on four kinds of segment against what else gives such a model."""
     rivals = list(dict.fromkeys(name for row in data["rows"] for name in row["rivals"]))
+    worse = sum(row["rivals"].get("weight selection", {"loss": 0.0})["loss"] > math.log(49_152) for row in data["rows"])
     rows = [
         [
             f"{row['segment']}: {format_size(row['parameters'])}", row["by"], f"{row['loss']:.3f} ± {row['stderr']:.3f}", pair(row.get("to_chord")),
@@ -209,7 +211,8 @@ def quality(data: dict[str, Any]) -> str:
     ]
     return (
         f"{table(['segment and size', 'by', 'loss', 'to chord', *rivals], rows)}\n\nSegments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage, "
-        f"{data['heldout_tokens']:,} held-out tokens; a rival's column is its loss less the chain's, paired. `{data['command']}`"
+        f"{data['heldout_tokens']:,} held-out tokens; a rival's column is its loss less the chain's, paired. LaCo: [arXiv 2402.11187](https://huggingface.co/papers/2402.11187). Weight selection ([arXiv 2311.18823](https://huggingface.co/papers/2311.18823)) "
+        f"initialises a model that is then trained: without that, as here, it stands above a uniform guess (10.8 nats) at {worse} of {len(rows)} sizes and is no fair rival. `{data['command']}`"
     )
 
 
@@ -233,7 +236,7 @@ def heal(data: dict[str, Any]) -> str:
 
 
 def adapter(data: dict[str, Any]) -> str:
-    """What a LoRA keeps of its gain when it is carried."""
+    """What a LoRA keeps of its improvement when it is carried."""
     anchor = data["anchor"]
 
     def kept(row: dict[str, Any]) -> str:
@@ -244,7 +247,7 @@ def adapter(data: dict[str, Any]) -> str:
     for row in data["rows"]:
         anew = f"{row['anew'][0]:.3f} ({pair(row['carried_to_anew'])})" if "anew" in row else ""
         rows.append([format_size(row["parameters"]), f"{row['base'][0]:.3f}", f"{row['carried'][0]:.3f}", pair(row["gain"]), kept(row), anew])
-    head = ["size", "without it", "with it", "gain", "kept of its gain", "trained anew there (carried to that)"]
+    head = ["size", "without it", "with it", "improvement", "kept of it", "trained anew there (carried to that)"]
     return (
         f"{table(head, rows)}\n\nA LoRA of rank {data['rank']}, trained on {data['tokens']:,} tokens of another domain on the largest anchor and carried without training; "
         f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. The goal of 80% at the middle is {'reached' if data['reached'] else 'missed'}. `{data['command']}`"
@@ -309,7 +312,7 @@ def bridge(data: dict[str, Any]) -> str:
         if models:
             head = [name, "bits per byte", "to cross-entropy"]
             rows = [[rival, f"{one['bits_per_byte']:.4f}", pair([one["to_cross_entropy"], one["stderr"] or 0.0])] for rival, one in models.items()]
-            words = f"{found['tokens']:,} tokens each, {found['bytes']:,} held-out bytes, differences paired."
+            words = f"{found['tokens']:,} tokens each, {found['bytes']:,} held-out bytes, differences paired. GOLD: TRL 1.16's `ULDLoss`, in our trainer and on our spans."
         elif pairs:
             head = ["tokenizers", "bytes in one span", "single tokens on the coarser side", "seconds"]
             rows = [[two, f"{one['covered']:.0%}", f"{one['single on the coarser side']:.1%}", f"{one['seconds']:.2f}"] for two, one in pairs.items()]
@@ -317,7 +320,7 @@ def bridge(data: dict[str, Any]) -> str:
         else:
             head = ["loss alone", "CPU seconds", "peak MiB"]
             rows = [[kind, f"{one['cpu_seconds']:.2f}", f"{one['peak_bytes'] / 2**20:,.0f}"] for kind, one in losses.items()]
-            words = f"Forward and backward on {found['tokens']:,} tokens, heads of Gemma-3-270M's and SmolLM2-135M's shapes, {found['threads']} thread."
+            words = f"Forward and backward on {found['tokens']:,} tokens, heads of Gemma-3-270M's and SmolLM2-135M's shapes, {found['threads']} thread. GOLD: TRL 1.16's `ULDLoss`, on our spans, without its trainer."
         parts.append(f"{table(head, rows)}\n\n{words} `{found['command']}`")
     return "\n\n".join(parts)
 

@@ -284,9 +284,8 @@ def main() -> None:
     found = measure(options, names)
     show(found)
     name = "lm_eval" if options.check else "tasks"
-    words = (Path(word).name if Path(word).is_absolute() else word for before, word in zip(sys.argv, sys.argv[1:]) if "--out" not in (before, word))
     write_result(options.out or Path(f"benchmarks/results/{name}.json"), {
-        "command": " ".join(["python benchmarks/tasks.py", *words]), "threads": torch.get_num_threads(), "rows": found,
+        "threads": torch.get_num_threads(), "rows": found,
     })
     wrong = [row for row in found if options.check and (row["check"]["largest_difference"] > 1e-2 or any(row["check"]["different"].values()))]
     sys.exit(f"{len(wrong)} of {len(found)} differ from lm-eval" if wrong else 0)

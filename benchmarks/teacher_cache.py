@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import in_turns, medians, write
+from measuring import in_turns, medians, whence, write
 from rich.console import Console
 from rich.table import Table
 from step import stepper_of_batches
@@ -93,7 +93,7 @@ def main() -> None:
         kept.update(seconds=medians(seconds), all_seconds=seconds)
         kept.pop("times", None)
     write(options.out, {
-        **kept, "command": f"python benchmarks/teacher_cache.py --chain {Path(options.chain).name} --text wikipedia.jsonl --tokens {options.tokens}" + " --errors" * options.errors, "threads": 2,
+        **kept, **whence(), "threads": 2,
         "tokens": cache.record.source.packing.predicted, "student": f"{chain.anchors[1].name}, {chain.anchors[1].origin}", "dtype": str(compute).removeprefix("torch."), "figures": figures,
     })
 

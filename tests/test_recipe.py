@@ -22,7 +22,7 @@ from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.stages import plan_stages
-from cbd_hub.errors import CBDError, DataError, RecipeError, StorageError
+from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError
 from cbd_hub.texts import read_texts
 
 
@@ -181,6 +181,13 @@ def test_a_finished_chain_grows_by_a_longer_recipe(tmp_path, monkeypatch):
     assert (target / ".git").is_dir()
     assert not (target / ".work").exists()
     assert (target / "recipe.yaml").read_text() == (whole / "recipe.yaml").read_text()
+
+
+def test_several_processes_are_told_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match="by one process, and 2 were launched; run it without a launcher, or train single stages"):
+        distill_chain(make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain")
+    assert not (tmp_path / "chain").exists()
 
 
 @pytest.mark.parametrize("where", ["train", "link", "recipe.yaml", "chain.json"])

@@ -149,7 +149,7 @@ def main() -> None:
         )
     Console(width=150).print(table)
     write(options.out, {
-        "command": f"python benchmarks/after/adapter.py --chain {options.chain} --text {Path(options.text).name} --tokens {options.tokens}" + " --carried-only" * options.carried_only, "seed": options.seed, "tokens": bench.steps * options.batch_size * options.block_size, "rank": options.rank,
+        "seed": options.seed, "tokens": bench.steps * options.batch_size * options.block_size, "rank": options.rank,
         "learning_rate": options.learning_rate, "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), **found,
     })
 

@@ -55,10 +55,8 @@ def main() -> None:
     for row in found.rows:
         table.add_row(format_size(row.parameters), f"{row.acceptance:.0%}", f"{row.alone:.2f}", f"{row.together:.2f}", f"{row.speedup:.2f}x", str(row.ties))
     Console(width=120).print(table)
-    given = {"--sizes": options.sizes, "--text": options.text and Path(options.text).name, "--count": options.count if options.text else None}
-    more = "".join(f" {name} {value}" for name, value in given.items() if value is not None)
     write(options.out, {
-        "command": f"python benchmarks/after/draft.py --chain {options.chain.name}{more}", "about": options.about, **found.summary(), "where": device_name(best_device()), "threads": torch.get_num_threads(),
+        "about": options.about, **found.summary(), "where": device_name(best_device()), "threads": torch.get_num_threads(),
         "dtype": options.dtype, "rounds": options.rounds, "load": load,
     })
 

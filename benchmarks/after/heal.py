@@ -117,7 +117,7 @@ def main() -> None:
             table.add_row(f"{point['tokens']:,} tokens", f"{point['loss']:.3f} ± {point['stderr']:.3f}", f"{difference[0]:+.3f} ± {difference[1]:.3f}")
         Console(width=120).print(table)
         write(options.out, {
-            "command": f"python benchmarks/after/heal.py --chain {options.chain}", "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), "rows": rows,
+            "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), "rows": rows,
         })
 
 

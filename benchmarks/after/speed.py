@@ -129,9 +129,8 @@ def main() -> None:
             f"{ours['latency']:.2f}", f"{theirs['latency']:.2f}", f"{found['latency_off']:+.1%}",
         )
     Console(width=120).print(table)
-    command = "python benchmarks/after/speed.py " + ("--random" if options.random else f"--chain {options.chain}") + ("" if options.real is None else " --real MODEL")
     data = {
-        "command": f"OMP_NUM_THREADS={torch.get_num_threads()} {command}", "where": watch.text, "cpus": os.cpu_count(), "load": load, "runs": options.runs, "new_tokens": options.new_tokens,
+        "where": watch.text, "cpus": os.cpu_count(), "load": load, "runs": options.runs, "new_tokens": options.new_tokens,
         "rows": rows, "real_to_random": None if options.real is None else measured[-2].off(measured[-1]),
     }
     print("load of the machine:", " ".join(f"{value:.1f}" for value in load), "" if data["real_to_random"] is None else f"real weights to random ones: {data['real_to_random']:+.1%}")

@@ -274,7 +274,7 @@ def main() -> None:
         rows = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
         rows = sorted([row for row in rows if row["segment"] != name] + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
         write(options.out, {
-            "command": "python benchmarks/quality/run.py --demo demo --work quality" + (" --free" if options.free else ""), "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
+            "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
         })
 
 

@@ -27,7 +27,7 @@ from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.progress import METRICS, show_stage
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
-from cbd_hub.errors import CBDError, RecipeError, StorageError, TrainingError, one_line
+from cbd_hub.errors import ArgumentError, CBDError, RecipeError, StorageError, TrainingError, one_line
 from cbd_hub.evaluation import bits_per_byte, document_losses
 from cbd_hub.files import disk_error, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
@@ -63,10 +63,15 @@ def distill_chain(
         The chain.
 
     Raises:
+        ArgumentError: If a launcher has started several processes.
         RecipeError: If the recipe is wrong, or asks otherwise for what the folder's run has begun.
         DataError: If the text is missing, empty or too short.
         StorageError: If the folder is in the way or another process writes it, or the disk is full.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ArgumentError(
+            f"a chain is distilled by one process, and {processes} were launched; run it without a launcher, or train single stages with examples/09_multi_gpu.py and assemble_chain their anchors"
+        )
     if not isinstance(recipe, Recipe):
         recipe = Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.read(recipe)
     target = Path(output_dir)

@@ -170,7 +170,7 @@ def main() -> None:
     if options.record:
         sys.path.insert(0, str(ROOT / "benchmarks"))
         from measuring import write
-        write(options.record, {"command": "python examples/paper/small.py --step all --out paper", "steps": costs})
+        write(options.record, {"steps": costs})
 
 
 if __name__ == "__main__":
