@@ -32,7 +32,10 @@ def demo(data: dict[str, Any]) -> str:
         for row in data["rows"]
     ]
     head = ["size", "layers x FFN", "by", "loss", "perplexity", "merely cut", "to small neighbour", "to chord"]
-    return f"{table(head, rows)}\n\n{data['tokens']:,} tokens in {data['documents']} documents; nats per token ± standard error over documents. Merely cut: the loss of the teacher cut to that shape; to ...: the size's loss less that one, paired."
+    return (
+        f"{table(head, rows)}\n\n{data['tokens']:,} tokens in {data['documents']} documents; nats per token ± standard error over documents. Merely cut: the loss of the teacher cut to that shape; to ...: the size's loss less that one, paired."
+        f"{' The chain took {:.0f} minutes to distil and measure.'.format(data['seconds'] / 60) if data.get('seconds') else ''}"
+    )
 
 
 def boomerang(data: dict[str, Any]) -> str:

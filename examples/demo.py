@@ -146,8 +146,8 @@ def measure(chain_folder: Path, documents: Documents, calibration: Documents) ->
     return sorted(rows, key=lambda row: -row.plan.parameters)
 
 
-def report(rows: list[Row], documents: Documents, folder: Path) -> None:
-    """Print the table, write it as JSON and draw the curve."""
+def report(rows: list[Row], documents: Documents, folder: Path, seconds: int | None) -> None:
+    """Print the table, write it as JSON and draw the curve; ``seconds`` is what the chain took, where it was made at one go."""
     table = Table(
         title=f"Held-out Wikipedia, {documents.tokens:,} tokens in {len(documents.ids)} documents: loss in nats per token ± standard error.\n"
         "cut: the same shape merely cut from the teacher. Last three: paired difference to the smaller neighbour, to the cut, to the chord.",
@@ -163,7 +163,7 @@ def report(rows: list[Row], documents: Documents, folder: Path) -> None:
             *(f"{pair[0]:+.3f}±{pair[1]:.3f}" if pair else "" for pair in (row.to_small, row.to_cut, row.to_chord)),
         )
     console.print(table)
-    results = {"tokens": documents.tokens, "documents": len(documents.ids), "rows": [row.data() for row in rows]}
+    results = {"tokens": documents.tokens, "documents": len(documents.ids), "seconds": seconds, "rows": [row.data() for row in rows]}
     write_text(folder / "results.json", json.dumps(results, indent=1))
     draw(rows, folder / "curve.png")
 
@@ -219,7 +219,9 @@ def main() -> None:
         "seed": 0,
     })
     write_text(folder / "recipe.yaml", recipe.to_yaml())
+    began, goes_on = time.monotonic(), (folder / "chain").exists()
     distill_chain(recipe, folder / "chain", progress=step)
+    distilled = None if goes_on else round(time.monotonic() - began)
     step("the chain is whole: cbd show")
     console.file.flush()
     subprocess.run([sys.executable, "-m", "cbd_hub.cli", "show", str(folder / "chain")], check=True)
@@ -234,7 +236,7 @@ def main() -> None:
     parts = read_parts(recipe)
     documents = Documents.read(parts.heldout, tokenizer, 128, HELDOUT_TOKENS)
     calibration = Documents.packed(parts.calibration, tokenizer, 128, CALIBRATION_TOKENS)
-    report(measure(folder / "chain", documents, calibration), documents, folder)
+    report(measure(folder / "chain", documents, calibration), documents, folder, distilled)
     step(f"done; the curve is in {folder / 'curve.png'}, the numbers in {folder / 'results.json'}")
     console.print(
         f"\nWhat to type next:\n"
