@@ -27,18 +27,18 @@ from cbd_hub.sizes import format_size
 
 
 ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
-HELDOUT_TOKENS = 8000
 
 
 def main() -> None:
     """Sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo"))
+    parser.add_argument("--heldout-tokens", type=int, default=8000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/alpha.json"))
     options = parser.parse_args()
     chain = Chain.from_pretrained(options.demo / "chain")
     recipe = Recipe.read(options.demo / "chain" / "recipe.yaml")
-    documents = Documents.read(read_parts(recipe).heldout, chain.tokenizer(), recipe.data.block_size, HELDOUT_TOKENS)
+    documents = Documents.read(read_parts(recipe).heldout, chain.tokenizer(), recipe.data.block_size, options.heldout_tokens)
     table = Table("size", "fitted", *(f"{alpha:g}" for alpha in ALPHAS), title="loss by alpha, nats per token", title_justify="left")
     rows: list[dict[str, Any]] = []
     for large, small in zip(chain.anchors, chain.anchors[1:]):
