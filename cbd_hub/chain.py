@@ -20,7 +20,7 @@ from cbd_hub.cards import chain_card, license_of, merge_card, read_card
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
 from cbd_hub.families import family_of
-from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_text
+from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_bytes, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
 from cbd_hub.interpolation.planner import Kept, Maps, Plan, layer_types
 from cbd_hub.manifest import (
@@ -212,12 +212,7 @@ class ChainBuilder:
         orders = {f"kept.{axis}": order.astype(np.int32) for axis, order in vars(kept).items() if order is not None}
         save_file({**orders, **({} if maps is None else maps.arrays())}, path)
         path.chmod(0o644)
-        return self.maps(name)
-
-    def maps(self, name: str) -> PathRecord:
-        """The record of an anchor's maps, which are written."""
-        path = f"maps/{name}.safetensors"
-        return PathRecord(path=path, sha256=sha256(self.root / path))
+        return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
 
     def record(
         self, name: str, *, origin: Literal["source", "cut", "published", "random"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
@@ -251,7 +246,7 @@ class ChainBuilder:
         )
         for name in TOKENIZER_FILES:
             if name in anchors[0].files:
-                shutil.copyfile(self.anchor_folder(anchors[0].name) / name, self.root / name)
+                write_bytes(self.root / name, (self.anchor_folder(anchors[0].name) / name).read_bytes())
         card = self.root / "README.md"
         write_text(card, merge_card(read_card(card), chain_card(manifest, recipe=(self.root / "recipe.yaml").is_file())))
         write_text(self.root / FILE_NAME, manifest.to_json())

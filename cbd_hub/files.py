@@ -106,7 +106,16 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it into place.
+    """Write a text file, in UTF-8, aside and rename it into place.
+
+    Raises:
+        StorageError: If the disk is full or refuses; the old file is then still there.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it into place.
 
     Raises:
         StorageError: If the disk is full or refuses; the old file is then still there.
@@ -116,8 +125,8 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)

@@ -47,6 +47,13 @@ def test_the_chain_goes_on_beyond_the_bridge(bridged):
     assert len(bridged.tokenizer("min")) == len(bridged.tokenizer(bridged.anchors[2].parameters)) == 331
 
 
+@pytest.mark.parametrize("first", [1, 2], ids=["to its side", "beyond it"])
+def test_a_chain_that_grows_across_the_bridge_is_the_chain_made_at_once(bridged, plain, tmp_path, first):
+    _, made = plain
+    distill_chain({**made, "anchors": made["anchors"][:first], "stages": made["stages"] if first == 2 else {}}, tmp_path / "chain")
+    assert distill_chain(made, tmp_path / "chain").manifest == bridged.manifest
+
+
 def test_sizes_on_each_side_work_and_the_gap_names_them(bridged, tmp_path):
     first, second, third, fourth = bridged.anchors
     for large, small in ((first, second), (third, fourth)):

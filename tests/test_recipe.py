@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from cbd_hub.configs import read_config
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.packing import packed_dataset
+from cbd_hub.distill.schema import anchor_key
 from cbd_hub.distill.stages import plan_stages
-from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError
+from cbd_hub.errors import ArgumentError, CBDError, DataError, IntegrityError, RecipeError, StorageError
+from cbd_hub.files import held
 from cbd_hub.texts import read_texts
 
 
@@ -211,16 +214,132 @@ def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(tmp_p
         distill_chain(plain, target)
     monkeypatch.undo()
     assert Chain.from_pretrained(target).manifest == before
-    (target / ".chain.json.x1y2").write_text("{")  # what a kill leaves
-    (target / "chunks" / ".x.json.x1y2").write_text("{")
+    (target / ".chain.json.x1y2z3a4").write_text("{")  # what a kill leaves
+    (target / "chunks" / f".{before.anchors[0].name}.json.x1y2z3a4").write_text("{")
     assert distill_chain(short, target).manifest == before
     assert_same(whole, distill_chain(plain, target).files.root)
     assert not list(target.rglob(".*"))
 
 
+def grown_in_part(plain, target, monkeypatch):
+    """A chain of one anchor whose growth stopped once the next one was made."""
+    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe_module, "measure_segment", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            distill_chain(plain, target)
+
+
+def test_what_is_the_users_stays_while_a_chain_grows(tmp_path):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    before = distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+    first = before.anchors[0].name
+    mine = [target / ".README.md.swp", target / "anchors" / ".gitignore", target / "anchors" / first / "NOTES.txt", target / ".git" / "config"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (target / "README.md").write_text((target / "README.md").read_text() + "\nMy words.\n")
+    manifest = json.loads((target / "chain.json").read_text())
+    manifest["name"], manifest["anchors"][0]["evaluations"] = "named", [*manifest["anchors"][0]["evaluations"], {**manifest["anchors"][0]["evaluations"][0], "dataset": "other", "loss": 1.0}]
+    (target / "chain.json").write_text(json.dumps(manifest))
+    grown = distill_chain(plain, target)
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+    assert "My words." in (target / "README.md").read_text()
+    assert grown.name == "named"
+    assert grown.anchors[0].model_dump() == before.anchors[0].model_dump() | {"evaluations": grown.anchors[0].model_dump()["evaluations"]}
+    assert [entry.dataset for entry in grown.anchors[0].evaluations][1:] == ["other"]
+
+
+@pytest.mark.parametrize("file", ["anchors/{}/model.safetensors", "maps/{}.safetensors", "chunks/{}.json"])
+def test_a_damaged_chain_does_not_grow(tmp_path, file):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    path = target / file.format(distill_chain({**plain, "anchors": ANCHORS[:1]}, target).anchors[1].name)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    before = everything(target)[0]
+    with pytest.raises(IntegrityError, match=path.name):
+        distill_chain(plain, target)
+    assert everything(target)[0] == before
+
+
+def test_somebody_else_s_anchor_is_not_lost_while_a_chain_grows(tmp_path, monkeypatch):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    grown_in_part(plain, target, monkeypatch)
+    manifest = json.loads((target / "chain.json").read_text())
+    manifest["anchors"][1]["training"] = None  # as of an anchor that came from elsewhere
+    (target / "chain.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match="not all of one recipe .* is of none.*choose another folder"):
+        distill_chain(plain, target)
+    assert json.loads((target / "chain.json").read_text()) == manifest
+
+
+def test_a_chain_that_changed_while_it_grew_is_not_overwritten(tmp_path, monkeypatch):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+    measure = recipe_module.measure_segment
+
+    def changing(*args, **kwargs):
+        (target / "chain.json").write_text((target / "chain.json").read_text().replace('"name": "chain"', '"name": "other"', 1))
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(recipe_module, "measure_segment", changing)
+    with pytest.raises(StorageError, match="was changed while it was made longer"):
+        distill_chain(plain, target)
+    assert Chain.from_pretrained(target).name == "other"
+
+
+def test_a_growth_that_is_asked_for_otherwise_says_what_to_remove_and_never_the_chain(tmp_path, monkeypatch):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    grown_in_part(plain, target, monkeypatch)
+    new = Recipe.parse(plain)
+    other = {**plain, "stages": {anchor_key(new.anchors[1]): {"max_steps": 3}}}
+    with pytest.raises(RecipeError, match=r"was begun with stage.max_steps=4, and the recipe has 3; put it back, or remove \S+/chain/.work and \S+/chain/anchors/\S+ to begin anew") as told:
+        distill_chain(other, target)
+    work, anchor = (Path(word) for word in str(told.value).split() if word.startswith("/") and word != str(target))
+    shutil.rmtree(work)
+    with pytest.raises(StorageError, match="does not say how it was made; remove it to make the anchor anew"):
+        distill_chain(other, target)
+    shutil.rmtree(anchor)
+    assert_same(distill_chain(other, tmp_path / "whole").files.root, distill_chain(other, target).files.root)
+
+
+def test_a_chain_grows_by_its_own_recipe_edited_in_place(tmp_path):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+    (target / "recipe.yaml").write_text(Recipe.parse(plain).to_yaml())
+    assert len(distill_chain(target / "recipe.yaml", target).anchors) == 3
+
+
+def test_a_chain_does_not_grow_on_other_text_and_needs_its_teacher_no_more(tmp_path):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+    shutil.rmtree(plain["teacher"])
+    path = Path(plain["data"]["path"])
+    text = path.read_text()
+    path.write_text("\n\n".join(f"{document} and some more" for document in text.split("\n\n")))
+    with pytest.raises(DataError, match="is not the text that .* was measured on: anchor .* put the text back, or choose another folder"):
+        distill_chain(plain, target)
+    path.write_text(text)
+    assert len(distill_chain(plain, target).anchors) == 3
+
+
+def test_the_old_recipe_leaves_a_growing_chain_s_work_alone(tmp_path):
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+    short = {**plain, "anchors": ANCHORS[:1]}
+    distill_chain(short, target)
+    with held(target / ".work", "another"):
+        distill_chain(short, target)
+        assert (target / ".work" / "lock").is_file()
+        with pytest.raises(StorageError, match="is being written by another process"):
+            distill_chain(plain, target)
+    distill_chain(short, target)
+    assert not (target / ".work").exists()
+
+
 @pytest.mark.parametrize(("change", "message"), [
-    ({"seed": 5}, "made by another recipe, whose anchor .* was begun with seed=0, and the recipe has 5; put it back to make the chain longer, or choose another folder"),
-    ({"anchors": [{"layers": 3, "ffn": 24}, *ANCHORS[1:]]}, "whose anchor .* was begun with anchors="), ({"anchors": ANCHORS[:1]}, "with an anchor .*, which the recipe does not make"),
+    ({"seed": 5}, "made by another recipe, with seed=0 where this one has 5; to make the chain longer give its own recipe with further anchors at the end of the list, or choose another folder"),
+    ({"anchors": [{"layers": 3, "ffn": 24}, *ANCHORS[1:]]}, "with anchors="), ({"anchors": ANCHORS[:1]}, "with anchors="),
 ])
 def test_a_chain_grows_at_its_end_alone(tmp_path, chain, change, message):
     plain = {**yaml.safe_load((chain / "recipe.yaml").read_text()), **change}
@@ -236,7 +355,7 @@ def test_a_chain_with_an_anchor_of_somebody_else_does_not_grow(tmp_path):
     large = tiny.save(tiny.llama(layers=4, ffn=24, seed=9), tmp_path / "large")
     chain = assemble_chain([large, small], tmp_path / "chain")
     plain = make_recipe(tmp_path, "llama", ANCHORS)
-    with pytest.raises(RecipeError, match="recipe.yaml did not make as a whole; choose another folder"):
+    with pytest.raises(RecipeError, match="not all of one recipe .* is of none.*choose another folder"):
         distill_chain(plain, chain.files.root)
 
 

@@ -1,4 +1,4 @@
-"""What a run has begun, so that a corrected recipe goes on with all that it has not changed, and a longer one with a finished chain."""
+"""What an unfinished run has begun, so that a corrected recipe goes on with all that it has not changed."""
 
 from __future__ import annotations
 
@@ -63,36 +63,19 @@ class Begun:
             RecipeError: Naming the anchor and the key.
         """
         root = self._work.parent
-        found = {name: json.loads((self._work / f"{name}{_SUFFIX}").read_text()) for name in sorted(self.names(self._work))}
-        changed = self._changed(found)
-        if changed is not None:
-            name, what = changed
-            anew = f"remove {root}" if (root / "anchors" / name).exists() else f"remove {self._work / name} and {self._work / name}.* to begin it anew"
-            raise RecipeError(f"{root} holds an unfinished run {what}; put it back, or {anew}")
-
-    def check_longer(self, made: Mapping[str, dict[str, Any]]) -> None:
-        """Refuse a recipe that does more than add anchors below a finished chain's.
-
-        Args:
-            made: What each of the chain's anchors depended on.
-
-        Raises:
-            RecipeError: Naming the anchor and the key.
-        """
-        changed = self._changed(made)
-        if changed is not None:
-            raise RecipeError(f"{self._work.parent} holds a chain made by another recipe, {changed[1]}; put it back to make the chain longer, or choose another folder")
-
-    def _changed(self, found: Mapping[str, dict[str, Any]]) -> tuple[str, str] | None:
-        """The first anchor that the recipe wants otherwise than it was found, and how."""
-        for name in (name for name in [*self._wanted, *found] if name in found):  # in the order of the chain
+        found = self.names(self._work)
+        for name in (name for name in [*self._wanted, *sorted(found)] if name in found):  # in the order of the chain
+            anchor = root / "anchors" / name
+            if (root / "chain.json").is_file():  # it is being made longer
+                anew = f"remove {self._work}{f' and {anchor}' if anchor.exists() else ''} to begin anew what makes the chain longer"
+            else:
+                anew = f"remove {root}" if anchor.exists() else f"remove {self._work / name} and {self._work / name}.* to begin it anew"
             if name not in self._wanted:
-                return name, f"with an anchor {name}, which the recipe does not make"
-            changed = _difference(found[name], self._wanted[name])
+                raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
+            changed = difference(json.loads((self._work / f"{name}{_SUFFIX}").read_text()), self._wanted[name])
             if changed is not None:
                 key, old, new = changed
-                return name, f"whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}"
-        return None
+                raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
 
 
 def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, Any] | None:
@@ -109,16 +92,16 @@ def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, 
     if not path.is_file():
         return None
     known: dict[str, Any] = json.loads(path.read_text())
-    changed = _difference(known["asked"], json.loads(json.dumps(asked, default=str)))
+    changed = difference(known["asked"], json.loads(json.dumps(asked, default=str)))
     if changed is not None:
         name, old, new = changed
         raise StorageError(f"{target} has an unfinished run with {name}={old!r}, and {new!r} is asked; ask for the same, or remove {path.parent} to begin anew")
     return known
 
 
-def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """The first key in which two records differ, with both values."""
+def difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two records differ, with both values; None where they are equal."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return None if old == new else (where, old, new)
-    found = (_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")) for key in {**old, **new})
+    found = (difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")) for key in {**old, **new})
     return next((changed for changed in found if changed is not None), None)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,14 @@ from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importan
 from cbd_hub.distill.begun import Begun, dependencies
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
+from cbd_hub.distill.growing import Finished, made_by
 from cbd_hub.distill.progress import METRICS, show_stage
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.errors import ArgumentError, CBDError, RecipeError, StorageError, TrainingError, one_line
 from cbd_hub.evaluation import bits_per_byte, document_losses
 from cbd_hub.files import disk_error, held, staged_folder, write_text
-from cbd_hub.hub import resolve_checkpoint
+from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.interpolation.planner import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
@@ -70,21 +73,20 @@ def distill_chain(
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ArgumentError(
-            f"a chain is distilled by one process, and {processes} were launched; run it without a launcher, or train single stages with examples/09_multi_gpu.py and assemble_chain their anchors"
+            f"a chain is distilled by one process, and {processes} were launched; run it without a launcher, or train single stages with examples/09_multi_gpu.py and put the anchors together with assemble_chain"
         )
     if not isinstance(recipe, Recipe):
         recipe = Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.read(recipe)
     target = Path(output_dir)
     chain = Chain.from_pretrained(target) if (target / "chain.json").is_file() else None
-    if chain is not None and any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors):
-        if Begun.names(target / _WORK) <= {anchor.name for anchor in chain.anchors}:
-            shutil.rmtree(target / _WORK, ignore_errors=True)  # there if it was killed at its very end
+    if chain is not None and made_by(chain, recipe):
+        _forget(target / _WORK, chain)
         return chain
     run = _Run(recipe, target, progress or (lambda line: None), chain)
     try:
         with held(run.work, str(target)):
             run.carry_out()
-        shutil.rmtree(run.work, ignore_errors=True)
+            shutil.rmtree(run.work, ignore_errors=True)
         return Chain.from_pretrained(target)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own for a full disk
         if isinstance(error, CBDError) or not disk_error(error):
@@ -92,17 +94,12 @@ def distill_chain(
         raise StorageError(f"cannot write {target}: {one_line(error)}; free or choose another disk and run again, it goes on") from error
 
 
-def _recipe_of(chain: Chain, target: Path) -> Recipe:
-    """The recipe that made a finished chain, from its folder.
-
-    Raises:
-        RecipeError: If there is none, or not all of the chain's anchors are its.
-    """
-    file = target / "recipe.yaml"
-    recipe = Recipe.read(file) if file.is_file() else None
-    if recipe is None or any(anchor.training is None or anchor.training.recipe_sha256 != recipe.sha256() for anchor in chain.anchors[1:]):
-        raise RecipeError(f"{target} holds a chain that its recipe.yaml did not make as a whole; choose another folder")
-    return recipe
+def _forget(work: Path, chain: Chain) -> None:
+    """Remove the work folder of a run that was killed at its very end; not one that makes the chain longer."""
+    if work.is_dir():
+        with suppress(StorageError), held(work, str(work.parent)):  # another process may be at it
+            if Begun.names(work) <= {anchor.name for anchor in chain.anchors}:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 class _Run:
@@ -112,32 +109,32 @@ class _Run:
         recipe: The recipe.
         target: The chain's folder.
         progress: Called with a line for each step.
-        chain: A finished chain in the folder, which the recipe is to make longer.
+        chain: The finished chain in the folder, where there is one, which the recipe is to make longer.
     """
 
     def __init__(self, recipe: Recipe, target: Path, progress: Callable[[str], None], chain: Chain | None = None) -> None:
-        self.recipe, self.target, self.progress, self.chain = recipe, target, progress, chain
+        self.recipe, self.target, self.progress = recipe, target, progress
+        self.finished = None if chain is None else Finished(chain, recipe)
         self.work = target / _WORK
-        self.builder = ChainBuilder(target, chain_name(target))
+        self.builder = ChainBuilder(target, chain_name(target) if chain is None else chain.name)
         self._check_target()
-        self.source = resolve_checkpoint(recipe.teacher)
+        self.source = resolve_checkpoint(recipe.teacher) if self.finished is None else self.finished.source
         self.teacher_config = read_config(self.source)
         Checkpoint(self.source, self.teacher_config)
         self.stages = plan_stages(recipe, self.source, self.teacher_config)
         teacher = unique_name(shapes.parameter_count(self.teacher_config), [])
         self.begun = Begun(self.work, dependencies(recipe, teacher, self.stages))
         self.begun.check()
-        if chain is not None and not Begun.names(self.work):
-            before = _recipe_of(chain, target)
-            self.begun.check_longer(dependencies(before, teacher, plan_stages(before, self.source, self.teacher_config)))
         self.parts = read_parts(recipe)
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
         size = recipe.data.block_size
         made = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
         self.calibrations = [made[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
         self.dataset = f"{recipe.data.source} (calibration)"
-        self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.stages}
-        check_stages(recipe, self.stages, self.teacher_config, self.rows, self.tokenizers)
+        done = 0 if self.finished is None else len(self.finished.names) - 1
+        self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.stages[done:]}
+        above = self.teacher_config if self.finished is None else read_config(self.builder.anchor_folder(self.finished.names[-1]))
+        check_stages(recipe, self.stages[done:], above, self.rows, self.tokenizers[done:])
 
     def _place(self, name: str) -> int:
         """An anchor's place: 0 for the teacher."""
@@ -145,42 +142,52 @@ class _Run:
 
     def _check_target(self) -> None:
         """Refuse a folder that is something else."""
-        if self.chain is None and not Begun.names(self.work) and self.target.exists() and (not self.target.is_dir() or any(path != self.work for path in self.target.iterdir())):
+        if self.finished is None and not Begun.names(self.work) and self.target.exists() and (not self.target.is_dir() or any(path != self.work for path in self.target.iterdir())):
             raise StorageError(f"{self.target} already exists and is no run of a recipe; choose another folder or remove it")
 
     def carry_out(self) -> None:
         self._check_target()  # once more, now that no other process can change it
-        if self.chain is not None and not Begun.names(self.work):
-            self._take_up(self.chain)
-        anchors = [self._teacher()]
-        links: list[Link] = []
-        large = self._load(anchors[0].name)
-        for stage in self.stages:
+        anchors, links = ([self._teacher()], []) if self.finished is None else self._made(self.finished)
+        large = self._load(anchors[-1].name)
+        for stage in self.stages[len(anchors) - 1 :]:
             small, cut, importance = self._anchor(stage, large, anchors)
             links.append(self._link(stage, small, large, cut, importance, anchors))
             large = small
         self._clear()
+        if self.finished is None:
+            repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
+            teacher: Teacher | None = Teacher(repo_id=repo, parameters=anchors[0].parameters, license=license_of(self.source))
+        else:
+            self.finished.check_unchanged()
+            teacher = self.finished.chain.manifest.teacher
         write_text(self.target / "recipe.yaml", self.recipe.to_yaml())
-        parent = anchors[0]
-        repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
-        self.builder.finish(anchors, links, Teacher(repo_id=repo, parameters=parent.parameters, license=license_of(self.source)))
+        self.builder.finish(anchors, links, teacher)
 
-    def _take_up(self, chain: Chain) -> None:
-        """Make a finished chain an unfinished run of the longer recipe: what it says of its anchors goes back into the work folder, what is begun at last."""
-        for anchor in chain.anchors:
-            self._remember(f"{anchor.name}.evaluation", anchor.evaluations[0].model_dump())
-            if anchor.training is not None:
-                self._remember(f"{anchor.name}.training", anchor.training.model_dump())
-        for link in chain.manifest.links:
-            self._remember(f"{link.small}.link", link.model_dump())
-        for anchor in chain.anchors:
-            self.begun.note(anchor.name)
+    def _made(self, finished: Finished) -> tuple[list[Anchor], list[Link]]:
+        """A finished chain's anchors and links, once its files and the calibration text are what they were."""
+        finished.check_unchanged()  # since it was opened, by a process that was before this one
+        anchors = finished.anchors()
+        finished.check_text(Evaluation(**self._evaluation(self._load(anchors[-1].name), anchors[-1].name)))
+        if any(stage.bridged for stage in self.stages):  # across a bridge losses are compared in bits per byte
+            for place, anchor in enumerate(anchors):
+                if anchor.evaluations and anchor.evaluations[0].bits_per_byte is None:
+                    measured = Evaluation(**self._evaluation(self._load(anchor.name), anchor.name))
+                    first = anchor.evaluations[0].model_copy(update={"bits_per_byte": measured.bits_per_byte})
+                    anchors[place] = anchor.model_copy(update={"evaluations": [first, *anchor.evaluations[1:]]})
+        return anchors, list(finished.chain.manifest.links)
 
     def _clear(self) -> None:
-        """Remove what a run that was killed while it wrote has left."""
-        for pattern in ("anchors/.*", "chunks/.*", ".recipe.yaml.*", ".README.md.*", ".chain.json.*"):
-            for path in self.target.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Remove what a run that was killed while it wrote has left: by the names under which it writes, and nothing else that is hidden."""
+        names = [*(stage.name for stage in self.stages), *(path.name for path in self.target.glob("anchors/*"))]
+        ours = {
+            self.target: ("recipe.yaml", "README.md", "chain.json", *TOKENIZER_FILES), self.target / "anchors": (*names, *(f"{name}.{METRICS}" for name in names)),
+            self.target / "chunks": tuple(f"{name}.json" for name in names),
+        }
+        for folder, files in ours.items():
+            written = re.compile(rf"\.({'|'.join(map(re.escape, files))})\.[a-z0-9_]{{8}}")  # as tempfile names it
+            for path in folder.glob(".*"):
+                if written.fullmatch(path.name) and not path.is_symlink():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _load(self, name: str) -> Any:
         return load_model(self.builder.anchor_folder(name), torch.float32).to(best_device())
@@ -227,9 +234,9 @@ class _Run:
         if stage.checkpoint is not None and stage.size is not None and not stage.bridged:  # only now is the shape above it known for sure
             source = resolve_checkpoint(stage.checkpoint)
             check_pair(parent.parameters, self.builder.anchor_folder(parent.name), large.config, stage.size, source, read_config(source))
-        if stage.own and folder.exists() and (self.work / f"{stage.name}.link.json").is_file():  # nothing is left to do with its cut
-            maps = self.builder.maps(stage.name)
-        elif stage.own:
+        if folder.exists() and not (self.work / f"{stage.name}.training.json").is_file():
+            raise StorageError(f"{folder} is there, and {self.work} does not say how it was made; remove it to make the anchor anew")
+        if stage.own:
             importance = measure_importance(large, self.calibrations[self._place(stage.name)].blocks)
             cut = self._cut(stage, large, importance, parent)
             maps = self.builder.save_kept(stage.name, cut.kept)
@@ -239,7 +246,7 @@ class _Run:
         entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small, stage.name))
         result = json.loads((self.work / f"{stage.name}.training.json").read_text())
         anchors.append(self.builder.record(
-            stage.name, origin=stage.origin, parent=parent.name if stage.own else None, maps=maps,
+            stage.name, origin=stage.origin, parent=None if cut is None else parent.name, maps=maps,
             training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256(), objective=result.get("objective")),
             evaluations=[Evaluation(**entry)],
         ))

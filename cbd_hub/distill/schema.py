@@ -249,6 +249,11 @@ class Recipe(_Strict):
         own = {key: value for key, value in self.stages.get(anchor_key(anchor), {}).items() if key in StageData.model_fields}
         return StageData.model_validate({"text_data": self.text_data, **own})
 
+    def beginning(self, anchors: int) -> Recipe:
+        """The same recipe of its first anchors alone."""
+        keys = {anchor_key(anchor) for anchor in self.anchors[:anchors]}
+        return self.model_copy(update={"anchors": self.anchors[:anchors], "stages": {key: stage for key, stage in self.stages.items() if key in keys}})
+
     def sha256(self) -> str:
         """Hash of what the recipe says, however it is written."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()

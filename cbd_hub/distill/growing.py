@@ -1,0 +1,114 @@
+"""A finished chain that the recipe which made it, with further anchors at the end of its list, makes longer."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cbd_hub.distill.begun import difference
+from cbd_hub.distill.schema import Recipe
+from cbd_hub.errors import DataError, RecipeError, StorageError
+
+
+if TYPE_CHECKING:
+    from cbd_hub.chain import Chain
+    from cbd_hub.manifest import Anchor, Evaluation
+
+
+_SAME = 1e-3  # nats per token: more than another machine or version moves the loss of the same model on the same text, and its error
+
+
+def made_by(chain: Chain, recipe: Recipe) -> bool:
+    """Whether a recipe, as it is, made a chain."""
+    return any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors)
+
+
+class Finished:
+    """A chain that is to be made longer: its anchors, links and files stay as they are, and the chain is what it was until the new one is written.
+
+    Args:
+        chain: The chain, in a local folder.
+        recipe: A recipe that begins as the one that made it.
+
+    Raises:
+        RecipeError: If the recipe is another one, or the chain is not of one recipe.
+        StorageError: If its anchors do not lie in its folder.
+    """
+
+    def __init__(self, chain: Chain, recipe: Recipe) -> None:
+        self.chain, self.recipe = chain, recipe
+        root, made = chain.files.root, chain.anchors[1:]
+        strange = [anchor.name for anchor in made if anchor.training is None or anchor.training.recipe_sha256 is None]
+        makers = {anchor.training.recipe_sha256 for anchor in made if anchor.training is not None}
+        if strange or len(makers) > 1:
+            raise RecipeError(f"{root} holds a chain whose anchors are not all of one recipe{f' ({strange[0]} is of none)' if strange else ''}, so that none makes it longer; choose another folder")
+        if any(anchor.location.repo_id != "." for anchor in chain.anchors):
+            raise StorageError(f"the anchors of {root} lie in repos of their own; fetch the chain with cbd pull, and make that one longer")
+        first = recipe.beginning(len(made))
+        if first.sha256() not in makers:
+            raise RecipeError(
+                f"{root} holds a chain made by another recipe{self._differs(first, makers)}; to make the chain longer give its own recipe with further anchors at the end of the list, or choose "
+                "another folder"
+            )
+
+    @property
+    def source(self) -> Path:
+        """The folder of its largest anchor, which is the teacher's copy."""
+        return self.chain.files.root / "anchors" / self.chain.anchors[0].name
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its anchors."""
+        return [anchor.name for anchor in self.chain.anchors]
+
+    def anchors(self) -> list[Anchor]:
+        """Its anchors as the longer recipe's, their files checked.
+
+        Raises:
+            IntegrityError: If a file is missing or differs from its record.
+        """
+        found = []
+        for anchor in self.chain.anchors:
+            for name in anchor.files:
+                self.chain.files.checked(anchor, name)
+            for record in (anchor.maps, anchor.chunks):
+                if record is not None:
+                    self.chain.files.side_file(record)
+            training = anchor.training and anchor.training.model_copy(update={"recipe_sha256": self.recipe.sha256()})
+            found.append(anchor.model_copy(update={"training": training}))
+        return found
+
+    def check_text(self, measured: Evaluation) -> None:
+        """Refuse calibration text on which its smallest anchor has not the loss that is on record.
+
+        Raises:
+            DataError: If it is other text.
+        """
+        smallest = self.chain.anchors[-1]
+        recorded = next((entry for entry in smallest.evaluations if entry.dataset == measured.dataset), None)
+        if recorded is not None and (
+            recorded.tokens != measured.tokens or abs(recorded.loss - measured.loss) > _SAME or abs((recorded.stderr or 0.0) - (measured.stderr or 0.0)) > _SAME
+        ):
+            raise DataError(
+                f"{measured.dataset} is not the text that {self.chain.files.root} was measured on: anchor {smallest.name} has {measured.loss:.3f} nats on {measured.tokens:,} tokens of it, and "
+                f"{recorded.loss:.3f} on {recorded.tokens:,} are recorded; put the text back, or choose another folder"
+            )
+
+    def check_unchanged(self) -> None:
+        """Refuse to replace a chain.json that somebody changed meanwhile.
+
+        Raises:
+            StorageError: If it was changed.
+        """
+        if type(self.chain).from_pretrained(self.chain.files.root).manifest != self.chain.manifest:
+            raise StorageError(f"{self.chain.files.root} was changed while it was made longer; run again to see whether it still can be")
+
+    def _differs(self, recipe: Recipe, makers: set[str | None]) -> str:
+        """In what a recipe differs from the chain's own, as far as its folder tells."""
+        with suppress(RecipeError):
+            own = Recipe.read(self.chain.files.root / "recipe.yaml")
+            changed = difference(own.model_dump(), recipe.model_dump()) if own.sha256() in makers else None
+            if changed is not None:
+                return f", with {changed[0]}={changed[1]!r} where this one has {changed[2]!r}"
+        return ""
