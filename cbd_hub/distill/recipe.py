@@ -166,6 +166,7 @@ class _Run:
     def _made(self, finished: Finished) -> tuple[list[Anchor], list[Link]]:
         """A finished chain's anchors and links, once its files and the calibration text are what they were."""
         finished.check_unchanged()  # since it was opened, by a process that was before this one
+        self.progress(f"{self.target} has {', '.join(finished.names)}, which stay")
         anchors = finished.anchors()
         finished.check_text(Evaluation(**self._evaluation(self._load(anchors[-1].name), anchors[-1].name)))
         if any(stage.bridged for stage in self.stages):  # across a bridge losses are compared in bits per byte
