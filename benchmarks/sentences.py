@@ -188,9 +188,10 @@ def headline(data: dict[str, Any]) -> str:
     words = "below" if most["to_chain"][0] > 0 else "above"
     times = most["tokens"] / (data["stage_tokens"] * (len(data["anchors"]) - 1))
     own = sorted(row["chain_to_alone"][0] for row in data["sizes"])
+    beside = f"{-own[-1]:.2f} to {-own[0]:.2f} below" if own[-1] < 0 else f"{own[0]:+.2f} to {own[-1]:+.2f} from"
     return (
         f"{format_size(data['parameters'])} of a chain of {', '.join(data['anchors'])} ({data['stage_tokens']:,} tokens a stage), without a training step, stands {abs(most['to_chain'][0]):.2f} ± "
-        f"{most['to_chain'][1]:.2f} nats {words} the same shape trained from scratch on {times:.0f} times the chain's tokens; {len(own)} of its sizes stand {own[0]:+.2f} to {own[-1]:+.2f} from the same shapes distilled "
+        f"{most['to_chain'][1]:.2f} nats {words} the same shape trained from scratch on {times:.0f} times the chain's tokens; {len(own)} of its sizes stand {beside} the same shapes distilled "
         f"each on its own with a stage's tokens. The chain costs less than those from {cross['tokens']} sizes on in tokens, and from {cross['seconds']} on in seconds, its measuring included."
     )
 
