@@ -96,10 +96,12 @@ def distill(
     hush_bars()
     read = Recipe.read(recipe)
     if dry_run:
+        from cbd_hub.chain import Chain
         from cbd_hub.distill.dry_run import dry_run as estimate
         from cbd_hub.distill.stages import read_parts
         parts = read_parts(read)
-        costs = estimate(read, (lambda line: None) if as_json else lambda line: err.print(escape(line)), parts=parts)
+        chain = Chain.from_pretrained(out_dir) if out_dir is not None and (out_dir / "chain.json").is_file() else None
+        costs = estimate(read, (lambda line: None) if as_json else lambda line: err.print(escape(line)), parts=parts, chain=chain)
         show_costs(costs, parts, as_json)
         return
     if out_dir is None:

@@ -84,6 +84,9 @@ def show_costs(costs: list[Any], parts: Any, as_json: bool) -> None:
     if as_json:
         print_json({"stages": [{**dataclasses.asdict(cost), "seconds": cost.seconds, "shape": cost.shape.model_dump()} for cost in costs], "documents": counts})
         return
+    if not costs:
+        out.print("the chain is whole: nothing is left to train")
+        return
     table_of("Stages, reckoned from steps timed on a few layers", [
         {
             "anchor": cost.anchor, "shape": cost.shape.text, "size": cost.size, "steps": cost.steps, "tokens": cost.tokens,

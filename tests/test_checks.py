@@ -8,8 +8,10 @@ import torch
 import yaml
 from conftest import recipe as make_recipe
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from cbd_hub import distill_chain
+from cbd_hub import Chain, distill_chain
+from cbd_hub.cli import app
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.cache_command import cache_text
 from cbd_hub.distill.dry_run import dry_run
@@ -154,6 +156,22 @@ def test_a_dry_run_with_a_cache_counts_no_teacher(tmp_path):
     cache_text(plain["teacher"], tmp_path / "cache", recipe=written(tmp_path, plain), top_k=4, quiet=True)
     cached = dry_run(Recipe.parse({**plain, "stage": {**plain["stage"], "teacher_cache": str(tmp_path / "cache")}}))[0]
     assert cached.memory < live.memory - 3 * 4 * 10_000
+
+
+def test_a_dry_run_on_a_finished_chain_reckons_what_is_new(tmp_path):
+    plain = make_recipe(tmp_path, "llama", ANCHORS)
+    path = written(tmp_path, plain)
+    whole = dry_run(Recipe.parse(plain))
+    chain = distill_chain({**plain, "anchors": ANCHORS[:1]}, tmp_path / "chain")
+    (new,) = dry_run(Recipe.parse(plain), chain=chain)
+    assert (new.anchor, new.shape, new.memory) == (whole[1].anchor, whole[1].shape, whole[1].memory)
+    done = CliRunner().invoke(app, ["distill", str(path), "--dry-run", "--out", str(tmp_path / "chain"), "--json"])
+    assert [stage["anchor"] for stage in json.loads(done.stdout)["stages"]] == [new.anchor]
+    distill_chain(plain, tmp_path / "chain")
+    done = CliRunner().invoke(app, ["distill", str(path), "--dry-run", "--out", str(tmp_path / "chain")])
+    assert (done.exit_code, "nothing is left to train" in done.output) == (0, True)
+    with pytest.raises(RecipeError, match="made by another recipe"):
+        dry_run(Recipe.parse({**plain, "seed": 1}), chain=Chain.from_pretrained(tmp_path / "chain"))
 
 
 def test_wrong_rows_are_named_by_their_line(tmp_path):

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -22,6 +22,7 @@ from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.data import Parts
 from cbd_hub.distill.distiller import ChainDistiller
+from cbd_hub.distill.growing import Finished
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import (
     CALIBRATION_TOKENS,
@@ -42,6 +43,10 @@ from cbd_hub.manifest import Shape
 from cbd_hub.measure import ORDER_TOKENS, ORDER_TRIALS, SHARES
 from cbd_hub.precision import best_device
 from cbd_hub.weights import load_tokenizer, model_class
+
+
+if TYPE_CHECKING:
+    from cbd_hub.chain import Chain
 
 
 _DEEP = 5  # layers of the deeper trial
@@ -86,7 +91,7 @@ class StageCost:
         return self.training + self.measuring
 
 
-def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None, *, parts: Parts | None = None) -> list[StageCost]:
+def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None, *, parts: Parts | None = None, chain: Chain | None = None) -> list[StageCost]:
     """Estimate every stage of a recipe without training.
 
     A step of the stage's own kind and batch is timed with models of its width, random weights and one or five layers, on this machine; time
@@ -97,16 +102,20 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None,
         recipe: The recipe.
         progress: Called with a line before each trial.
         parts: The recipe's documents, where they have been read already.
+        chain: A finished chain that the recipe is to make longer: only what is new is reckoned.
 
     Raises:
         CBDError: If the recipe cannot be carried out.
     """
-    source = resolve_checkpoint(recipe.teacher)
+    finished = None if chain is None else Finished(chain, recipe)
+    source = resolve_checkpoint(recipe.teacher) if finished is None else finished.source
     config = read_config(source)
     stages = plan_stages(recipe, source, config)
     split, tokenizers = read_parts(recipe) if parts is None else parts, stage_tokenizers(stages, load_tokenizer(source))
     for tokenizer in tokenizers:
         calibration_of(split, tokenizer, recipe.data.block_size)
+    if finished is not None:
+        stages, tokenizers, config = stages[finished.stages :], tokenizers[finished.stages :], finished.config
     check_stages(recipe, stages, config, {stage.name: stage_rows(recipe, stage.anchor, split) for stage in stages}, tokenizers)
     costs = []
     for stage in stages:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cbd_hub.configs import read_config
 from cbd_hub.distill.begun import difference
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.errors import DataError, RecipeError, StorageError
@@ -61,6 +62,16 @@ class Finished:
     def names(self) -> list[str]:
         """The names of its anchors."""
         return [anchor.name for anchor in self.chain.anchors]
+
+    @property
+    def stages(self) -> int:
+        """How many of the recipe's stages are done."""
+        return len(self.chain.anchors) - 1
+
+    @property
+    def config(self) -> Any:
+        """The config of its smallest anchor, from which the longer recipe goes on."""
+        return read_config(self.chain.files.root / "anchors" / self.chain.anchors[-1].name)
 
     def anchors(self) -> list[Anchor]:
         """Its anchors as the longer recipe's, their files checked.

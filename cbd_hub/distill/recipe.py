@@ -131,9 +131,8 @@ class _Run:
         made = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
         self.calibrations = [made[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
         self.dataset = f"{recipe.data.source} (calibration)"
-        done = 0 if self.finished is None else len(self.finished.names) - 1
+        done, above = (0, self.teacher_config) if self.finished is None else (self.finished.stages, self.finished.config)
         self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.stages[done:]}
-        above = self.teacher_config if self.finished is None else read_config(self.builder.anchor_folder(self.finished.names[-1]))
         check_stages(recipe, self.stages[done:], above, self.rows, self.tokenizers[done:])
 
     def _place(self, name: str) -> int:
