@@ -239,8 +239,8 @@ class ChainBuilder:
             training=training, evaluations=list(evaluations), license=license,
         )
 
-    def finish(self, anchors: list[Anchor], links: list[Link], teacher: Teacher | None) -> Manifest:
-        """Write the tokenizer, the card (around it what people wrote into one that is there) and at last chain.json."""
+    def finish(self, anchors: list[Anchor], links: list[Link], teacher: Teacher | None, *, recipe: str | None = None) -> Manifest:
+        """Write the tokenizer, the card (around it what people wrote into one that is there), the recipe where there is one, and at last chain.json."""
         manifest = Manifest(
             name=self.name, created_with=f"cbd_hub {version('cbd-hub')}", teacher=teacher, anchors=anchors, links=links
         )
@@ -248,7 +248,9 @@ class ChainBuilder:
             if name in anchors[0].files:
                 write_bytes(self.root / name, (self.anchor_folder(anchors[0].name) / name).read_bytes())
         card = self.root / "README.md"
-        write_text(card, merge_card(read_card(card), chain_card(manifest, recipe=(self.root / "recipe.yaml").is_file())))
+        write_text(card, merge_card(read_card(card), chain_card(manifest, recipe=recipe is not None or (self.root / "recipe.yaml").is_file())))
+        if recipe is not None:
+            write_text(self.root / "recipe.yaml", recipe)
         write_text(self.root / FILE_NAME, manifest.to_json())
         return manifest
 

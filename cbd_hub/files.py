@@ -24,6 +24,7 @@ from cbd_hub.errors import CBDError, IntegrityError, StorageError
 
 
 CHUNK_BYTES = 4 * 2**20
+ASIDE = ".cbd-part"  # ends the name of what is being written
 _LAST = "chain.json"  # a chain that has one is whole
 
 
@@ -62,7 +63,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         # A folder that is there already may be a mount point, which cannot be replaced: what is made moves into it.
         place = target if target.is_dir() else target.parent
         place.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ASIDE, dir=place))
         staging.chmod(0o755)
         yield staging
         if place == target:
@@ -123,7 +124,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=ASIDE, dir=path.parent)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(data)

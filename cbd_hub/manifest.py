@@ -425,3 +425,8 @@ def inside(folder: Path, relative: str) -> Path:
     if os.path.commonpath([root, path]) != root:
         raise ManifestError(f"{folder / relative} leads out of the chain's folder; it is refused")
     return Path(path)
+
+
+def public(text: str) -> str:
+    """A text that names no folder of this machine: of a path its last part stays."""
+    return re.sub(r"^(?:[~/]|[A-Za-z]:\\\\?).*[/\\](?=[^/\\]+$)", "", text)

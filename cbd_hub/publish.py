@@ -8,7 +8,6 @@ was killed goes on when it is started again: what is there already is not sent a
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
-from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape
+from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape, public
 from cbd_hub.plans import anchor_config
 from cbd_hub.sizes import format_bytes
 from cbd_hub.upload import Content, Publication, Publisher, Repo, Say
@@ -245,7 +244,7 @@ def _anchor_facts(anchor: Anchor, recipe: dict[str, Any] | None) -> dict[str, st
     if anchor.training is not None:
         data = (recipe or {}).get("data")
         if isinstance(data, dict) and (source := data.get("dataset") or data.get("path")):
-            facts["data"] = ", ".join(_public(str(part)) for part in (source if isinstance(source, list) else [source]))
+            facts["data"] = ", ".join(public(str(part)) for part in (source if isinstance(source, list) else [source]))
         facts |= {} if anchor.training.objective is None else {"learned by": anchor.training.objective}
         facts["training tokens"] = f"{anchor.training.tokens:,}"
     if anchor.evaluations:
@@ -260,16 +259,11 @@ def _shape_facts(shape: Shape, family: str) -> dict[str, str]:
     return {"shape": text, "family": family}
 
 
-def _public(text: str) -> str:
-    """A text that names no folder of this machine: of a path its last part stays."""
-    return re.sub(r"^(?:[~/]|[A-Za-z]:\\\\?).*[/\\](?=[^/\\]+$)", "", text)
-
-
 def _without_places(manifest: Manifest) -> Manifest:
     """A manifest that names no folder of this machine."""
     values = json.loads(manifest.to_json())
     for entry in (*(entry for anchor in values["anchors"] for entry in anchor["evaluations"]), *(point for link in values["links"] for point in link["curve"])):
-        entry["dataset"] = _public(entry["dataset"])
+        entry["dataset"] = public(entry["dataset"])
     if values["teacher"] is not None and not is_repo_id(values["teacher"]["repo_id"] or ""):
         values["teacher"]["repo_id"] = None
     return Manifest.parse(values, "the chain")

@@ -160,7 +160,7 @@ def test_a_chain_recommends_what_is_no_trough(tmp_path, monkeypatch, capsys):
     assert (code, said.count("\n")) == (0, 1)
     assert said.startswith("warning: ")
     assert f"{chord.losses[0]:.3f} nats per token" in printed
-    assert "Mind: " in chain_card(Chain.from_pretrained(tmp_path / "chain").manifest)
+    assert "Note: " in chain_card(Chain.from_pretrained(tmp_path / "chain").manifest)
 
 
 AXES = st.tuples(st.integers(2, 40), st.integers(2, 24), st.integers(8, 64))  # layers, widths in steps of 64

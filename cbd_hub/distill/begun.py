@@ -42,10 +42,11 @@ class Begun:
     Args:
         work: The run's work folder.
         wanted: What each anchor depends on, by the recipe as it is now.
+        made: The anchors of a finished chain that is made longer, of which nothing is to be begun.
     """
 
-    def __init__(self, work: Path, wanted: Mapping[str, dict[str, Any]]) -> None:
-        self._work, self._wanted = work, wanted
+    def __init__(self, work: Path, wanted: Mapping[str, dict[str, Any]], made: Sequence[str] = ()) -> None:
+        self._work, self._wanted, self._made = work, wanted, made
 
     @staticmethod
     def names(work: Path) -> set[str]:
@@ -63,19 +64,24 @@ class Begun:
             RecipeError: Naming the anchor and the key.
         """
         root = self._work.parent
-        found = self.names(self._work)
-        for name in (name for name in [*self._wanted, *sorted(found)] if name in found):  # in the order of the chain
-            anchor = root / "anchors" / name
-            if (root / "chain.json").is_file():  # it is being made longer
-                anew = f"remove {self._work}{f' and {anchor}' if anchor.exists() else ''} to begin anew what makes the chain longer"
+        found = self.names(self._work) - {*self._made}
+        order = list(dict.fromkeys(name for name in [*self._wanted, *sorted(found)] if name in found))  # that of the chain
+        for place, name in enumerate(order):
+            if self._made or not (root / "anchors" / name).exists():  # with all that learned from it
+                anew = f"remove {' and '.join(path for below in order[place:] for path in self._paths(below))} to begin it anew"
             else:
-                anew = f"remove {root}" if anchor.exists() else f"remove {self._work / name} and {self._work / name}.* to begin it anew"
+                anew = f"remove {root}"
             if name not in self._wanted:
                 raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
             changed = difference(json.loads((self._work / f"{name}{_SUFFIX}").read_text()), self._wanted[name])
             if changed is not None:
                 key, old, new = changed
                 raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
+
+    def _paths(self, name: str) -> list[str]:
+        """What there is of an anchor that is begun."""
+        anchor = self._work.parent / "anchors" / name
+        return [*([str(anchor)] if anchor.exists() else []), str(self._work / name), f"{self._work / name}.*"]
 
 
 def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.data import Parts
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.growing import Finished
+from cbd_hub.distill.growing import Finished, made_by
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import (
     CALIBRATION_TOKENS,
@@ -107,10 +107,12 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None,
     Raises:
         CBDError: If the recipe cannot be carried out.
     """
+    if chain is not None and made_by(chain, recipe):
+        return []
     finished = None if chain is None else Finished(chain, recipe)
-    source = resolve_checkpoint(recipe.teacher) if finished is None else finished.source
+    source, *made = [resolve_checkpoint(recipe.teacher)] if finished is None else finished.folders
     config = read_config(source)
-    stages = plan_stages(recipe, source, config)
+    stages = plan_stages(recipe, source, config, made)
     split, tokenizers = read_parts(recipe) if parts is None else parts, stage_tokenizers(stages, load_tokenizer(source))
     for tokenizer in tokenizers:
         calibration_of(split, tokenizer, recipe.data.block_size)

@@ -10,6 +10,7 @@ from cbd_hub.configs import read_config
 from cbd_hub.distill.begun import difference
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.errors import DataError, RecipeError, StorageError
+from cbd_hub.manifest import public
 
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ _SAME = 1e-3  # nats per token: more than another machine or version moves the l
 def made_by(chain: Chain, recipe: Recipe) -> bool:
     """Whether a recipe, as it is, made a chain."""
     return any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors)
+
+
+def _loss(entry: Evaluation) -> str:
+    return f"{entry.loss:.4f}{'' if entry.stderr is None else f' ± {entry.stderr:.4f}'} nats on {entry.tokens:,} tokens"
 
 
 class Finished:
@@ -54,9 +59,9 @@ class Finished:
             )
 
     @property
-    def source(self) -> Path:
-        """The folder of its largest anchor, which is the teacher's copy."""
-        return self.chain.files.root / "anchors" / self.chain.anchors[0].name
+    def folders(self) -> list[Path]:
+        """The folders of its anchors; the first is the teacher's copy."""
+        return [self.chain.files.root / "anchors" / name for name in self.names]
 
     @property
     def names(self) -> list[str]:
@@ -71,7 +76,7 @@ class Finished:
     @property
     def config(self) -> Any:
         """The config of its smallest anchor, from which the longer recipe goes on."""
-        return read_config(self.chain.files.root / "anchors" / self.chain.anchors[-1].name)
+        return read_config(self.folders[-1])
 
     def anchors(self) -> list[Anchor]:
         """Its anchors as the longer recipe's, their files checked.
@@ -90,20 +95,26 @@ class Finished:
             found.append(anchor.model_copy(update={"training": training}))
         return found
 
+    def dataset(self, name: str) -> str:
+        """What the chain calls its calibration text: a published one without its folder."""
+        known = [entry.dataset for anchor in self.chain.anchors for entry in anchor.evaluations]
+        return name if name in known else next((entry for entry in known if public(entry) == public(name)), name)
+
     def check_text(self, measured: Evaluation) -> None:
         """Refuse calibration text on which its smallest anchor has not the loss that is on record.
 
         Raises:
-            DataError: If it is other text.
+            DataError: If it is other text, or the chain has no loss on text of that name.
         """
         smallest = self.chain.anchors[-1]
         recorded = next((entry for entry in smallest.evaluations if entry.dataset == measured.dataset), None)
-        if recorded is not None and (
-            recorded.tokens != measured.tokens or abs(recorded.loss - measured.loss) > _SAME or abs((recorded.stderr or 0.0) - (measured.stderr or 0.0)) > _SAME
-        ):
+        if recorded is None:
+            raise DataError(f"anchor {smallest.name} of {self.chain.files.root} has no loss on {measured.dataset}, so that new ones cannot be set beside it; choose another folder")
+        pairs = [(recorded.loss, measured.loss), *([] if recorded.stderr is None or measured.stderr is None else [(recorded.stderr, measured.stderr)])]
+        if recorded.tokens != measured.tokens or any(abs(old - new) > _SAME for old, new in pairs):
             raise DataError(
-                f"{measured.dataset} is not the text that {self.chain.files.root} was measured on: anchor {smallest.name} has {measured.loss:.3f} nats on {measured.tokens:,} tokens of it, and "
-                f"{recorded.loss:.3f} on {recorded.tokens:,} are recorded; put the text back, or choose another folder"
+                f"{measured.dataset} is not the text that {self.chain.files.root} was measured on: anchor {smallest.name} has {_loss(measured)} of it, and {_loss(recorded)} are recorded; put the text "
+                "back, or choose another folder"
             )
 
     def check_unchanged(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.errors import ArgumentError, CBDError, RecipeError, StorageError, TrainingError, one_line
 from cbd_hub.evaluation import bits_per_byte, document_losses
-from cbd_hub.files import disk_error, held, staged_folder, write_text
+from cbd_hub.files import ASIDE, disk_error, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.interpolation.planner import Kept
@@ -67,9 +66,11 @@ def distill_chain(
 
     Raises:
         ArgumentError: If a launcher has started several processes.
-        RecipeError: If the recipe is wrong, or asks otherwise for what the folder's run has begun.
-        DataError: If the text is missing, empty or too short.
-        StorageError: If the folder is in the way or another process writes it, or the disk is full.
+        RecipeError: If the recipe is wrong, asks otherwise for what the folder's run has begun, or is not that of the chain in the folder.
+        DataError: If the text is missing, empty or too short, or not the one that the chain in the folder was measured on.
+        IntegrityError: If a file of that chain is missing or differs from its record.
+        ManifestError: If its chain.json is refused.
+        StorageError: If the folder is in the way, another process writes or has changed it, its anchors lie in repos of their own, or the disk is full.
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ArgumentError(
@@ -118,19 +119,21 @@ class _Run:
         self.work = target / _WORK
         self.builder = ChainBuilder(target, chain_name(target) if chain is None else chain.name)
         self._check_target()
-        self.source = resolve_checkpoint(recipe.teacher) if self.finished is None else self.finished.source
+        self.source, *made = [resolve_checkpoint(recipe.teacher)] if self.finished is None else self.finished.folders
         self.teacher_config = read_config(self.source)
         Checkpoint(self.source, self.teacher_config)
-        self.stages = plan_stages(recipe, self.source, self.teacher_config)
+        self.stages = plan_stages(recipe, self.source, self.teacher_config, made)
         teacher = unique_name(shapes.parameter_count(self.teacher_config), [])
-        self.begun = Begun(self.work, dependencies(recipe, teacher, self.stages))
+        self.begun = Begun(self.work, dependencies(recipe, teacher, self.stages), [] if self.finished is None else self.finished.names)
         self.begun.check()
         self.parts = read_parts(recipe)
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
         size = recipe.data.block_size
-        made = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
-        self.calibrations = [made[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
+        texts = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
+        self.calibrations = [texts[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
         self.dataset = f"{recipe.data.source} (calibration)"
+        if self.finished is not None:
+            self.dataset = self.finished.dataset(self.dataset)
         done, above = (0, self.teacher_config) if self.finished is None else (self.finished.stages, self.finished.config)
         self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.stages[done:]}
         check_stages(recipe, self.stages[done:], above, self.rows, self.tokenizers[done:])
@@ -145,10 +148,17 @@ class _Run:
             raise StorageError(f"{self.target} already exists and is no run of a recipe; choose another folder or remove it")
 
     def carry_out(self) -> None:
+        if self.finished is None and (self.target / "chain.json").is_file():
+            raise StorageError(f"{self.target} was finished by another process meanwhile; run again")
         self._check_target()  # once more, now that no other process can change it
+        done = 0 if self.finished is None else self.finished.stages
+        folders = {stage.name: self.builder.anchor_folder(stage.name) for stage in self.stages[done:]}
+        unknown = [str(folder) for name, folder in folders.items() if folder.exists() and not (self.work / f"{name}.training.json").is_file()]
+        if unknown:
+            raise StorageError(f"{self.work} does not say how {' and '.join(unknown)} came about; remove {'it' if len(unknown) == 1 else 'them'} to make that anew")
         anchors, links = ([self._teacher()], []) if self.finished is None else self._made(self.finished)
         large = self._load(anchors[-1].name)
-        for stage in self.stages[len(anchors) - 1 :]:
+        for stage in self.stages[done:]:
             small, cut, importance = self._anchor(stage, large, anchors)
             links.append(self._link(stage, small, large, cut, importance, anchors))
             large = small
@@ -159,8 +169,15 @@ class _Run:
         else:
             self.finished.check_unchanged()
             teacher = self.finished.chain.manifest.teacher
-        write_text(self.target / "recipe.yaml", self.recipe.to_yaml())
-        self.builder.finish(anchors, links, teacher)
+        self.builder.finish(anchors, links, teacher, recipe=self._recipe_text())
+
+    def _recipe_text(self) -> str:
+        """What recipe.yaml is to hold: in its own words where it says the same already."""
+        file = self.target / "recipe.yaml"
+        with suppress(RecipeError):
+            if file.is_file() and Recipe.read(file).sha256() == self.recipe.sha256():
+                return file.read_text(encoding="utf-8")
+        return self.recipe.to_yaml()
 
     def _made(self, finished: Finished) -> tuple[list[Anchor], list[Link]]:
         """A finished chain's anchors and links, once its files and the calibration text are what they were."""
@@ -170,24 +187,24 @@ class _Run:
         finished.check_text(Evaluation(**self._evaluation(self._load(anchors[-1].name), anchors[-1].name)))
         if any(stage.bridged for stage in self.stages):  # across a bridge losses are compared in bits per byte
             for place, anchor in enumerate(anchors):
-                if anchor.evaluations and anchor.evaluations[0].bits_per_byte is None:
-                    measured = Evaluation(**self._evaluation(self._load(anchor.name), anchor.name))
-                    first = anchor.evaluations[0].model_copy(update={"bits_per_byte": measured.bits_per_byte})
-                    anchors[place] = anchor.model_copy(update={"evaluations": [first, *anchor.evaluations[1:]]})
+                entries = list(anchor.evaluations)
+                for at, entry in enumerate(entries):
+                    if entry.dataset == self.dataset and entry.bits_per_byte is None:
+                        bits = self._evaluation(self._load(anchor.name), anchor.name)["bits_per_byte"]
+                        entries[at] = entry.model_copy(update={"bits_per_byte": bits})
+                anchors[place] = anchor.model_copy(update={"evaluations": entries})
         return anchors, list(finished.chain.manifest.links)
 
     def _clear(self) -> None:
         """Remove what a run that was killed while it wrote has left: by the names under which it writes, and nothing else that is hidden."""
-        names = [*(stage.name for stage in self.stages), *(path.name for path in self.target.glob("anchors/*"))]
+        names = [unique_name(shapes.parameter_count(self.teacher_config), []), *(stage.name for stage in self.stages)]
         ours = {
             self.target: ("recipe.yaml", "README.md", "chain.json", *TOKENIZER_FILES), self.target / "anchors": (*names, *(f"{name}.{METRICS}" for name in names)),
             self.target / "chunks": tuple(f"{name}.json" for name in names),
         }
         for folder, files in ours.items():
-            written = re.compile(rf"\.({'|'.join(map(re.escape, files))})\.[a-z0-9_]{{8}}")  # as tempfile names it
-            for path in folder.glob(".*"):
-                if written.fullmatch(path.name) and not path.is_symlink():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in (path for name in files for path in folder.glob(f".{name}.*{ASIDE}")):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _load(self, name: str) -> Any:
         return load_model(self.builder.anchor_folder(name), torch.float32).to(best_device())
@@ -234,8 +251,6 @@ class _Run:
         if stage.checkpoint is not None and stage.size is not None and not stage.bridged:  # only now is the shape above it known for sure
             source = resolve_checkpoint(stage.checkpoint)
             check_pair(parent.parameters, self.builder.anchor_folder(parent.name), large.config, stage.size, source, read_config(source))
-        if folder.exists() and not (self.work / f"{stage.name}.training.json").is_file():
-            raise StorageError(f"{folder} is there, and {self.work} does not say how it was made; remove it to make the anchor anew")
         if stage.own:
             importance = measure_importance(large, self.calibrations[self._place(stage.name)].blocks)
             cut = self._cut(stage, large, importance, parent)

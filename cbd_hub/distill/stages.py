@@ -101,8 +101,14 @@ class Stage:
             raise RecipeError(f"{one_line(error)} (stage of anchor {self.wish})") from error
 
 
-def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stage]:
+def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any, made: Sequence[Path] = ()) -> list[Stage]:
     """The stages of a recipe, checked against its teacher before anything is done.
+
+    Args:
+        recipe: The recipe.
+        teacher: The teacher's folder.
+        teacher_config: Its config.
+        made: The folders of the first anchors, where these are made; whatever they were made from is not asked for.
 
     Raises:
         RecipeError: If the anchors do not fall in size from the teacher on, or one cannot be cut from what is above it.
@@ -113,8 +119,15 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any) -> list[Stag
     source, own = (above, teacher, teacher_config), teacher_config
     taken = [unique_name(above, [])]
     stages: list[Stage] = []
-    for wish in recipe.anchors:
+    for place, wish in enumerate(recipe.anchors):
         shape, checkpoint, start, arguments = None, None, None, recipe.stage_arguments(wish)
+        if place < len(made):
+            folder, own = made[place], read_config(made[place])
+            above, whole, exact = shapes.parameter_count(own), shapes.shape_of(own), True
+            source = (above, folder, own)
+            stages.append(Stage(folder.name, wish, str(wish), above, whole, str(folder), arguments))
+            taken.append(folder.name)
+            continue
         if arguments.get("bridge") is not None and not (isinstance(wish, dict) and {"checkpoint", "origin"} & set(wish)):
             with recipe.at(wish):
                 raise RecipeError(
