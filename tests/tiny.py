@@ -197,12 +197,12 @@ def random_kept(small, large, seed):
 class Widest(TorchDispatchMode):
     """While it is entered, the most rows of a vocabulary's width that one tensor had, in ``rows``."""
 
-    def __init__(self):
+    def __init__(self, width=VOCAB):
         super().__init__()
-        self.rows = 0
+        self.width, self.rows = width, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.dim() and made.shape[-1] == VOCAB:
-            self.rows = max(self.rows, made.numel() // VOCAB)
+        if isinstance(made, torch.Tensor) and made.dim() and made.shape[-1] == self.width:
+            self.rows = max(self.rows, made.numel() // self.width)
         return made

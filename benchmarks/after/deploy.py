@@ -71,7 +71,7 @@ def convert(name: str, chain: Path, size: str) -> dict[str, Any]:
     if difference is None:
         raise SystemExit(f"{name} was not converted: {(done.stderr.strip().splitlines() or ['nothing was printed'])[-1]}")
     return {
-        "format": name, "command": f"python examples/{one.script} {one.words}", "megabytes": number("{} MB", done.stdout), "difference": difference,
+        "format": name, "megabytes": number("{} MB", done.stdout), "difference": difference,
         "kl": number("mean KL {}", done.stdout), "within_bound": done.returncode == 0,
     }
 

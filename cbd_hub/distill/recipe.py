@@ -123,8 +123,8 @@ class _Run:
         self.teacher_config = read_config(self.source)
         Checkpoint(self.source, self.teacher_config)
         self.stages = plan_stages(recipe, self.source, self.teacher_config, made)
-        teacher = unique_name(shapes.parameter_count(self.teacher_config), [])
-        self.begun = Begun(self.work, dependencies(recipe, teacher, self.stages), [] if self.finished is None else self.finished.names)
+        self.teacher_name = unique_name(shapes.parameter_count(self.teacher_config), [])
+        self.begun = Begun(self.work, dependencies(recipe, self.teacher_name, self.stages), [] if self.finished is None else self.finished.names)
         self.begun.check()
         self.parts = read_parts(recipe)
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
@@ -135,8 +135,9 @@ class _Run:
         if self.finished is not None:
             self.dataset = self.finished.dataset(self.dataset)
         done, above = (0, self.teacher_config) if self.finished is None else (self.finished.stages, self.finished.config)
-        self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.stages[done:]}
-        check_stages(recipe, self.stages[done:], above, self.rows, self.tokenizers[done:])
+        self.new = self.stages[done:]
+        self.rows = {stage.name: stage_rows(recipe, stage.anchor, self.parts) for stage in self.new}
+        check_stages(recipe, self.new, above, self.rows, self.tokenizers[done:])
 
     def _place(self, name: str) -> int:
         """An anchor's place: 0 for the teacher."""
@@ -151,14 +152,15 @@ class _Run:
         if self.finished is None and (self.target / "chain.json").is_file():
             raise StorageError(f"{self.target} was finished by another process meanwhile; run again")
         self._check_target()  # once more, now that no other process can change it
-        done = 0 if self.finished is None else self.finished.stages
-        folders = {stage.name: self.builder.anchor_folder(stage.name) for stage in self.stages[done:]}
+        folders = {stage.name: self.builder.anchor_folder(stage.name) for stage in self.new}
         unknown = [str(folder) for name, folder in folders.items() if folder.exists() and not (self.work / f"{name}.training.json").is_file()]
         if unknown:
             raise StorageError(f"{self.work} does not say how {' and '.join(unknown)} came about; remove {'it' if len(unknown) == 1 else 'them'} to make that anew")
         anchors, links = ([self._teacher()], []) if self.finished is None else self._made(self.finished)
         large = self._load(anchors[-1].name)
-        for stage in self.stages[done:]:
+        if self.finished is not None:
+            self.finished.check_text(Evaluation(**self._evaluation(large, anchors[-1].name)))
+        for stage in self.new:
             small, cut, importance = self._anchor(stage, large, anchors)
             links.append(self._link(stage, small, large, cut, importance, anchors))
             large = small
@@ -180,11 +182,10 @@ class _Run:
         return self.recipe.to_yaml()
 
     def _made(self, finished: Finished) -> tuple[list[Anchor], list[Link]]:
-        """A finished chain's anchors and links, once its files and the calibration text are what they were."""
+        """A finished chain's anchors and links, once its files are what they were."""
         finished.check_unchanged()  # since it was opened, by a process that was before this one
         self.progress(f"{self.target} has {', '.join(finished.names)}, which stay")
         anchors = finished.anchors()
-        finished.check_text(Evaluation(**self._evaluation(self._load(anchors[-1].name), anchors[-1].name)))
         if any(stage.bridged for stage in self.stages):  # across a bridge losses are compared in bits per byte
             for place, anchor in enumerate(anchors):
                 entries = list(anchor.evaluations)
@@ -197,7 +198,7 @@ class _Run:
 
     def _clear(self) -> None:
         """Remove what a run that was killed while it wrote has left: by the names under which it writes, and nothing else that is hidden."""
-        names = [unique_name(shapes.parameter_count(self.teacher_config), []), *(stage.name for stage in self.stages)]
+        names = [self.teacher_name, *(stage.name for stage in self.stages)]
         ours = {
             self.target: ("recipe.yaml", "README.md", "chain.json", *TOKENIZER_FILES), self.target / "anchors": (*names, *(f"{name}.{METRICS}" for name in names)),
             self.target / "chunks": tuple(f"{name}.json" for name in names),
@@ -231,7 +232,7 @@ class _Run:
         return entry.model_dump()
 
     def _teacher(self) -> Anchor:
-        name = unique_name(shapes.parameter_count(self.teacher_config), [])
+        name = self.teacher_name
         folder = self.builder.anchor_folder(name)
         self.begun.note(name)
         if not folder.exists():
