@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
 
-.PHONY: help demo test test-all release docs bench bench-full nightly fix clean
+.PHONY: help demo test test-all types release docs bench bench-full nightly fix clean
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
-	@echo "make test    documentation, lint, types, doctests and tests (5 to 20 minutes, by the CPU)"
+	@echo "make test    documentation, lint, types, doctests and tests (5 to 15 minutes, by the CPU)"
 	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, every view of the page (pictures in artefacts/space), and a release"
 	@echo "make release the wheel and the sdist, in dist/, once they install and run with the lowest and the newest versions"
 	@echo "make docs    the documentation, in build/site"
@@ -18,23 +18,26 @@ help:
 	@echo "make fix     let ruff mend what it can"
 	@echo "make clean   remove the virtual environment"
 
-# torch first and pinned: an open range can pull a CUDA build of several GB
-$(READY)torch:
+$(READY)venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cbd_hub needs Python 3.11 or newer, found " + sys.version.split()[0] + "; run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	touch $@
+
+# torch first and pinned: an open range can pull a CUDA build of several GB; files are compiled when they are first imported, which few of them are
+$(READY)torch: $(READY)venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
 	touch $@
 
 $(READY)demo: $(READY)torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
 	touch $@
 
 $(READY)dev: $(READY)torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # the page's tests drive Debian's browser, which root fetches here; without one they are skipped and say so
-$(READY)browser:
+$(READY)browser: $(READY)venv
 	command -v chromium >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
 		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null 2>&1 || true
 	touch $@
@@ -42,10 +45,14 @@ $(READY)browser:
 demo: $(READY)demo
 	$(BIN)/python examples/demo.py --out demo
 
-test: $(READY)dev $(READY)browser docs
+# what uses one core stands side by side; pytest fills them all
+test:
+	$(MAKE) --jobs 3 $(READY)browser docs types
+	$(BIN)/pytest -n auto --dist loadfile --durations 20
+
+types: $(READY)dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile --durations 20
 
 # pictures from the code, pages with every warning an error
 docs: $(READY)dev
@@ -53,23 +60,21 @@ docs: $(READY)dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(READY)all: $(READY)dev pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,onnx,quantised]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,gguf,onnx,quantised]'
 	touch $@
 
-test-all: $(READY)all $(READY)browser $(READY)mergekit
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+test-all: $(READY)all $(READY)browser $(READY)mergekit types
 	CBD_FUZZ_CASES=10000 CBD_MERGEKIT_PYTHON=$(VENV)/mergekit/bin/python $(BIN)/pytest -m "not nightly"
 
 $(READY)bench: $(READY)dev pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,bench]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,demo,bench]'
 	touch $@
 
 # mergekit pins what it needs, and so has an environment of its own
 $(READY)mergekit:
 	$(PYTHON) -m venv $(VENV)/mergekit
-	$(VENV)/mergekit/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)/mergekit/bin/python -m pip install --quiet mergekit==0.1.5
+	$(VENV)/mergekit/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	$(VENV)/mergekit/bin/python -m pip install --quiet --no-compile mergekit==0.1.5
 	touch $@
 
 bench: $(READY)bench $(READY)mergekit

@@ -182,6 +182,20 @@ def quality(data: dict[str, Any]) -> str:
     return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses; furthest above it: {words}. The demo's lower segment, above, sags more."
 
 
+def quality_rivals(data: dict[str, Any]) -> str:
+    """The middle of segments against trained rivals."""
+    made = [row for row in data["rows"] if not row["by"].endswith("healed") and "seed" not in row["by"]]
+
+    def reach(name: str) -> str:
+        found = sorted((row["rivals"][name]["minus"] for row in made if name in row["rivals"]), key=lambda minus: minus[0])
+        return f"{pair(found[0])} to {pair(found[-1])}"
+
+    return (
+        f"At the middle of {len(made)} segments ({', '.join(row['segment'] for row in made)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
+        f"{reach('distilled alone')}; boomerang as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
+    )
+
+
 def headline(data: dict[str, Any]) -> str:
     """A size in between against training from scratch."""
     most, cross = data["rows"][-1], data["costs"]["crossover"]

@@ -1,6 +1,8 @@
 """Fixtures: everything offline, caches in a temporary folder, one tiny chain per family."""
 
+import gc
 import os
+import sys
 import tempfile
 import time
 
@@ -8,6 +10,7 @@ import time
 SLEEP = time.sleep
 _CACHE = tempfile.mkdtemp(prefix="cbd-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side: more threads only wait for each other
 
 import hub_server  # noqa: E402
 import pytest  # noqa: E402
@@ -15,10 +18,15 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
-from cbd_hub import assemble_chain, distill_chain  # noqa: E402
+from cbd_hub import ChainDistiller, assemble_chain, cli, distill_chain  # noqa: E402, F401
 
 
 torch.set_num_threads(1)
+gc.freeze()  # what imports made stays: each full collection would look through it again, a sixth of all tests' time
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 def recipe(folder, family, anchors, **more):
@@ -88,3 +96,18 @@ def hub(tmp_path, monkeypatch):
     with hub_server.running() as (hub, address):
         online(monkeypatch, address, tmp_path / "home")
         yield hub
+
+
+@pytest.fixture
+def cbd(monkeypatch, capsys):
+    """The command in this process: its exit code, standard output and standard error."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
+        monkeypatch.setattr(cli.out, "_file", None)
+        monkeypatch.setattr(cli.out, "_width", 200)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr()
+        return stopped.value.code, printed.out, printed.err
+
+    return run

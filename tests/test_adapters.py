@@ -12,7 +12,6 @@ import test_align
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import run
 from test_every_family import IDS, pair, shape_in
 from transformers import AutoModelForCausalLM
 
@@ -578,10 +577,7 @@ def test_without_peft_from_chain_says_what_to_install(chain, tmp_path, monkeypat
         CBDModel.from_chain(chain, "min", adapter_kwargs={})
 
 
-def test_the_command_carries_and_merges(chain, tmp_path, monkeypatch, capsys):
-    def cbd(*words):
-        return run(monkeypatch, capsys, *words)
-
+def test_the_command_carries_and_merges(cbd, chain, tmp_path):
     adapter = on(chain, "max", tmp_path / "lora")
     size = middles(chain)[0]
     code, text, _ = cbd("carry", adapter, chain, "--size", size, "--out", tmp_path / "out")

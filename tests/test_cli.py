@@ -16,22 +16,6 @@ from transformers import AutoModelForCausalLM
 from cbd_hub import Chain, cli
 
 
-def run(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and standard error of a command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
-    monkeypatch.setattr(cli.out, "_file", None)
-    monkeypatch.setattr(cli.out, "_width", 200)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    printed = capsys.readouterr()
-    return stopped.value.code, printed.out, printed.err
-
-
-@pytest.fixture
-def cbd(monkeypatch, capsys):
-    return lambda *arguments: run(monkeypatch, capsys, *arguments)
-
-
 @pytest.fixture
 def text(tmp_path):
     (tmp_path / "held.txt").write_text("\n\n".join(tiny.texts(30, seed=9)))

@@ -12,7 +12,6 @@ import tiny
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_cli import run
 from test_interpolation import pair
 from transformers import GPT2Config, LlamaConfig
 
@@ -141,7 +140,7 @@ def test_a_trough_is_above_the_smaller_neighbour_or_the_chord():
     assert blind.trough(200, 9.0) is None
 
 
-def test_a_chain_recommends_what_is_no_trough(tmp_path, monkeypatch, capsys):
+def test_a_chain_recommends_what_is_no_trough(cbd, tmp_path):
     """Untrained neighbours sag: their sizes are warned of in the plan and on the card, and are not recommended."""
     folders = [tiny.save(tiny.llama(layers=layers, seed=seed), tmp_path / f"m{seed}") for layers, seed in ((4, 0), (2, 1))]
     chain = assemble_chain(folders, tmp_path / "chain", calibration=tiny.texts(8))
@@ -156,7 +155,7 @@ def test_a_chain_recommends_what_is_no_trough(tmp_path, monkeypatch, capsys):
     data["links"][0]["recommended_sizes"] = []
     (tmp_path / "chain" / "chain.json").write_text(json.dumps(data))
     size = sum(anchor.parameters for anchor in chain.anchors) // 2
-    code, printed, said = run(monkeypatch, capsys, "plan", tmp_path / "chain", "--size", size, "--tolerance", 0.2)
+    code, printed, said = cbd("plan", tmp_path / "chain", "--size", size, "--tolerance", 0.2)
     assert (code, said.count("\n")) == (0, 1)
     assert said.startswith("warning: ")
     assert f"{chord.losses[0]:.3f} nats per token" in printed
@@ -218,12 +217,12 @@ def gpt2_chain(tmp_path):
 
 
 @pytest.mark.parametrize(("layers", "hidden", "size"), [(14, 768, "138.6M"), (18, 896, "219.6M"), (24, 896, "277.4M"), (26, 1024, "380.0M"), (30, 1152, "537.3M")])
-def test_the_paper_s_targets_come_out(gpt2_chain, layers, hidden, size, monkeypatch, capsys):
+def test_the_paper_s_targets_come_out(cbd, gpt2_chain, layers, hidden, size):
     """Layers and hidden width are enough: heads and FFN follow the hidden width (paper, Table 2)."""
     plan = CBDModel.plan(gpt2_chain, shape={"layers": layers, "hidden": hidden})
     assert f"{plan.parameters / 1e6:.1f}M" == size
     assert (plan.shape.heads, plan.shape.ffn) == (hidden // 64, 4 * hidden)
-    code, printed, _ = run(monkeypatch, capsys, "plan", gpt2_chain, "--shape", f"layers={layers},hidden={hidden}", "--json")
+    code, printed, _ = cbd("plan", gpt2_chain, "--shape", f"layers={layers},hidden={hidden}", "--json")
     assert code == 0
     assert json.loads(printed)["parameters"] == plan.parameters
 

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from conftest import assembled
-from test_cli import cbd  # noqa: F401
 from test_speed import bridged
 
 from cbd_hub import Chain, drafting
@@ -190,7 +189,7 @@ def test_a_draft_beyond_a_bridge_is_refused(folder, tmp_path):
     assert draft_sizes(chain, chain.anchors[1].parameters)[-1] == chain.anchors[-1].parameters
 
 
-def test_the_command_draft(folder, cbd, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command_draft(folder, cbd, tmp_path, monkeypatch):
     text = tmp_path / "prompts.txt"
     text.write_text("\n\n".join(tiny.texts(9)))
     code, printed, _ = cbd("draft", folder, "--target", "max", "--prompts", text, "--count", 2, "--max-new-tokens", 4, "--rounds", 1, "--sizes", "min", "--draft-tokens", 3, "--json")

@@ -1,5 +1,6 @@
 """Healing: the loss falls and the record says by how much, the best weights come back, a killed run goes on bit for bit, two processes are one."""
 
+import functools
 import gc
 import json
 import os
@@ -12,7 +13,6 @@ import tiny
 import torch
 from conftest import assembled
 from datasets import Dataset, IterableDataset
-from test_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import CBDModel, Chain, heal
@@ -345,7 +345,7 @@ def test_a_copy_of_the_chain_will_do_and_its_anchors_must_be_there(chain, tmp_pa
 
 def launch(folder, chain, processes):
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
@@ -401,21 +401,19 @@ def test_cards_tell_of_the_heal(hub, chain, tmp_path):
     assert "## The heal" not in plain
 
 
-def test_the_command(chain, tmp_path, monkeypatch, capsys):
-    def cbd(*arguments):
-        return run(monkeypatch, capsys, "heal", *arguments)
-
+def test_the_command(cbd, chain, tmp_path, monkeypatch):
+    heal = functools.partial(cbd, "heal")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
     (tmp_path / "empty.txt").touch()
     size = ["--size", middle(chain)]
     text = ["--text", tmp_path / "text.txt", "--batch-size", 4, "--block-size", 32, "--heldout", 0.1, "--learning-rate", 3e-3]
-    code, printed, said = cbd(chain, *size, *text, "--steps", 4, "--out", tmp_path / "out")
+    code, printed, said = heal(chain, *size, *text, "--steps", 4, "--out", tmp_path / "out")
     assert code == 0, said
     record = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.cbd["healed"]
     assert f"{record['loss']:.3f}" in printed
     assert f"{record['difference']:+.3f}" in printed
-    code, printed, said = cbd(chain, *size, *text, "--tokens", 256, "--lora", 2, "--adapter", "--out", tmp_path / "adapter", "--json")
+    code, printed, said = heal(chain, *size, *text, "--tokens", 256, "--lora", 2, "--adapter", "--out", tmp_path / "adapter", "--json")
     assert code == 0, said
     assert json.loads(printed)["healed"]["by"] == "lora, rank 2"
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
@@ -425,7 +423,7 @@ def test_the_command(chain, tmp_path, monkeypatch, capsys):
         ([*size, *text, "--out", tmp_path / "out"], 1, "not an empty folder"), ([*size, *text, "--cache", tmp_path], 1, "is no teacher cache"),
         ([*size, *text, "--steps", 3, "--tokens", 5], 2, "give one of them"), ([*size, *text, "--heldout", 2], 2, "heldout=2.0"), ([*size, *text, "--learning-rate", "nan"], 2, "Invalid learning rate: nan"),
     ):
-        code, _, said = cbd(chain, *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "new"]))
+        code, _, said = heal(chain, *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "new"]))
         assert (code, said.count("\n")) == (expected, 1), said
         assert message in said
         assert not (tmp_path / "new").exists()

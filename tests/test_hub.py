@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny
 import torch
+from conftest import online
 from hub_server import running
 from huggingface_hub import constants
 from typer.testing import CliRunner
@@ -18,11 +19,10 @@ from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.files import chunk_hashes, sha256
 
 
-def cbd(endpoint, cache, *arguments, offline=False):
+def process(endpoint, cache, *arguments, offline=False):
     """Run the command in a process of its own, whose Hub is the test server."""
     environment = {
         **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1" if offline else "0", "HF_TOKEN": "hf_test",
-        "OMP_NUM_THREADS": "1",
     }
     return subprocess.run([sys.executable, "-m", "cbd_hub.cli", *map(str, arguments)], capture_output=True, text=True, env=environment)
 
@@ -39,7 +39,7 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
     hub, endpoint = published
     first, second = Chain.from_pretrained(chain).anchors[:2]
     size = (first.parameters + second.parameters) // 2
-    done = cbd(endpoint, tmp_path / "cache", "make", "org/tiny", "--size", size, "--out", tmp_path / "m", "--json")
+    done = process(endpoint, tmp_path / "cache", "make", "org/tiny", "--size", size, "--out", tmp_path / "m", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parameters"] == CBDModel.plan(chain, size).parameters
     from transformers import AutoModelForCausalLM
@@ -50,7 +50,7 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
     # What is not needed is not fetched: the smallest anchor's weights are no part of this plan.
     smallest = Chain.from_pretrained(chain).anchors[2].name
     assert not [path for _, path in hub.requests if f"tiny-{smallest}/resolve" in path]
-    assert cbd(endpoint, tmp_path / "cache", "show", "org/tiny", offline=True).returncode == 0
+    assert process(endpoint, tmp_path / "cache", "show", "org/tiny", offline=True).returncode == 0
 
 
 def test_push_and_pull_on_the_command_line(hub, tmp_path):
@@ -71,23 +71,22 @@ def test_push_and_pull_on_the_command_line(hub, tmp_path):
     assert isinstance(run("push", tmp_path / "chain", "no-namespace"), ArgumentError)
 
 
-def test_what_is_not_on_the_hub_is_one_clear_line(hub, tmp_path):
-    endpoint = constants.ENDPOINT
-    done = cbd(endpoint, tmp_path / "cache", "show", "org/absent")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "no repo on the Hub" in done.stderr
-    done = cbd("http://127.0.0.1:9", tmp_path / "cache", "show", "org/tiny")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "cannot be reached" in done.stderr
-    done = cbd(endpoint, tmp_path / "cache2", "show", "org/tiny", offline=True)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+def test_what_is_not_on_the_hub_is_one_clear_line(hub, cbd, monkeypatch, tmp_path):
+    code, _, said = cbd("show", "org/absent")
+    assert (code, said.count("\n"), "no repo on the Hub" in said) == (1, 1, True)
+    online(monkeypatch, "http://127.0.0.1:9", tmp_path / "other")
+    code, _, said = cbd("show", "org/tiny")
+    assert (code, said.count("\n"), "cannot be reached" in said) == (1, 1, True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, _, said = cbd("show", "org/tiny")
+    assert (code, said.count("\n")) == (1, 1)
 
 
 def test_checkpoints_from_the_hub_are_assembled(tmp_path):
     with running() as (hub, endpoint):
         for index, layers in enumerate((4, 2)):
             hub.upload_folder(f"org/m{index}", tiny.save(tiny.llama(layers=layers), tmp_path / f"m{index}"))
-        done = cbd(endpoint, tmp_path / "cache", "assemble", "org/m0", "org/m1", "--out", tmp_path / "chain")
+        done = process(endpoint, tmp_path / "cache", "assemble", "org/m0", "org/m1", "--out", tmp_path / "chain")
         assert done.returncode == 0, done.stderr
     path = tmp_path / "chain" / "anchors" / Chain.from_pretrained(tmp_path / "chain").anchors[0].name / "model.safetensors"
     assert sha256(path) == sha256(tmp_path / "m0" / "model.safetensors")
@@ -115,7 +114,7 @@ def test_the_trainer_pushes_an_anchor_and_nothing_else(tmp_path):
 
     from huggingface_hub import ModelCard
     with running() as (hub, endpoint):
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         done = subprocess.run([sys.executable, "-c", PUSH, str(Path(__file__).parent), str(tmp_path / "out")], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         _, files = hub.repos["org/pushed"].at("main")

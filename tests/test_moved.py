@@ -1,8 +1,6 @@
 """A model with another vocabulary learns from what it was: resumable, with bits per byte before, between and after."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -69,15 +67,15 @@ def test_what_is_refused(source, tmp_path):
         retokenize_and_train(source / "model", source / "model", tiny.texts(40), keep=320, **OPTIONS)
 
 
-def test_the_command(source, tmp_path):
+def test_the_command(cbd, source, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(tiny.texts(120)))
-    command = [sys.executable, "-m", "cbd_hub.cli", "retokenize", str(source / "model"), "--tokenizer", str(source / "tokenizer")]
-    more = ["--text", str(tmp_path / "text.txt"), "--steps", "2", "--block-size", "32"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "new"), *more], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "after 2 steps" in done.stdout
-    assert "held-out bytes" in done.stdout
-    done = subprocess.run([*command, "--out", str(tmp_path / "json"), *more, "--json"], capture_output=True, text=True)
-    assert json.loads(done.stdout)["trained"] > 0
-    failed = subprocess.run([*command, "--out", str(tmp_path / "other"), "--steps", "2"], capture_output=True, text=True)
-    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    command = ["retokenize", source / "model", "--tokenizer", source / "tokenizer"]
+    more = ["--text", tmp_path / "text.txt", "--steps", 2, "--block-size", 32]
+    code, printed, said = cbd(*command, "--out", tmp_path / "new", *more)
+    assert code == 0, said
+    assert "after 2 steps" in printed
+    assert "held-out bytes" in printed
+    code, printed, _ = cbd(*command, "--out", tmp_path / "json", *more, "--json")
+    assert json.loads(printed)["trained"] > 0
+    code, _, said = cbd(*command, "--out", tmp_path / "other", "--steps", 2)
+    assert (code, said.count("\n")) == (2, 1)

@@ -70,7 +70,7 @@ def test_a_chain_is_published_loaded_and_deleted(tmp_path):
     for layers in (8, 5):
         tiny.save(tiny.llama(layers=layers, hidden=256, heads=4, kv_heads=4, ffn=1000, seed=layers), tmp_path / f"m{layers}")
     chain = assemble_chain([tmp_path / "m8", tmp_path / "m5"], tmp_path / "chain", align=False)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
         [sys.executable, "-c", WORK, str(tmp_path), f"cbd-nightly-{secrets.token_hex(4)}"], capture_output=True, text=True, env=environment
     )

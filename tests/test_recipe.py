@@ -105,10 +105,17 @@ def test_a_finished_run_is_returned_at_once(chain, monkeypatch):
     assert again.manifest == Chain.from_pretrained(chain).manifest
 
 
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """A recipe, and the chain of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("never_stopped")
+    plain = make_recipe(folder, "llama", ANCHORS, stage={"save_steps": 2})
+    return plain, distill_chain(plain, folder / "whole").files.root
+
+
 @pytest.mark.parametrize("where", ["teacher", "cut", "train", "save", "link", "finish"])
-def test_interrupted_anywhere_it_goes_on_to_the_same_chain(tmp_path, monkeypatch, where):
-    plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"save_steps": 2})
-    whole = distill_chain(plain, tmp_path / "whole").files.root
+def test_interrupted_anywhere_it_goes_on_to_the_same_chain(never_stopped, tmp_path, monkeypatch, where):
+    plain, whole = never_stopped
     place = {
         "teacher": ("copy_checkpoint", 1), "cut": ("choose_cut", 2), "train": ("ChainDistiller", 2), "save": ("staged_folder", 3),
         "link": ("measure_segment", 2), "finish": ("Teacher", 1),
@@ -132,11 +139,11 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_chain(tmp_path, monkeypatch
 
 def test_killed_in_the_middle_of_a_stage_it_goes_on_to_the_same_chain(tmp_path):
     """kill -9 while training, twice; then run again: bitwise the chain of a run that was never killed."""
-    plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"save_steps": 3, "max_steps": 60, "per_device_train_batch_size": 8})
+    plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"save_steps": 3, "max_steps": 30, "per_device_train_batch_size": 8})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
     whole = distill_chain(plain, tmp_path / "whole").files.root
     target = tmp_path / "killed"
-    code = "import sys, torch; torch.set_num_threads(1); from cbd_hub import distill_chain; distill_chain(sys.argv[1], sys.argv[2])"
+    code = "import sys; from cbd_hub import distill_chain; distill_chain(sys.argv[1], sys.argv[2])"
     for steps in (3, 9):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.yaml"), str(target)], env=os.environ)
         deadline = time.monotonic() + 120
@@ -197,10 +204,9 @@ def test_several_processes_are_told_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["train", "link", "recipe.yaml", "chain.json"])
-def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(tmp_path, monkeypatch, where):
-    plain = make_recipe(tmp_path, "llama", ANCHORS)
+def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(never_stopped, tmp_path, monkeypatch, where):
+    plain, whole = never_stopped
     short = {**plain, "anchors": ANCHORS[:1]}
-    whole = distill_chain(plain, tmp_path / "whole").files.root
     target = tmp_path / "grown"
     before = distill_chain(short, target).manifest
 

@@ -1,8 +1,6 @@
 """Vocabularies trimmed and exchanged: kept rows bit for bit, every text still encodes, other rows the means that they should be."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -197,13 +195,12 @@ def test_what_is_refused(tmp_path):
         retokenize(source, tmp_path / "new", keep=300)
 
 
-def test_the_command(tmp_path):
+def test_the_command(cbd, tmp_path):
     source = saved(tmp_path / "old")
     (tmp_path / "text.txt").write_text("\n\n".join(tiny.texts(30)))
-    command = [sys.executable, "-m", "cbd_hub.cli", "retokenize", str(source)]
-    done = subprocess.run([*command, "--keep", "300", "--out", str(tmp_path / "new"), "--text", str(tmp_path / "text.txt")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "300 tokens, 300 rows copied and 0 composed" in done.stdout
-    assert "bits per byte" in done.stdout
-    failed = subprocess.run([*command, "--out", str(tmp_path / "other")], capture_output=True, text=True)
-    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    code, printed, said = cbd("retokenize", source, "--keep", 300, "--out", tmp_path / "new", "--text", tmp_path / "text.txt")
+    assert code == 0, said
+    assert "300 tokens, 300 rows copied and 0 composed" in printed
+    assert "bits per byte" in printed
+    code, _, said = cbd("retokenize", source, "--out", tmp_path / "other")
+    assert (code, said.count("\n")) == (2, 1)

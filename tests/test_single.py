@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
-from cbd_hub import CBDModel, cli
+from cbd_hub import CBDModel
 from cbd_hub.cut import measure_importance, mixes
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError
 from cbd_hub.evaluation import Documents
@@ -30,18 +29,6 @@ def source(family, tmp_path_factory):
 @pytest.fixture(scope="module", params=sorted(tiny.FAMILIES))
 def family(request):
     return request.param
-
-
-@pytest.fixture
-def cbd(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
-        monkeypatch.setattr(cli.out, "_file", None)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        printed = capsys.readouterr()
-        return stopped.value.code, printed.out, printed.err
-    return run
 
 
 def size_of(folder):

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from test_cli import run
 from transformers import AutoModelForCausalLM
 
 from cbd_hub import CBDModel, Chain
@@ -554,11 +553,6 @@ def test_a_wheel_of_the_running_code_installs(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path / "site", tmp_path / name], check=True)
     for path in ("cbd_hub/space/page.css", "cbd_hub/py.typed", "cbd_hub/model_cards/chain.md.j2", "cbd_hub/spaces/size_picker/app.py"):
         assert (tmp_path / "site" / path).is_file(), path
-
-
-@pytest.fixture
-def cbd(monkeypatch, capsys):
-    return lambda *arguments: run(monkeypatch, capsys, *arguments)
 
 
 def test_the_command_refuses_in_one_line(cbd, shown, hub, tmp_path):

@@ -11,7 +11,6 @@ import torch
 from conftest import assembled
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import cbd  # noqa: F401
 from transformers import BitsAndBytesConfig
 
 from cbd_hub import CBDModel, Chain, measure_speed
@@ -370,7 +369,7 @@ def test_the_table_of_speeds(folder, machine, monkeypatch):
     assert len(machine) == before + 3
 
 
-def test_the_command_speed(folder, machine, cbd, monkeypatch):  # noqa: F811
+def test_the_command_speed(folder, machine, cbd, monkeypatch):
     code, printed, said = cbd("speed", folder)
     assert code == 0
     assert "tokens a second" in printed
@@ -388,7 +387,7 @@ def test_the_command_speed(folder, machine, cbd, monkeypatch):  # noqa: F811
         assert said.count("\n") == 1
 
 
-def test_commands_take_a_speed(folder, machine, cbd, tmp_path):  # noqa: F811
+def test_commands_take_a_speed(folder, machine, cbd, tmp_path):
     code, printed, _ = cbd("plan", folder, "--min-tokens-per-second", 1)
     assert code == 0
     assert "(predicted)" in printed

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 from test_cache_writing import BLOCK, K, files, texts, write
-from test_cli import run
 from test_distill import resumed as resumed_live
 from test_distill import rows as masked_rows
 from transformers import AutoModelForCausalLM
@@ -425,11 +424,6 @@ def test_padded_heads_learn_on_the_tokenizers_tokens(tmp_path):
 
 
 # -- recipes and the command -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cbd(monkeypatch, capsys):
-    return lambda *arguments: run(monkeypatch, capsys, *arguments)
 
 
 def test_a_recipes_stage_learns_from_its_cache(cbd, tmp_path):

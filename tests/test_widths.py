@@ -597,18 +597,17 @@ def test_a_plan_of_a_wide_segment_runs_like_the_model_it_makes(wide_chain):
     torch.testing.assert_close(output.hidden @ output.head.weight.T, made(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_works_on_widths(wide_chain, tmp_path, monkeypatch, capsys):
-    from test_cli import run
+def test_the_command_works_on_widths(cbd, wide_chain, tmp_path):
     chain = Chain.from_pretrained(wide_chain)
     size = (chain.anchors[0].parameters + chain.anchors[1].parameters) // 2
     (tmp_path / "held.txt").write_text("\n\n".join(tiny.texts(10, seed=9)))
-    assert run(monkeypatch, capsys, "show", wide_chain)[0] == 0
+    assert cbd("show", wide_chain)[0] == 0
     for arguments in (
         ["plan", wide_chain], ["make", wide_chain, "--out", tmp_path / "m"], ["generate", wide_chain, "the small", "--max-new-tokens", "2"],
     ):
-        code, _, errors = run(monkeypatch, capsys, *arguments, "--size", size, "--tolerance", "0.2")
+        code, _, errors = cbd(*arguments, "--size", size, "--tolerance", "0.2")
         assert code == 0, errors
-    code, printed, errors = run(monkeypatch, capsys, "eval", wide_chain, "--sizes", chain.anchors[1].parameters, "--text", tmp_path / "held.txt")
+    code, printed, errors = cbd("eval", wide_chain, "--sizes", chain.anchors[1].parameters, "--text", tmp_path / "held.txt")
     assert code == 0, errors
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").num_parameters() == chain.plan(size, tolerance=0.2).parameters
 

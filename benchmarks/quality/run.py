@@ -1,11 +1,11 @@
 """How good the sizes in between are: four segments under one teacher, against everything else that gives such a model.
 
-    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--free] [--seeds 3]
+    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--share 0.5] [--free] [--seeds 3]
 
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
 as the least-loss cut chooses) and distilled alike, that of hidden width with 30% of its steps on the path, as recipes do, and without; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
-its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection, boomerang distillation and a student distilled for that shape
-alone; in the middle, also after the same heal of all of them: a 20th of the stage's steps from the teacher. ``--seeds`` repeats the middle of each segment with other seeds.
+its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
+after the same heal of all of them: a 20th of the stage's steps from the teacher. ``--seeds`` repeats the middle of each segment, and the student of its own, with other seeds.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
 Writes benchmarks/results/quality.json after each segment; segments of earlier runs stay in it.
 """
@@ -52,19 +52,18 @@ SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": 
 PATH = {"hidden": HIDDEN_PATH}  # the share of the anchor's steps on the path, as recipes have it
 HEAL = 0.05  # of a stage's steps
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
-HELDOUT_TOKENS = 16000
 console = Console(width=150)
 
 
 class Bench:
     """Models and losses of one work folder; each is made once."""
 
-    def __init__(self, demo: Path, work: Path, steps: int) -> None:
+    def __init__(self, demo: Path, work: Path, steps: int, heldout_tokens: int) -> None:
         chain = Chain.from_pretrained(demo / "chain")
         self.recipe, self.work, self.steps = Recipe.read(demo / "chain" / "recipe.yaml"), work, steps
         parts, self.tokenizer = read_parts(self.recipe), chain.tokenizer()
         self.rows, block = parts.rows(), self.recipe.data.block_size
-        self.heldout = Documents.read(parts.heldout, self.tokenizer, block, HELDOUT_TOKENS)
+        self.heldout = Documents.read(parts.heldout, self.tokenizer, block, heldout_tokens)
         self.calibration = Calibration.read(parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
         self.teacher = chain.model("max", dtype=torch.float32)
         self.whole = shape_of(self.teacher.config)
@@ -126,6 +125,12 @@ class Bench:
             path_fraction=PATH.get(name, 0.0),
         )
 
+    def alone(self, name: str, cut: Callable[[], Any], seed: int = 0) -> tuple[Losses, Callable[[], Any]]:
+        """A student distilled for the middle of a segment alone, and how to make it."""
+        named = f"{name}/0.5/alone{_suffix(seed)}"
+        made = functools.partial(self.trained, named, cut, seed=seed)
+        return self.losses(named, made), made
+
     def healed(self, name: str, start: Callable[[], Any]) -> Losses:
         """Losses of a model after a short distillation from the teacher."""
         return self.losses(f"{name}/healed", lambda: self.trained(f"{name}/healed", start, steps=max(1, round(HEAL * self.steps))))
@@ -158,8 +163,8 @@ class Bench:
         shapes = [self.whole.model_copy(update={"layers": layers}) for layers in range(1, self.whole.layers + 1)]
         return min(shapes, key=lambda shape: abs(count(shape, self.teacher.config) - size))
 
-    def boomerang(self, size: int, name: str, kept: Kept, order: list[int]) -> tuple[Losses, Callable[[], Any]]:
-        """Boomerang distillation patched to a size, and how to make it; of both embeddings the better one on the held-out text, in its favour."""
+    def boomerang(self, depth: Shape, name: str, kept: Kept, order: list[int]) -> tuple[Losses, Callable[[], Any]]:
+        """Boomerang distillation patched to a depth, and how to make it; of both embeddings the better one on the held-out text, in its favour."""
         small = self.whole.model_copy(update={"layers": len(kept.layers)})
         student = self.trained(f"boomerang/{name}", lambda: cut_model(self.teacher, cut_plan("teacher", small, self.teacher, kept)), kept=kept, **BOOMERANG)
         between = Between({"small": student, "large": self.teacher})
@@ -169,13 +174,13 @@ class Bench:
             if not path.is_file():
                 path.write_text(json.dumps(best_order(segment, {"small": student, "large": self.teacher}, self.calibration.documents, order)))
             segment = dataclasses.replace(segment, order=json.loads(path.read_text()))
-        plan = patch_plan(segment, self.nearest_depth(size))
+        plan = patch_plan(segment, depth)
         tensors = plan.tensors
         found = []
         for end in ("small", "large"):
             swapped = {key: tuple(dataclasses.replace(term, anchor=end) for term in terms) if "embed" in key else terms for key, terms in tensors.items()}
             ended = dataclasses.replace(plan, tensors=swapped)
-            losses = self.losses(f"boomerang/{name}/{size}/{end}", functools.partial(between.run, ended))
+            losses = self.losses(f"boomerang/{name}/{depth.layers}/{end}", functools.partial(between.run, ended))
             found.append((losses, functools.partial(self.built, between, ended)))
         return min(found, key=lambda pair: pair[0].mean)
 
@@ -184,7 +189,7 @@ def _suffix(seed: int) -> str:
     return f"/seed {seed}" if seed else ""
 
 
-def rows_of(bench: Bench, name: str, free: bool, seeds: int) -> Iterator[dict[str, Any]]:
+def rows_of(bench: Bench, name: str, shares: list[float], free: bool, seeds: int) -> Iterator[dict[str, Any]]:
     """The rows of one segment's table: each rival's loss, and its paired difference from the chain's model."""
     small = bench.anchor(name)
     segment = bench.segment(name, small)
@@ -193,7 +198,7 @@ def rows_of(bench: Bench, name: str, free: bool, seeds: int) -> Iterator[dict[st
     anchor = bench.losses(f"{name}/anchor", lambda: small)
     low, high = segment.sizes
     text = torch.stack(bench.calibration.blocks.ids[:1])
-    for share in sorted(SHARES, key=lambda share: share != 0.5):
+    for share in sorted(shares, key=lambda share: share != 0.5):
         plan = segment_plan(segment, round(low + share * (high - low)))
         shape, size = plan.shape, plan.parameters
         ours = bench.losses(f"{name}/{share}/chain", functools.partial(between.run, plan))
@@ -211,11 +216,10 @@ def rows_of(bench: Bench, name: str, free: bool, seeds: int) -> Iterator[dict[st
         if not free:
             even = Kept.even(bench.nearest_depth(low), bench.whole)
             strongest = bench.importance.kept(bench.nearest_depth(low))
-            rivals["boomerang"] = bench.boomerang(size, "even", even, even.dropped[::-1])
-            rivals["boomerang, improved"] = bench.boomerang(size, "influence", strongest, bench.importance.order(strongest))
+            rivals["boomerang"] = bench.boomerang(depth, "even", even, even.dropped[::-1])
+            rivals["boomerang, improved"] = bench.boomerang(depth, "influence", strongest, bench.importance.order(strongest))
             if share == 0.5:
-                alone = functools.partial(bench.trained, f"{name}/{share}/alone", cut)
-                rivals["distilled alone"] = (bench.losses(f"{name}/{share}/alone", alone), alone)
+                rivals["distilled alone"] = bench.alone(name, cut)
         weight = math.log(high / size) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
         yield {**row(name, size, plan.strategy, shape, ours, {rival: losses for rival, (losses, _) in rivals.items()}), "share": share, "to_chord": chord}
@@ -233,14 +237,11 @@ def rows_of(bench: Bench, name: str, free: bool, seeds: int) -> Iterator[dict[st
         anchor = bench.losses(f"{name}/anchor{_suffix(seed)}", functools.partial(bench.anchor, name, seed))
         weight = math.log(high / plan.parameters) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
-        entry = row(name, plan.parameters, f"{plan.strategy}, seed {seed}", plan.shape, ours, {"smaller neighbour": anchor})
-        yield {**entry, "share": 0.5, "to_chord": chord}
-    if not free:
-        start = bench.cut(name)
-        rival = bench.losses(f"{name}/anchor by boomerang's losses", lambda: bench.trained(
-            f"{name}/anchor by boomerang's losses", lambda: cut_model(bench.teacher, start.plan), kept=start.kept, **BOOMERANG
-        ))
-        yield row(name, low, "anchor", segment.small_shape, bench.losses(f"{name}/anchor", lambda: small), {"boomerang's losses": rival})
+        others = {"smaller neighbour": anchor}
+        if not free:
+            cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", plan.shape, bench.teacher, bench.importance.kept(plan.shape)))
+            others["distilled alone"], _ = bench.alone(name, cut, seed)
+        yield {**row(name, plan.parameters, f"{plan.strategy}, seed {seed}", plan.shape, ours, others), "share": 0.5, "to_chord": chord}
 
 
 def row(segment: str, size: int, by: str, shape: Shape, ours: Losses, rivals: dict[str, Losses]) -> dict[str, Any]:
@@ -258,13 +259,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("quality"))
     parser.add_argument("--only", action="append", choices=list(SEGMENTS), help="a segment; all by default")
     parser.add_argument("--steps", type=int, default=195, help="of 8 x 128 tokens: 200k tokens by default")
+    parser.add_argument("--share", action="append", type=float, choices=SHARES, help="of the way up a segment; a quarter, half and three quarters by default")
+    parser.add_argument("--heldout-tokens", type=int, default=16000)
     parser.add_argument("--free", action="store_true", help="only rivals that need no training")
     parser.add_argument("--seeds", type=int, default=1, help="the middle of each segment again with other seeds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     options = parser.parse_args()
-    bench = Bench(options.demo, options.work, options.steps)
+    bench = Bench(options.demo, options.work, options.steps, options.heldout_tokens)
     for name in options.only or SEGMENTS:
-        found = sorted(rows_of(bench, name, options.free, options.seeds), key=lambda entry: entry["parameters"])
+        found = sorted(rows_of(bench, name, options.share or SHARES, options.free, options.seeds), key=lambda entry: entry["parameters"])
         table = Table("segment", "size", "by", "loss", "to chord", "rivals (their loss minus the chain's)", title_justify="left")
         for entry in found:
             rivals = ", ".join(f"{name} {rival['minus'][0]:+.3f} ± {rival['minus'][1]:.3f}" for name, rival in entry["rivals"].items())

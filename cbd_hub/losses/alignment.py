@@ -7,6 +7,7 @@ character that several tokens share.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ class _Reader:
 _READERS: WeakKeyDictionary[Any, tuple[int, _Reader]] = WeakKeyDictionary()
 
 
+@functools.cache
 def byte_alphabet() -> dict[str, int]:
     """The byte that each character of byte-level BPE stands for.
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs
 import yaml
 
 from .handler import Answer
-from .state import LFS_SUFFIXES, Repo, blob_id
+from .state import LFS_SUFFIXES, Repo, blob_id, lfs_id
 
 
 NAME = r"((?:[^/]+)/(?:[^/]+?))"
@@ -142,7 +142,7 @@ def resolve(hub, request, kind, name, revision, path):
     data = files[path]
     headers = {"ETag": f'"{blob_id(data)}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
     if path.endswith(LFS_SUFFIXES):
-        digest = hashlib.sha256(data).hexdigest()
+        digest = lfs_id(data)
         headers.update({"ETag": f'"{digest}"', "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))})
         if hub.cdn is not None:
             hub.objects[digest] = data
@@ -162,7 +162,7 @@ def preupload(hub, request, kind, name, revision):
     for entry in request.json()["files"]:
         path, old = entry["path"], at[2].get(entry["path"])
         lfs = path.endswith(LFS_SUFFIXES)
-        oid = None if old is None else hashlib.sha256(old).hexdigest() if lfs else blob_id(old)
+        oid = None if old is None else lfs_id(old) if lfs else blob_id(old)
         answers.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid})
     return Answer.json({"files": answers})
 
@@ -186,7 +186,7 @@ def batch(hub, request, kind, name):
 
 
 def put_object(hub, request, oid):
-    if hashlib.sha256(request.body).hexdigest() != oid:
+    if lfs_id(request.body) != oid:
         return Answer.error("", 400, "wrong sha256")
     hub.objects[oid] = request.body
     return Answer()
@@ -200,7 +200,7 @@ def put_part(hub, request, oid, part):
 def join_parts(hub, request, oid):
     parts = sorted(entry["partNumber"] for entry in request.json()["parts"])
     data = b"".join(hub.objects.pop(f"{oid}/{part}") for part in parts)
-    if hashlib.sha256(data).hexdigest() != oid:
+    if lfs_id(data) != oid:
         return Answer.error("", 400, "wrong sha256")
     hub.objects[oid] = data
     return Answer.json({})

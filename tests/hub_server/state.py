@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -16,9 +17,16 @@ EMPTY = "0" * 40
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".whl")
 
 
+@functools.lru_cache(maxsize=1024)
 def blob_id(data: bytes) -> str:
     """The id that git gives a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def lfs_id(data: bytes) -> str:
+    """The id of a large file."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass
@@ -159,7 +167,7 @@ class Hub:
         """A file as the tree lists it."""
         listed = {"type": "file", "path": path, "size": len(data), "oid": blob_id(data)}
         if path.endswith(LFS_SUFFIXES):
-            listed["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            listed["lfs"] = {"oid": lfs_id(data), "size": len(data), "pointerSize": 134}
         return listed
 
     @contextlib.contextmanager
