@@ -237,7 +237,8 @@ def quality_rivals(data: dict[str, Any]) -> str:
         for row in seeds
     ]
     return (
-        f"{rivals(made, True)}\n\nAfter a heal of all of them on {max(1, round(data['stage_tokens'] / 1024 / 20)) * 1024:,} tokens, a 20th of a stage:\n\n{rivals(healed, False)}\n\n"
+        f"{rivals(made, True)}\n\n"
+        + (f"After the same heal of all of them on a 20th of a stage's tokens:\n\n{rivals(healed, False)}\n\n" if healed else "")
         + (f"Other seeds of anchor and of the student of its own:\n\n{table(['segment', 'loss', 'to chord', 'smaller neighbour', 'distilled alone'], again)}\n\n" if again else "")
         + f"The middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is "
         f"its loss less the chain's, paired. `{data['command']}`"

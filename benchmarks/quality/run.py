@@ -5,7 +5,7 @@
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
 as the least-loss cut chooses) and distilled alike, that of hidden width with 30% of its steps on the path, as recipes do, and without; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
-after the same heal of all of them: a 20th of the stage's steps from the teacher. ``--seeds`` repeats the middle of each segment, and the student of its own, with other seeds.
+after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, and the student of its own, with other seeds.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
 Writes benchmarks/results/quality.json after each segment; segments of earlier runs stay in it.
 """
@@ -51,6 +51,7 @@ from rivals import collapsed, selected
 SEGMENTS: dict[str, dict[str, int] | int] = {"least loss": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}, "hidden, no path": {"hidden": 423}}
 PATH = {"hidden": HIDDEN_PATH}  # the share of the anchor's steps on the path, as recipes have it
 HEAL = 0.05  # of a stage's steps
+LEAST_HEAL = 5  # steps; with fewer a schedule with warm-up has hardly begun
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
 console = Console(width=150)
 
@@ -69,6 +70,11 @@ class Bench:
         self.whole = shape_of(self.teacher.config)
         for folder in ("models", "losses", "segments"):
             (work / folder).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def heal_steps(self) -> int:
+        """Steps of a heal."""
+        return round(HEAL * self.steps)
 
     @functools.cached_property
     def importance(self) -> Any:
@@ -133,7 +139,7 @@ class Bench:
 
     def healed(self, name: str, start: Callable[[], Any]) -> Losses:
         """Losses of a model after a short distillation from the teacher."""
-        return self.losses(f"{name}/healed", lambda: self.trained(f"{name}/healed", start, steps=max(1, round(HEAL * self.steps))))
+        return self.losses(f"{name}/healed", lambda: self.trained(f"{name}/healed", start, steps=self.heal_steps))
 
     def built(self, between: Between, plan: Plan) -> Any:
         """A plan's model with weights of its own."""
@@ -223,7 +229,7 @@ def rows_of(bench: Bench, name: str, shares: list[float], free: bool, seeds: int
         weight = math.log(high / size) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
         yield {**row(name, size, plan.strategy, shape, ours, {rival: losses for rival, (losses, _) in rivals.items()}), "share": share, "to_chord": chord}
-        if free or share != 0.5:
+        if free or share != 0.5 or bench.heal_steps < LEAST_HEAL:
             continue
         healed = bench.healed(f"{name}/{share}/chain", functools.partial(bench.built, between, plan))
         after = {rival: bench.healed(f"{name}/{share}/{rival}", make) for rival, (_, make) in rivals.items()}
