@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _suffix(seed: int) -> str:
     return f"/seed {seed}" if seed else ""
 
 
-def rows_of(bench: Bench, name: str, shares: list[float], free: bool, seeds: int) -> Iterator[dict[str, Any]]:
+def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds: int) -> Iterator[dict[str, Any]]:
     """The rows of one segment's table: each rival's loss, and its paired difference from the chain's model."""
     small = bench.anchor(name)
     segment = bench.segment(name, small)
