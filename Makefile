@@ -23,17 +23,17 @@ $(READY)venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# torch first and pinned: an open range can pull a CUDA build of several GB; files are compiled when they are first imported, which few of them are
+# torch first and pinned: an open range can pull a CUDA build of several GB
 $(READY)torch: $(READY)venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	touch $@
 
 $(READY)demo: $(READY)torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
 $(READY)dev: $(READY)torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 # the page's tests drive Debian's browser, which root fetches here; without one they are skipped and say so
@@ -60,21 +60,21 @@ docs: $(READY)dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(READY)all: $(READY)dev pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,gguf,onnx,quantised]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,onnx,quantised]'
 	touch $@
 
 test-all: $(READY)all $(READY)browser $(READY)mergekit types
 	CBD_FUZZ_CASES=10000 CBD_MERGEKIT_PYTHON=$(VENV)/mergekit/bin/python $(BIN)/pytest -m "not nightly"
 
 $(READY)bench: $(READY)dev pyproject.toml
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev,demo,bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,bench]'
 	touch $@
 
 # mergekit pins what it needs, and so has an environment of its own
 $(READY)mergekit:
 	$(PYTHON) -m venv $(VENV)/mergekit
-	$(VENV)/mergekit/bin/python -m pip install --quiet --no-compile torch==2.13.0
-	$(VENV)/mergekit/bin/python -m pip install --quiet --no-compile mergekit==0.1.5
+	$(VENV)/mergekit/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)/mergekit/bin/python -m pip install --quiet mergekit==0.1.5
 	touch $@
 
 bench: $(READY)bench $(READY)mergekit

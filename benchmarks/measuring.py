@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import threading
@@ -91,7 +92,7 @@ def command() -> str:
     """The command as it was typed; of a file elsewhere on this machine the name alone."""
     typed = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
     threads = os.environ.get("OMP_NUM_THREADS")
-    return " ".join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", *typed])
+    return " ".join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", shlex.join(typed)])
 
 
 def whence() -> dict[str, Any]:

@@ -106,7 +106,7 @@ def documents() -> dict[str, dict[str, str]]:
     figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in (*WHOLE, *BESIDE) and line(name))
     return {
         "README.md": {**{name: table(name) for name in WHOLE}, "figures": figures, **{name: line(name) for name in BESIDE}},
-        "benchmarks/quality/README.md": {"quality": table("quality")},
+        "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_rivals")},
         "examples/paper/README.md": {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")},
     }
 

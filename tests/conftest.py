@@ -11,6 +11,7 @@ SLEEP = time.sleep
 _CACHE = tempfile.mkdtemp(prefix="cbd-tests-")
 os.environ.update(HF_HOME=_CACHE, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side: more threads only wait for each other
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # images set it: each command that a test starts would compile all of cbd_hub again
 
 import hub_server  # noqa: E402
 import pytest  # noqa: E402
