@@ -49,7 +49,7 @@ def test_streams_are_cached_as_lists_are(cache, tmp_path):
     assert files(tmp_path / "c") == files(cache)
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2])
+@pytest.mark.parametrize("stop", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_run_again_it_comes_out_the_same(cache, tmp_path, stop):
     """Killed in a shard, the run leaves no cache and goes on behind the last whole shard; the folder is the same, byte for byte."""
     folder = tmp_path / "c"

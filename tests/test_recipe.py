@@ -113,7 +113,7 @@ def never_stopped(tmp_path_factory):
     return plain, distill_chain(plain, folder / "whole").files.root
 
 
-@pytest.mark.parametrize("where", ["teacher", "cut", "train", "save", "link", "finish"])
+@pytest.mark.parametrize("where", ["cut", "train", "link", *(pytest.param(where, marks=pytest.mark.slow) for where in ("teacher", "save", "finish"))])
 def test_interrupted_anywhere_it_goes_on_to_the_same_chain(never_stopped, tmp_path, monkeypatch, where):
     plain, whole = never_stopped
     place = {
@@ -203,7 +203,7 @@ def test_several_processes_are_told_what_to_do(tmp_path, monkeypatch):
     assert not (tmp_path / "chain").exists()
 
 
-@pytest.mark.parametrize("where", ["train", "link", "recipe.yaml", "chain.json"])
+@pytest.mark.parametrize("where", ["train", "chain.json", *(pytest.param(where, marks=pytest.mark.slow) for where in ("link", "recipe.yaml"))])
 def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(never_stopped, tmp_path, monkeypatch, where):
     plain, whole = never_stopped
     short = {**plain, "anchors": ANCHORS[:1]}
