@@ -8,7 +8,7 @@ READY := $(VENV)/.ready-
 
 help:
 	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
-	@echo "make test    documentation, lint, types, doctests and tests (5 to 15 minutes, by the CPU)"
+	@echo "make test    documentation, lint, types, doctests and tests (5 to 20 minutes, by the CPU)"
 	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, every view of the page (pictures in artefacts/space), and a release"
 	@echo "make release the wheel and the sdist, in dist/, once they install and run with the lowest and the newest versions"
 	@echo "make docs    the documentation, in build/site"
