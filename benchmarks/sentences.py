@@ -184,14 +184,14 @@ def quality(data: dict[str, Any]) -> str:
 
 def quality_rivals(data: dict[str, Any]) -> str:
     """The middle of segments against trained rivals."""
-    made = [row for row in data["rows"] if not row["by"].endswith("healed") and "seed" not in row["by"]]
+    rows = data["rows"]
 
     def reach(name: str) -> str:
-        found = sorted((row["rivals"][name]["minus"] for row in made if name in row["rivals"]), key=lambda minus: minus[0])
+        found = sorted((row["rivals"][name]["minus"] for row in rows), key=lambda minus: minus[0])
         return f"{pair(found[0])} to {pair(found[-1])}"
 
     return (
-        f"At the middle of {len(made)} segments ({', '.join(row['segment'] for row in made)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
+        f"At the middle of {len(rows)} segments ({', '.join(row['segment'] for row in rows)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
         f"{reach('distilled alone')}; boomerang as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
     )
 

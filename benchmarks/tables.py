@@ -220,28 +220,18 @@ def quality(data: dict[str, Any]) -> str:
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
-    """The middle of each kind of segment against models that were trained for it, as made and after the same heal of all."""
-    def rivals(rows: list[dict[str, Any]], chord: bool) -> str:
-        names = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
-        lines = [["the chain's", *(f"{row['loss']:.3f} ± {row['stderr']:.3f}" for row in rows)]]
-        if chord:
-            lines.append(["its less the chord's", *(pair(row["to_chord"]) for row in rows)])
-        lines += [[name, *(pair(row["rivals"].get(name, {}).get("minus")) for row in rows)] for name in names]
-        return table(["", *(f"{row['segment']}: {format_size(row['parameters'])}" for row in rows)], lines)
-
-    healed = [row for row in data["rows"] if row["by"].endswith("healed")]
-    seeds = [row for row in data["rows"] if "seed" in row["by"]]
-    made = [row for row in data["rows"] if row not in healed and row not in seeds]
-    again = [
-        [f"{row['segment']}: {row['by'].split(', ')[1]}", f"{row['loss']:.3f} ± {row['stderr']:.3f}", pair(row["to_chord"]), *(pair(row["rivals"][name]["minus"]) for name in ("smaller neighbour", "distilled alone"))]
-        for row in seeds
+    """The middle of each kind of segment against models that were trained for it."""
+    rows = data["rows"]
+    names = dict.fromkeys(name for row in rows for name in row["rivals"])
+    head = ["", *(f"{row['segment']}: {format_size(row['parameters'])}" for row in rows)]
+    lines = [
+        ["the chain's", *(f"{row['loss']:.3f} ± {row['stderr']:.3f}" for row in rows)],
+        ["its less the chord's", *(pair(row["to_chord"]) for row in rows)],
+        *([name, *(pair(row["rivals"].get(name, {}).get("minus")) for row in rows)] for name in names),
     ]
     return (
-        f"{rivals(made, True)}\n\n"
-        + (f"After the same heal of all of them on a 20th of a stage's tokens:\n\n{rivals(healed, False)}\n\n" if healed else "")
-        + (f"Other seeds of anchor and of the student of its own:\n\n{table(['segment', 'loss', 'to chord', 'smaller neighbour', 'distilled alone'], again)}\n\n" if again else "")
-        + f"The middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is "
-        f"its loss less the chain's, paired. `{data['command']}`"
+        f"{table(head, lines)}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
+        f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired. `{data['command']}`"
     )
 
 

@@ -19,11 +19,11 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
-from cbd_hub import ChainDistiller, assemble_chain, cli, distill_chain  # noqa: E402, F401
+from cbd_hub import ChainDistiller, assemble_chain, cli, distill_chain  # noqa: E402, F401 (the trainer is imported before gc.freeze)
 
 
 torch.set_num_threads(1)
-gc.freeze()  # what imports made stays: each full collection would look through it again, a sixth of all tests' time
+gc.freeze()  # what imports made stays: each full collection would look through it again, a sixth of the time of tests that train
 
 
 def pytest_unconfigure():

@@ -7,7 +7,6 @@ character that several tokens share.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -56,7 +55,6 @@ class _Reader:
 _READERS: WeakKeyDictionary[Any, tuple[int, _Reader]] = WeakKeyDictionary()
 
 
-@functools.cache
 def byte_alphabet() -> dict[str, int]:
     """The byte that each character of byte-level BPE stands for.
 
@@ -65,8 +63,8 @@ def byte_alphabet() -> dict[str, int]:
         >>> len(alphabet), alphabet["Ġ"], alphabet["a"]
         (256, 32, 97)
     """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(plain)]
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in plain)
     return {**{chr(byte): byte for byte in plain}, **{chr(256 + place): byte for place, byte in enumerate(others)}}
 
 
