@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -183,8 +184,9 @@ def test_any_key_of_chain_json_is_read_or_refused(chain):
     fuzz()
 
 
-def test_any_chain_loads_or_is_refused_and_stays_in_its_folder(chain, tmp_path):
+def test_any_chain_loads_or_is_refused_and_stays_in_its_folder(chain, tmp_path, monkeypatch):
     """The whole way: opened, planned, loaded and copied."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a config that is met for the first time is read by way of a temporary folder
     folder = shutil.copytree(chain, tmp_path / "chain")
     good = json.loads((chain / "chain.json").read_text())
     spots = [path for path in places(good) if path]
