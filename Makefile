@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
+# compiled where it is imported: all of it would take two minutes, of which tests and pages need a fifth
+INSTALL := -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all types release docs bench bench-full nightly fix clean
 
@@ -18,22 +21,23 @@ help:
 	@echo "make fix     let ruff mend what it can"
 	@echo "make clean   remove the virtual environment"
 
+# the pip that comes with an older Python takes minutes to resolve what a newer one does in one
 $(READY)venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cbd_hub needs Python 3.11 or newer, found " + sys.version.split()[0] + "; run make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	touch $@
 
 # torch first and pinned: an open range can pull a CUDA build of several GB
 $(READY)torch: $(READY)venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python $(INSTALL) torch==2.13.0
 	touch $@
 
 $(READY)demo: $(READY)torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python $(INSTALL) --editable '.[demo]'
 	touch $@
 
 $(READY)dev: $(READY)torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --editable '.[dev]'
 	touch $@
 
 # the page's tests drive Debian's browser, which root fetches here; without one they are skipped and say so
@@ -60,21 +64,21 @@ docs: $(READY)dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(READY)all: $(READY)dev pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev,gguf,onnx,quantised]'
+	$(BIN)/python $(INSTALL) --editable '.[dev,gguf,onnx,quantised]'
 	touch $@
 
 test-all: $(READY)all $(READY)browser $(READY)mergekit types
 	CBD_FUZZ_CASES=10000 CBD_MERGEKIT_PYTHON=$(VENV)/mergekit/bin/python $(BIN)/pytest -m "not nightly"
 
 $(READY)bench: $(READY)dev pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev,demo,bench]'
+	$(BIN)/python $(INSTALL) --editable '.[dev,demo,bench]'
 	touch $@
 
 # mergekit pins what it needs, and so has an environment of its own
 $(READY)mergekit:
-	$(PYTHON) -m venv $(VENV)/mergekit
-	$(VENV)/mergekit/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)/mergekit/bin/python -m pip install --quiet mergekit==0.1.5
+	$(PYTHON) -m venv --upgrade-deps $(VENV)/mergekit
+	$(VENV)/mergekit/bin/python $(INSTALL) torch==2.13.0
+	$(VENV)/mergekit/bin/python $(INSTALL) mergekit==0.1.5
 	touch $@
 
 bench: $(READY)bench $(READY)mergekit

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from transformers.initialization import no_init_weights
 
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import family_of
@@ -172,7 +173,7 @@ class Between:
         if key not in self._shells:
             config = plan.config(model.config)
             config._attn_implementation = model.config._attn_implementation
-            with init_empty_weights(include_buffers=False):
+            with no_init_weights(), init_empty_weights(include_buffers=False):
                 shell = type(model)(config)
             for name, buffer in shell.named_buffers():
                 owner, _, leaf = name.rpartition(".")
