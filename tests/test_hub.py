@@ -9,11 +9,12 @@ import pytest
 import tiny
 import torch
 from conftest import online
-from hub_server import running
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
+from test_distill import rows
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub import CBDModel, Chain, ChainDistiller, ChainDistillerConfig, assemble_chain
 from cbd_hub.cli import app
 from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.files import chunk_hashes, sha256
@@ -42,7 +43,6 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
     done = process(endpoint, tmp_path / "cache", "make", "org/tiny", "--size", size, "--out", tmp_path / "m", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parameters"] == CBDModel.plan(chain, size).parameters
-    from transformers import AutoModelForCausalLM
     made, local = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), CBDModel.from_chain(chain, size)
     assert all(torch.equal(made.get_parameter(name), tensor) for name, tensor in local.named_parameters())
     assert made.config.cbd["chain"] == "org/tiny"
@@ -82,45 +82,29 @@ def test_what_is_not_on_the_hub_is_one_clear_line(hub, cbd, monkeypatch, tmp_pat
     assert (code, said.count("\n")) == (1, 1)
 
 
-def test_checkpoints_from_the_hub_are_assembled(tmp_path):
-    with running() as (hub, endpoint):
-        for index, layers in enumerate((4, 2)):
-            hub.upload_folder(f"org/m{index}", tiny.save(tiny.llama(layers=layers), tmp_path / f"m{index}"))
-        done = process(endpoint, tmp_path / "cache", "assemble", "org/m0", "org/m1", "--out", tmp_path / "chain")
-        assert done.returncode == 0, done.stderr
+def test_checkpoints_from_the_hub_are_assembled(hub, cbd, tmp_path):
+    for index, layers in enumerate((4, 2)):
+        hub.upload_folder(f"org/m{index}", tiny.save(tiny.llama(layers=layers), tmp_path / f"m{index}"))
+    code, _, said = cbd("assemble", "org/m0", "org/m1", "--out", tmp_path / "chain")
+    assert code == 0, said
     path = tmp_path / "chain" / "anchors" / Chain.from_pretrained(tmp_path / "chain").anchors[0].name / "model.safetensors"
     assert sha256(path) == sha256(tmp_path / "m0" / "model.safetensors")
     assert len(chunk_hashes(path)) == 1
 
 
-PUSH = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import tiny
-from test_distill import rows
-from cbd_hub import ChainDistiller, ChainDistillerConfig
-config = ChainDistillerConfig(
-    sys.argv[2], max_steps=2, per_device_train_batch_size=4, bf16=False, disable_tqdm=True, logging_steps=1, push_to_hub=True, hub_model_id="org/pushed",
-    hub_token="hf_test", save_strategy="no",
-)
-trainer = ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
-trainer.train()
-trainer.push_to_hub()
-"""
-
-
-def test_the_trainer_pushes_an_anchor_and_nothing_else(tmp_path):
-    from pathlib import Path
-
-    from huggingface_hub import ModelCard
-    with running() as (hub, endpoint):
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run([sys.executable, "-c", PUSH, str(Path(__file__).parent), str(tmp_path / "out")], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        _, files = hub.repos["org/pushed"].at("main")
+def test_the_trainer_pushes_an_anchor_and_nothing_else(hub, tmp_path, capsys):
+    config = ChainDistillerConfig(
+        str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, bf16=False, disable_tqdm=True, logging_steps=1, push_to_hub=True, hub_model_id="org/pushed",
+        hub_token="hf_test", save_strategy="no",
+    )
+    trainer = ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
+    trainer.train()
+    trainer.push_to_hub()
+    printed = capsys.readouterr()
+    _, files = hub.repos["org/pushed"].at("main")
     assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "transformers"
     assert "distillation" in card.data.tags
     assert "base_model" not in card.data.to_dict()
-    assert "hf_test" not in done.stdout + done.stderr + files["README.md"].decode()
+    assert "hf_test" not in printed.out + printed.err + files["README.md"].decode()

@@ -1,11 +1,9 @@
 """Recipes: mistakes named by line, runs resumed bit for bit, foreign folders left alone."""
 
 import json
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from glob import glob
 from pathlib import Path
@@ -113,6 +111,18 @@ def never_stopped(tmp_path_factory):
     return plain, distill_chain(plain, folder / "whole").files.root
 
 
+@pytest.fixture(scope="module")
+def first_made(never_stopped, tmp_path_factory):
+    """The chain of that recipe's first anchor alone."""
+    return distill_chain({**never_stopped[0], "anchors": ANCHORS[:1]}, tmp_path_factory.mktemp("first_made") / "chain").files.root
+
+
+@pytest.fixture
+def short(never_stopped, first_made, tmp_path):
+    """A recipe, and a copy of the chain of its first anchor."""
+    return never_stopped[0], shutil.copytree(first_made, tmp_path / "chain")
+
+
 @pytest.mark.parametrize("where", ["cut", "train", "link", *(pytest.param(where, marks=pytest.mark.slow) for where in ("teacher", "save", "finish"))])
 def test_interrupted_anywhere_it_goes_on_to_the_same_chain(never_stopped, tmp_path, monkeypatch, where):
     plain, whole = never_stopped
@@ -140,20 +150,19 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_chain(never_stopped, tmp_pa
 def test_killed_in_the_middle_of_a_stage_it_goes_on_to_the_same_chain(tmp_path):
     """kill -9 while training, twice; then run again: bitwise the chain of a run that was never killed."""
     plain = make_recipe(tmp_path, "llama", ANCHORS, stage={"save_steps": 3, "max_steps": 30, "per_device_train_batch_size": 8})
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
     whole = distill_chain(plain, tmp_path / "whole").files.root
     target = tmp_path / "killed"
-    code = "import sys; from cbd_hub import distill_chain; distill_chain(sys.argv[1], sys.argv[2])"
     for steps in (3, 9):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.yaml"), str(target)], env=os.environ)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
+        process = multiprocessing.get_context("fork").Process(target=distill_chain, args=(plain, target))
+        process.start()
+        while process.is_alive():
             found = [int(path.name.split("-")[1]) for path in target.glob(".work/*/checkpoint-*")]
             if found and max(found) >= steps:
                 break
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
         assert not (target / "chain.json").exists()
     assert_same(whole, distill_chain(plain, target).files.root)
 
@@ -178,12 +187,11 @@ def test_a_run_of_another_recipe_is_not_mixed_in(tmp_path, monkeypatch):
         distill_chain({**plain, "seed": 1}, tmp_path / "out")
 
 
-def test_a_finished_chain_grows_by_a_longer_recipe(tmp_path, monkeypatch):
+def test_a_finished_chain_grows_by_a_longer_recipe(short, tmp_path, monkeypatch):
     """One anchor, then two more: bitwise the chain of all three at once, and nothing that was there is made again."""
-    plain = make_recipe(tmp_path, "llama", [*ANCHORS, {"layers": 1, "ffn": 24}])
+    plain, target = short
+    plain = {**plain, "anchors": [*ANCHORS, {"layers": 1, "ffn": 24}]}
     whole = distill_chain(plain, tmp_path / "whole").files.root
-    target = tmp_path / "grown"
-    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
     (target / ".git").mkdir()
     trained, measured, measure = [], [], recipe_module.measure_importance
     monkeypatch.setattr(recipe_module, "show_stage", lambda trainer, name: trained.append(name))
@@ -204,11 +212,9 @@ def test_several_processes_are_told_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["train", "chain.json", *(pytest.param(where, marks=pytest.mark.slow) for where in ("link", "recipe.yaml"))])
-def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(never_stopped, tmp_path, monkeypatch, where):
-    plain, whole = never_stopped
-    short = {**plain, "anchors": ANCHORS[:1]}
-    target = tmp_path / "grown"
-    before = distill_chain(short, target).manifest
+def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(never_stopped, short, monkeypatch, where):
+    (plain, target), whole = short, never_stopped[1]
+    before = Chain.from_pretrained(target).manifest
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -224,23 +230,22 @@ def test_a_chain_that_was_stopped_while_it_grew_is_what_it_was_and_goes_on(never
     assert Chain.from_pretrained(target).manifest == before
     (target / ".chain.json.x1y2z3a4.cbd-part").write_text("{")  # what a kill leaves
     (target / "chunks" / f".{before.anchors[0].name}.json.x1y2z3a4.cbd-part").write_text("{")
-    assert distill_chain(short, target).manifest == before
+    assert distill_chain({**plain, "anchors": ANCHORS[:1]}, target).manifest == before
     assert_same(whole, distill_chain(plain, target).files.root)
     assert not list(target.rglob(".*"))
 
 
 def grown_in_part(plain, target, monkeypatch):
-    """A chain of one anchor whose growth stopped once the next one was made."""
-    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+    """The growth of a chain of one anchor, stopped once the next one is made."""
     with monkeypatch.context() as patch:
         patch.setattr(recipe_module, "measure_segment", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             distill_chain(plain, target)
 
 
-def test_what_is_the_users_stays_while_a_chain_grows(tmp_path):
-    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
-    before = distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+def test_what_is_the_users_stays_while_a_chain_grows(short):
+    plain, target = short
+    before = Chain.from_pretrained(target)
     first = before.anchors[0].name
     mine = [target / ".README.md.swp", target / ".README.md.original", target / "anchors" / ".gitignore", target / "anchors" / first / "NOTES.txt", target / ".git" / "config"]
     for path in mine:
@@ -259,9 +264,9 @@ def test_what_is_the_users_stays_while_a_chain_grows(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["anchors/{}/model.safetensors", "maps/{}.safetensors", "chunks/{}.json"])
-def test_a_damaged_chain_does_not_grow(tmp_path, file):
-    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
-    path = target / file.format(distill_chain({**plain, "anchors": ANCHORS[:1]}, target).anchors[1].name)
+def test_a_damaged_chain_does_not_grow(short, file):
+    plain, target = short
+    path = target / file.format(Chain.from_pretrained(target).anchors[1].name)
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -271,8 +276,8 @@ def test_a_damaged_chain_does_not_grow(tmp_path, file):
     assert everything(target)[0] == before
 
 
-def test_somebody_else_s_anchor_is_not_lost_while_a_chain_grows(tmp_path, monkeypatch):
-    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+def test_somebody_else_s_anchor_is_not_lost_while_a_chain_grows(short, monkeypatch):
+    plain, target = short
     grown_in_part(plain, target, monkeypatch)
     manifest = json.loads((target / "chain.json").read_text())
     manifest["anchors"][1]["training"] = None  # as of an anchor that came from elsewhere
@@ -282,9 +287,8 @@ def test_somebody_else_s_anchor_is_not_lost_while_a_chain_grows(tmp_path, monkey
     assert json.loads((target / "chain.json").read_text()) == manifest
 
 
-def test_a_chain_that_changed_while_it_grew_is_not_overwritten(tmp_path, monkeypatch):
-    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
-    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+def test_a_chain_that_changed_while_it_grew_is_not_overwritten(short, monkeypatch):
+    plain, target = short
     measure = recipe_module.measure_segment
 
     def changing(*args, **kwargs):
@@ -297,8 +301,8 @@ def test_a_chain_that_changed_while_it_grew_is_not_overwritten(tmp_path, monkeyp
     assert Chain.from_pretrained(target).name == "other"
 
 
-def test_a_growth_that_is_asked_for_otherwise_says_what_to_remove_and_never_the_chain(tmp_path, monkeypatch):
-    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
+def test_a_growth_that_is_asked_for_otherwise_says_what_to_remove_and_never_the_chain(short, tmp_path, monkeypatch):
+    plain, target = short
     grown_in_part(plain, target, monkeypatch)
     new = Recipe.parse(plain)
     other = {**plain, "stages": {anchor_key(new.anchors[1]): {"max_steps": 3}}}
@@ -313,9 +317,8 @@ def test_a_growth_that_is_asked_for_otherwise_says_what_to_remove_and_never_the_
     assert_same(distill_chain(other, tmp_path / "whole").files.root, distill_chain(other, target).files.root)
 
 
-def test_a_chain_grows_by_its_own_recipe_edited_in_place(tmp_path):
-    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
-    distill_chain({**plain, "anchors": ANCHORS[:1]}, target)
+def test_a_chain_grows_by_its_own_recipe_edited_in_place(short):
+    plain, target = short
     text = "# mine\n" + Recipe.parse(plain).to_yaml()
     (target / "recipe.yaml").write_text(text)
     assert len(distill_chain(target / "recipe.yaml", target).anchors) == 3
@@ -361,16 +364,15 @@ def test_a_chain_does_not_grow_on_other_text_and_needs_its_teacher_no_more(tmp_p
     assert len(distill_chain(plain, target).anchors) == 3
 
 
-def test_the_old_recipe_leaves_a_growing_chain_s_work_alone(tmp_path):
-    plain, target = make_recipe(tmp_path, "llama", ANCHORS), tmp_path / "chain"
-    short = {**plain, "anchors": ANCHORS[:1]}
-    distill_chain(short, target)
+def test_the_old_recipe_leaves_a_growing_chain_s_work_alone(short):
+    plain, target = short
+    old = {**plain, "anchors": ANCHORS[:1]}
     with held(target / ".work", "another"):
-        distill_chain(short, target)
+        distill_chain(old, target)
         assert (target / ".work" / "lock").is_file()
         with pytest.raises(StorageError, match="is being written by another process"):
             distill_chain(plain, target)
-    distill_chain(short, target)
+    distill_chain(old, target)
     assert not (target / ".work").exists()
 
 

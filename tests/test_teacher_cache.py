@@ -1,10 +1,7 @@
 """The teacher cache: exact tokens, bounded rounding, refusals by fingerprint, resuming bit for bit, training as from the live teacher."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -12,10 +9,10 @@ import pytest
 import tiny
 import torch
 import yaml
+from conftest import online
 from conftest import recipe as make_recipe
 from datasets import Dataset, load_dataset
-from hub_server import running
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -482,25 +479,22 @@ def test_the_command_end_to_end(cbd, tmp_path):
     assert "Usage: cbd" in cbd("cache-teacher", "--help")[1]
 
 
-def test_a_pushed_cache_is_read_from_the_hub(tmp_path):
+def test_a_pushed_cache_is_read_from_the_hub(hub, cbd, tmp_path, monkeypatch):
     """Pushed whole, as a data set with its card, and opened by its id with every file checked."""
     teacher = tiny.save(tiny.llama(), tmp_path / "teacher")
     (tmp_path / "t.txt").write_text("\n\n".join(tiny.texts(30)))
-    with running() as (hub, endpoint):
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
-        command = [sys.executable, "-m", "cbd_hub.cli", "cache-teacher", str(teacher), "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "c"), "--push", "org/cache", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["pushed"] == "org/cache"
-        assert hub.repos["datasets/org/cache"].at("main")[1] == files(tmp_path / "c")
-        code = "from cbd_hub.distill.teacher_cache import TeacherCache; c = TeacherCache.open('org/cache'); print(len(c), c[3]['top_ids'].sum())"
-        read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert read.returncode == 0, read.stderr[-2000:]
-        local = TeacherCache.open(tmp_path / "c")
-        assert read.stdout.split() == [str(len(local)), str(local[3]["top_ids"].sum())]
-        hub.repos["datasets/org/cache"].at("main")[1]["data/train-00000-of-00001.arrow"] += b"x"
-        read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**environment, "HF_HOME": str(tmp_path / "other")})
-        assert "IntegrityError" in read.stderr
+    code, printed, said = cbd("cache-teacher", teacher, "--text", tmp_path / "t.txt", "--out", tmp_path / "c", "--push", "org/cache", "--json")
+    assert code == 0, said
+    assert json.loads(printed)["pushed"] == "org/cache"
+    repo = hub.repos["datasets/org/cache"]
+    assert repo.at("main")[1] == files(tmp_path / "c")
+    there, local = TeacherCache.open("org/cache"), TeacherCache.open(tmp_path / "c")
+    assert len(there) == len(local)
+    assert all(torch.equal(torch.as_tensor(one["top_ids"]), torch.as_tensor(other["top_ids"])) for one, other in zip(there, local))
+    repo.at("main")[1]["data/train-00000-of-00001.arrow"] += b"x"
+    online(monkeypatch, constants.ENDPOINT, tmp_path / "other")
+    with pytest.raises(IntegrityError):
+        TeacherCache.open("org/cache")
     card = DatasetCard((tmp_path / "c" / "README.md").read_text())
     assert card.data.to_dict()["configs"][0]["data_files"] == "data/*.arrow"
     assert str(tmp_path) not in str(files(tmp_path / "c"))
