@@ -45,9 +45,9 @@ def recipe(folder, family, anchors, **more):
 
 
 def assembled(folder, *depths, **shape):
-    """A chain of random llamas of these depths, without training; its folder."""
+    """A chain of random llamas of these depths, neither trained nor aligned; its folder."""
     models = [tiny.save(tiny.llama(layers=layers, seed=layers, **shape), folder / f"m{layers}") for layers in depths]
-    assemble_chain(models, folder / "chain")
+    assemble_chain(models, folder / "chain", align=False)
     return folder / "chain"
 
 

@@ -1,11 +1,18 @@
-"""Started by test_distributed.py with one or two processes: trains tiny students and saves their weights and logs."""
+"""What test_distributed.py runs with one and with two processes: tiny students are trained, their weights and logs saved."""
 
 import json
 import os
-import sys
-from pathlib import Path
 
+import tiny
 import torch
+from datasets import IterableDataset
+from test_distill import rows, student_of
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.distill.cache_writing import write_cache
+from cbd_hub.distill.wrapping import whole
 
 
 MODES = {
@@ -19,9 +26,6 @@ MODES = {
 
 def sharded(model, folder):
     """The model loaded with every parameter split over the processes by FSDP2; whole with one process."""
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")) == 0:
         model.save_pretrained(folder)
@@ -36,12 +40,6 @@ def sharded(model, folder):
 
 def held_out(mode, teacher, folder):
     """Evaluation sets of which no count divides by the batch: the last batches of two processes are filled up with rows that come again."""
-    import tiny
-    from datasets import IterableDataset
-    from test_distill import rows
-
-    from cbd_hub.distill.cache_writing import write_cache
-
     if "bridge" in MODES[mode]:
         return [[{"prompt": text[:9], "completion": text[9 : 12 + index]} for index, text in enumerate(tiny.texts(count, seed=9))] for count in (3, 9, 11)]
     sets = [rows(count, seed=9) for count in (3, 9, 11)]
@@ -50,15 +48,7 @@ def held_out(mode, teacher, folder):
     return [*sets, IterableDataset.from_generator(lambda: iter(sets[-1]))]
 
 
-def main(folder, mode):
-    import tiny
-    from datasets import IterableDataset
-    from test_distill import rows, student_of
-
-    from cbd_hub import ChainDistiller, ChainDistillerConfig
-    from cbd_hub.distill.cache_writing import write_cache
-
-    torch.set_num_threads(1)
+def train(folder, mode):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     teacher = tiny.llama(tied=not mode.endswith("untied"))
     student, kept = student_of(teacher)
@@ -91,10 +81,6 @@ def main(folder, mode):
         (folder / f"{mode}.json").write_text(json.dumps({"losses": losses, "evaluations": evaluations, "processes": trainer.accelerator.num_processes}))
 
 
-if __name__ == "__main__":
-    from cbd_hub.distill.wrapping import whole
-
-    for mode in sys.argv[2:] or MODES:
-        main(Path(sys.argv[1]), mode)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # a process that ends with gloo's threads alive may abort
+def main(folder):
+    for mode in MODES:
+        train(folder, mode)

@@ -9,29 +9,20 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from run_distributed import MODES
+from processes import launched
+from run_distributed import MODES, main
 from safetensors.torch import load_file
 
 
-HERE = Path(__file__).parent
-EXAMPLES = HERE.parent / "examples"
-
-
-def launch(folder, processes):
-    folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    done = subprocess.run([*command, str(HERE / "run_distributed.py"), str(folder)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    return launch(folder / "one", 1), launch(folder / "two", 2)
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    for processes, folder in enumerate(folders, 1):
+        launched(processes, main, folder)
+    return folders
 
 
 @pytest.mark.parametrize("mode", MODES)

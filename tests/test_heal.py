@@ -1,18 +1,14 @@
 """Healing: the loss falls and the record says by how much, the best weights come back, a killed run goes on bit for bit, two processes are one."""
 
 import functools
-import gc
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from conftest import assembled
 from datasets import Dataset, IterableDataset
+from processes import launched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import CBDModel, Chain, heal
@@ -33,10 +29,8 @@ TEXTS = tiny.texts(120)
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Anchors of 4 and 2 layers; a collection that comes with every training leaves out what was there before."""
-    gc.freeze()
-    yield assembled(tmp_path_factory.mktemp("heal"), 4, 2)
-    gc.unfreeze()
+    """Anchors of 4 and 2 layers."""
+    return assembled(tmp_path_factory.mktemp("heal"), 4, 2)
 
 
 def middle(chain):
@@ -343,20 +337,20 @@ def test_a_copy_of_the_chain_will_do_and_its_anchors_must_be_there(chain, tmp_pa
         heal(model, chain, data(), **OPTIONS)
 
 
-def launch(folder, chain, processes):
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    done = subprocess.run([*command, str(here / "run_heal.py"), str(folder), str(chain), str(processes)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+def heal_twice(folder, chain, processes):
+    """Whole and by LoRA, both saved."""
+    options = {
+        **OPTIONS, "per_device_train_batch_size": 4 // processes, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0,
+        "ddp_backend": "gloo" if processes > 1 else None,
+    }
+    for name, config in (("full", None), ("lora", lora(init_lora_weights=False))):
+        model = heal(between(chain), chain, data(), output_dir=folder / name, peft_config=config, **options)
+        assert model.config.cbd["healed"]["difference"] < 0
 
 
 def test_two_processes_are_one(chain, tmp_path):
     for processes in (1, 2):
-        launch(tmp_path / str(processes), chain, processes)
+        launched(processes, heal_twice, tmp_path / str(processes), chain, processes)
     for name in ("full", "lora"):
         alone, together = (AutoModelForCausalLM.from_pretrained(tmp_path / folder / name) for folder in "12")
         for key, tensor in alone.named_parameters():

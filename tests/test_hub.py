@@ -1,11 +1,7 @@
 """Chains and checkpoints from the Hub, with the official client against a server on loopback."""
 
 import json
-import os
-import subprocess
-import sys
 
-import pytest
 import tiny
 import torch
 from conftest import online
@@ -20,29 +16,14 @@ from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.files import chunk_hashes, sha256
 
 
-def process(endpoint, cache, *arguments, offline=False):
-    """Run the command in a process of its own, whose Hub is the test server."""
-    environment = {
-        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "1" if offline else "0", "HF_TOKEN": "hf_test",
-    }
-    return subprocess.run([sys.executable, "-m", "cbd_hub.cli", *map(str, arguments)], capture_output=True, text=True, env=environment)
-
-
-@pytest.fixture
-def published(chain, hub):
-    """The chain on the test Hub."""
+def test_a_chain_on_the_hub_is_a_chain(hub, cbd, chain, tmp_path, monkeypatch):
     Chain.from_pretrained(chain).push_to_hub("org/tiny")
     hub.forget()
-    return hub, constants.ENDPOINT
-
-
-def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
-    hub, endpoint = published
     first, second = Chain.from_pretrained(chain).anchors[:2]
     size = (first.parameters + second.parameters) // 2
-    done = process(endpoint, tmp_path / "cache", "make", "org/tiny", "--size", size, "--out", tmp_path / "m", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["parameters"] == CBDModel.plan(chain, size).parameters
+    code, printed, said = cbd("make", "org/tiny", "--size", size, "--out", tmp_path / "m", "--json")
+    assert code == 0, said
+    assert json.loads(printed)["parameters"] == CBDModel.plan(chain, size).parameters
     made, local = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), CBDModel.from_chain(chain, size)
     assert all(torch.equal(made.get_parameter(name), tensor) for name, tensor in local.named_parameters())
     assert made.config.cbd["chain"] == "org/tiny"
@@ -50,7 +31,8 @@ def test_a_chain_on_the_hub_is_a_chain(published, chain, tmp_path):
     # What is not needed is not fetched: the smallest anchor's weights are no part of this plan.
     smallest = Chain.from_pretrained(chain).anchors[2].name
     assert not [path for _, path in hub.requests if f"tiny-{smallest}/resolve" in path]
-    assert process(endpoint, tmp_path / "cache", "show", "org/tiny", offline=True).returncode == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert cbd("show", "org/tiny")[0] == 0
 
 
 def test_push_and_pull_on_the_command_line(hub, tmp_path):
