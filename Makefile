@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-
+# into the environment of a folder of programs, without setuptools' advice on editable installs;
 # compiled where it is imported: all of it would take two minutes, of which tests and pages need a fifth
-INSTALL := -m pip install --quiet --no-compile
+install = PYTHONWARNINGS=ignore $(1)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all types release docs bench bench-full nightly fix clean
 
 help:
-	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (about 12 minutes on 2 cores)"
+	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (12 minutes on 2 cores with bf16 instructions, an hour or two without)"
 	@echo "make test    documentation, lint, types, doctests and tests (5 to 20 minutes, by the CPU)"
 	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, every view of the page (pictures in artefacts/space), and a release"
 	@echo "make release the wheel and the sdist, in dist/, once they install and run with the lowest and the newest versions"
@@ -29,15 +30,15 @@ $(READY)venv:
 
 # torch first and pinned: an open range can pull a CUDA build of several GB
 $(READY)torch: $(READY)venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python $(INSTALL) torch==2.13.0
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(call install,$(BIN)) torch==2.13.0
 	touch $@
 
 $(READY)demo: $(READY)torch pyproject.toml
-	$(BIN)/python $(INSTALL) --editable '.[demo]'
+	$(call install,$(BIN)) --editable '.[demo]'
 	touch $@
 
 $(READY)dev: $(READY)torch pyproject.toml
-	$(BIN)/python $(INSTALL) --editable '.[dev]'
+	$(call install,$(BIN)) --editable '.[dev]'
 	touch $@
 
 # the page's tests drive Debian's browser, which root fetches here; without one they are skipped and say so
@@ -64,21 +65,21 @@ docs: $(READY)dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(READY)all: $(READY)dev pyproject.toml
-	$(BIN)/python $(INSTALL) --editable '.[dev,gguf,onnx,quantised]'
+	$(call install,$(BIN)) --editable '.[dev,gguf,onnx,quantised]'
 	touch $@
 
 test-all: $(READY)all $(READY)browser $(READY)mergekit types
 	CBD_FUZZ_CASES=10000 CBD_MERGEKIT_PYTHON=$(VENV)/mergekit/bin/python $(BIN)/pytest -m "not nightly"
 
 $(READY)bench: $(READY)dev pyproject.toml
-	$(BIN)/python $(INSTALL) --editable '.[dev,demo,bench]'
+	$(call install,$(BIN)) --editable '.[dev,demo,bench]'
 	touch $@
 
 # mergekit pins what it needs, and so has an environment of its own
 $(READY)mergekit:
 	$(PYTHON) -m venv --upgrade-deps $(VENV)/mergekit
-	$(VENV)/mergekit/bin/python $(INSTALL) torch==2.13.0
-	$(VENV)/mergekit/bin/python $(INSTALL) mergekit==0.1.5
+	$(call install,$(VENV)/mergekit/bin) torch==2.13.0
+	$(call install,$(VENV)/mergekit/bin) mergekit==0.1.5
 	touch $@
 
 bench: $(READY)bench $(READY)mergekit

@@ -32,7 +32,7 @@ BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # and these in a sentence
 INTRODUCTION = """# Benchmarks
 
 `make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
-no figure on it is typed by hand. Under each table stand its command and, of runs since 27 November 2026, machine, versions and day; of earlier ones what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
+its tables are not typed by hand; a remark in italics may name a figure of a run whose results were not kept. Under each table stand its command and, of runs since 27 November 2026, machine, versions and day; of earlier ones what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
 (Gemma-3-270M likewise), and `benchmarks/inputs.py` makes `other.jsonl`, `heldout.jsonl` and the models of `--models`. Runs take turns and figures are medians where it is time; losses have standard errors
 over documents, and differences are paired. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
 in [quality/README.md](quality/README.md).

@@ -29,9 +29,10 @@ def head(data: dict[str, Any]) -> str:
     least = [case["peak_mib"]["cbd_hub"] / min(peak for name, peak in case["peak_mib"].items() if name.startswith("Liger")) for case in data["cases"] if any(name.startswith("Liger") for name in case["peak_mib"])]
     chunked = {kind: [case[kind]["cbd_hub"] / case[kind]["TRL"] for case in data["cases"] if "TRL" in case[kind]] for kind in ("seconds", "peak_mib")}
     words = [f"{min(found):.2f} to {max(found):.2f} of its {what}" for what, found in (("time", chunked["seconds"]), ("memory", chunked["peak_mib"])) if found]
+    unnoted = "" if data["machine"] else " The CPU was not noted."
     return (
         f"On two CPU threads, all of them eager, the loss head takes {min(against):.2f} to {max(against):.2f} of the time of Liger's chunked loss at its best and {min(least):.2f} to {max(least):.2f} of its least "
-        f"memory; beside TRL's chunked loss {' and '.join(words)} (less is better; {len(data['cases'])} cases). Liger compiled, and Triton's kernels on a GPU, were not measured."
+        f"memory; beside TRL's chunked loss {' and '.join(words)} (less is better; {len(data['cases'])} cases). Liger compiled, and Triton's kernels on a GPU, were not measured.{unnoted}"
     )
 
 
@@ -54,13 +55,13 @@ def teacher_cache(data: dict[str, Any]) -> str:
         f"{one['student']['kept'] - one['student']['full']:+.4f} nats of forward KL at {one['bytes_per_token']:.0f} bytes a token (top {one['top_k']}, {one['draws']} draws)"
         for one in data["figures"].values() if one["draws"]
     ]
-    return f"A teacher cache is off by {' and '.join(parts)}."
+    return f"On {data['tokens']:,} tokens, to a student that is not trained, a teacher cache is off by {' and '.join(parts)}: one set of draws, without a standard error."
 
 
 def align(data: dict[str, Any]) -> str:
     """How much of the barrier an alignment removes."""
     gone = [f"{max(found['gone'].values()):.0%} at {name}" for name, found in data.items() if isinstance(found, dict) and "gone" in found]
-    return f"Of the loss barrier between two models trained apart, aligning removes {' and '.join(gone)}."
+    return f"Of the loss barrier between two byte-level Llamas of 4 layers, trained apart and untied, one pair each, aligning removes {' and '.join(gone)}. No larger model was measured."
 
 
 def hub(data: dict[str, Any]) -> str:
@@ -71,7 +72,7 @@ def hub(data: dict[str, Any]) -> str:
         return f"{seconds[ours]['wall'] / seconds[theirs]['wall']:.2f}x"
 
     return (
-        f"Random weights, by the tests' Hub on this machine: a cold `blend`, which `auto` chose at every size of trained weights here, fetches {data['blend cold bytes'] / 1e6:.0f} MB of both anchors' "
+        f"Random weights, from a Hub of the tests on the same machine: a cold `blend`, which `auto` chose at every size of the demo's chain, fetches {data['blend cold bytes'] / 1e6:.0f} MB of both anchors' "
         f"{data['blend both anchors bytes'] / 1e6:.0f}; a `patch`, of anchors that differ in layers alone, {data['patch cold bytes'] / 1e6:.0f} MB of {data['both anchors bytes'] / 1e6:.0f}, and a second size of that "
         f"segment {data['second size bytes'] / 1e6:.0f} MB more. Warm, with the first forward pass, a blend takes {ratio(wide, 'from_chain, forward', 'from_pretrained, forward')} the time of `from_pretrained`, a patch "
         f"{ratio(real, 'from_chain, forward', 'from_pretrained, forward')}; {data['warm pinned requests']} requests where the revision is pinned."
@@ -121,8 +122,8 @@ def alpha(data: dict[str, Any]) -> str:
     half = [row["alphas"]["0.5"]["to_fitted"] for row in data["rows"] if "0.5" in row["alphas"]]
     best = [min(one["to_fitted"][0] for one in row["alphas"].values()) for row in data["rows"]]
     return (
-        f"A plain average (alpha 0.5) loses {min(value for value, _ in half):.3f} to {max(value for value, _ in half):.3f} nats to the alpha that the chain fits, and no alpha of the paper's sweep "
-        f"beats that by more than {max(0.0, -min(best)):.3f}, at {len(data['rows'])} sizes."
+        f"A plain average (alpha 0.5) loses {min(value for value, _ in half):.3f} to {max(value for value, _ in half):.3f} nats to the alpha that the chain fits, and no alpha of the sweep "
+        f"beats the fitted one by more than {max(0.0, -min(best)):.3f}, at {len(data['rows'])} sizes."
     )
 
 
@@ -179,7 +180,7 @@ def quality(data: dict[str, Any]) -> str:
     under = sum(row["to_chord"][0] <= row["to_chord"][1] for row in rows)
     over = {row["segment"]: row for row in sorted(rows, key=lambda row: row["to_chord"][0]) if row["to_chord"][0] > row["to_chord"][1]}
     words = ", ".join(f"`{segment}` ({pair(row['to_chord'])} nats at {format_size(row['parameters'])})" for segment, row in over.items())
-    return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses; furthest above it: {words}. The demo's lower segment, above, sags more."
+    return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses; above it: {words}. The demo's lower segment, above, sags more."
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
@@ -205,8 +206,9 @@ def headline(data: dict[str, Any]) -> str:
     beside = f"{-own[-1]:.2f} to {-own[0]:.2f} below" if own[-1] < 0 else f"{own[0]:+.2f} to {own[-1]:+.2f} from"
     return (
         f"{format_size(data['parameters'])} of a chain of {', '.join(data['anchors'])} ({data['stage_tokens']:,} tokens a stage), without a training step, stands {abs(most['to_chain'][0]):.2f} ± "
-        f"{most['to_chain'][1]:.2f} nats {words} the same shape trained from scratch on {times:.0f} times the chain's tokens; {len(own)} of its sizes stand {beside} the same shapes distilled "
-        f"each on its own with a stage's tokens. The chain costs less than those from {cross['tokens']} sizes on in tokens, and from {cross['seconds']} on in seconds, its measuring included."
+        f"{most['to_chain'][1]:.2f} nats {words} the same shape trained from scratch on {times:.0f} times the chain's tokens, at a learning rate that was not searched; {len(own)} of its sizes stand {beside} the same shapes cut from its "
+        f"largest anchor and distilled each on its own with one stage's tokens (the chain had {len(data['anchors']) - 1} stages). The chain costs less than those from {cross['tokens']} sizes on in tokens, and from {cross['seconds']} on "
+        f"in seconds, its measuring included and reckoned from the {len(own)} that were trained."
     )
 
 
@@ -218,7 +220,7 @@ def tasks(data: dict[str, Any]) -> str:
         each = [f"{format_size(row['parameters'])} {row['accuracy']:.2f}" for row in rows]
         words.append(f"{task} {', '.join(each)}")
     most = max(row["accuracy_stderr"] for row in data["rows"])
-    return f"Zero-shot accuracy by size, up to {max(row['questions'] for row in data['rows'])} items each, validation sets, standard errors up to {most:.2f}: {'; '.join(words)}. By chance arc_easy and sciq come to 0.25, winogrande to 0.50, which tells none of these sizes apart."
+    return f"Zero-shot accuracy by size, up to {max(row['questions'] for row in data['rows'])} items each, validation sets, standard errors up to {most:.2f}: {'; '.join(words)}. By chance arc_easy and sciq come to 0.25, winogrande to 0.50, whose figures here have no order by size."
 
 
 def lm_eval(data: dict[str, Any]) -> str:
@@ -229,4 +231,4 @@ def lm_eval(data: dict[str, Any]) -> str:
 
 def paper(data: dict[str, Any]) -> str:
     """The paper's pipeline."""
-    return f"The paper's pipeline on models of 135M and less takes {sum(found['processor_seconds'] for found in data['steps'].values()):.0f} processor seconds."
+    return f"The paper's pipeline on models of 135M and less, which shows that its steps run and nothing of quality, takes {sum(found['processor_seconds'] for found in data['steps'].values()):.0f} processor seconds."

@@ -269,7 +269,7 @@ def adapter(data: dict[str, Any]) -> str:
     head = ["size", "without it", "with it", "improvement", "kept of it", "trained anew there (carried to that)"]
     return (
         f"{table(head, rows)}\n\nA LoRA of rank {data['rank']}, trained on {data['tokens']:,} tokens of another domain on the largest anchor and carried without training; "
-        f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. The goal of 80% at the middle is {'reached' if data['reached'] else 'missed'}. `{data['command']}`"
+        f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired. `{data['command']}`"
     )
 
 
@@ -381,7 +381,7 @@ def deploy(data: dict[str, Any]) -> str:
     ]
     return (
         f"{table(['to', 'bytes of weights', 'largest difference', 'mean KL, nats per token'], rows)}\n\n{format_size(data['parameters'])} of the demo's chain ({data['parameters'] * 4 / 1e6:.1f} MB in fp32) against "
-        f"transformers in fp32, over the whole vocabulary: logits (ONNX, quantised) or log-probabilities (GGUF, llama.cpp without flash attention, which sums in half precision). `{data['command']}`"
+        f"transformers in fp32, at the positions of one sentence (GGUF: every fourth) over the whole vocabulary: logits (ONNX, quantised) or log-probabilities (GGUF, llama.cpp without flash attention, which sums in half precision). `{data['command']}`"
     )
 
 

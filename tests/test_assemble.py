@@ -5,6 +5,7 @@ import logging
 import pytest
 import tiny
 import torch
+from conftest import ONE_FAMILY
 from transformers import AutoModelForCausalLM, BertConfig
 
 from cbd_hub import CBDModel, Chain, assemble_chain
@@ -56,6 +57,7 @@ def test_blend_of_published_anchors_is_eq_3_with_layer_replication(tmp_path):
         torch.testing.assert_close(weight, expected)
 
 
+@ONE_FAMILY
 def test_with_text_the_segments_are_measured(family, tmp_path, monkeypatch):
     monkeypatch.setattr("cbd_hub.interpolation.align.STEPS", 3)
     chain = assemble_chain(three(family, tmp_path), tmp_path / "chain", calibration=tiny.texts(60))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import typer
 import yaml
+from conftest import ONE_FAMILY
 from conftest import recipe as make_recipe
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ def middle(chain):
     return (first.parameters + second.parameters) // 2
 
 
+@ONE_FAMILY
 def test_show_plan_make_generate_eval(cbd, chain, text, tmp_path):
     size = middle(chain)
     code, shown, _ = cbd("show", chain)

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import ONE_FAMILY
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -80,6 +81,7 @@ def test_the_loss_is_the_dense_reference(family, tmp_path):
         torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-3, atol=1e-6, msg=name)
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("options", [{}, {"ce_weight": 0.5, "temperature": 2.0}, {"hidden_weight": 1.0}, {"path_fraction": 0.7}])
 def test_eight_by_one_is_one_by_eight(family, tmp_path, options):
     """Accumulating eight batches of one row makes the same update as one batch of eight."""
@@ -233,6 +235,7 @@ def test_cross_entropy_alone_does_not_run_the_teacher(tmp_path):
     assert [len(found) for found in runs] == [0, 2]
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("stop", [3, 5])
 def test_stopped_and_resumed_equals_never_stopped(family, tmp_path, stop):
     whole, again = resumed(family, tmp_path / "a", 0, path_fraction=0.5), resumed(family, tmp_path / "b", stop, path_fraction=0.5)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import ONE_FAMILY
 from safetensors.torch import load_file
 from test_distill import lora, rows, weights
 from transformers import AutoModelForCausalLM
@@ -66,6 +67,7 @@ def test_projectors_start_closed_form_learn_and_are_never_exported(family, tmp_p
     assert all(torch.equal(tensor, trainer.model.get_parameter(name)) for name, tensor in model.named_parameters())
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("options", [{}, {"hidden_balance": True}, {"hidden_balance": True, "hidden_loss": "cosine", "hidden_layers": [1]}])
 def test_accumulation_changes_nothing(family, tmp_path, options):
     whole = trainer_of(family, tmp_path / "a", max_steps=3, **options)
@@ -90,6 +92,7 @@ def test_balance_weighs_the_terms_alike(tmp_path):
     assert trainer.hidden.scale != logs[0]["hidden_scale"]
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("balance", [False, True])
 def test_stopped_and_resumed_equals_never_stopped(family, tmp_path, balance):
     def run(folder, stop):

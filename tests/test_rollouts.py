@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import ONE_FAMILY, recipe
 from datasets import Dataset, IterableDataset, load_dataset
 from test_distill import rows, trainer_for, weights
 
-from cbd_hub import ChainDistiller, ChainDistillerConfig, distill_chain
+from cbd_hub import ChainDistiller, ChainDistillerConfig, Recipe, distill_chain
+from cbd_hub.configs import read_config
 from cbd_hub.distill import answers, on_policy
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.on_policy import endless
@@ -26,6 +28,7 @@ from cbd_hub.distill.rollouts import (
     rollout_tensors,
     rollouts_from,
 )
+from cbd_hub.distill.stages import plan_stages
 from cbd_hub.errors import ArgumentError, DataError, RecipeError, StorageError
 from cbd_hub.losses.divergence import reverse_kl
 
@@ -296,6 +299,7 @@ def sampler_for(family, folder, dataset=None, **options):
     )
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("mode", sorted(MODES))
 def test_eight_by_one_is_one_by_eight(family, tmp_path, mode):
     """Accumulating eight batches of one row draws the same tokens and makes the same update as one batch of eight."""
@@ -315,6 +319,7 @@ def resumed(family, folder, stop, **options):
     return weights(tiny.stopped_and_resumed(lambda: sampler_for(family, folder, **options), folder, stop and stop + 1))
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize(("mode", "stop"), [("on_policy", 3), ("minillm", 3), ("minillm", 4), ("minillm_text", 5)])
 def test_killed_and_resumed_equals_never_stopped(family, tmp_path, mode, stop):
     """Also in the middle of an inner epoch (3, 5) and between two rollout batches (4): bit for bit, metrics too."""
@@ -568,7 +573,6 @@ def test_the_student_trains_on_the_teachers_answers(tmp_path):
     {"teacher_answers": True, "kd_weight": 0.0, "ce_weight": 1.0},
 ])
 def test_a_recipe_says_where_the_tokens_come_from(tmp_path, stage):
-    from conftest import recipe
     chain = distill_chain(recipe(tmp_path, "llama", [{"layers": 2}], stage=stage), tmp_path / "chain")
     metrics = [json.loads(line) for line in next((tmp_path / "chain").rglob("*metrics.jsonl")).read_text().splitlines()]
     assert len(chain.anchors) == 2
@@ -577,14 +581,10 @@ def test_a_recipe_says_where_the_tokens_come_from(tmp_path, stage):
 
 def test_the_papers_recipe_can_be_written_down(tmp_path):
     """CBD, B.1: its stage is read as it stands, and a slip in it is named."""
-    from conftest import recipe
     stage = {
         "objective": "minillm", "rollout_batch": 256, "inner_epochs": 4, "ratio_clip": 0.2, "teacher_mix": 0.2, "max_new_tokens": 512, "length_normalised": True,
         "sampling_temperature": 1.0, "max_steps": 5000, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "learning_rate": 5e-6,
     }
-    from cbd_hub.configs import read_config
-    from cbd_hub.distill.recipe import Recipe
-    from cbd_hub.distill.stages import plan_stages
     made = recipe(tmp_path, "gpt2", [{"layers": 2}], stage=stage)
     (planned,) = plan_stages(Recipe.parse(made), tmp_path / "teacher", read_config(tmp_path / "teacher"))
     config = planned.config("out")

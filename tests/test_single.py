@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import ONE_FAMILY
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
@@ -35,6 +36,7 @@ def size_of(folder):
     return parameter_count(AutoModelForCausalLM.from_pretrained(folder).config)
 
 
+@ONE_FAMILY
 @pytest.mark.parametrize("calibration", ["file", "list", "dataset", "own"])
 def test_any_calibration_text_gives_a_model_of_the_size(source, calibration, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -97,6 +99,7 @@ def test_loader_arguments_pass_through(source):
         CBDModel.from_pretrained(source, shape={"layers": 4}, device_mop="cpu")
 
 
+@ONE_FAMILY
 def test_the_same_call_gives_the_same_model(source):
     size = int(0.85 * size_of(source))
     first, second = (CBDModel.from_pretrained(source, size) for _ in range(2))
@@ -188,6 +191,7 @@ def test_models_that_are_none_are_refused(tmp_path):
         CBDModel.from_pretrained(tmp_path / "absent", "1K")
 
 
+@ONE_FAMILY
 def test_the_command(cbd, source, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
     wanted = int(0.8 * size_of(source))
