@@ -29,7 +29,7 @@ def head(data: dict[str, Any]) -> str:
     least = [case["peak_mib"]["cbd_hub"] / min(peak for name, peak in case["peak_mib"].items() if name.startswith("Liger")) for case in data["cases"] if any(name.startswith("Liger") for name in case["peak_mib"])]
     chunked = {kind: [case[kind]["cbd_hub"] / case[kind]["TRL"] for case in data["cases"] if "TRL" in case[kind]] for kind in ("seconds", "peak_mib")}
     words = [f"{min(found):.2f} to {max(found):.2f} of its {what}" for what, found in (("time", chunked["seconds"]), ("memory", chunked["peak_mib"])) if found]
-    unnoted = "" if data["machine"] else " The CPU was not noted."
+    unnoted = "" if data.get("machine") else " The CPU was not noted."
     return (
         f"On two CPU threads, all of them eager, the loss head takes {min(against):.2f} to {max(against):.2f} of the time of Liger's chunked loss at its best and {min(least):.2f} to {max(least):.2f} of its least "
         f"memory; beside TRL's chunked loss {' and '.join(words)} (less is better; {len(data['cases'])} cases). Liger compiled, and Triton's kernels on a GPU, were not measured.{unnoted}"
@@ -72,7 +72,7 @@ def hub(data: dict[str, Any]) -> str:
         return f"{seconds[ours]['wall'] / seconds[theirs]['wall']:.2f}x"
 
     return (
-        f"Random weights, from a Hub of the tests on the same machine: a cold `blend`, which `auto` chose at every size of the demo's chain, fetches {data['blend cold bytes'] / 1e6:.0f} MB of both anchors' "
+        f"Random weights, from a Hub of the tests on the same machine: a cold `blend`, which `auto` chose at every measured size of the demo's chain, fetches {data['blend cold bytes'] / 1e6:.0f} MB of both anchors' "
         f"{data['blend both anchors bytes'] / 1e6:.0f}; a `patch`, of anchors that differ in layers alone, {data['patch cold bytes'] / 1e6:.0f} MB of {data['both anchors bytes'] / 1e6:.0f}, and a second size of that "
         f"segment {data['second size bytes'] / 1e6:.0f} MB more. Warm, with the first forward pass, a blend takes {ratio(wide, 'from_chain, forward', 'from_pretrained, forward')} the time of `from_pretrained`, a patch "
         f"{ratio(real, 'from_chain, forward', 'from_pretrained, forward')}; {data['warm pinned requests']} requests where the revision is pinned."

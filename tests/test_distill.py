@@ -165,7 +165,7 @@ def test_hidden_term_matches_the_end_of_each_block(tmp_path):
 
 def test_all_terms_take_one_pass_and_no_dense_logits(tmp_path, monkeypatch):
     """Divergence, cross-entropy and hidden states on a CPU: the value is the dense one, each model runs once, and no tensor has more rows of logits than a block."""
-    monkeypatch.setattr("cbd_hub.losses.head._block_rows", lambda *_: 4)
+    monkeypatch.setattr("cbd_hub.losses.head.block_rows", lambda *_: 4)
     trainer = trainer_for("llama", tmp_path, kd_weight=0.7, ce_weight=0.3, temperature=2.0, hidden_weight=0.5, hidden_loss="mse")
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
     trainer.model.train()

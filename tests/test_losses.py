@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cbd_hub.losses.head as head_module
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
-from cbd_hub.losses import divergence
+from cbd_hub.losses import blocks, divergence
 from cbd_hub.losses.divergence import DIVERGENCES
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.losses.hidden import LeastSquares, hidden_loss
@@ -88,8 +87,8 @@ def test_head_loss_is_the_dense_reference_in_value_and_gradient(name, seed, temp
     offset = torch.randn(37, dtype=torch.float64, requires_grad=True)
     leaves = [hidden.requires_grad_(), head.requires_grad_(), *([offset] if bias else [])]
     kd, ce = weights
-    old = head_module._BLOCK_ROWS, head_module._AT_ONCE
-    head_module._BLOCK_ROWS, head_module._AT_ONCE = {"cpu": max(1, chunk // 37)}, {"cpu": chunk // 2}
+    old = blocks._BLOCK_ROWS, blocks._AT_ONCE
+    blocks._BLOCK_ROWS, blocks._AT_ONCE = {"cpu": max(1, chunk // 37)}, {"cpu": chunk // 2}
     try:
         value = distillation_loss(
             hidden, head, teacher_hidden, teacher_head, labels, divergence=name, temperature=temperature, beta=beta, skew=beta, kd_weight=kd,
@@ -97,7 +96,7 @@ def test_head_loss_is_the_dense_reference_in_value_and_gradient(name, seed, temp
             student_softcap=cap, teacher_softcap=cap, teacher_logit_scale=scale,
         )
     finally:
-        head_module._BLOCK_ROWS, head_module._AT_ONCE = old
+        blocks._BLOCK_ROWS, blocks._AT_ONCE = old
 
     def logits(states, matrix, add):
         raw = (states @ matrix.T + add) * scale
@@ -119,8 +118,8 @@ def test_the_blocks_of_a_call_are_the_dense_reference(rows, vocab):
     hidden, head, teacher_hidden, teacher_head, labels = tensors(rows, rows, vocab)
     labels = labels.clamp(min=0)  # so that all rows count
     leaves = [hidden.requires_grad_(), head.requires_grad_(), torch.randn(vocab, dtype=torch.float64, requires_grad=True)]
-    assert head_module._BLOCK_ROWS["cpu"] == 240
-    assert vocab == 40 or head_module._AT_ONCE["cpu"] // vocab < 240
+    assert blocks._BLOCK_ROWS["cpu"] == 240
+    assert vocab == 40 or blocks._AT_ONCE["cpu"] // vocab < 240
     value = distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, ce_weight=0.5, temperature=2.0, student_bias=leaves[2])
     ours = hidden @ head.T + leaves[2]
     expected = reference("forward_kl", ours, teacher_hidden @ teacher_head.T, 2.0).mean() + 0.5 * F.cross_entropy(ours, labels)
@@ -220,12 +219,12 @@ def test_top_tokens_and_a_bucket_are_the_dense_reference(name, k):
     hidden.requires_grad_()
     head.requires_grad_()
     log_probs, ids = (teacher_hidden @ teacher_head.T).log_softmax(-1).topk(k, dim=-1)
-    old = head_module._BLOCK_ROWS, head_module._AT_ONCE
-    head_module._BLOCK_ROWS, head_module._AT_ONCE = {"cpu": 4}, {"cpu": 37 * 2}
+    old = blocks._BLOCK_ROWS, blocks._AT_ONCE
+    blocks._BLOCK_ROWS, blocks._AT_ONCE = {"cpu": 4}, {"cpu": 37 * 2}
     try:
         value = distillation_loss(hidden, head, None, None, labels, divergence=name, teacher_top=(ids, log_probs), ce_weight=0.3, num_items=7)
     finally:
-        head_module._BLOCK_ROWS, head_module._AT_ONCE = old
+        blocks._BLOCK_ROWS, blocks._AT_ONCE = old
     logits = hidden @ head.T
     q, p = logits.softmax(-1).gather(1, ids), log_probs.exp()
     q, p = (torch.cat([part, 1 - part.sum(-1, keepdim=True)], -1) for part in (q, p))

@@ -89,7 +89,7 @@ def test_chosen_log_probs_are_the_dense_ones_in_value_and_gradient(seed, rows, v
     weights = drawn(seed + 5, rows)
     inputs = (hidden, head, bias) if biased else (hidden, head)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_probs, "_block_rows", lambda device: block)
+        patch.setattr(log_probs, "block_rows", lambda device: block)
         got = chosen_log_probs(hidden, head, labels, bias=bias if biased else None, logit_scale=scale, softcap=cap)
         slopes = torch.autograd.grad((got * weights).sum(), inputs)
     want = dense(hidden, head, labels, scale, cap, bias if biased else None)

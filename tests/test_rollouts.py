@@ -452,8 +452,8 @@ def test_minillm_lowers_the_reverse_kl(tmp_path):
 @pytest.mark.parametrize("normalised", [True, False])
 def test_dense_logits_are_never_formed(tmp_path, monkeypatch, normalised):
     """No tensor of the loss has more elements than a block: with blocks of 4 rows the largest has 4 x V."""
-    monkeypatch.setattr("cbd_hub.losses.head._block_rows", lambda *_: 4)
-    monkeypatch.setattr("cbd_hub.losses.log_probs._block_rows", lambda *_: 4)
+    monkeypatch.setattr("cbd_hub.losses.head.block_rows", lambda *_: 4)
+    monkeypatch.setattr("cbd_hub.losses.log_probs.block_rows", lambda *_: 4)
     trainer = sampler_for("llama", tmp_path, **{**MINILLM, "max_new_tokens": 24}, length_normalised=normalised, per_device_train_batch_size=16)
     (batch,), items = batches_of(trainer)
 

@@ -38,7 +38,7 @@ from cbd_hub.distill.wrapping import short_attention
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
-from cbd_hub.losses.head import block_bytes
+from cbd_hub.losses.blocks import block_bytes
 from cbd_hub.manifest import Shape
 from cbd_hub.measure import ORDER_TOKENS, ORDER_TRIALS, SHARES
 from cbd_hub.precision import best_device

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses.alignment import byte_spans, written_tokens
-from cbd_hub.losses.head import _few_at_once, _gradients_times, _HeadGradient, _scaled, _through_scaling, widest
+from cbd_hub.losses.blocks import HeadGradient, few_at_once, gradients_times, scaled, through_scaling, widest
 
 
 __all__ = ["byte_spans", "shared_loss", "shared_tokens", "shared_top_loss", "span_loss"]
@@ -183,10 +183,10 @@ class _SharedLoss(torch.autograd.Function):
         compute = options.compute
         wide = torch.promote_types(compute, torch.float32)
         rows = max(1, _BLOCK_ELEMENTS // (len(head) + len(teacher_head)))
-        few = _few_at_once(max(len(head), len(teacher_head)), hidden.device)
+        few = few_at_once(max(len(head), len(teacher_head)), hidden.device)
         weight, teacher_weight = head.to(compute), teacher_head.to(compute)
         d_hidden = torch.zeros_like(hidden, dtype=wide)
-        d_head = _HeadGradient(head, len(head), 1 if len(hidden) <= rows else 2, wide)
+        d_head = HeadGradient(head, len(head), 1 if len(hidden) <= rows else 2, wide)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         total = hidden.new_zeros((), dtype=widest(hidden.device))
         for start in range(0, len(hidden), rows):
@@ -194,13 +194,13 @@ class _SharedLoss(torch.autograd.Function):
             products, aims = part @ weight.t(), target[start : start + rows].to(compute) @ teacher_weight.t()
             for first in range(0, len(part), few):
                 place = slice(first, first + few)
-                logits = _scaled(products[place], bias, options.student_scale, options.student_softcap)
-                known, known_rest, _, least = _split(_scaled(aims[place], teacher_bias, options.teacher_scale, options.teacher_softcap), theirs)
+                logits = scaled(products[place], bias, options.student_scale, options.student_softcap)
+                known, known_rest, _, least = _split(scaled(aims[place], teacher_bias, options.teacher_scale, options.teacher_softcap), theirs)
                 listed, rest, slope, held = _split(logits, ours)
                 likely = known.exp()
                 total += torch.linalg.vecdot(likely, known - listed).sum(dtype=total.dtype) + (least * (known_rest - rest)).sum(dtype=total.dtype)
                 slope.mul_(1 - least / held).index_copy_(1, ours, listed.exp_().sub_(likely))
-                slope = _through_scaling(slope, logits, options.student_scale, options.student_softcap)
+                slope = through_scaling(slope, logits, options.student_scale, options.student_softcap)
                 if d_bias is not None:
                     d_bias += slope.sum(0)
                 products[place] = slope
@@ -212,7 +212,7 @@ class _SharedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        return (*_gradients_times(grad_outputs[0], ctx), *(None,) * 6)
+        return (*gradients_times(grad_outputs[0], ctx), *(None,) * 6)
 
 
 def shared_top_loss(

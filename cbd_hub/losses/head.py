@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
+from cbd_hub.losses.blocks import HeadGradient, block_rows, few_at_once, gradients_times, scaled, through_scaling, widest
 from cbd_hub.losses.divergence import check_options
-
-
-# Rows of a block: each block adds to the whole of the head's gradient, which must cost little beside its products.
-_BLOCK_ROWS = {"cpu": 240, "other": 1024}
-_AT_ONCE = {"cpu": 2**19, "other": 2**24}  # logits worked on at once: what a CPU's cache holds, what fills an accelerator
-_SLICE_ROWS = 4096  # of the head's gradient, made at once
 
 
 @dataclass(frozen=True)
@@ -40,55 +35,6 @@ class _Options:
     teacher_logit_scale: float
     student_softcap: float | None
     teacher_softcap: float | None
-
-
-def _block_rows(device: torch.device) -> int:
-    return _BLOCK_ROWS["cpu" if device.type == "cpu" else "other"]
-
-
-def _few_at_once(vocab_size: int, device: torch.device) -> int:
-    return max(1, _AT_ONCE["cpu" if device.type == "cpu" else "other"] // vocab_size)
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The widest floating-point type of a device: Apple's GPUs have no float64.
-
-    Example:
-        >>> widest(torch.device("mps")), widest(torch.device("cuda"))
-        (torch.float32, torch.float64)
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def block_bytes(vocab_size: int, device: torch.device, compute: torch.dtype) -> int:
-    """Bytes of the logits that `distillation_loss` holds at once, of student and teacher.
-
-    Example:
-        >>> block_bytes(50_000, torch.device("cpu"), torch.bfloat16)
-        48000000
-    """
-    return 2 * _block_rows(device) * vocab_size * compute.itemsize
-
-
-def _scaled(products: Tensor, bias: Tensor | None, scale: float, softcap: float | None, out: Tensor | None = None) -> Tensor:
-    """Products of a few rows turned into logits, in fp32 (fp64 for fp64 input), shape (rows, V)."""
-    if out is None:
-        out = torch.empty_like(products, dtype=torch.float64 if products.dtype == torch.float64 else torch.float32)
-    logits = out.copy_(products)
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
-
-
-def _through_scaling(gradient: Tensor, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """The gradient with respect to logits turned into that with respect to their products, in place; the logits are overwritten."""
-    if softcap is not None:
-        gradient.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
-    return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
 def _divergence_and_gradient(student: Tensor, teacher: Tensor, options: _Options, desk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -196,12 +142,12 @@ def _few_rows(
     biases: tuple[Tensor | None, Tensor | None], options: _Options, want_gradient: bool, desk: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a few rows, and its gradient with respect to the student's product of hidden states and head."""
-    raw = _scaled(product, biases[0], options.student_logit_scale, options.student_softcap, desk[0])
+    raw = scaled(product, biases[0], options.student_logit_scale, options.student_softcap, desk[0])
     wide = widest(raw.device)
     total = raw.new_zeros((), dtype=wide)
     gradient: Tensor | None = None
     if teacher_product is not None:
-        teacher = _scaled(teacher_product, biases[1], options.teacher_logit_scale, options.teacher_softcap, desk[1])
+        teacher = scaled(teacher_product, biases[1], options.teacher_logit_scale, options.teacher_softcap, desk[1])
         temperature = options.temperature
         student = raw
         if temperature != 1.0:
@@ -227,60 +173,8 @@ def _few_rows(
             slope.mul_(options.ce_weight)
             gradient = slope if gradient is None else gradient.add_(slope)
     if gradient is not None:
-        gradient = _through_scaling(gradient, raw, options.student_logit_scale, options.student_softcap)
+        gradient = through_scaling(gradient, raw, options.student_logit_scale, options.student_softcap)
     return total, gradient
-
-
-class _HeadGradient:
-    """The gradient of a head, summed over blocks of rows.
-
-    Several blocks are summed in fp32. Where the head is narrower, the sum is held in slices, each let go when its rows are rounded, so that the two are
-    never there whole at once.
-    """
-
-    def __init__(self, head: Tensor, size: int, blocks: int, accumulate: torch.dtype) -> None:
-        self._shape, self._dtype, self._size, self._empty = head.shape, head.dtype, size, True
-        self._whole = head.new_empty(head.shape) if blocks == 1 or head.dtype == accumulate else None
-        self._slices = list(self._whole.split(_SLICE_ROWS)) if self._whole is not None else [
-            head.new_empty((min(_SLICE_ROWS, len(head) - low), head.shape[1]), dtype=accumulate) for low in range(0, len(head), _SLICE_ROWS)
-        ]
-
-    def add(self, slope: Tensor, hidden: Tensor) -> None:
-        """Add a block: slopes of its logits, shape (rows, V), times its hidden states, shape (rows, H)."""
-        for low, part in zip(range(0, self._size, _SLICE_ROWS), self._slices):
-            ours = slope[:, low : low + _SLICE_ROWS].t()
-            into = part[: len(ours)]
-            if into.dtype == hidden.dtype:
-                torch.addmm(into, ours, hidden, beta=0 if self._empty else 1, out=into)
-            elif self._empty:
-                into.copy_(ours @ hidden)
-            else:
-                into.add_(ours @ hidden)
-        self._empty = False
-
-    def times(self, scale: Tensor) -> Tensor:
-        """The sum times a scalar, in the head's dtype; it is given away."""
-        used = 0 if self._empty else self._size
-        for low, part in zip(range(0, self._shape[0], _SLICE_ROWS), self._slices):
-            part[max(0, used - low) :] = 0  # no row reached it, or it is padding
-        if self._whole is not None:
-            return self._whole.mul_(scale)
-        whole = self._slices[0].new_empty(self._shape, dtype=self._dtype)
-        for rows in whole.split(_SLICE_ROWS):
-            rows.copy_(self._slices.pop(0).mul_(scale))
-        return whole
-
-
-def _gradients_times(scale: Tensor, ctx: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients that a forward pass made, each in its input's dtype, as autograd wants it. They are given away and not copied: the head's is as large as the head."""
-    gradients, ctx.gradients = ctx.gradients, None
-    if gradients is None:
-        raise RuntimeError("this loss has been walked backward already, and its gradients are given away; compute it anew")
-    d_hidden, d_head, d_bias = gradients
-    return (
-        None if d_hidden is None else d_hidden.mul_(scale).to(ctx.dtypes[0]), None if d_head is None else d_head.times(scale),
-        None if d_bias is None else d_bias.mul_(scale).to(ctx.dtypes[1]),
-    )
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -303,9 +197,9 @@ class _HeadLoss(torch.autograd.Function):
         d_bias = torch.zeros(bias.shape, dtype=accumulate, device=head.device) if bias is not None and wants[2] else None
         total = torch.zeros((), dtype=widest(hidden.device), device=hidden.device)
         alone = head.dtype != accumulate and 2 * rows * compute.itemsize <= accumulate.itemsize * head.shape[1]  # its logits are less than a wide sum
-        blocks = 1 if alone else max(1, math.ceil(rows / _block_rows(hidden.device)))
-        block, few = max(1, math.ceil(rows / blocks)), _few_at_once(size, hidden.device)  # of equal size: a short last one would cost as much
-        d_head = _HeadGradient(head, size, blocks, accumulate) if wants[1] else None
+        blocks = 1 if alone else max(1, math.ceil(rows / block_rows(hidden.device)))
+        block, few = max(1, math.ceil(rows / blocks)), few_at_once(size, hidden.device)  # of equal size: a short last one would cost as much
+        d_head = HeadGradient(head, size, blocks, accumulate) if wants[1] else None
         products = torch.empty(block, size, dtype=compute, device=hidden.device)
         # Room to work on a few rows, taken once: fresh tensors for every few rows would cost more than the arithmetic.
         desk = torch.empty(5, min(few, block), size, dtype=accumulate, device=hidden.device)
@@ -342,7 +236,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        return (*_gradients_times(grad_outputs[0], ctx), *(None,) * 7)
+        return (*gradients_times(grad_outputs[0], ctx), *(None,) * 7)
 
 
 def distillation_loss(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbd_hub.errors import VocabularyMismatchError
-from cbd_hub.losses.head import _block_rows, _HeadGradient, _scaled, _through_scaling, widest
+from cbd_hub.losses.blocks import HeadGradient, block_rows, scaled, through_scaling, widest
 
 
 _BLOCK_ELEMENTS = 2**24  # logits held at once, of a wide vocabulary
@@ -35,11 +35,11 @@ def token_losses(
         tensor([8., 8.])
     """
     head = head.to(hidden.dtype)
-    rows = max(1, min(_block_rows(hidden.device), _BLOCK_ELEMENTS // len(head)))
+    rows = max(1, min(block_rows(hidden.device), _BLOCK_ELEMENTS // len(head)))
     losses = []
     for start in range(0, len(hidden), rows):
         products = hidden[start : start + rows] @ head.t()
-        logits = _scaled(products, bias, logit_scale, softcap, None if products.itemsize == 2 else products)
+        logits = scaled(products, bias, logit_scale, softcap, None if products.itemsize == 2 else products)
         chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
         losses.append(logits.logsumexp(-1) - chosen)
     return torch.cat(losses) if losses else hidden.new_zeros(0)
@@ -106,10 +106,10 @@ def top_log_probs(
     """
     head = head[:vocab_size].to(hidden.dtype)
     bias = None if bias is None else bias[:vocab_size]
-    rows = _block_rows(hidden.device)
+    rows = block_rows(hidden.device)
     parts = []
     for start in range(0, len(hidden), rows):
-        logits = _scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
+        logits = scaled(hidden[start : start + rows] @ head.t(), bias, logit_scale, softcap)
         chosen = logits.gather(1, labels[start : start + rows, None]).squeeze(1)
         listed, ids = logits.topk(k, -1, sorted=False)
         rest = logits.scatter_(1, ids, -math.inf).logsumexp(-1)
@@ -153,16 +153,16 @@ class _ChosenLogProbs(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=accumulate)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulate)
         matrix = weight.to(head.compute)
-        rows = _block_rows(hidden.device)
-        d_weight = _HeadGradient(weight, len(weight), math.ceil(len(hidden) / rows), accumulate)
+        rows = block_rows(hidden.device)
+        d_weight = HeadGradient(weight, len(weight), math.ceil(len(hidden) / rows), accumulate)
         for start in range(0, len(hidden), rows):
             place = slice(start, start + rows)
             part = hidden[place].to(head.compute)
-            logits = _scaled(part @ matrix.t(), bias, head.logit_scale, head.softcap)
+            logits = scaled(part @ matrix.t(), bias, head.logit_scale, head.softcap)
             slope = logits.softmax(-1).neg_()  # of log p[chosen] in the logits: one-hot minus p
             slope.scatter_add_(1, chosen[place, None], torch.ones_like(slope[:, :1]))
             slope.mul_(scale[place, None])
-            slope = _through_scaling(slope, logits, head.logit_scale, head.softcap)
+            slope = through_scaling(slope, logits, head.logit_scale, head.softcap)
             if d_bias is not None:
                 d_bias += slope.sum(0)
             slope = slope.to(head.compute)
