@@ -10,7 +10,9 @@ for bf16, an hour or two on others. Stopped, it goes on where it was.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
+import hashlib
 import json
 import math
 import subprocess
@@ -41,6 +43,7 @@ from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import reachable
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.interpolation.planner import Plan
+from cbd_hub.manifest import Shape
 from cbd_hub.measure import SHARES
 from cbd_hub.sizes import format_size
 
@@ -115,22 +118,26 @@ class Row:
         }
 
 
-def measure(chain_folder: Path, documents: Documents, calibration: Documents) -> list[Row]:
-    """Held-out losses of the anchors, of sizes in between, and of the same shapes merely cut from the teacher."""
-    chain = Chain.from_pretrained(chain_folder)
+def measure(folder: Path, documents: Documents, calibration: Documents) -> list[Row]:
+    """Held-out losses of the anchors, of sizes in between, and of the same shapes merely cut from the teacher; what was measured of this chain is kept."""
+    chain = Chain.from_pretrained(folder / "chain")
+    kept = folder / "losses" / hashlib.sha256((folder / "chain" / "chain.json").read_bytes()).hexdigest()[:12]
+    kept.mkdir(parents=True, exist_ok=True)
     teacher = chain.model("max", dtype=torch.float32)
-    importance = measure_importance(teacher, calibration)
+    importance = functools.cache(lambda: measure_importance(teacher, calibration))
     between = Between({"teacher": teacher})
 
     def held_out(size: int) -> Losses:
-        losses = document_losses(ModelRunner(chain.model(size, dtype=torch.float32)), documents)
+        losses = Losses.kept(kept / f"{size}.npz", lambda: document_losses(ModelRunner(chain.model(size, dtype=torch.float32)), documents))
         console.print(f"  {format_size(size)}: {losses.mean:.3f} nats per token")
         return losses
 
-    def cut(plan: Plan) -> Losses:
-        cut_to = cut_plan("teacher", plan.shape, teacher, importance.kept(plan.shape))
+    def cut_losses(shape: Shape) -> Losses:
         with torch.no_grad():
-            return document_losses(between.run(cut_to), documents)
+            return document_losses(between.run(cut_plan("teacher", shape, teacher, importance().kept(shape))), documents)
+
+    def cut(plan: Plan) -> Losses:
+        return Losses.kept(kept / f"{plan.parameters}.cut.npz", lambda: cut_losses(plan.shape))
 
     anchors = {anchor.parameters: held_out(anchor.parameters) for anchor in chain.anchors}
     rows = [Row(chain.plan(size), losses, None if size == max(anchors) else cut(chain.plan(size))) for size, losses in anchors.items()]
@@ -236,7 +243,9 @@ def main() -> None:
     parts = read_parts(recipe)
     documents = Documents.read(parts.heldout, tokenizer, 128, HELDOUT_TOKENS)
     calibration = Documents.packed(parts.calibration, tokenizer, 128, CALIBRATION_TOKENS)
-    report(measure(folder / "chain", documents, calibration), documents, folder, distilled)
+    if goes_on and (folder / "results.json").is_file():
+        distilled = json.loads((folder / "results.json").read_text()).get("seconds")
+    report(measure(folder, documents, calibration), documents, folder, distilled)
     step(f"done; the curve is in {folder / 'curve.png'}, the numbers in {folder / 'results.json'}")
     console.print(
         f"\nWhat to type next:\n"
@@ -250,4 +259,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on from here")
+        sys.exit(130)

@@ -45,9 +45,11 @@ _LINK_JS = """(size, prompt) => {
   window.history.replaceState(window.history.state, '', link);
   return link.href;
 }"""
-# Who stops sees it at once, whatever was going on.
+# Who stops sees it at once, whatever was going on; a state of that turn that was still on its way changes nothing.
+_STARTS_JS = "() => { (window.cbdStopped ??= {}).TURN = false; }"
+_STOPS_JS = "(...notes) => { (window.cbdStopped ??= {}).TURN = true; return (STOPPED)(...notes); }"
 _STOPPED_JS = """(...notes) => {
-  const stopped = notes.map(note => !(note || '').includes('cbd-busy') ? note
+  const stopped = notes.map(note => !window.cbdStopped?.TURN || !(note || '').includes('cbd-busy') ? note
     : note.includes('<progress') ? '<p class="cbd-status cbd-done" role="status">stopped</p>'
     : note.replace('cbd-busy', 'cbd-done').replace('</p>', ' · stopped</p>'));
   return stopped.length > 1 ? stopped : stopped[0];
@@ -208,13 +210,16 @@ class _Page:
             except Exception as error:
                 yield (*([gr.skip()] * len(outputs)), render.refusal(told(error)), *([render.status(None)] * (len(notes) - 1)))
 
-        event = gr.on(
-            [button.click, *also], turn, inputs, [*outputs, *notes], show_progress="minimal", show_progress_on=notes, trigger_mode="once", **self.own, **self.turn
-        )
-        notice: dict[str, Any] = {"js": _STOPPED_JS, "queue": False, "show_progress": "hidden", **self.own}
-        stop.click(None, notes, notes, **notice)
-        ended = stop.click(lambda: None, None, None, cancels=[event], queue=False, show_progress="hidden", **self.own)
-        ended.then(None, notes, notes, **notice)  # a state that was on its way comes after the first
+        def js(source: str) -> dict[str, Any]:
+            """What the browser does by itself; each turn of the page has a flag of its own there."""
+            return {"js": source.replace("STOPPED", _STOPPED_JS).replace("TURN", f"turn{stop._id}"), "queue": False, "show_progress": "hidden", **self.own}
+
+        starts = [button.click, *also]
+        gr.on(starts, None, None, None, **js(_STARTS_JS))
+        event = gr.on(starts, turn, inputs, [*outputs, *notes], show_progress="minimal", show_progress_on=notes, trigger_mode="once", **self.own, **self.turn)
+        stop.click(None, notes, notes, **js(_STOPS_JS))
+        stop.click(lambda: None, None, None, cancels=[event], queue=False, show_progress="hidden", **self.own)
+        gr.on([note.change for note in notes], None, notes, notes, **js(_STOPPED_JS))
 
     @staticmethod
     def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
