@@ -2,7 +2,8 @@
 
     python benchmarks/bench.py [--full] [--only head --only hub] [--again] [--list]
 
-The quick set makes the demo's chain where there is none and measures what takes minutes; the full set also trains rivals, for hours. Each is a command of its own, shown before it runs.
+The quick set makes the demo's chain where there is none and measures what takes minutes, some of it at fewer sizes or items than the full set, whose tables it replaces; the full set
+also trains rivals, for hours. Each is a command of its own, shown before it runs.
 One that has ended well, with the same arguments and the same code, is not run again: stop at any time and go on with the same command (``--again`` forgets that).
 One that fails is named with its last lines, and the others go on. Rivals are left out where their package is not installed (extra ``bench``: TRL, Liger and Model-Optimizer; mergekit in an environment
 of its own, named by ``--mergekit-python``), as are formats of ``deploy`` (extras ``gguf``, ``onnx`` and ``quantised``).
@@ -62,13 +63,13 @@ BENCHMARKS = {
     "inputs": Benchmark("benchmarks/inputs.py", "--out bench/inputs", full="--models"),
     "hub": Benchmark("benchmarks/hub.py"),
     "memory": Benchmark("benchmarks/memory.py", "--chain demo/chain"),
-    "loading": Benchmark("benchmarks/loading.py", "--chain demo/chain", quick="--hidden 640,1088 --command-repeats 3", full="--hidden 640,832,1088,1344,2816 --command-repeats 5"),
+    "loading": Benchmark("benchmarks/loading.py", "--chain demo/chain", quick="--hidden 640 --command-repeats 5", full="--hidden 640,832,1088,1344,2816 --command-repeats 5"),
     "head": Benchmark("benchmarks/head.py", quick="--quick"),
     "step": Benchmark("benchmarks/step.py", "--teacher demo/chain/anchors/135M --student demo/chain/anchors/99M", quick="--repeats 5"),
-    "alpha": Benchmark("benchmarks/alpha.py", "--demo demo", quick="--heldout-tokens 2000"),
+    "alpha": Benchmark("benchmarks/alpha.py", "--demo demo", quick=None),
     "teacher_cache": Benchmark("benchmarks/teacher_cache.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick="--tokens 1024 --errors"),
     "speed": Benchmark("benchmarks/after/speed.py", "--random --real demo/chain/anchors/135M", environment="OMP_NUM_THREADS=1"),
-    "draft": Benchmark("benchmarks/after/draft.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick="--count 2"),
+    "draft": Benchmark("benchmarks/after/draft.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick=None, full="--count 4"),
     "tasks": Benchmark("benchmarks/tasks.py", "--chain demo/chain", quick="--tasks arc_easy,winogrande --limit 50", full="--limit 500"),
     "deploy": Benchmark("benchmarks/after/deploy.py", "--chain demo/chain", quick=None),
     "paper": Benchmark("examples/paper/small.py", "--step all --out bench/paper --record benchmarks/results/paper.json", quick=None),

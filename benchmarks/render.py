@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = {
     "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "quality_rivals": "Sizes in between, against models trained for them", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
-    "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step", "step_bf16": "A distillation step in bf16", "head": "The loss head", "teacher_cache": "Teacher caches",
+    "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step", "step_fp32": "A distillation step in fp32", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding", "deploy": "A size in other formats",
     "tasks": "Multiple-choice tasks", "lm_eval": "The tasks through lm-eval", "paper": "The paper's pipeline at small scale",

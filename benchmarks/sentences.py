@@ -46,7 +46,7 @@ def step(data: dict[str, Any]) -> str:
     )
 
 
-step_bf16 = step
+step_fp32 = step
 
 
 def teacher_cache(data: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def teacher_cache(data: dict[str, Any]) -> str:
         f"{one['student']['kept'] - one['student']['full']:+.4f} nats of forward KL at {one['bytes_per_token']:.0f} bytes a token (top {one['top_k']}, {one['draws']} draws)"
         for one in data["figures"].values() if one["draws"]
     ]
-    return f"On {data['tokens']:,} tokens, to a student that is not trained, a teacher cache is off by {' and '.join(parts)}: one set of draws, without a standard error."
+    return f"On {data['tokens']:,} tokens, to {data['student']}, a teacher cache is off by {' and '.join(parts)}: one set of draws, without a standard error."
 
 
 def align(data: dict[str, Any]) -> str:

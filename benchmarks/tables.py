@@ -71,7 +71,7 @@ def step(data: dict[str, Any]) -> str:
     )
 
 
-step_bf16 = step
+step_fp32 = step
 
 
 def teacher_cache(data: dict[str, Any]) -> str:
@@ -87,7 +87,7 @@ def teacher_cache(data: dict[str, Any]) -> str:
     names = ["top k", "draws", "bytes a token", "KL of rounding", "tail mass", "KL to the student", "from the cache", "error"]
     return (
         f"{table(names, rows)}\n\nA teacher cache of {data['tokens']:,} tokens of the demo's text, nats per token. With no draws the rest is one bucket. The student: {data['student']}. "
-        f"A step from a cache takes 1/{live / cached:.2f} of a step with the live teacher{data.get('times', '')}. `{data['command']}`"
+        f"A step from a cache takes 1/{live / cached:.2f} of a step with the live teacher. `{data['command']}`"
     )
 
 

@@ -91,10 +91,9 @@ def main() -> None:
     kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     if seconds:
         kept.update(seconds=medians(seconds), all_seconds=seconds)
-        kept.pop("times", None)
     write(options.out, {
         **kept, **whence(), "threads": 2,
-        "tokens": cache.record.source.packing.predicted, "student": f"{chain.anchors[1].name}, {chain.anchors[1].origin}", "dtype": str(compute).removeprefix("torch."), "figures": figures,
+        "tokens": cache.record.source.packing.predicted, "student": f"the chain's {chain.anchors[1].name}, trained", "dtype": str(compute).removeprefix("torch."), "figures": figures,
     })
 
 
