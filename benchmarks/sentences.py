@@ -39,7 +39,7 @@ def head(data: dict[str, Any]) -> str:
 def step(data: dict[str, Any]) -> str:
     """A distillation step against other trainers'."""
     ours, memory = data["seconds"]["cbd_hub"], data["peak_mib"]
-    rivals = [f"{name} takes {seconds / ours:.2f}x the time of ours, and {memory[name] / memory['cbd_hub']:.1f}x its memory" for name, seconds in data["seconds"].items() if name != "cbd_hub"]
+    rivals = [f"{name} takes {seconds / ours:.1f}x the time of ours, and {memory[name] / memory['cbd_hub']:.1f}x its memory" for name, seconds in data["seconds"].items() if name != "cbd_hub"]
     return (
         f"For the same distillation step {'; '.join(rivals)} (above weights, gradients and optimiser state; they form whole logits; {data['dtype']}, two CPU threads; "
         "TRL's chunked loss is the rival of the loss head)."
@@ -88,7 +88,7 @@ def heal(data: dict[str, Any]) -> str:
             f"{format_size(row['parameters'])} stands at {made['loss']:.3f} as made and {last['loss']:.3f} after {last['tokens']:,} tokens, against {row['alone']['loss']:.3f} of the same shape "
             f"distilled on its own on {row['alone']['tokens']:,}"
         )
-    return f"{'; '.join(parts)} (nats per token)."
+    return f"{'; '.join(parts)} (nats per token, on text that the heal did not measure itself on)."
 
 
 def adapter(data: dict[str, Any]) -> str:
@@ -105,7 +105,7 @@ def speed(data: dict[str, Any]) -> str:
     off = [abs(row["off"]) for row in data["rows"] if not row["anchor"]]
     late = [abs(row["latency_off"]) for row in data["rows"] if not row["anchor"]]
     return (
-        f"Of {len(off)} sizes in between (random weights), tokens a second are predicted within {max(off):.1%} and latency within {max(late):.1%} of what runs of {data['new_tokens']} new tokens give; "
+        f"Of {len(off)} sizes in between (random weights), tokens a second are predicted within {max(off):.1%} and latency within {max(late):.1%} of what runs of {data['new_tokens']} new tokens give, where two timings of one anchor were up to {max(abs(row['off']) for row in data['rows'] if row['anchor']):.1%} apart; "
         f"real weights were {abs(data['real_to_random']):.1%} off random ones."
     )
 
@@ -180,7 +180,7 @@ def quality(data: dict[str, Any]) -> str:
     under = sum(row["to_chord"][0] <= row["to_chord"][1] for row in rows)
     over = {row["segment"]: row for row in sorted(rows, key=lambda row: row["to_chord"][0]) if row["to_chord"][0] > row["to_chord"][1]}
     words = ", ".join(f"`{segment}` ({pair(row['to_chord'])} nats at {format_size(row['parameters'])})" for segment, row in over.items())
-    return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses; above it: {words}. The demo's lower segment, above, sags more."
+    return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses; the others above it, at worst {words}. The demo's lower segment, above, sags too."
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
@@ -193,7 +193,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
 
     return (
         f"At the middle of {len(rows)} segments ({', '.join(row['segment'] for row in rows)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
-        f"{reach('distilled alone')}; boomerang as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
+        f"{reach('distilled alone')}; boomerang, one model against each, as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
     )
 
 
@@ -205,7 +205,7 @@ def headline(data: dict[str, Any]) -> str:
     own = sorted(row["chain_to_alone"][0] for row in data["sizes"])
     beside = f"{-own[-1]:.2f} to {-own[0]:.2f} below" if own[-1] < 0 else f"{own[0]:+.2f} to {own[-1]:+.2f} from"
     return (
-        f"{format_size(data['parameters'])} of a chain of {', '.join(data['anchors'])} ({data['stage_tokens']:,} tokens a stage), without a training step, stands {abs(most['to_chain'][0]):.2f} ± "
+        f"{format_size(data['parameters'])} of a chain of {', '.join(data['anchors'])} ({data['stage_tokens']:,} tokens a stage; the first is the pretrained SmolLM2 with a smaller vocabulary, whose own pre-training is not counted), without a training step, stands {abs(most['to_chain'][0]):.2f} ± "
         f"{most['to_chain'][1]:.2f} nats {words} the same shape trained from scratch on {times:.0f} times the chain's tokens, at a learning rate that was not searched; {len(own)} of its sizes stand {beside} the same shapes cut from its "
         f"largest anchor and distilled each on its own with one stage's tokens (the chain had {len(data['anchors']) - 1} stages). The chain costs less than those from {cross['tokens']} sizes on in tokens, and from {cross['seconds']} on "
         f"in seconds, its measuring included and reckoned from the {len(own)} that were trained."
@@ -220,7 +220,7 @@ def tasks(data: dict[str, Any]) -> str:
         each = [f"{format_size(row['parameters'])} {row['accuracy']:.2f}" for row in rows]
         words.append(f"{task} {', '.join(each)}")
     most = max(row["accuracy_stderr"] for row in data["rows"])
-    return f"Zero-shot accuracy by size, up to {max(row['questions'] for row in data['rows'])} items each, validation sets, standard errors up to {most:.2f}: {'; '.join(words)}. By chance arc_easy and sciq come to 0.25, winogrande to 0.50, whose figures here have no order by size."
+    return f"Zero-shot accuracy by size, up to {max(row['questions'] for row in data['rows'])} items each, validation sets, standard errors up to {most:.2f}: {'; '.join(words)}. By chance arc_easy and sciq come to 0.25, winogrande to 0.50."
 
 
 def lm_eval(data: dict[str, Any]) -> str:
