@@ -87,7 +87,7 @@ def test_the_same_recipe_twice_gives_the_same_chain(tmp_path):
 
 
 @pytest.mark.parametrize(("anchors", "stage", "expected"), [
-    ([{"hidden": 16}], {}, [0.3]), ([{"layers": 4, "ffn": 24}, {"hidden": 16}], {}, [0.0, 0.3]), ([{"hidden": 16}], {"path_fraction": 0.0}, [0.0]),
+    ([{"hidden": 16}], {}, [0.2]), ([{"layers": 4, "ffn": 24}, {"hidden": 16}], {}, [0.0, 0.2]), ([{"hidden": 16}], {"path_fraction": 0.0}, [0.0]),
     ([{"hidden": 16}], {"on_policy_fraction": 0.5}, [0.0]), ([{"hidden": 16}], {"objective": "minillm"}, [0.0]),
 ], ids=["hidden width", "only where it moves", "named", "on policy", "minillm"])
 def test_an_anchor_of_another_hidden_width_is_trained_on_the_path_too(tmp_path, anchors, stage, expected):

@@ -35,7 +35,7 @@ from cbd_hub.weights import Checkpoint, load_tokenizer
 
 
 CALIBRATION_TOKENS = 4096
-HIDDEN_PATH = 0.3  # path_fraction of an anchor of another hidden width, where the stage names none: without it the sizes in between sag (benchmarks/quality/README.md)
+HIDDEN_PATH = 0.2  # path_fraction of an anchor of another hidden width, where the stage names none: without it the sizes in between sag (benchmarks/quality/README.md)
 NO_PATH = ("bridge", "teacher_cache", "on_policy_fraction", "fsdp", "deepspeed")  # what path training does not go with
 
 
