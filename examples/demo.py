@@ -34,6 +34,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
+import cbd_hub
 from cbd_hub import CBDModel, Chain, Recipe, distill_chain
 from cbd_hub.cut import cut_plan, measure_importance
 from cbd_hub.distill.data import read_dataset
@@ -119,9 +120,10 @@ class Row:
 
 
 def measure(folder: Path, documents: Documents, calibration: Documents) -> list[Row]:
-    """Held-out losses of the anchors, of sizes in between, and of the same shapes merely cut from the teacher; what was measured of this chain is kept."""
+    """Held-out losses of the anchors, of sizes in between, and of the same shapes merely cut from the teacher; those of this chain by this code are kept."""
     chain = Chain.from_pretrained(folder / "chain")
-    kept = folder / "losses" / hashlib.sha256((folder / "chain" / "chain.json").read_bytes()).hexdigest()[:12]
+    made_of = [folder / "chain" / "chain.json", *sorted(Path(cbd_hub.__file__).parent.rglob("*.py"))]
+    kept = folder / "losses" / hashlib.sha256(b"".join(path.read_bytes() for path in made_of)).hexdigest()[:12]
     kept.mkdir(parents=True, exist_ok=True)
     teacher = chain.model("max", dtype=torch.float32)
     importance = functools.cache(lambda: measure_importance(teacher, calibration))
