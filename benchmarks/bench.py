@@ -68,7 +68,7 @@ BENCHMARKS = {
     "step": Benchmark("benchmarks/step.py", "--teacher demo/chain/anchors/135M --student demo/chain/anchors/99M", quick="--repeats 5"),
     "alpha": Benchmark("benchmarks/alpha.py", "--demo demo", quick=None),
     "teacher_cache": Benchmark("benchmarks/teacher_cache.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick="--tokens 1024 --errors"),
-    "speed": Benchmark("benchmarks/after/speed.py", "--random --real demo/chain/anchors/135M", environment="OMP_NUM_THREADS=1"),
+    "speed": Benchmark("benchmarks/after/speed.py", "--random --real demo/chain/anchors/135M", quick=None, environment="OMP_NUM_THREADS=1"),
     "draft": Benchmark("benchmarks/after/draft.py", "--chain demo/chain --text demo/wikipedia.jsonl", quick=None, full="--count 4"),
     "tasks": Benchmark("benchmarks/tasks.py", "--chain demo/chain", quick="--tasks arc_easy,winogrande --limit 50", full="--limit 500"),
     "deploy": Benchmark("benchmarks/after/deploy.py", "--chain demo/chain", quick=None),
