@@ -130,7 +130,7 @@ def main() -> None:
         return
     cases = [case for case in GRID if case[2] != "bfloat16" or has_bf16("cpu")]
     if options.quick:
-        cases = [(512, 49_152, "bfloat16" if has_bf16("cpu") else "float32", 0.0)]
+        cases = [case for case in cases if case[:2] == (512, 49_152)][:1]
 
     def place(case: dict[str, Any]) -> int:
         return GRID.index((case["rows"], case["vocab"], case["dtype"], case["masked"]))

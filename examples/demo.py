@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import reachable
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.interpolation.planner import Plan
-from cbd_hub.manifest import Shape
 from cbd_hub.measure import SHARES
 from cbd_hub.sizes import format_size
 
@@ -129,17 +129,17 @@ def measure(folder: Path, documents: Documents, calibration: Documents) -> list[
     importance = functools.cache(lambda: measure_importance(teacher, calibration))
     between = Between({"teacher": teacher})
 
+    @torch.no_grad()
+    def losses_of(name: str, run: Callable[[], ModelRunner]) -> Losses:
+        return Losses.kept(kept / f"{name}.npz", lambda: document_losses(run(), documents))
+
     def held_out(size: int) -> Losses:
-        losses = Losses.kept(kept / f"{size}.npz", lambda: document_losses(ModelRunner(chain.model(size, dtype=torch.float32)), documents))
+        losses = losses_of(str(size), lambda: ModelRunner(chain.model(size, dtype=torch.float32)))
         console.print(f"  {format_size(size)}: {losses.mean:.3f} nats per token")
         return losses
 
-    def cut_losses(shape: Shape) -> Losses:
-        with torch.no_grad():
-            return document_losses(between.run(cut_plan("teacher", shape, teacher, importance().kept(shape))), documents)
-
     def cut(plan: Plan) -> Losses:
-        return Losses.kept(kept / f"{plan.parameters}.cut.npz", lambda: cut_losses(plan.shape))
+        return losses_of(f"{plan.parameters}.cut", lambda: between.run(cut_plan("teacher", plan.shape, teacher, importance().kept(plan.shape))))
 
     anchors = {anchor.parameters: held_out(anchor.parameters) for anchor in chain.anchors}
     rows = [Row(chain.plan(size), losses, None if size == max(anchors) else cut(chain.plan(size))) for size, losses in anchors.items()]

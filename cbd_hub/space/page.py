@@ -46,10 +46,10 @@ _LINK_JS = """(size, prompt) => {
   return link.href;
 }"""
 # Who stops sees it at once, whatever was going on; a state of that turn that was still on its way changes nothing.
-_STARTS_JS = "() => { (window.cbdStopped ??= {}).TURN = false; }"
-_STOPS_JS = "(...notes) => { (window.cbdStopped ??= {}).TURN = true; return (STOPPED)(...notes); }"
+_STARTS_JS = "() => { window.FLAG = false; }"
+_STOPS_JS = "(...notes) => { window.FLAG = true; return (STOPPED)(...notes); }"
 _STOPPED_JS = """(...notes) => {
-  const stopped = notes.map(note => !window.cbdStopped?.TURN || !(note || '').includes('cbd-busy') ? note
+  const stopped = notes.map(note => !window.FLAG || !(note || '').includes('cbd-busy') ? note
     : note.includes('<progress') ? '<p class="cbd-status cbd-done" role="status">stopped</p>'
     : note.replace('cbd-busy', 'cbd-done').replace('</p>', ' · stopped</p>'));
   return stopped.length > 1 ? stopped : stopped[0];
@@ -212,7 +212,7 @@ class _Page:
 
         def js(source: str) -> dict[str, Any]:
             """What the browser does by itself; each turn of the page has a flag of its own there."""
-            return {"js": source.replace("STOPPED", _STOPPED_JS).replace("TURN", f"turn{stop._id}"), "queue": False, "show_progress": "hidden", **self.own}
+            return {"js": source.replace("STOPPED", _STOPPED_JS).replace("FLAG", f"cbdStopped{stop._id}"), "queue": False, "show_progress": "hidden", **self.own}
 
         starts = [button.click, *also]
         gr.on(starts, None, None, None, **js(_STARTS_JS))
