@@ -43,7 +43,7 @@ from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import reachable
-from cbd_hub.interpolation.live import Between, ModelRunner
+from cbd_hub.interpolation.live import Between, ModelRunner, Runner
 from cbd_hub.interpolation.planner import Plan
 from cbd_hub.measure import SHARES
 from cbd_hub.sizes import format_size
@@ -130,7 +130,7 @@ def measure(folder: Path, documents: Documents, calibration: Documents) -> list[
     between = Between({"teacher": teacher})
 
     @torch.no_grad()
-    def losses_of(name: str, run: Callable[[], ModelRunner]) -> Losses:
+    def losses_of(name: str, run: Callable[[], Runner]) -> Losses:
         return Losses.kept(kept / f"{name}.npz", lambda: document_losses(run(), documents))
 
     def held_out(size: int) -> Losses:
