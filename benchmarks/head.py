@@ -48,8 +48,8 @@ def inputs(rows: int, vocab: int, width: int, dtype: torch.dtype, masked: float)
     }
 
 
-def contenders(data: dict[str, torch.Tensor]) -> dict[str, Run]:
-    """What is compared: each makes the loss with its graph."""
+def contenders(data: dict[str, torch.Tensor], only: str = "") -> dict[str, Run]:
+    """What is compared: each makes the loss with its graph. With ``only`` the packages of others are not imported, which takes seconds."""
     hidden, head, teacher_hidden, teacher_head, labels = data.values()
 
     def ours() -> torch.Tensor:
@@ -61,7 +61,7 @@ def contenders(data: dict[str, torch.Tensor]) -> dict[str, Run]:
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)[keep].mean()
 
     found: dict[str, Run] = {"cbd_hub": ours, "dense": dense}
-    if find_spec("liger_kernel"):
+    if find_spec("liger_kernel") and (not only or only.startswith("Liger")):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         def liger(chunk: int) -> Run:
@@ -73,7 +73,7 @@ def contenders(data: dict[str, torch.Tensor]) -> dict[str, Run]:
             return run
 
         found.update({f"Liger {chunk}": liger(chunk) for chunk in LIGER_CHUNKS})
-    if find_spec("trl"):
+    if find_spec("trl") and only in ("", "TRL"):
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
         def trl() -> torch.Tensor:
@@ -108,7 +108,7 @@ def step(data: dict[str, torch.Tensor], run: Run) -> Callable[[], None]:
 def peak(name: str, rows: int, vocab: int, width: int, dtype: torch.dtype, masked: float) -> float:
     """Peak MiB of one step above the inputs and the head's gradient."""
     data = inputs(rows, vocab, width, dtype, masked)
-    call = step(data, contenders(data)[name])
+    call = step(data, contenders(data, name)[name])
     with Peak() as measured:
         call()
     return (measured.bytes - data["head"].numel() * data["head"].element_size()) / 2**20

@@ -122,7 +122,7 @@ def chain_card(
 
 def _origin(anchor: Anchor) -> str:
     """What an anchor began as, and on how many tokens it was trained."""
-    begun = anchor.origin if anchor.parent is None else f"{anchor.origin} from {anchor.parent}"
+    begun = anchor.origin if anchor.parent is None or anchor.origin == "published" else f"{anchor.origin} from {anchor.parent}"
     return begun if anchor.training is None or not anchor.training.tokens else f"{begun}, {anchor.training.tokens:,} tokens"
 
 

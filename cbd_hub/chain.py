@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from cbd_hub import shapes
 from cbd_hub.cards import chain_card, license_of, merge_card, read_card
 from cbd_hub.configs import read_config
-from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
+from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_bytes, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
@@ -41,7 +41,7 @@ from cbd_hub.publish import NEVER, push_chain
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
 from cbd_hub.upload import Publication
-from cbd_hub.weights import Checkpoint, load_tokenizer
+from cbd_hub.weights import Checkpoint, load_tokenizer, weight_files
 
 
 class Chain:
@@ -123,6 +123,7 @@ class Chain:
         """Copy the chain, with every anchor, to a local folder: absent or empty.
 
         Raises:
+            IntegrityError: If a file of this chain differs from its record.
             StorageError: If the folder is in the way or the disk is full.
         """
         with staged_folder(Path(folder)) as target:
@@ -132,7 +133,7 @@ class Chain:
                 builder.anchor_folder(anchor.name).mkdir(parents=True)
                 for name in anchor.files:
                     if not name.lower().endswith(NEVER) and "/" not in name:  # a stranger's list may hold anything
-                        shutil.copyfile(self.files.path(anchor, name), builder.anchor_folder(anchor.name) / name)
+                        shutil.copyfile(self.files.checked(anchor, name), builder.anchor_folder(anchor.name) / name)
                 kept = None
                 if anchor.maps is not None:
                     path = target / "maps" / f"{anchor.name}.safetensors"
@@ -214,6 +215,12 @@ class ChainBuilder:
         path.chmod(0o644)
         return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
 
+    def save_chunks(self, name: str, chunks: Mapping[str, list[str]]) -> PathRecord:
+        """Write the hashes of every 4 MiB of an anchor's weight files."""
+        listing = self.root / "chunks" / f"{name}.json"
+        write_text(listing, json.dumps({"chunk_bytes": CHUNK_BYTES, "files": chunks}))
+        return PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing))
+
     def record(
         self, name: str, *, origin: Literal["source", "cut", "published", "random"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
         evaluations: Sequence[Evaluation] = (), license: str | None = None,
@@ -229,13 +236,11 @@ class ChainBuilder:
         paths = sorted(path for path in folder.iterdir() if path.is_file())
         files = {path.name: FileRecord(sha256=sha256(path), bytes=path.stat().st_size) for path in paths}
         chunks = {path.name: chunk_hashes(path) for path in paths if path.suffix == ".safetensors"}
-        listing = self.root / "chunks" / f"{name}.json"
-        write_text(listing, json.dumps({"chunk_bytes": CHUNK_BYTES, "files": chunks}))
         return Anchor(
             name=name, parameters=shapes.parameter_count(config), shape=shapes.shape_of(config), family=family_of(config).name,
             tokenizer_sha256=files["tokenizer.json"].sha256 if "tokenizer.json" in files else None,
             location=Location(repo_id=".", subfolder=f"anchors/{name}"), files=files,
-            chunks=PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing)), parent=parent, origin=origin, maps=maps,
+            chunks=self.save_chunks(name, chunks), parent=parent, origin=origin, maps=maps,
             training=training, evaluations=list(evaluations), license=license,
         )
 
@@ -275,10 +280,7 @@ def chain_name(folder: Path) -> str:
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a model folder's weights, config and tokenizer, and nothing that could be code."""
     target.mkdir(parents=True, exist_ok=True)
-    weights = sorted(source.glob("*.safetensors"))
-    if not weights:
-        raise WeightsError(f"{source} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
-    for path in [*weights, *(source / name for name in CHECKPOINT_FILES)]:
+    for path in [*weight_files(source), *(source / name for name in CHECKPOINT_FILES)]:
         if path.is_file():
             shutil.copyfile(path, target / path.name)
 

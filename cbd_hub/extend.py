@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cbd_hub import shapes
 from cbd_hub.cards import chain_card, license_of, merge_card, read_card, shared_license
-from cbd_hub.chain import Chain, check_pair, unique_name
+from cbd_hub.chain import Chain, ChainBuilder, check_pair, unique_name
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError
 from cbd_hub.families import family_of
-from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, write_text
-from cbd_hub.hub import CHECKPOINT_FILES, resolve_checkpoint
+from cbd_hub.files import chunk_hashes, sha256, write_bytes, write_text
+from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.planner import Kept, layer_types
 from cbd_hub.links import plain_link
-from cbd_hub.manifest import FILE_NAME, Anchor, FileRecord, Link, Location, PathRecord
+from cbd_hub.manifest import FILE_NAME, Anchor, Blend, FileRecord, Link, Location, PathRecord
+from cbd_hub.plans import coordinates_of, stored_coordinates
 from cbd_hub.publish import commit_index, push_anchor
 from cbd_hub.upload import Publication, Say
-from cbd_hub.weights import Checkpoint
+from cbd_hub.weights import Checkpoint, weight_files
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_anchor(
@@ -31,7 +39,8 @@ def add_anchor(
 
     A local chain gets the anchor in its chain.json, pinned to the repo's commit; of a chain on the Hub the index is committed to, or with
     ``create_pr`` a pull request is opened on it. A segment that the anchor splits loses its measured curve and recommended
-    sizes: measure the new ones anew. The anchor has the licence that the checkpoint's card names, else the chain's, else none.
+    sizes: measure the new ones anew. Where its ends share coordinates, as those of a distilled chain do, a model that the chain itself made there, healed or not,
+    keeps them; any other brings a segment in which layers and neurons are blended by their place, and a warning of that. The anchor has the licence that the checkpoint's card names, else the chain's, else none.
 
     Args:
         chain: The chain.
@@ -71,32 +80,93 @@ def add_anchor(
             check_pair(large, large_folder, large_config, *small)
     name = unique_name(size, [anchor.name for anchor in anchors])
     configs[name] = config
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix == ".safetensors" or path.name in CHECKPOINT_FILES}
+    held = None
+    if above is not None and below is not None and coordinates_of(chain.files, below, above)[0] is not None and (held := _held(chain, config, above, below)) is None:
+        logger.warning(
+            "%s and %s share coordinates, but %s was not made by this chain between them: sizes around it are blends of layers and neurons by their place, which may lose "
+            "far more than before; measure them with cbd eval", below.name, above.name, name,
+        )
+    files = {path.name: path for path in (*weight_files(folder), *(folder / name for name in CHECKPOINT_FILES)) if path.is_file()}
     license = license_of(folder) or shared_license(chain.manifest, anchors)
     commit = push_anchor(repo_id, files, chain, size, license=license, token=token, private=private, say=say)
     with tempfile.TemporaryDirectory() as temporary:
-        listing = Path(temporary) / f"{name}.json"
+        builder = ChainBuilder(Path(temporary), chain.name)
         chunks = {path.name: chunk_hashes(path) for path in files.values() if path.suffix == ".safetensors"}
-        write_text(listing, json.dumps({"chunk_bytes": CHUNK_BYTES, "files": chunks}))
-        record = PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing))
+        record = builder.save_chunks(name, chunks)
+        maps = None if held is None else builder.save_kept(name, held.kept)
         anchor = _record(name, size, config, files, record, Location(repo_id=repo_id, revision=commit), license)
+        anchor = anchor if held is None else anchor.model_copy(update={"parent": held.parent, "maps": maps})
         manifest = chain.manifest.model_copy(update={"anchors": [*anchors[:place], anchor, *anchors[place:]]})
         links = {(link.small, link.large): link for link in chain.manifest.links}
+        if held is not None:
+            links |= {(link.small, link.large): link for link in held.links(chain, anchor)}
         pairs = [(low, high) for high, low in zip(manifest.anchors, manifest.anchors[1:])]
         manifest = manifest.model_copy(update={"links": [links.get((low.name, high.name)) or _link(low, high, configs) for low, high in pairs]})
         manifest = type(manifest).parse(json.loads(manifest.to_json()), "the extended chain")
+        beside = {part.path: builder.root / part.path for part in (record, maps) if part is not None}
+        if place == 0:  # the chain's tokenizer is the first anchor's
+            beside |= {path: files[path] for path in TOKENIZER_FILES if path in files}
         if chain.files.revision is not None:
-            return commit_index(chain.files, manifest, listing.read_bytes(), record.path, anchor, folder, token=token, create_pr=create_pr, say=say)
-        write_text(chain.files.root / record.path, listing.read_text())
-    card = chain.files.root / "README.md"
-    text = chain_card(manifest, recipe=(chain.files.root / "recipe.yaml").is_file())
-    write_text(chain.files.root / FILE_NAME, manifest.to_json())
+            return commit_index(chain.files, manifest, beside, anchor, folder, token=token, create_pr=create_pr, say=say)
+        root = chain.files.root
+        for tokenizer_file in TOKENIZER_FILES if place == 0 else ():
+            (root / tokenizer_file).unlink(missing_ok=True)
+        for target, source in beside.items():
+            write_bytes(root / target, source.read_bytes())
+    card = root / "README.md"
+    text = chain_card(manifest, recipe=(root / "recipe.yaml").is_file())
+    write_text(root / FILE_NAME, manifest.to_json())
     write_text(card, merge_card(read_card(card), text, shared_license(chain.manifest, chain.anchors)))
     return Publication(chain.name, None, {name: (repo_id, commit)})
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A model that was made by a chain between two of its anchors, in the coordinates that they share.
+
+    Attributes:
+        above: The larger anchor.
+        below: The smaller one.
+        layers: For each of its layers, the larger anchor's in whose place it stands, rising.
+        kept: The units of ``parent`` that it holds.
+        parent: The anchor that both, or the smaller one, were cut from.
+    """
+
+    above: Anchor
+    below: Anchor
+    layers: list[int]
+    kept: Kept
+    parent: str
+
+    def links(self, chain: Chain, anchor: Anchor) -> tuple[Link, Link]:
+        """The two segments around it, as an anchor; layers come back in the order in which they did."""
+        order = chain.manifest.link(self.below, self.above).order
+        return (
+            plain_link(anchor, self.above, [layer for layer in order if layer not in self.layers], Blend()),
+            plain_link(self.below, anchor, [self.layers.index(layer) for layer in order if layer in self.layers], Blend()),
+        )
+
+
+def _held(chain: Chain, config: Any, above: Anchor, below: Anchor) -> _Held | None:
+    """Where a model stands between two anchors whose coordinates are shared; None where its config does not say that it was made there, by this chain."""
+    made = getattr(config, "cbd", None)
+    if not isinstance(made, dict) or made.get("chain") not in (chain.name, chain.files.name) or made.get("neighbours") != [below.name, above.name]:
+        return None
+    shared, maps = coordinates_of(chain.files, below, above)
+    if shared is None or maps is not None or below.maps is None or below.parent is None:
+        return None
+    back = chain.manifest.link(below, above).order[: shapes.shape_of(config).layers - below.shape.layers]
+    layers = sorted({*map(int, shared.layers), *back})
+    kept, _ = stored_coordinates(chain.files, below.maps)
+    own = layers
+    if below.parent != above.name and above.maps is not None:
+        own = [int(layer) for layer in stored_coordinates(chain.files, above.maps)[0].layers[layers]]
+    return _Held(above, below, layers, replace(kept, layers=np.array(own)), below.parent)
+
+
 def _link(small: Anchor, large: Anchor, configs: dict[str, Any]) -> Link:
-    return plain_link(small, large, Kept.even(small.shape, large.shape, layer_types(configs[small.name], configs[large.name])))
+    kept = Kept.even(small.shape, large.shape, layer_types(configs[small.name], configs[large.name]))
+    return plain_link(small, large, kept.dropped[::-1], Blend(replicate=True))
 
 
 def _record(name: str, size: int, config: Any, files: dict[str, Path], chunks: PathRecord, location: Location, license: str | None) -> Anchor:

@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
 # What is taken over from a checkpoint: nothing that could be code or a pickle.
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
+_OTHER_WEIGHTS = ["consolidated*.safetensors"]  # the same weights once more in Mistral's own format
+
 
 @dataclass(frozen=True)
 class ChainFiles:
@@ -299,7 +301,7 @@ def download(repo_id: str, revision: str | None, patterns: list[str], options: d
         StorageError: If it is gated, offline, or the Hub cannot be reached.
     """
     with explained(repo_id, options.get("token")):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, **options, **NAME))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_WEIGHTS, **options, **NAME))
 
 
 def resolve_checkpoint(

@@ -79,7 +79,8 @@ def join(
             models[small.name], models[large.name], align, None if calibration is None else calibration.blocks, said(small)
         )
         if calibration is None:
-            yield Joined(plain_link(small, large, Kept.even(small.shape, large.shape, types) if kept is None else kept, aligned), kept, maps)
+            shared = Kept.even(small.shape, large.shape, types) if kept is None else kept
+            yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=aligned is None, align=aligned)), kept, maps)
             continue
         measured = measure_segment(
             models[small.name], models[large.name], kept, calibration.documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned,
@@ -100,10 +101,9 @@ def _aligned(
     return found.kept, found.maps, Aligned(residual=found.residual, error=found.error)
 
 
-def plain_link(small: Anchor, large: Anchor, kept: Kept, aligned: Aligned | None = None) -> Link:
-    """A link of which nothing was measured: order last block first."""
+def plain_link(small: Anchor, large: Anchor, order: Sequence[int], blend: Blend) -> Link:
+    """A link of which nothing was measured, with the order in which layers come back."""
     differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
     return Link(
-        kind="segment", small=small.name, large=large.name, order=kept.dropped[::-1],
-        strategies=Strategies(blend=Blend(replicate=aligned is None, align=aligned), patch=Patch() if differs == ["layers"] else None),
+        kind="segment", small=small.name, large=large.name, order=list(order), strategies=Strategies(blend=blend, patch=Patch() if differs == ["layers"] else None)
     )

@@ -67,18 +67,24 @@ class Measured:
         )
 
 
-def divergence_from(large: Any, plan: Plan, between: Between, documents: Documents) -> float:
-    """Mean KL(large || plan's model) in nats per predicted token."""
+def divergence_from(large: Any, documents: Documents) -> Callable[[Runner], float]:
+    """What gives the mean KL(large || model) of a model in nats per predicted token; the larger one itself is run once, now."""
     ids, mask, labels = documents.batch(range(len(documents.ids)), large.device)
     with products(large.device):
-        teacher, student = ModelRunner(large)(ids, mask), between.run(plan)(ids, mask)
-        loss = distillation_loss(
-            student.hidden.flatten(0, 1), student.head.weight, teacher.hidden.flatten(0, 1), teacher.head.weight, labels.flatten(),
-            student_bias=student.head.bias, teacher_bias=teacher.head.bias,
-            student_logit_scale=student.head.logit_scale, teacher_logit_scale=teacher.head.logit_scale,
-            student_softcap=student.head.softcap, teacher_softcap=teacher.head.softcap,
-        )
-    return float(loss)
+        teacher = ModelRunner(large)(ids, mask)
+
+    def divergence(runner: Runner) -> float:
+        with products(large.device):
+            student = runner(ids, mask)
+            loss = distillation_loss(
+                student.hidden.flatten(0, 1), student.head.weight, teacher.hidden.flatten(0, 1), teacher.head.weight, labels.flatten(),
+                student_bias=student.head.bias, teacher_bias=teacher.head.bias,
+                student_logit_scale=student.head.logit_scale, teacher_logit_scale=teacher.head.logit_scale,
+                student_softcap=student.head.softcap, teacher_softcap=teacher.head.softcap,
+            )
+        return float(loss)
+
+    return divergence
 
 
 def nested_order(layers: Sequence[int], distance: Callable[[Sequence[int]], float], trials: int = ORDER_TRIALS) -> list[int]:
@@ -123,20 +129,20 @@ def best_order(segment: Segment, models: dict[str, Any], documents: Documents, f
         documents: Calibration text.
         first: The dropped layers in an order to begin with, the most promising first.
     """
-    few = documents.first(ORDER_TOKENS)
     between = Between(models)
-
-    def distance(back: Sequence[int]) -> float:
-        trial = dataclasses.replace(segment, order=[*back, *(layer for layer in first if layer not in back)])
-        shape = segment.small_shape.model_copy(update={"layers": len(segment.kept.layers) + len(back)})
-        if segment.patch:
-            plan = patch_plan(trial, shape)
-        else:
-            share = len(back) / len(first)
-            plan = blend_plan(trial, shape, Mix(alpha=1 - share / 2, layer_gain=(1 + share) / 2, neuron_gain=0.85))
-        return divergence_from(models[segment.large], plan, between, few)
-
     with frozen(*models.values()):
+        divergence = divergence_from(models[segment.large], documents.first(ORDER_TOKENS))
+
+        def distance(back: Sequence[int]) -> float:
+            trial = dataclasses.replace(segment, order=[*back, *(layer for layer in first if layer not in back)])
+            shape = segment.small_shape.model_copy(update={"layers": len(segment.kept.layers) + len(back)})
+            if segment.patch:
+                plan = patch_plan(trial, shape)
+            else:
+                share = len(back) / len(first)
+                plan = blend_plan(trial, shape, Mix(alpha=1 - share / 2, layer_gain=(1 + share) / 2, neuron_gain=0.85))
+            return divergence(between.run(plan))
+
         return nested_order(first, distance)
 
 

@@ -96,8 +96,8 @@ def _check_loader_arguments(arguments: Mapping[str, Any], caller: Callable[..., 
         kept[name] = value
     if "torch_dtype" in kept:
         warnings.warn("torch_dtype= is deprecated in transformers 5; use dtype=", FutureWarning, stacklevel=3)
-        kept.setdefault("dtype", kept.pop("torch_dtype"))
-        kept.pop("torch_dtype", None)
+        old = kept.pop("torch_dtype")
+        kept["dtype"] = old if kept.get("dtype") is None else kept["dtype"]
     return kept
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -34,7 +34,7 @@ from cbd_hub.interpolation.planner import (
     segment_plan,
     shape_in,
 )
-from cbd_hub.manifest import Anchor, Manifest, Shape
+from cbd_hub.manifest import Anchor, Manifest, PathRecord, Shape
 from cbd_hub.precision import best_device
 from cbd_hub.remote import bytes_to_fetch
 from cbd_hub.sizes import format_bytes, parse_bytes
@@ -73,15 +73,32 @@ def _read_config(files: ChainFiles, anchor: Anchor) -> StoredConfig:
 
 
 def coordinates_of(files: ChainFiles, small: Anchor, large: Anchor) -> tuple[Kept | None, Maps | None]:
-    """Which units of its parent an anchor kept, and how it is turned into the parent's coordinates; None where it was not cut from it, or not aligned.
+    """Which units of a larger anchor a smaller one holds, and how it is turned into its coordinates; None where they share none, or are not aligned.
+
+    They share them where the smaller one was cut from the larger one, or both from a third.
 
     Raises:
-        IntegrityError: If the maps file differs from its recorded hash.
+        IntegrityError: If a maps file differs from its recorded hash.
         ManifestError: If it holds no such maps.
     """
-    if small.maps is None or small.parent != large.name:
+    if small.maps is None or small.parent is None:
         return None, None
-    path = files.side_file(small.maps)
+    if small.parent == large.name:
+        return stored_coordinates(files, small.maps)
+    if large.maps is None or large.parent != small.parent:
+        return None, None
+    (kept, maps), (other, others) = stored_coordinates(files, small.maps), stored_coordinates(files, large.maps)
+    return (kept.within(other, large.shape) if maps is others is None else None), None
+
+
+def stored_coordinates(files: ChainFiles, record: PathRecord) -> tuple[Kept, Maps | None]:
+    """Which units of its parent an anchor kept, and how it is turned into the parent's coordinates, from its maps file.
+
+    Raises:
+        IntegrityError: If the file differs from its recorded hash.
+        ManifestError: If it holds no such maps.
+    """
+    path = files.side_file(record)
     try:
         arrays = load_file(path)
         kept = {name.removeprefix("kept."): array for name, array in arrays.items() if name in _KEPT}
@@ -132,12 +149,12 @@ def plan_in(
 
 
 def stopwatch(files: ChainFiles, dtype: Any = None, device_map: Any = None, attn_implementation: str | None = None, **options: Any) -> Stopwatch:
-    """What times a chain's anchors: in a dtype, by default the anchors', on a device, by default the best.
+    """What times a chain's anchors: in a dtype, by default the widest of the anchors', on a device, by default the best.
 
     Raises:
         ArgumentError: If they name no dtype, or not one device.
     """
-    return Stopwatch(_dtype_in(replace(files, glance=True), dtype), one_device(device_map, best_device()), attn_implementation, **options)
+    return Stopwatch(_dtype_of(replace(files, glance=True), files.manifest.anchors, dtype), one_device(device_map, best_device()), attn_implementation, **options)
 
 
 def speed_of(files: ChainFiles, plan: Plan, watch: Stopwatch) -> Speed:
@@ -191,15 +208,15 @@ def _plan(files: ChainFiles, size: str | int | None, shape: Shape | Mapping[str,
 
 def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, alpha: float | None) -> int:
     """The largest size of which the weights take no more than so many bytes; nothing but configs and maps is read."""
-    chosen = _dtype_in(files, dtype)
     found = largest_size(
-        files.manifest, budget // chosen.itemsize, lambda size: _plan(files, size, None, strategy, alpha, 0.99).parameters
+        files.manifest, lambda *anchors: budget // _dtype_of(files, anchors, dtype).itemsize, lambda size: _plan(files, size, None, strategy, alpha, 0.99).parameters
     )
     if found is None:
-        least = files.manifest.anchors[-1].parameters
+        least = files.manifest.anchors[-1]
+        chosen = _dtype_of(files, [least], dtype)
         raise SizeError(
             f"memory_budget={budget:,} bytes hold {budget // chosen.itemsize:,} parameters in {str(chosen).removeprefix('torch.')}, but the smallest anchor of {files.manifest.name} has "
-            f"{least:,} ({format_bytes(least * chosen.itemsize)}); give more, or a narrower dtype"
+            f"{least.parameters:,} ({format_bytes(least.parameters * chosen.itemsize)}); give more, or a narrower dtype"
         )
     return found
 
@@ -216,9 +233,10 @@ def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
     return config
 
 
-def _dtype_in(files: ChainFiles, dtype: Any) -> torch.dtype:
-    config = anchor_config(files, files.manifest.anchors[0])
-    return weight_dtype(dtype, config.dtype or torch.float32)
+def _dtype_of(files: ChainFiles, anchors: Sequence[Anchor], dtype: Any) -> torch.dtype:
+    """The dtype of a model made of some anchors: the wish, else the widest of theirs."""
+    theirs = [anchor_config(files, anchor).dtype or torch.float32 for anchor in anchors]
+    return weight_dtype(dtype, max(theirs, key=lambda found: found.itemsize))
 
 
 def _size_that_is_fast(files: ChainFiles, wish: SpeedWish, limit: int | None, watch: Stopwatch, strategy: str, alpha: float | None) -> int:
@@ -294,11 +312,15 @@ def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
 def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int | None) -> tuple[Anchor, Anchor, int]:
     """The neighbours whose segment holds a shape, and the shape's size."""
     anchors = files.manifest.anchors
-    pairs = [files.manifest.neighbours(size)] if size is not None else list(zip(anchors[1:], anchors))
+    if size is not None:
+        pairs = [files.manifest.neighbours(size)]
+    else:
+        pairs = [(small, large) for small, large in zip(anchors[1:], anchors) if files.manifest.link(small, large).kind == "segment"]
+        pairs += [(anchor, anchor) for anchor in anchors if not any(anchor is end for pair in pairs for end in pair)]  # with a bridge, or nothing, on both sides
     wish = shapes.named_fields(shape)
     error: ArgumentError | None = None
     within: ArgumentError | None = None  # of a segment that holds every field that is named
-    for small, large in pairs or [(anchors[0], anchors[0])]:
+    for small, large in pairs:
         try:
             whole = shapes.complete_shape(shape, small.shape, large.shape, anchor_config(files, large))
         except ArgumentError as found:
@@ -312,7 +334,8 @@ def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int
         return small, large, shapes.count(whole, anchor_config(files, large)) if size is None else size
     assert error is not None
     if within is None and len(pairs) > 1:
-        segments = "; ".join(f"{small.name} ({small.shape.text}) to {large.name} ({large.shape.text})" for small, large in pairs)
+        named = {anchor.name: f"{anchor.name} ({anchor.shape.text})" for anchor in anchors}
+        segments = "; ".join(" to ".join(dict.fromkeys((named[small.name], named[large.name]))) for small, large in pairs)
         raise ArgumentError(f"the shape {wish} lies in no segment of {files.manifest.name}, which has {segments}; choose one inside")
     raise within or error
 

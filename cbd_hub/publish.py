@@ -177,22 +177,23 @@ def push_anchor(
 
 
 def commit_index(
-    files: ChainFiles, manifest: Manifest, chunks: bytes, chunks_path: str, anchor: Anchor, folder: Path, *, token: str | None = None,
+    files: ChainFiles, manifest: Manifest, beside: Mapping[str, Path], anchor: Anchor, folder: Path, *, token: str | None = None,
     create_pr: bool = False, say: Say | None = None,
 ) -> Publication:
-    """Commit an extended manifest, and the chunk hashes of its new anchor, to a published chain's index."""
+    """Commit an extended manifest, and the files of its new anchor that lie beside it, to a published chain's index."""
     headers = {name: _header_text(folder / name) for name in anchor.weight_files}
     preview = Preview(config=json.dumps(json.loads((folder / "config.json").read_bytes()), separators=(",", ":")), headers=headers)
     manifest = manifest.model_copy(update={"anchors": [entry.model_copy(update={"preview": preview}) if entry.name == anchor.name else entry for entry in manifest.anchors]})
     repos = {entry.name: entry.location.repo_id for entry in manifest.anchors}
     recipe = _recipe(files)
     card = chain_card(manifest, repo_id=files.name, anchor_repos=repos, recipe=recipe is not None, datasets=_datasets(recipe))
-    contents: dict[str, Content] = {FILE_NAME: manifest.to_json().encode(), chunks_path: chunks}
+    contents: dict[str, Content] = {FILE_NAME: manifest.to_json().encode(), **beside}
     picture = curve_picture(manifest)
     if picture is not None:
         contents["curve.png"] = picture
     before = shared_license(files.manifest, files.manifest.anchors)
-    repo = Repo(files.name, f"Anchor {anchor.name} in {anchor.location.repo_id}", contents, card, ("curve.png",), index=True, licence=before)
+    stale = ("curve.png", *(TOKENIZER_FILES if anchor.name == manifest.anchors[0].name else ()))  # the chain's tokenizer is the first anchor's
+    repo = Repo(files.name, f"Anchor {anchor.name} in {anchor.location.repo_id}", contents, card, stale, index=True, licence=before)
     publisher = Publisher(token, None, None, create_pr, None, say)
     publisher.look(repo)
     if repo.main != files.revision:
@@ -239,7 +240,7 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
 
 def _anchor_facts(anchor: Anchor, recipe: dict[str, Any] | None) -> dict[str, str]:
     facts = _shape_facts(anchor.shape, anchor.family)
-    if anchor.parent is not None:
+    if anchor.parent is not None and anchor.origin == "cut":
         facts["cut from and taught by"] = f"anchor {anchor.parent}"
     if anchor.training is not None:
         data = (recipe or {}).get("data")

@@ -15,7 +15,7 @@ from cbd_hub.families import family_of
 from cbd_hub.hub import ChainFiles
 from cbd_hub.manifest import Anchor
 from cbd_hub.ranges import PartialFile, chunk_bytes, chunks_of
-from cbd_hub.weights import Checkpoint, read_header, row_spans
+from cbd_hub.weights import Checkpoint, read_header, reads_whole, row_spans
 
 
 Rows = Mapping[str, np.ndarray | None]  # tensor -> rows that are read, None for all
@@ -88,11 +88,12 @@ def spans_read(header: Mapping[str, Any], start: int, config: Any, rows: Rows | 
     """
     family = family_of(config)
     spans: Spans = [(0, start)]
+    compared = family.head if getattr(config, family.tied) and reads_whole(rows, family.embedding) else None  # a head stored beside its embedding
     for key, entry in header.items():
         name = family.canonical(key)
         first, last = entry["data_offsets"]
         span = (start + first, start + last)
-        if rows is None or (name == family.head and getattr(config, family.tied)):  # a head stored beside its embedding is compared with it
+        if rows is None or (name is not None and name == compared):
             spans.append(span)
         elif name is not None and name in rows:
             spans += row_spans(span, entry["shape"][0] if entry["shape"] else 1, rows[name])

@@ -99,7 +99,7 @@ class Checkpoint:
     """The weights of one model folder, read tensor by tensor through the page cache.
 
     On opening, the stored names and shapes are compared with the axis table of the architecture: a missing, extra or
-    mis-shaped tensor is an error that names it.
+    mis-shaped tensor is an error that names it. A head stored beside the embedding that it is tied to must be the same, where that one is read.
 
     Args:
         folder: A transformers model folder.
@@ -130,8 +130,9 @@ class Checkpoint:
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: set[torch.dtype] = set()
         spare_head: tuple[Path, str] | None = None
-        paths = sorted(folder.glob("*.safetensors"))
-        if files is not None:
+        if files is None:
+            paths = weight_files(folder)
+        else:
             names = sorted(name for name in files if name.endswith(".safetensors"))
             paths = [folder / name if places is None else places[name] for name in names]
             records = dict(zip(paths, names))
@@ -163,7 +164,7 @@ class Checkpoint:
         if not all(dtype.is_floating_point for dtype in dtypes):
             raise WeightsError(f"{folder} holds tensors that are not floating point (quantised weights?); interpolate before quantising")
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
-        if spare_head is not None:
+        if spare_head is not None and reads_whole(rows, self.family.embedding):
             path, key = spare_head
             with safe_open(path, framework="pt") as file:
                 if not torch.equal(file.get_tensor(key), self[self.family.embedding]):
@@ -198,6 +199,36 @@ class Checkpoint:
         """Keep the verdicts of the checks for later processes."""
         for checked in self._checked.values():
             checked.remember()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's model, as transformers chooses them: ``model.safetensors``, else those of the index, else all ``.safetensors``.
+
+    Others may lie beside them: the same weights in a format of its maker's own, or an adapter.
+
+    Raises:
+        WeightsError: If there is none, or the index cannot be used.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        if found := sorted(folder.glob("*.safetensors")):
+            return found
+        raise WeightsError(f"{folder} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is no index of weight files ({one_line(error)}); save the model again with save_pretrained") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise WeightsError(f"{index} names the weight file {name[:80]!r}, which is not in its folder; fetch the model again, or save it again with save_pretrained")
+    return [folder / name for name in names]
+
+
+def reads_whole(rows: Mapping[str, np.ndarray | None] | None, name: str) -> bool:
+    """Whether all of a tensor is read, where these rows of each tensor are; None for all of all."""
+    return rows is None or (name in rows and rows[name] is None)
 
 
 def row_spans(span: tuple[int, int], height: int, rows: np.ndarray | None) -> list[tuple[int, int]]:

@@ -298,6 +298,26 @@ def test_rows_and_whole_tensors_are_turned_alike(name, tmp_path):
         torch.testing.assert_close(made[key], combine(terms, live), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "shape"), [
+    ("llama", {"layers": 4, "hidden": 36, "heads": 4, "kv_heads": 2, "ffn": 60}), ("gpt2", {"layers": 4, "hidden": 40, "heads": 5, "kv_heads": 5, "ffn": 60}),
+])
+def test_a_plan_names_every_row_that_it_reads(name, shape, tmp_path):
+    """What it does not name need not be there: on the Hub it is not fetched, and reads as zeros. A rotation makes each row of all."""
+    small, large = two(name, **({"tied": False} if name == "llama" else {}))
+    chain = chain_of(tmp_path, small, large, align=True)
+    plan = chain.plan(shape=shape, strategy="blend", alpha=0.4)
+    family = family_of(large.config)
+    live = {anchor.name: family.parameters(model) for anchor, model in zip(chain.anchors, (large, small))}
+    there = {anchor: {key: torch.zeros_like(live[anchor][key]) for key in rows} for anchor, rows in plan.rows().items()}
+    for anchor, rows in plan.rows().items():
+        for key, chosen in rows.items():
+            held = slice(None) if chosen is None else torch.from_numpy(chosen)
+            there[anchor][key][held] = live[anchor][key].detach()[held]
+    assert any(chosen is not None for rows in plan.rows().values() for chosen in rows.values()), "some rows are not read"
+    for terms in plan.tensors.values():
+        assert torch.equal(combine(terms, there), combine(terms, live))
+
+
 def test_auto_leaves_neighbours_alone_that_share_coordinates(tmp_path):
     large = tiny.llama(seed=3)
     small = tiny.llama(layers=2)

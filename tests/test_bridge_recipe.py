@@ -11,7 +11,7 @@ from cbd_hub import CBDModel, Chain, distill_chain
 from cbd_hub.cli import app
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.schema import Recipe
-from cbd_hub.errors import RecipeError, SizeError, VocabularyMismatchError
+from cbd_hub.errors import ArgumentError, RecipeError, SizeError, VocabularyMismatchError
 
 
 BRIDGE = {"bridge": "span+vocab", "ce_weight": 0.5, "block_size": 24}
@@ -61,6 +61,11 @@ def test_sizes_on_each_side_work_and_the_gap_names_them(bridged, tmp_path):
         assert model.config.model_type == large.family
     with pytest.raises(SizeError, match=f"across the bridge between {third.name} and {second.name}"):
         CBDModel.plan(bridged.files.root, (second.parameters + third.parameters) // 2)
+    for anchor in (first, second, third, fourth):
+        assert CBDModel.plan(bridged.files.root, shape=anchor.shape).large == anchor.name
+    with pytest.raises(ArgumentError, match="lies in no segment") as caught:
+        CBDModel.plan(bridged.files.root, shape={"layers": 9})
+    assert f"{third.name} ({third.shape.text}) to {second.name}" not in str(caught.value), "a bridge is no segment"
     CBDModel.materialize(bridged.files.root, "min", output_dir=tmp_path / "model")
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == bridged.files.path(fourth, "tokenizer.json").read_bytes()
     Chain.from_pretrained(bridged.files.root).save_pretrained(tmp_path / "copy")
@@ -100,3 +105,16 @@ def test_a_dry_run_reckons_with_the_bridge(plain):
     costs = dry_run(Recipe.parse(plain[1]))
     assert [cost.shape.vocab for cost in costs] == [260, 331, 331]
     assert all(cost.seconds > 0 for cost in costs)
+
+
+def test_a_whole_shape_lies_in_its_own_segment_whatever_is_across_the_bridge(tmp_path):
+    """The larger side's anchor is shallower, so that the shape lies between the depths across the bridge too."""
+    wide, deep, small = tiny.llama(layers=2, hidden=64, ffn=300), tiny.gpt2(layers=6), tiny.gpt2(layers=3, seed=1)
+    wide.resize_token_embeddings(331)
+    names = [str(tiny.save(model, tmp_path / name)) for name, model in (("wide", wide), ("deep", deep), ("small", small))]
+    kinds.byte_level(330).save_pretrained(tmp_path / "wide")
+    recipe = make_recipe(tmp_path, "llama", [{"checkpoint": names[1]}, {"checkpoint": names[2]}], stages={names[1]: BRIDGE})
+    chain = distill_chain({**recipe, "teacher": names[0]}, tmp_path / "chain")
+    assert [link.kind for link in chain.manifest.links] == ["bridge", "segment"]
+    plan = chain.plan(shape={"layers": 4})
+    assert chain.plan(shape=plan.shape).summary() == plan.summary()

@@ -4,11 +4,15 @@ import json
 
 import pytest
 import tiny
+from conftest import recipe
 from huggingface_hub import ModelCard
 
-from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
 from cbd_hub.cards import license_of
 from cbd_hub.extend import add_anchor
+from cbd_hub.interpolation.planner import blend_plan
+from cbd_hub.manifest import Mix
+from cbd_hub.plans import segment_between
 from cbd_hub.publish import push_model
 
 
@@ -100,3 +104,75 @@ def test_licences_come_from_cards_and_teachers(hub, measured, tmp_path):
 def test_what_is_no_licence_is_none(text, tmp_path):
     assert license_of(card(tmp_path, text)) is None
     assert license_of(tmp_path / "nowhere") is None
+
+
+def test_a_new_largest_anchor_brings_the_chains_tokenizer(hub, measured, tmp_path):
+    """The files beside chain.json are the first anchor's; one of the same vocabulary may have other settings and lack a file."""
+    folder = tiny.save(tiny.llama(layers=8, seed=8), tmp_path / "m8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 123}))
+    (folder / "chat_template.jinja").unlink()
+    Chain.from_pretrained(measured).save_pretrained(tmp_path / "local")
+    Chain.from_pretrained(measured).push_to_hub("org/chain")
+    assert "chat_template.jinja" in hub.repos["org/chain"].at("main")[1]
+    for name, repo in ((tmp_path / "local", "third/local"), ("org/chain", "third/eight")):
+        add_anchor(Chain.from_pretrained(name), folder, repo)
+        chain = Chain.from_pretrained(name)
+        assert [anchor.shape.layers for anchor in chain.anchors] == [8, 6, 2, 1]
+        for size in (None, "min", "max"):
+            assert chain.tokenizer(size).model_max_length == 123
+    assert "chat_template.jinja" not in hub.repos["org/chain"].at("main")[1]
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """A distilled chain whose smaller anchor was cut from the teacher in layers, FFN and hidden width."""
+    folder = tmp_path_factory.mktemp("cut")
+    made = recipe(folder, "llama", [{"layers": 2, "ffn": 24, "hidden": 24}], teacher={"layers": 6, "ffn": 48, "hidden": 32, "head_dim": 8})
+    distill_chain(made, folder / "chain")
+    return folder / "chain"
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["local", "published"])
+def test_a_size_of_the_chain_as_an_anchor_keeps_the_coordinates(hub, cut, tmp_path, caplog, published):
+    """With weights in between as the plan makes them, the sizes around the new anchor are what that very neighbour and a blend with it are."""
+    Chain.from_pretrained(cut).save_pretrained(tmp_path / "local")
+    name = tmp_path / "local"
+    if published:
+        Chain.from_pretrained(cut).push_to_hub("org/cut")
+        name = "org/cut"
+    before = Chain.from_pretrained(name)
+    large, small = before.anchors
+    middle = (large.parameters + small.parameters) // 2
+    for number, size in enumerate((middle, (middle + small.parameters) // 2)):  # the second between the first and the anchor cut from the same one
+        CBDModel.materialize(name, size, output_dir=tmp_path / f"made{number}", tolerance=0.2)
+        add_anchor(Chain.from_pretrained(name), tmp_path / f"made{number}", f"third/made{number}")
+    chain = Chain.from_pretrained(name)
+    assert not caplog.records
+    assert [anchor.parent for anchor in chain.anchors] == [None, large.name, large.name, large.name]
+    segments = [segment_between(chain.files, low, high) for high, low in zip(chain.anchors, chain.anchors[1:])]
+    whole = segment_between(before.files, small, large)
+    held = list(range(6))
+    for segment in segments:  # layers of the teacher, followed down the chain
+        assert not segment.blend.replicate
+        held = [held[layer] for layer in segment.kept.layers]
+        returned = [layer for layer in whole.order if layer in held]
+        assert returned == list(whole.order)[: len(returned)]
+    assert held == [int(layer) for layer in whole.kept.layers]
+    made = chain.anchors[1]
+    first = blend_plan(segments[0], made.shape, Mix(alpha=0.0)).tensors  # all of the larger neighbour's units that the new anchor stands for
+    second = blend_plan(whole, made.shape, Mix(alpha=0.0)).tensors
+    for key, terms in first.items():
+        for ours, theirs in zip(terms, second[key], strict=True):
+            assert (ours.anchor, ours.tensor, ours.weight) == (theirs.anchor, theirs.tensor, theirs.weight)
+            assert [take.index.tolist() for take in ours.takes] == [take.index.tolist() for take in theirs.takes]
+    model = chain.model((made.parameters + chain.anchors[2].parameters) // 2, tolerance=0.2)
+    assert model.config.cbd["neighbours"] == [chain.anchors[2].name, made.name]
+
+
+def test_a_stranger_among_shared_coordinates_is_told_of(hub, cut, tmp_path, caplog):
+    Chain.from_pretrained(cut).save_pretrained(tmp_path / "local")
+    add_anchor(Chain.from_pretrained(tmp_path / "local"), tiny.save(tiny.llama(layers=4, ffn=40, hidden=32, head_dim=8), tmp_path / "m4"), "third/four")
+    assert "was not made by this chain between them" in caplog.text
+    middle = Chain.from_pretrained(tmp_path / "local").anchors[1]
+    assert (middle.parent, middle.maps) == (None, None)

@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 from conftest import assembled
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-from cbd_hub import CBDModel, Chain
+from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, SizeError, StorageError, WeightsError
 
 
@@ -389,3 +390,44 @@ def test_threads_may_load_at_once(chain):
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: CBDModel.from_chain(chain, middles(chain)[0]), range(8)))
     assert all(same(model, expected) for model in made)
+
+
+def test_files_beside_the_model_are_not_read_for_it(tmp_path):
+    """As transformers chooses: model.safetensors, else the index's files; the maker's own format and adapters may lie beside them."""
+    model = tiny.llama(seed=5)
+    single = tiny.save(model, tmp_path / "single")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    tiny.tokenizer().save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for folder in (single, tmp_path / "shards"):
+        save_file({"layers.0.attention.wq.weight": torch.zeros(2)}, folder / "consolidated.safetensors")
+        save_file({"model.norm.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    other = tiny.save(tiny.llama(layers=2), tmp_path / "small")
+    for folder in (single, tmp_path / "shards"):
+        chain = assemble_chain([folder, other], tmp_path / f"chain of {folder.name}", align=False)
+        assert all(name.startswith("model") for name in chain.anchors[0].weight_files)
+        assert same(chain.model("max"), model)
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    whole = index.read_text()
+    for text in (whole.replace("model-00001", "model-99999"), whole.replace("model-00001", "../model-00001"), "[]", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
+            assemble_chain([tmp_path / "shards", other], tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_old_name_of_dtype_counts_on_disk_too(chain, tmp_path):
+    with pytest.warns(FutureWarning, match="torch_dtype"):
+        CBDModel.materialize(chain, "min", output_dir=tmp_path / "m", torch_dtype=torch.bfloat16)
+    with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+
+
+def test_a_damaged_chain_is_not_copied_as_a_sound_one(copy, tmp_path):
+    path = weights(copy)
+    data = bytearray(path.read_bytes())
+    data[-100:] = bytes(100)
+    path.write_bytes(bytes(data))
+    with pytest.raises(IntegrityError, match="was changed or damaged"):
+        Chain.from_pretrained(copy).save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()

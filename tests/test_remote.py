@@ -13,14 +13,16 @@ from conftest import assembled
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_hub import CBDModel, Chain
+from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub.configs import stored_config
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, SizeError, StorageError
 from cbd_hub.files import CHUNK_BYTES
 from cbd_hub.hub import open_chain
-from cbd_hub.plans import plan_costs
+from cbd_hub.interpolation.budget import largest_size
+from cbd_hub.plans import anchor_config, plan_costs
 from cbd_hub.remote import open_weights
 from cbd_hub.weights import row_spans
 
@@ -81,6 +83,27 @@ def test_a_patch_costs_its_own_bytes_and_chunk_rounding(hub, wide, published):
     hub.forget()
     assert tiny.same(CBDModel.from_chain("org/wide", size="max"), CBDModel.from_chain(wide, size="max"))
     assert [entry.range for entry in weights(hub)] == [None]
+
+
+def test_a_head_stored_beside_its_embedding_is_no_hindrance_to_loading_in_part(hub, tmp_path):
+    """Some tied models store their head too; where a plan takes neither from an anchor, neither is fetched nor compared."""
+    folders = []
+    for layers in (8, 5):
+        folder = tiny.save(tiny.llama(layers=layers, seed=layers, hidden=4096, heads=4, kv_heads=4, ffn=16, head_dim=8), tmp_path / f"m{layers}")
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", {"format": "pt"})
+        folders.append(folder)
+    chain = assemble_chain(folders, tmp_path / "chain", align=False)
+    chain.push_to_hub("org/spare")
+    plan = chain.plan(shape=SHAPE)
+    assert plan.strategy == "patch"
+    files = open_chain("org/spare")
+    large = files.manifest.anchors[0]
+    with open_weights(files, large, anchor_config(files, large), plan.rows()[large.name])._where["model.layers.1.mlp.up_proj.weight"][0].open("rb") as file:
+        file.seek(CHUNK_BYTES)
+        assert not any(file.read(CHUNK_BYTES)), "the chunk of head and embedding alone is not there"
+    assert tiny.same(CBDModel.from_chain("org/spare", shape=SHAPE), CBDModel.from_chain(tmp_path / "chain", shape=SHAPE))
+    assert tiny.same(CBDModel.from_chain("org/spare", size="max"), CBDModel.from_chain(tmp_path / "chain", size="max"))
 
 
 def test_a_plan_prints_the_bytes_in_five_requests(hub, wide, published):
@@ -227,6 +250,34 @@ def test_the_largest_size_that_fits_is_found_without_a_download(hub, wide, publi
         CBDModel.plan(wide, memory_budget="1GB", size="max")
 
 
+def test_a_budget_holds_for_what_is_made_in_the_widest_dtype_of_the_neighbours(tmp_path):
+    """A teacher in bf16 above anchors in fp32, as a distilled chain has them: in between it is fp32, the teacher itself bf16."""
+    for layers, dtype in ((6, torch.bfloat16), (2, torch.float32)):
+        tiny.save(tiny.llama(layers=layers, seed=layers).to(dtype), tmp_path / str(layers))
+    large, small = assemble_chain([tmp_path / "6", tmp_path / "2"], tmp_path / "chain", align=False).anchors
+    for budget in (4 * small.parameters, 4 * small.parameters + 30_000, 2 * large.parameters - 1, 2 * large.parameters):
+        model = CBDModel.from_chain(tmp_path / "chain", memory_budget=budget)
+        assert sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) <= budget
+    assert model.num_parameters() == large.parameters
+    assert CBDModel.plan(tmp_path / "chain", memory_budget=2 * small.parameters, dtype="bfloat16").parameters == small.parameters
+    with pytest.raises(SizeError, match="in float32, but the smallest anchor"):
+        CBDModel.plan(tmp_path / "chain", memory_budget=4 * small.parameters - 1)
+
+
+def test_a_budget_holds_where_a_size_asked_for_again_is_another(wide):
+    """Shapes come in steps, and which is nearest depends on what was asked: what is promised is what comes out of the size that is given back."""
+    manifest = Chain.from_pretrained(wide).manifest
+    small, large = (anchor.parameters for anchor in reversed(manifest.anchors))
+
+    def realised(size):
+        return min(size - 1 if size % 2 == 0 else size + 3, large)
+
+    for limit in range(small + 10, small + 30):
+        found = largest_size(manifest, lambda *anchors, limit=limit: limit, realised)
+        assert small <= found <= limit
+        assert found == small or realised(found) <= limit
+
+
 def test_auto_classes_open_a_chain(hub, wide, published):
     import cbd_hub.auto  # noqa: F401
     small = Chain.from_pretrained(wide).anchors[1]
@@ -244,7 +295,6 @@ def load(wide_id, shape, queue):
     plan = Chain(files).plan(shape=shape)
     for name, rows in plan.rows().items():
         anchor = files.manifest.anchor(name)
-        from cbd_hub.plans import anchor_config
         checkpoint = open_weights(files, anchor, anchor_config(files, anchor), rows)
         queue.put(sum(float(checkpoint[tensor].sum()) for tensor in sorted(rows)))
 

@@ -42,27 +42,28 @@ def largest_meeting(low: int, high: int, meets: Callable[[int], bool]) -> int | 
     return size
 
 
-def largest_size(manifest: Manifest, limit: int, realised: Callable[[int], int]) -> int | None:
-    """The largest size with no more than ``limit`` parameters.
+def largest_size(manifest: Manifest, room: Callable[..., int], realised: Callable[[int], int]) -> int | None:
+    """The largest size that there is room for.
 
     Args:
         manifest: The chain.
-        limit: Parameters that there is room for.
+        room: Parameters that there is room for in a model of an anchor, or of two neighbours, that are given: they may be stored in several dtypes.
         realised: The size that comes out for a size asked for: the nearest one that a shape can have.
 
     Returns:
-        A size that can be realised, an anchor's own where only a bridge lies above it; None if even the smallest anchor is too large.
+        A size that comes out no larger than that when it is asked for, an anchor's own where only a bridge lies above it; None if even the smallest anchor is too large.
     """
-    small = next((anchor for anchor in manifest.anchors if anchor.parameters <= limit), None)
+    small = next((anchor for anchor in manifest.anchors if anchor.parameters <= room(anchor)), None)
     if small is None or small is manifest.anchors[0]:
         return None if small is None else small.parameters
     large = manifest.anchors[manifest.anchors.index(small) - 1]
-    if manifest.link(small, large).kind == "bridge":
+    limit = room(small, large)
+    if limit < small.parameters or manifest.link(small, large).kind == "bridge":
         return small.parameters
-    # The nearest size may lie above the limit. Asking ever further below it, the first one that fits is the largest one: while the
-    # nearest to a wish is still above the limit, the next below is further from the wish than that, and a wish twice as far cannot pass it.
+    # The nearest size may lie above the limit, and what comes out, asked for itself, may come out larger once more. Asking ever further below the limit, the first
+    # one that fits is the largest one: while the nearest to a wish is still above, the next below is further from the wish than that, and a wish twice as far cannot pass it.
     wish, step = limit, 0
-    while (found := realised(wish)) > limit:
-        step = max(2 * step, found - limit)
+    while (most := max(found := realised(wish), realised(found))) > limit:
+        step = max(2 * step, most - limit)
         wish = max(limit - step, small.parameters)
     return found

@@ -69,6 +69,19 @@ class Kept:
         """Layers of the larger one that the smaller one lacks, rising."""
         return sorted(set(range(len(self.ffn))) - {int(layer) for layer in self.layers})
 
+    def within(self, other: Kept, large: Shape) -> Kept | None:
+        """The same units in the coordinates of another model that was cut from the same larger one; None where it does not hold them all in the same order.
+
+        Args:
+            other: Which units of the larger one that model kept.
+            large: Its shape.
+        """
+        orders = [(getattr(self, name), getattr(other, name)) for name in ("ffn", "heads", "hidden")]
+        alike = all(ours is theirs is None or (ours is not None and theirs is not None and np.array_equal(ours, theirs)) for ours, theirs in orders)
+        if not alike or not np.isin(self.layers, other.layers).all():
+            return None
+        return Kept(np.searchsorted(other.layers, self.layers), np.tile(np.arange(large.ffn), (large.layers, 1)))
+
     def check_types(self, small: Sequence[Any], large: Sequence[Any]) -> None:
         """Refuse a map that joins layers of two types (`Family.layer_types`), which compute differently.
 
@@ -315,11 +328,12 @@ class Plan:
         return read
 
     def rows(self) -> dict[str, dict[str, np.ndarray | None]]:
-        """For each anchor and tensor that is read, the indices along its first dimension that are; None for all of them."""
+        """For each anchor and tensor that is read, the indices along its first dimension that are; None for all of them, of which a linear map makes each."""
         takes: dict[tuple[str, str], list[Take | None]] = {}
         for terms in self.tensors.values():
             for term in terms:
-                takes.setdefault((term.anchor, term.tensor), []).append(next((take for take in term.takes if take.dim == 0), None))
+                mixed = any(turn.dim == 0 and turn.factor.dim() > 1 for turn in term.turns)
+                takes.setdefault((term.anchor, term.tensor), []).append(None if mixed else next((take for take in term.takes if take.dim == 0), None))
         read: dict[str, dict[str, np.ndarray | None]] = {}
         for (anchor, tensor), found in takes.items():
             parts = {id(take): take.index for take in found if take is not None}  # parts that differ in another dimension have this one in common
