@@ -29,10 +29,11 @@ SECTIONS = {
 }
 WHOLE = ("demo", "deploy")  # README.md has their tables
 BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # and these in a sentence, where it speaks of them
+FIRST = ("headline", "quality", "quality_rivals", "step", "head", "loading")  # what README.md shows before one asks for more
 INTRODUCTION = """# Benchmarks
 
 `make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
-its tables are not typed by hand; a remark in italics may name a figure of a run whose results were not kept. Under each table stand its command and, of runs since 27 November 2026, machine, versions and day; of earlier ones what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
+its tables are not typed by hand; a remark in italics may name a figure of a run whose results were not kept. Under each table stand its command and, of most runs since 27 November 2026, machine, versions and day; of others what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
 (Gemma-3-270M likewise), and `benchmarks/inputs.py` makes `other.jsonl`, `heldout.jsonl` and the models of `--models`. Runs take turns and figures are medians where it is time; losses have standard errors
 over documents, and differences are paired. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
 in [quality/README.md](quality/README.md).
@@ -103,7 +104,9 @@ def fill(document: Path, blocks: dict[str, str]) -> None:
 
 def documents() -> dict[str, dict[str, str]]:
     """Each document's marked blocks."""
-    figures = "\n".join(f"- {line(name)}" for name in SECTIONS if name not in (*WHOLE, *BESIDE) and line(name))
+    told = {name: f"- {line(name)}" for name in SECTIONS if name not in (*WHOLE, *BESIDE) and line(name)}
+    first, others = ("\n".join(told[name] for name in told if (name in FIRST) == wanted) for wanted in (True, False))
+    figures = f"{first}\n\n<details><summary>Further figures</summary>\n\n{others}\n\n</details>"
     return {
         "README.md": {**{name: table(name) for name in WHOLE}, "figures": figures, **{name: line(name) for name in BESIDE}},
         "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_rivals")},

@@ -72,7 +72,7 @@ def hub(data: dict[str, Any]) -> str:
         return f"{seconds[ours]['wall'] / seconds[theirs]['wall']:.2f}x"
 
     return (
-        f"Random weights, from a Hub of the tests on the same machine: a cold `blend`, which `auto` chose at every measured size of the demo's chain, fetches {data['blend cold bytes'] / 1e6:.0f} MB of both anchors' "
+        f"Random weights, from a Hub of the tests on the same machine: a cold `blend`, the one strategy where more than layers moves as in the demo's chain, fetches {data['blend cold bytes'] / 1e6:.0f} MB of both anchors' "
         f"{data['blend both anchors bytes'] / 1e6:.0f}; a `patch`, of anchors that differ in layers alone, {data['patch cold bytes'] / 1e6:.0f} MB of {data['both anchors bytes'] / 1e6:.0f}, and a second size of that "
         f"segment {data['second size bytes'] / 1e6:.0f} MB more. Warm, with the first forward pass, a blend takes {ratio(wide, 'from_chain, forward', 'from_pretrained, forward')} the time of `from_pretrained`, a patch "
         f"{ratio(real, 'from_chain, forward', 'from_pretrained, forward')}; {data['warm pinned requests']} requests where the revision is pinned."
@@ -193,7 +193,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
 
     return (
         f"At the middle of {len(rows)} segments ({', '.join(row['segment'] for row in rows)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
-        f"{reach('distilled alone')}; boomerang, one model against each, as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
+        f"{reach('distilled alone')}; boomerang, one model against each, as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')} (below 0 it is better than the chain's); merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
     )
 
 

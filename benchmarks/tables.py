@@ -42,7 +42,7 @@ def boomerang(data: dict[str, Any]) -> str:
     """Boomerang at equal tokens and parameters."""
     best = min(data["boomerang"].values())
     return (
-        f"At {format_size(data['parameters'])}, the middle of the demo's larger segment, against boomerang distillation at equal tokens "
+        f"At {format_size(data['parameters'])}, the middle of the demo's larger segment, against boomerang distillation as published, at equal tokens "
         f"({data['steps']} steps) and parameters: {data['chain']:.3f} nats per token against {best:.3f}, {pair([data['difference'], data['stderr']])} (paired). "
         f"`{data['command']}`"
     )

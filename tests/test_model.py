@@ -420,7 +420,7 @@ def test_the_old_name_of_dtype_counts_on_disk_too(chain, tmp_path):
     with pytest.warns(FutureWarning, match="torch_dtype"):
         CBDModel.materialize(chain, "min", output_dir=tmp_path / "m", torch_dtype=torch.bfloat16)
     with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+        assert {file.get_tensor(name).dtype for name in file} == {torch.bfloat16}
 
 
 def test_a_damaged_chain_is_not_copied_as_a_sound_one(copy, tmp_path):

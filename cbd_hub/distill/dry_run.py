@@ -171,9 +171,11 @@ def _cost(stage: Stage, student: Any, teacher: Any, base: Any) -> StageCost:
     size, taught = shapes.parameter_count(student), shapes.parameter_count(teacher)
     with tempfile.TemporaryDirectory() as folder:
         args = stage.config(folder)
-    weights = 16 * size  # fp32 weights, gradients, two Adam moments
+    weights = 8 * size + round(whole.moments * size)  # fp32 weights and gradients, and the optimiser's state
     if not cached:
         weights += (6 if args.bf16 else 4) * taught  # also in bf16
+    elif not torch.accelerator.is_available():
+        weights += 4 * taught  # it waits in this memory for the segment's measuring
     tokens = args.train_batch_size * args.gradient_accumulation_steps * args.block_size
     saves = 0 if args.save_strategy == "no" else -(-args.max_steps // max(int(args.save_steps), 1))
     writing = (3 * saves + 1) * size / _written_a_second()
@@ -200,7 +202,7 @@ def _tokens_measured(stage: Stage, student: Any, teacher: Any, base: Any) -> int
     passes += 1 + share + middle * len(SHARES) * (_ROAD + 1)
     dropped = shapes.shape_of(teacher).layers - shapes.shape_of(student).layers
     trials = 0 if dropped < 2 else min(2**dropped - 2, ORDER_TRIALS)
-    return round(CALIBRATION_TOKENS * passes + trials * ORDER_TOKENS * (1 + middle))
+    return round(CALIBRATION_TOKENS * passes + ORDER_TOKENS * (1 + trials * middle))
 
 
 def _written_a_second() -> float:
@@ -213,10 +215,18 @@ def _written_a_second() -> float:
 
 @dataclass(frozen=True)
 class _Trial:
-    """Seconds of an optimiser step, bytes kept for the backward pass of a micro-batch with the loss head's blocks, seconds of the teacher's forward pass a token."""
+    """What a few steps showed.
+
+    Attributes:
+        step: Seconds of an optimiser step.
+        saved: Bytes kept for the backward pass of a micro-batch, with the loss head's blocks.
+        moments: Bytes of the optimiser's state for each parameter: 8 for AdamW.
+        forward: Seconds of the teacher's forward pass for each token.
+    """
 
     step: float
     saved: int
+    moments: float
     forward: float
 
 
@@ -271,7 +281,9 @@ def _trial(stage: Stage, student: Any, teacher: Any, layers: int, above: int) ->
         with frozen(models[1]):
             ahead = _seconds(forward)
     blocks = block_bytes(student.vocab_size, models[0].device, torch.bfloat16 if args.bf16 else torch.float32)
-    return _Trial(seconds, sum(kept.values()) + blocks, ahead / batch["input_ids"].numel())
+    assert trainer.optimizer is not None
+    state = sum(part.nbytes for entry in trainer.optimizer.state.values() for part in entry.values() if isinstance(part, torch.Tensor) and part.dim())
+    return _Trial(seconds, sum(kept.values()) + blocks, state / shapes.parameter_count(models[0].config), ahead / batch["input_ids"].numel())
 
 
 def _seconds(act: Callable[[], None]) -> float:

@@ -314,7 +314,9 @@ class _Run:
         last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
         self.progress(f"{stage.name}: {'goes on from ' + Path(last).name if last else 'learns'}, {arguments.max_steps} steps")
         started = time.monotonic()
+        large.to("cpu" if arguments.teacher_cache is not None else best_device())  # where a cache stands in its place, an accelerator's memory is the student's
         trainer.train(resume_from_checkpoint=last)
+        large.to(best_device())
         tokens = int(trainer.state.num_input_tokens_seen)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # a checkpoint keeps it
         self._remember(f"{stage.name}.training", {
