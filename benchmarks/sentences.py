@@ -85,10 +85,10 @@ def heal(data: dict[str, Any]) -> str:
     for row in data["rows"]:
         made, last = row["curve"][0], row["curve"][-1]
         parts.append(
-            f"{format_size(row['parameters'])} stands at {made['loss']:.3f} as made and {last['loss']:.3f} after {last['tokens']:,} tokens, against {row['alone']['loss']:.3f} of the same shape "
-            f"distilled on its own on {row['alone']['tokens']:,}"
+            f"{last['loss'] - made['loss']:+.3f} nats per token at {format_size(row['parameters'])} by {last['tokens']:,} tokens ({made['loss']:.3f} as made, {last['loss']:.3f} healed, {row['alone']['loss']:.3f} of the same "
+            f"shape distilled on its own on {row['alone']['tokens']:,})"
         )
-    return f"{'; '.join(parts)} (nats per token, on text that the heal did not measure itself on)."
+    return f"On the demo's chain, on text that the heal did not measure itself on: {'; '.join(parts)}."
 
 
 def adapter(data: dict[str, Any]) -> str:
