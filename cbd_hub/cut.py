@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -201,7 +202,9 @@ def cut_model(model: Any, plan: Plan) -> Any:
     live = {plan.large: {name: tensor.detach() for name, tensor in family_of(config).parameters(model).items()}}
     state = {name: combine(terms, live).clone() for name, terms in plan.tensors.items()}
     with LOADING:
-        return type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+        made = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made
 
 
 def mixes(size: int, config: Any, wish: Shape | None = None) -> list[Shape]:

@@ -20,6 +20,7 @@ from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, Training
 from cbd_hub.evaluation import Documents
 from cbd_hub.interpolation.live import Between, check_head
 from cbd_hub.manifest import Shape
+from cbd_hub.precision import has_bf16
 from cbd_hub.shapes import shape_of
 
 
@@ -42,7 +43,7 @@ def student_of(teacher, shape=None):
     return cut_model(teacher, cut.plan), cut.kept
 
 
-def trainer_for(family, folder, dataset=None, shape=None, **options):
+def trainer_for(family, folder, dataset=None, shape=None, eval_dataset=None, **options):
     teacher = tiny.FAMILIES[family]()
     student, kept = student_of(teacher, shape)
     arguments = {
@@ -50,7 +51,7 @@ def trainer_for(family, folder, dataset=None, shape=None, **options):
         "save_strategy": "no", "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "logging_steps": 1, **options,
     }
     return ChainDistiller(
-        model=student, teacher=teacher, args=ChainDistillerConfig(**arguments), train_dataset=dataset or rows(),
+        model=student, teacher=teacher, args=ChainDistillerConfig(**arguments), train_dataset=dataset or rows(), eval_dataset=eval_dataset,
         processing_class=tiny.tokenizer(), kept=kept,
     )
 
@@ -386,6 +387,18 @@ def test_lora_students_learn_and_nothing_else_moves(family, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_trainer_that_cannot_be_made_leaves_no_adapter(tmp_path):
+    model = tiny.llama(layers=2)
+    names = set(model.state_dict())
+    with pytest.raises(DataError, match="does not fill one block"):
+        ChainDistiller(
+            model=model, teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path), block_size=64), train_dataset=Dataset.from_list([{"text": "few"}]),
+            processing_class=tiny.tokenizer(), peft_config=lora(target_modules=["q_proj"]),
+        )
+    assert set(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_adapters_that_the_loss_cannot_follow_are_refused(tmp_path):
     with pytest.raises(ArgumentError, match="output head"):
         adapted("llama", tmp_path, lora(target_modules=["q_proj", "lm_head"]))
@@ -515,3 +528,56 @@ def test_a_model_that_does_more_to_its_logits_is_refused(tmp_path):
     teacher = Louder(tiny.llama().config)
     with pytest.raises(ArchitectureError, match="Louder: its logits"):
         ChainDistiller(model=student, teacher=teacher, args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows())
+
+
+def test_a_trained_model_writes_with_its_cache_and_generates_as_its_teacher(tmp_path):
+    """The Trainer switches use_cache off in the config, which is saved with the model; a cut takes over the teacher's way of generating."""
+    teacher = tiny.llama()
+    teacher.generation_config.update(eos_token_id=[2, 5], temperature=0.6, top_p=0.9, do_sample=True)
+    student, kept = student_of(teacher)
+    args = ChainDistillerConfig(str(tmp_path), max_steps=1, bf16=False, disable_tqdm=True)
+    trainer = ChainDistiller(model=student, teacher=teacher, args=args, train_dataset=rows(), processing_class=tiny.tokenizer(), kept=kept)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    for folder in (tmp_path / "saved", get_last_checkpoint(str(tmp_path))):
+        found = AutoModelForCausalLM.from_pretrained(folder)
+        assert found.config.use_cache is True
+        assert (sorted(found.generation_config.eos_token_id), found.generation_config.temperature, found.generation_config.top_p) == ([2, 5], 0.6, 0.9)
+        assert found.generation_config.use_cache is not False
+
+
+def test_one_process_beside_several_accelerators_trains_on_one(tmp_path, monkeypatch, caplog):
+    """The Trainer would hand parts of a batch to DataParallel, and the count of its kept tokens as one number each."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu") or 2))
+    trainer = trainer_for("llama", tmp_path)
+    assert "accelerate launch" in caplog.text
+    assert trainer.args.n_gpu == 1
+    trainer.train()
+
+
+def test_a_finished_run_that_is_resumed_has_its_best_weights_again(tmp_path):
+    """Which is not the last one: here the first evaluation is made to count as the best."""
+    def make():
+        options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+        return trainer_for("llama", tmp_path, eval_dataset=rows(4, seed=1), **options)
+
+    first, again = make(), make()
+    first.train()
+    assert first.state.best_model_checkpoint.endswith("checkpoint-2")
+    again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(first).items())
+
+
+@pytest.mark.skipif(not has_bf16("cpu"), reason="bf16 is not quick on this CPU")
+def test_steps_on_the_path_have_the_short_attention_of_the_others(tmp_path):
+    trainer, seen = trainer_for("llama", tmp_path, bf16=True, path_fraction=1.0), []
+    run = trainer._between.run
+
+    def watched(plan):
+        seen.extend(model.config._attn_implementation for model in trainer._between._models.values())
+        return run(plan)
+
+    trainer._between.run = watched
+    trainer.train()
+    assert set(seen) == {"eager"}
+    assert trainer._neighbour.config._attn_implementation == "sdpa"

@@ -422,3 +422,17 @@ def test_the_command(cbd, chain, tmp_path, monkeypatch):
         assert message in said
         assert not (tmp_path / "new").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "empty.txt", "out", "text.txt"]
+
+
+def test_a_killed_heal_does_not_go_on_with_another_cache(chain, tmp_path, monkeypatch):
+    opened = Chain.from_pretrained(chain)
+    teacher, tokenizer = opened.model("max"), opened.tokenizer()
+    caches = [write_cache(teacher, [{"text": text} for text in TEXTS[start:]], tmp_path / str(start), tokenizer=tokenizer, block_size=32, top_k=8) for start in (20, 30)]
+    options = {name: value for name, value in OPTIONS.items() if name != "block_size"}
+    with monkeypatch.context() as patch:
+        tiny.killed_in_training(patch, 2)
+        with pytest.raises(tiny.Killed):
+            heal(between(chain), chain, caches[0], eval_dataset=data(TEXTS[:20]), output_dir=tmp_path / "out", **options)
+    with pytest.raises(StorageError, match="unfinished run with cache="):
+        heal(between(chain), chain, caches[1], eval_dataset=data(TEXTS[:20]), output_dir=tmp_path / "out", **options)
+    heal(between(chain), chain, caches[0], eval_dataset=data(TEXTS[:20]), output_dir=tmp_path / "out", **options)

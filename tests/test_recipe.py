@@ -398,6 +398,21 @@ def test_a_chain_with_an_anchor_of_somebody_else_does_not_grow(tmp_path):
         distill_chain(plain, chain.files.root)
 
 
+def test_text_that_changes_under_an_unfinished_run_is_refused(tmp_path, monkeypatch):
+    plain = make_recipe(tmp_path, "llama", [{"layers": 2, "ffn": 24}])
+    with monkeypatch.context() as patch:
+        tiny.killed_in_training(patch, 1)
+        with pytest.raises(tiny.Killed):
+            distill_chain(plain, tmp_path / "chain")
+    text = tmp_path / "text.txt"
+    whole = text.read_text()
+    text.write_text("\n\n".join(tiny.texts(200, seed=5)))
+    with pytest.raises(RecipeError, match="begun with calibration_text="):
+        distill_chain(plain, tmp_path / "chain")
+    text.write_text(whole)
+    assert len(distill_chain(plain, tmp_path / "chain").anchors) == 2
+
+
 def test_sizes_are_cut_where_it_hurts_least(tmp_path):
     """Given a size, several mixes are tried and the least loss wins; the anchor's size is met."""
     plain = make_recipe(tmp_path, "llama", [60_000], teacher={"layers": 6, "hidden": 32, "ffn": 128})

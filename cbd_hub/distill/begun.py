@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 _SUFFIX = ".begun.json"
 
 
-def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], calibration: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """What each anchor's result depends on, beside that of the anchors above it.
 
     Args:
         recipe: The recipe.
         teacher: Name of the teacher's anchor.
         stages: The recipe's stages.
+        calibration: The documents that are held for calibration: they are others when what is in the files is.
     """
-    found: dict[str, dict[str, Any]] = {teacher: {"teacher": recipe.teacher, "data": recipe.data.model_dump(), "seed": recipe.seed}}
+    text = hashlib.sha256(json.dumps([*calibration], default=str).encode()).hexdigest()[:12]
+    found: dict[str, dict[str, Any]] = {teacher: {"teacher": recipe.teacher, "data": recipe.data.model_dump(), "seed": recipe.seed, "calibration_text": text}}
     for index, stage in enumerate(stages):
         own = recipe.stage_data(stage.anchor).model_dump()
         if not stage.arguments.get("text_weight"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from cbd_hub.losses.divergence import check_options
 from cbd_hub.losses.hidden import HIDDEN_LOSSES
 from cbd_hub.precision import has_bf16, say_fp32
 
+
+logger = logging.getLogger(__name__)
 
 BRIDGES = ("text", "span", "vocab", "span+vocab", "hidden")
 
@@ -116,6 +119,9 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if self.teacher_cache is not None:
             self.check_cached()
         super().__post_init__()
+        if self.n_gpu > 1:  # the Trainer would split each batch over them by DataParallel, whose parts of a loss have no common count of tokens
+            logger.warning("one process was started and %d accelerators are there: it trains on the first; for all of them use torchrun or accelerate launch", self.n_gpu)
+            self._n_gpu = 1
         config: Any = self.accelerator_config
         if config.dispatch_batches is None:
             config.dispatch_batches = False  # the first process cannot hand out batches whose rows differ in length

@@ -38,6 +38,7 @@ from cbd_hub.distill.wrapping import (
     shards,
     short_attention,
     sparse_rows,
+    unadapted_on_failure,
     without_compiler,
 )
 from cbd_hub.errors import ArgumentError, TrainingError
@@ -109,45 +110,50 @@ class ChainDistiller(SamplingTrainer):
         for name, why in (("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", "logits are never formed")):
             if kwargs.get(name) is not None:
                 raise ArgumentError(f"{name} would never be called: {why}; leave it out")
-        wiring = wired(
-            args, model, teacher, cache=teacher_cache, tokenizers=(processing_class, teacher_processing_class), train_dataset=train_dataset,
-            eval_dataset=eval_dataset, kept=kept, peft_config=peft_config,
-        )
-        self.teacher_cache, self.bridge, self._student, self._vocab_size = wiring.cache, wiring.bridge, model, wiring.vocab_size
-        student, model, teacher, kept = model, wiring.model, wiring.teacher, wiring.kept
-        padded = functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0)
-        kwargs.setdefault("data_collator", padded if self.bridge is None else self.bridge.rows.collate)
-        rows = unpacked(wiring.train_dataset, processing_class, args)
-        super().__init__(
-            model=model, args=args,
-            train_dataset=self._set_up_sampling(args, teacher, *(with_tokens(found, processing_class, args, model) for found in (rows, text_dataset))),
-            eval_dataset=with_tokens(wiring.eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
-        )
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
-        self.add_callback(MetricsFile())
-        self.kept = kept
-        self.teacher = self._segment = self.hidden = None
-        if teacher is None:
-            return
-        teacher.requires_grad_(False).eval()
-        self._segment = None if kept is None else segment_to(student, teacher, kept, order)
-        self.hidden = HiddenTerm(student, teacher, kept, args) if args.hidden_weight else None
-        if self.hidden is not None:
-            self.add_callback(_Settle(self))
-        if args.path_fraction:
-            if shards(self.accelerator) or is_sharded(student) or is_sharded(teacher):
-                raise ArgumentError("path_fraction reads whole parameters of student and teacher, which are sharded here; set it to 0, or train with DDP")
-            teacher = teacher.to(args.device)
-        if self.hidden is not None and self.hidden.projectors and (is_sharded(student) or self.is_deepspeed_enabled):
-            raise ArgumentError("projectors between unlike hidden widths cannot be fitted on a student that is sharded already; set hidden_weight to 0")
-        self._between = Between({"student": student, "teacher": teacher})
-        if args.bf16 and teacher.dtype == torch.float32 and not is_sharded(teacher):
-            # Autocast would cast the frozen weights anew at every step. The path needs the exact ones, and so may the caller.
-            teacher = copy.deepcopy(teacher).to(torch.bfloat16)
-        if args.torch_compile:
-            for compiled in (student, teacher):
-                compile_base(compiled, args.torch_compile_backend, args.torch_compile_mode)
-        self.teacher = prepare_teacher(self.accelerator, teacher)
+        with unadapted_on_failure(model) if peft_config is not None else nullcontext():
+            wiring = wired(
+                args, model, teacher, cache=teacher_cache, tokenizers=(processing_class, teacher_processing_class), train_dataset=train_dataset,
+                eval_dataset=eval_dataset, kept=kept, peft_config=peft_config,
+            )
+            self.teacher_cache, self.bridge, self._student, self._vocab_size = wiring.cache, wiring.bridge, model, wiring.vocab_size
+            student, model, teacher, kept = model, wiring.model, wiring.teacher, wiring.kept
+            padded = functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0)
+            kwargs.setdefault("data_collator", padded if self.bridge is None else self.bridge.rows.collate)
+            rows = unpacked(wiring.train_dataset, processing_class, args)
+            use_cache = getattr(student.config, "use_cache", None)
+            super().__init__(
+                model=model, args=args,
+                train_dataset=self._set_up_sampling(args, teacher, *(with_tokens(found, processing_class, args, model) for found in (rows, text_dataset))),
+                eval_dataset=with_tokens(wiring.eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
+            )
+            if use_cache is not None:
+                student.config.use_cache = use_cache  # the Trainer switches it off, for good; no pass of ours leaves it to the config
+            self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
+            self.add_callback(MetricsFile())
+            self.kept = kept
+            self.teacher = self._segment = self.hidden = self._neighbour = None
+            if teacher is None:
+                return
+            teacher.requires_grad_(False).eval()
+            self._segment = None if kept is None else segment_to(student, teacher, kept, order)
+            self.hidden = HiddenTerm(student, teacher, kept, args) if args.hidden_weight else None
+            if self.hidden is not None:
+                self.add_callback(_Settle(self))
+            if args.path_fraction:
+                if shards(self.accelerator) or is_sharded(student) or is_sharded(teacher):
+                    raise ArgumentError("path_fraction reads whole parameters of student and teacher, which are sharded here; set it to 0, or train with DDP")
+                teacher = teacher.to(args.device)
+            if self.hidden is not None and self.hidden.projectors and (is_sharded(student) or self.is_deepspeed_enabled):
+                raise ArgumentError("projectors between unlike hidden widths cannot be fitted on a student that is sharded already; set hidden_weight to 0")
+            self._between = Between({"student": student, "teacher": teacher})
+            self._neighbour = teacher if args.path_fraction else None
+            if args.bf16 and teacher.dtype == torch.float32 and not is_sharded(teacher):
+                # Autocast would cast the frozen weights anew at every step. The path needs the exact ones, and so may the caller.
+                teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+            if args.torch_compile:
+                for compiled in (student, teacher):
+                    compile_base(compiled, args.torch_compile_backend, args.torch_compile_mode)
+            self.teacher = prepare_teacher(self.accelerator, teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "attention_mask", "position_ids", "labels", *CACHED, *COLUMNS]
@@ -321,9 +327,11 @@ class ChainDistiller(SamplingTrainer):
             if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one step too many
                 self._load_from_checkpoint(last)
                 self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {})
         student = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        with short_attention(self.args, student, self.teacher):
+        with short_attention(self.args, student, self.teacher, self._neighbour):
             if self.hidden is None:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             if not isinstance(last, str):

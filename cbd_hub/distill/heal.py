@@ -121,6 +121,7 @@ def heal(
     documents = documents_of(held_rows, tokenizer, args.block_size, heldout_tokens)
     asked = {
         "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": _fingerprint([rows if isinstance(rows, list) else [], held_rows]),
+        **({} if cache is None else {"cache": _fingerprint(cache.record.source.model_dump())}),
         "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
         **training, "max_steps": args.max_steps, "processes": args.world_size,
     }

@@ -124,9 +124,9 @@ class _Run:
         Checkpoint(self.source, self.teacher_config)
         self.stages = plan_stages(recipe, self.source, self.teacher_config, made)
         self.teacher_name = unique_name(shapes.parameter_count(self.teacher_config), [])
-        self.begun = Begun(self.work, dependencies(recipe, self.teacher_name, self.stages), [] if self.finished is None else self.finished.names)
-        self.begun.check()
         self.parts = read_parts(recipe)
+        self.begun = Begun(self.work, dependencies(recipe, self.teacher_name, self.stages, self.parts.calibration), [] if self.finished is None else self.finished.names)
+        self.begun.check()
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
         size = recipe.data.block_size
         texts = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
