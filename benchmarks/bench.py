@@ -82,7 +82,8 @@ BENCHMARKS = {
     "bridge": Benchmark("benchmarks/bridge.py", "--models bench/inputs/models --train bench/inputs/train.jsonl --heldout bench/inputs/heldout.jsonl --work bench/bridge", quick=None, full="--only gemma --only move --only gpt2"),
     "headline": Benchmark("benchmarks/headline.py", "--teacher demo/chain/anchors/135M --text demo/wikipedia.jsonl --tasks arc_easy,sciq --work bench/headline", quick=None),
     "quality_rivals": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality_rivals --steps 20 --share 0.5 --heldout-tokens 8000 --out benchmarks/results/quality_rivals.json", quick=None),
-    "quality": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality", quick=None, full="--seeds 3"),
+    "quality": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --free", quick=None),
+    "quality_trained": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --share 0.5 --out benchmarks/results/quality_trained.json", quick=None, full="--seeds 3"),
 }
 
 

@@ -21,7 +21,7 @@ from cbd_hub.sizes import format_size
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = {
-    "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "quality_rivals": "Sizes in between, against models trained for them", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
+    "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "quality_trained": "Sizes in between, against models trained for them", "quality_rivals": "The same with a tenth of the tokens", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
     "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step", "step_fp32": "A distillation step in fp32", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding", "deploy": "A size in other formats",
@@ -29,7 +29,7 @@ SECTIONS = {
 }
 WHOLE = ("demo", "deploy")  # README.md has their tables
 BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # and these in a sentence, where it speaks of them
-FIRST = ("headline", "quality", "quality_rivals", "step", "head", "loading")  # what README.md shows before one asks for more
+FIRST = ("headline", "quality", "quality_trained", "step", "head", "loading")  # what README.md shows before one asks for more
 INTRODUCTION = """# Benchmarks
 
 `make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
@@ -109,7 +109,7 @@ def documents() -> dict[str, dict[str, str]]:
     figures = f"{first}\n\n<details><summary>Further figures</summary>\n\n{others}\n\n</details>"
     return {
         "README.md": {**{name: table(name) for name in WHOLE}, "figures": figures, **{name: line(name) for name in BESIDE}},
-        "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_rivals")},
+        "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_trained", "quality_rivals")},
         "examples/paper/README.md": {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")},
     }
 

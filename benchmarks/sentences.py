@@ -185,16 +185,19 @@ def quality(data: dict[str, Any]) -> str:
 
 def quality_rivals(data: dict[str, Any]) -> str:
     """The middle of segments against trained rivals."""
-    rows = data["rows"]
+    rows = [row for row in data["rows"] if "," not in row["by"]]  # neither healed nor of a further seed
 
     def reach(name: str) -> str:
         found = sorted((row["rivals"][name]["minus"] for row in rows), key=lambda minus: minus[0])
-        return f"{pair(found[0])} to {pair(found[-1])}"
+        return " to ".join(dict.fromkeys((pair(found[0]), pair(found[-1]))))
 
     return (
-        f"At the middle of {len(rows)} segments ({', '.join(row['segment'] for row in rows)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
+        f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({', '.join(row['segment'] for row in rows)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
         f"{reach('distilled alone')}; boomerang, one model against each, as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')} (below 0 it is better than the chain's); merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
     )
+
+
+quality_trained = quality_rivals
 
 
 def headline(data: dict[str, Any]) -> str:

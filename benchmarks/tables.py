@@ -223,16 +223,20 @@ def quality_rivals(data: dict[str, Any]) -> str:
     """The middle of each kind of segment against models that were trained for it."""
     rows = data["rows"]
     names = dict.fromkeys(name for row in rows for name in row["rivals"])
-    head = ["", *(f"{row['segment']}: {format_size(row['parameters'])}" for row in rows)]
+    head = ["", *(", ".join(filter(None, (f"{row['segment']}: {format_size(row['parameters'])}", row["by"].partition(", ")[2]))) for row in rows)]
     lines = [
         ["the chain's", *(f"{row['loss']:.3f} ± {row['stderr']:.3f}" for row in rows)],
-        ["its less the chord's", *(pair(row["to_chord"]) for row in rows)],
+        ["its less the chord's", *(pair(row.get("to_chord")) for row in rows)],
         *([name, *(pair(row["rivals"].get(name, {}).get("minus")) for row in rows)] for name in names),
     ]
     return (
         f"{table(head, lines)}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
-        f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired. `{data['command']}`"
+        f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired."
+        f"{' Healed: all of them, on a 20th of those tokens.' if any('healed' in row['by'] for row in rows) else ''} `{data['command']}`"
     )
+
+
+quality_trained = quality_rivals
 
 
 def heal(data: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -292,8 +293,9 @@ def evaluate(
     if text is None and tasks is None:
         raise ArgumentError("neither --text nor --tasks was given; name a text file, or a .jsonl file of questions")
     from cbd_hub.chain import Chain
-    from cbd_hub.distill.data import is_conversation, read_rows
+    from cbd_hub.distill.data import as_document, is_conversation, read_rows
     from cbd_hub.distill.packing import tokenised
+    from cbd_hub.distill.same_bytes import SameBytes
     from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
     from cbd_hub.interpolation.live import ModelRunner
     from cbd_hub.precision import best_device
@@ -319,6 +321,11 @@ def evaluate(
     vocabularies = [opened.neighbours(planned.parameters)[0].tokenizer_sha256 for planned in plans]  # several across a bridge
     sides = {vocabulary: opened.tokenizer(planned.parameters) for vocabulary, planned in dict(zip(vocabularies, plans)).items()}
     texts = {vocabulary: documents_of(tokenizer) for vocabulary, tokenizer in sides.items()}
+    same = None
+    if rows_of_text is not None and len({anchor.tokenizer_sha256 for anchor in opened.anchors}) > 1:  # on the same bytes whatever sizes are asked for
+        others = {anchor.tokenizer_sha256: anchor.parameters for anchor in opened.anchors if anchor.tokenizer_sha256 not in sides}
+        same = SameBytes([as_document(row) for row in rows_of_text], [*sides.values(), *map(opened.tokenizer, others.values())], block_size, max_tokens)
+    counted: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     for wish, planned, vocabulary in zip(wishes, plans, vocabularies):
@@ -330,12 +337,18 @@ def evaluate(
         if documents is None:
             continue
         losses = document_losses(ModelRunner(model), documents)
+        in_bits: dict[str, Any] = {"bits_per_byte": bits_per_byte(losses, documents)}
+        if same is not None:
+            of_bytes = same.losses(ModelRunner(model), tokenizer)
+            error = of_bytes.stderr
+            in_bits = {"bits_per_byte": of_bytes.mean / math.log(2), "bits_per_byte_stderr": None if error is None else error / math.log(2)}
+            counted = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())}
         rows.append({
             "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,
-            "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents),
+            "stderr": losses.stderr, "perplexity": losses.perplexity, **in_bits,
         })
     read = texts[vocabularies[0]]
-    counts = {} if read is None else {"documents": len(read.ids), **({"tokens": read.tokens} if len(texts) == 1 else {})}
+    counts = {} if read is None else counted if len(texts) > 1 else {"documents": len(read.ids), "tokens": read.tokens}
     if as_json:
         print_json({"chain": opened.name, "text": text, **counts, "results": rows, "tasks": answers})
         return
@@ -352,12 +365,13 @@ def evaluate(
     shown = [
         {
             "size": row["size"], "parameters": row["parameters"], "by": row["strategy"],
-            **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if len(texts) == 1 else {}), "bits/byte": row["bits_per_byte"],
+            **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if len(texts) == 1 else {}),
+            "bits/byte": row["bits_per_byte"] if same is None else with_error(row["bits_per_byte"], row["bits_per_byte_stderr"]),
         }
         for row in rows
     ]
-    what = f"{read.tokens:,} tokens; loss in nats per token ± standard error" if len(texts) == 1 else "several vocabularies, compared in bits per byte"
-    table_of(f"{opened.name} on {text}, {len(read.ids)} documents: {what}", shown)
+    what = f"{read.tokens:,} tokens; loss in nats per token ± standard error" if len(texts) == 1 else f"{counts['bytes']:,} bytes, the same for each vocabulary; bits per byte ± standard error"
+    table_of(f"{opened.name} on {text}, {counts['documents']} documents: {what}", shown)
 
 
 def _quiet() -> None:

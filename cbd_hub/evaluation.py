@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Runner
-from cbd_hub.losses.alignment import prefix_of
+from cbd_hub.losses.alignment import check_rows, prefix_of, rowless_tokens
 from cbd_hub.losses.log_probs import token_losses
 from cbd_hub.precision import has_bf16, products
 from cbd_hub.texts import utf8
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ENOUGH = 2048  # calibration tokens
 _BATCH_TOKENS = 2048
+_CHARACTERS = 16  # looked at for a token of a block
 IGNORED = -100
 
 
@@ -123,7 +124,7 @@ class Documents:
 
     @classmethod
     def packed(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
-        """Texts joined end to end, with the end-of-text token between them, in blocks of one length: for calibration.
+        """Texts joined end to end, with the end-of-text token between them, in blocks of one length as training packs them: for calibration.
 
         Raises:
             DataError: If the texts do not fill one block.
@@ -133,25 +134,31 @@ class Documents:
 
     @classmethod
     def joined(cls, rows: Iterable[Sequence[int]], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
-        """Rows of token ids joined end to end, in blocks of one length.
+        """Rows of token ids joined end to end, in blocks of one length, each after what the tokenizer puts before a text, which does not count.
 
         Raises:
-            DataError: If they do not fill one block.
+            DataError: If they do not fill one block, or it has no room for them.
         """
         stream: list[int] = []
+        before = prefix_of(tokenizer)
+        room = block_size - len(before)
+        if room < 1:
+            raise DataError(f"a block of {block_size} tokens has no room beside the {len(before)} that it begins with; give a larger block_size")
         for row in rows:
             stream += row
             if max_tokens is not None and len(stream) >= max_tokens:
                 break
-        blocks = len(stream) // block_size if max_tokens is None else min(len(stream), max(max_tokens, block_size)) // block_size
+        blocks = len(stream) // room if max_tokens is None else min(len(stream) // room, max(max_tokens, block_size) // block_size)
         if not blocks:
-            raise DataError(f"the calibration text has {len(stream):,} tokens, less than one block of {block_size:,}; give a longer text or a smaller block_size")
+            raise DataError(f"the calibration text has {len(stream):,} tokens, less than one block of {room:,}; give a longer text or a smaller block_size")
         if blocks * block_size < min(ENOUGH, max_tokens or ENOUGH):
             logger.warning(
                 "the calibration text has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", blocks * block_size, ENOUGH
             )
-        ids = [torch.tensor(stream[start * block_size : (start + 1) * block_size]) for start in range(blocks)]
-        return cls(tuple(ids), tuple(len(tokenizer.decode(block[1:]).encode()) for block in ids))
+        ids = [torch.tensor([*before, *stream[start * room : (start + 1) * room]]) for start in range(blocks)]
+        counted = max(1, len(before))  # the first that can
+        labels = tuple(torch.cat([block.new_full((counted,), IGNORED), block[counted:]]) for block in ids) if counted > 1 else None
+        return cls(tuple(ids), tuple(len(tokenizer.decode(block[counted:]).encode()) for block in ids), labels)
 
 
 @dataclass(frozen=True)
@@ -277,7 +284,55 @@ def bits_per_byte(losses: Losses, documents: Documents) -> float:
     return float(losses.nats.sum() / math.log(2) / sum(documents.lengths))
 
 
-def byte_losses(runner: Runner, tokenizer: Any, texts: Sequence[str], *, characters: int = 400, max_bytes: int = 100_000, bf16: bool = True) -> Losses:
+def common_texts(texts: Iterable[str], tokenizers: Sequence[Any], block_size: int, max_tokens: int | None = None) -> list[str]:
+    """Beginnings of texts that each of several tokenizers reads in one block, cut at white space, so that `byte_losses` of all of them are on the same bytes.
+
+    Args:
+        texts: One text per document.
+        tokenizers: The tokenizers.
+        block_size: Longest document in tokens, with those before the text; the rest is left out.
+        max_tokens: Where to stop, by the tokenizer that needs the most; None for all.
+
+    Raises:
+        DataError: If no text is left, or a tokenizer has no token to begin with.
+    """
+    rooms = np.array([block_size - len(_before(tokenizer)) for tokenizer in tokenizers])
+    found, totals = [], np.zeros(len(tokenizers), dtype=np.int64)
+    for text in texts:
+        part = text[: _CHARACTERS * block_size]
+        while part:
+            counts = np.array([len(tokenizer(part, add_special_tokens=False)["input_ids"]) for tokenizer in tokenizers])
+            if (counts <= rooms).all():
+                break
+            short = part[: min(len(part) - 1, int(len(part) * max(0.0, float((rooms / counts.clip(1)).min()))))]
+            place = max(short.rfind(" "), short.rfind("\n"))
+            part = short[:place] if place > 0 else short
+        if not part or not counts.all():
+            continue
+        found.append(part)
+        totals += counts
+        if max_tokens is not None and totals.max() >= max_tokens:
+            break
+    if not found:
+        raise DataError(f"no text has a beginning that every tokenizer reads in {block_size:,} tokens; give longer texts, or a larger block_size")
+    return found
+
+
+def _before(tokenizer: Any) -> list[int]:
+    """What a text's first token is predicted after.
+
+    Raises:
+        DataError: If there is nothing.
+    """
+    before: list[int] = prefix_of(tokenizer) or [token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None][:1]
+    if not before:
+        raise DataError("the tokenizer has neither a first nor an end-of-text token, so that a text's first token cannot be predicted; set its eos_token")
+    return before
+
+
+def byte_losses(
+    runner: Runner, tokenizer: Any, texts: Sequence[str], *, characters: int | None = 400, max_bytes: int | None = 100_000, bf16: bool = True
+) -> Losses:
     """Loss in nats, and bytes in the place of tokens, on the beginnings of texts: the same bytes whatever the tokenizer is.
 
     The first token is predicted too, after what the tokenizer begins a text with, else after its end-of-text token.
@@ -286,19 +341,20 @@ def byte_losses(runner: Runner, tokenizer: Any, texts: Sequence[str], *, charact
         runner: A model that runs.
         tokenizer: Its tokenizer.
         texts: One text per document.
-        characters: Most of a text.
-        max_bytes: Where to stop.
+        characters: Most of a text; None for all.
+        max_bytes: Where to stop; None for all.
         bf16: Whether products run in bf16.
 
     Raises:
-        DataError: If there is no text, or the tokenizer has no token to begin with.
+        DataError: If there is no text, one holds a token for which the model has no row, or the tokenizer has no token to begin with.
     """
-    before = prefix_of(tokenizer) or [token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None][:1]
-    if not before:
-        raise DataError("the tokenizer has neither a first nor an end-of-text token, so that a text's first token cannot be predicted; set its eos_token")
+    before = _before(tokenizer)
     sizes = itertools.accumulate(len(utf8(text[:characters], f"text {number:,}")) for number, text in enumerate(texts))
-    parts = [text[:characters] for text, total in zip(texts, sizes) if total <= max_bytes] or [text[:characters] for text in texts[:1]]
+    parts = [text[:characters] for text, total in zip(texts, sizes) if max_bytes is None or total <= max_bytes] or [text[:characters] for text in texts[:1]]
     rows = [[*before, *tokenizer(part, add_special_tokens=False)["input_ids"]] for part in parts]
+    rowless = rowless_tokens(tokenizer, runner.config.vocab_size)
+    for number, row in enumerate(rows):
+        check_rows(row, rowless, tokenizer, f"text {number:,}: the tokenizer")
     held = [place for place, row in enumerate(rows) if len(row) > len(before)]
     if not held:
         raise DataError("there is no text to measure on; give a file with at least a few paragraphs")

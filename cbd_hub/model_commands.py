@@ -118,7 +118,7 @@ def cache_teacher(
     student: Annotated[str | None, typer.Option("--student", help="A model to measure the cache's error in forward KL with.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")] = 8,
     column: ColumnOption = "text",
-    bos: Annotated[bool, typer.Option("--bos", help="Begin each block of joined text with what the tokenizer puts before a text, as gemma needs it.")] = False,
+    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Begin each block of joined text with what the tokenizer puts before a text, as training does.")] = True,
     dtype: DtypeOption = None,
     push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Push the cache to a data set on the Hub.", show_default=False)] = None,
     as_json: JsonOption = False,

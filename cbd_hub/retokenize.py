@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -24,7 +25,7 @@ from cbd_hub.families import family_of
 from cbd_hub.files import check_absent, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
-from cbd_hub.losses.alignment import byte_ends, check_faithful, check_whole, token_bytes, written_tokens
+from cbd_hub.losses.alignment import byte_ends, check_faithful, check_whole, rowless_tokens, token_bytes, written_tokens
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import parse_size
@@ -108,16 +109,16 @@ def retokenize(
     config, old = read_config(source), load_tokenizer(source)
     checkpoint, family = Checkpoint(source, config), family_of(config)
     rows = int(family.sizes(config)["vocab"])
-    if max(old.get_vocab().values(), default=-1) >= rows:
+    if max({*old.get_vocab().values()} - rowless_tokens(old, rows), default=-1) >= rows:
         raise VocabularyMismatchError(f"{source} has a tokenizer of {len(old):,} tokens and an embedding of {rows:,} rows; give the model its own tokenizer")
     if keep is not None:
-        new, kept = trimmed(old, parse_size(keep))
+        new, kept = trimmed(old, parse_size(keep), rows)
         parts = [[token] for token in kept]
     else:
         assert tokenizer is not None
         new = load_tokenizer(resolve_checkpoint(tokenizer))
         check_faithful(old)
-        parts = composition(old, new)
+        parts = composition(old, new, rows)
     made = copy.deepcopy(config)
     setattr(made, family.fields["vocab"], len(parts))
     generation = read_generation_config(source)
@@ -206,7 +207,7 @@ def _renumbered(value: Any, places: Mapping[int, int]) -> Any:
     return [part for part in found if part is not None] or None
 
 
-def composition(old: Any, new: Any) -> list[list[int]]:
+def composition(old: Any, new: Any, rows: int | None = None) -> list[list[int]]:
     """The old tokens that each token of another tokenizer consists of, one where it is in the old vocabulary.
 
     That is the token of the same name and bytes, else the one that the old tokenizer writes for its bytes; of a special one that of the same name, else of the
@@ -215,13 +216,15 @@ def composition(old: Any, new: Any) -> list[list[int]]:
     Args:
         old: The tokenizer of the model.
         new: The other one.
+        rows: Rows of the model: of no old token beyond them does one consist. None for all tokens.
 
     Raises:
         ArgumentError: If a tokenizer has no byte offsets, marks the pieces of a word, or does not read every text to the byte.
     """
     check_whole(new)
-    known, vocab, held, special = written_tokens(old), old.get_vocab(), token_bytes(old), (set(old.all_special_ids), set(new.all_special_ids))
-    uses = {getattr(new, f"{role}_token_id"): getattr(old, f"{role}_token_id") for role in reversed(_ROLES) if getattr(old, f"{role}_token_id") is not None}
+    known, held, special = written_tokens(old, rows), token_bytes(old)[:rows], (set(old.all_special_ids), set(new.all_special_ids))
+    vocab = {name: place for name, place in old.get_vocab().items() if place < len(held)}
+    uses = {getattr(new, f"{role}_token_id"): place for role in reversed(_ROLES) if (place := getattr(old, f"{role}_token_id")) is not None and place < len(held)}
     names, everything = {place: name for name, place in new.get_vocab().items()}, sorted(set(vocab.values()))
     longest = max(map(len, known), default=0)
     parts = []
@@ -230,15 +233,17 @@ def composition(old: Any, new: Any) -> list[list[int]]:
         if twin is None or held[twin] != token or (twin in special[0]) != (place in special[1]):
             twin = uses.get(place) if place in special[1] else None
         twin = known.get(token) if twin is None else twin
-        parts.append([twin] if twin is not None else _spelt(token, old, known, longest) or everything)  # a number without a token is never read
+        parts.append([twin] if twin is not None else _spelt(token, old, known, longest, len(held)) or everything)  # a number without a token is never read
     return parts
 
 
-def _spelt(token: bytes, old: Any, known: Mapping[bytes, int], longest: int) -> list[int]:
-    """A token's bytes as the old tokenizer reads them; where they are no text, the longest known tokens from the left."""
+def _spelt(token: bytes, old: Any, known: Mapping[bytes, int], longest: int, rows: int) -> list[int]:
+    """A token's bytes as the old tokenizer reads them; where they are no text, or it reads a token without a row, the longest known tokens from the left."""
     try:
-        text = token.decode()
+        ids, ends = byte_ends(token.decode(), old)
     except UnicodeDecodeError:
+        ids, ends = [rows], np.zeros(1, np.int64)
+    if max(ids, default=0) >= rows:
         found, start = [], 0
         while start < len(token):
             stop = next((stop for stop in range(min(len(token), start + longest), start, -1) if token[start:stop] in known), None)
@@ -246,19 +251,19 @@ def _spelt(token: bytes, old: Any, known: Mapping[bytes, int], longest: int) -> 
                 found.append(known[token[start:stop]])
             start = stop or start + 1
         return found
-    ids, ends = byte_ends(text, old)
     return [token for token, low, end in zip(ids, [0, *ends.tolist()], ends.tolist()) if end > low] or list(ids)
 
 
-def trimmed(tokenizer: Any, keep: int) -> tuple[Any, list[int]]:
+def trimmed(tokenizer: Any, keep: int, rows: int | None = None) -> tuple[Any, list[int]]:
     """A BPE tokenizer with an exact prefix of its merges, and the old numbers of its tokens in their new order.
 
     Kept are all tokens that no merge makes, which are the special ones, bytes and single characters, and the products of as many of the first merges as make
-    ``keep`` tokens at most.
+    ``keep`` tokens at most. Added tokens beyond the model's rows come after these: they are beyond the rows of the trimmed model too.
 
     Args:
         tokenizer: A fast transformers tokenizer.
         keep: Tokens wanted.
+        rows: Rows of the model; None where it has one for each token.
 
     Raises:
         ArgumentError: If it is no BPE, or ``keep`` is less than what no merge makes, or more than there is.
@@ -273,8 +278,10 @@ def trimmed(tokenizer: Any, keep: int) -> tuple[Any, list[int]]:
     products = {"".join(pair) for pair in pairs}
     added = {entry["content"] for entry in facts["added_tokens"]}
     taken = {token for token in vocab if token not in products or token in added}
-    whole = len(taken | products & vocab.keys() | added)
-    least = len(taken | added)
+    rowless = set() if rows is None else rowless_tokens(tokenizer, rows)
+    beyond = {entry["content"] for entry in facts["added_tokens"] if entry["id"] in rowless}
+    whole = len((taken | products & vocab.keys() | added) - beyond)
+    least = len((taken | added) - beyond)
     if not least <= keep < whole:
         raise ArgumentError(
             f"keep={keep:,} tokens, but special tokens, bytes and single characters alone are {least:,} and the whole vocabulary is {whole:,}; ask for a number in between"
@@ -296,7 +303,7 @@ def trimmed(tokenizer: Any, keep: int) -> tuple[Any, list[int]]:
     for entry in facts["added_tokens"]:
         entry["id"] = places[entry["id"]]
     facts["post_processor"] = _replaced(facts["post_processor"], numbers, places)
-    return _rebuilt(tokenizer, facts, places), kept
+    return _rebuilt(tokenizer, facts, places), [token for token in kept if token not in rowless]
 
 
 def _replaced(processor: Any, numbers: Mapping[str, int], places: Mapping[int, int]) -> Any:

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cbd_hub.errors import ArgumentError, DataError
-from cbd_hub.losses.alignment import byte_alphabet, byte_ends, token_bytes
+from cbd_hub.losses.alignment import byte_alphabet, byte_ends, check_rows, rowless_tokens, token_bytes, written_tokens
 from cbd_hub.losses.bridge import byte_spans
 
 
@@ -187,3 +187,15 @@ def test_common_borders_of_long_texts_are_found_at_once():
         counts.append(steps)
     assert counts[1] == counts[0]
     assert np.all(np.diff(byte_ends(text, MADE["gpt2"])[1]) >= 0)
+
+
+def test_added_tokens_beyond_the_rows_are_left_out():
+    tokenizer, rows = kinds.with_spare(kinds.byte_level(), 2), len(MADE["gpt2"])
+    assert len(tokenizer) == rows + 2
+    assert rowless_tokens(tokenizer, rows) == {rows, rows + 1}
+    assert rowless_tokens(tokenizer, rows + 2) == rowless_tokens(MADE["gpt2"], rows) == frozenset()
+    assert written_tokens(tokenizer)[b"<spare_1>"] == rows + 1
+    assert written_tokens(tokenizer, rows) == written_tokens(MADE["gpt2"])
+    check_rows(range(rows), rowless_tokens(tokenizer, rows), tokenizer, "it")
+    with pytest.raises(DataError, match=f"^it reads <spare_1> as the token {rows + 1:,}, for which its checkpoint has no row; leave this text out"):
+        check_rows([4, rows + 1], rowless_tokens(tokenizer, rows), tokenizer, "it")

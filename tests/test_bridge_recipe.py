@@ -1,5 +1,9 @@
 """A recipe whose chain goes on in another architecture and vocabulary."""
 
+import json
+import math
+import shutil
+
 import pytest
 import tiny
 import tokenizers_for_bridge as kinds
@@ -11,7 +15,10 @@ from cbd_hub import CBDModel, Chain, distill_chain
 from cbd_hub.cli import app
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.schema import Recipe
+from cbd_hub.distill.stages import read_parts
 from cbd_hub.errors import ArgumentError, RecipeError, SizeError, VocabularyMismatchError
+from cbd_hub.evaluation import Documents, byte_losses, common_texts, document_losses
+from cbd_hub.interpolation.live import ModelRunner
 
 
 BRIDGE = {"bridge": "span+vocab", "ce_weight": 0.5, "block_size": 24}
@@ -38,11 +45,21 @@ def bridged(plain):
     return distill_chain(made, folder / "chain")
 
 
-def test_the_chain_goes_on_beyond_the_bridge(bridged):
+def test_the_chain_goes_on_beyond_the_bridge(bridged, plain):
     assert [link.kind for link in bridged.manifest.links] == ["segment", "bridge", "segment"]
     assert [anchor.family for anchor in bridged.anchors] == ["llama", "llama", "gpt2", "gpt2"]
     assert [anchor.origin for anchor in bridged.anchors] == ["source", "cut", "published", "cut"]
     assert all(anchor.evaluations[-1].bits_per_byte > 0 for anchor in bridged.anchors)
+    sides = [bridged.tokenizer(anchor.parameters) for anchor in bridged.anchors]
+    parts = read_parts(Recipe.parse(plain[1]))
+    same = common_texts(parts.calibration, [sides[0], sides[2]], 32, 4096)
+    for anchor, tokenizer in zip(bridged.anchors, sides):
+        model = ModelRunner(CBDModel.from_chain(bridged.files.root, anchor.parameters).float())
+        losses, documents = byte_losses(model, tokenizer, same, characters=None, max_bytes=None), Documents.read(parts.calibration, tokenizer, 32, 4096)
+        assert losses.tokens.sum() == sum(len(text.encode()) for text in same)
+        assert anchor.evaluations[-1].bits_per_byte == pytest.approx(losses.mean / math.log(2), rel=1e-6)
+        assert anchor.evaluations[-1].loss == pytest.approx(document_losses(model, documents).mean, rel=1e-6)  # in nats per token as ever
+        assert anchor.evaluations[-1].tokens == documents.tokens
     assert len(bridged.tokenizer()) == tiny.VOCAB
     assert len(bridged.tokenizer("min")) == len(bridged.tokenizer(bridged.anchors[2].parameters)) == 331
 
@@ -79,6 +96,44 @@ def test_the_commands_know_both_sides(bridged, plain):
         assert done.exit_code == 0, (words, done.output, done.exception)
         if words[0] != "generate":
             assert "bits/byte" in done.output
+
+
+def test_sizes_on_both_sides_are_measured_on_the_same_bytes(bridged, plain, cbd):
+    text, anchors = plain[0] / "text.txt", bridged.anchors
+    command = ("eval", bridged.files.root, "--text", text, "--block-size", 24, "--max-tokens", 300, "--json")
+    whole = json.loads(cbd(*command)[1])
+    texts = text.read_text().split("\n\n")
+    same = common_texts(texts, [bridged.tokenizer(anchor.parameters) for anchor in (anchors[0], anchors[2])], 24, 300)
+    assert (whole["documents"], whole["bytes"], "tokens" in whole) == (len(same), sum(len(part.encode()) for part in same), False)
+    for anchor, row in zip(anchors, whole["results"]):
+        tokenizer, model = bridged.tokenizer(anchor.parameters), ModelRunner(CBDModel.from_chain(bridged.files.root, anchor.parameters).float())
+        losses = byte_losses(model, tokenizer, same, characters=None, max_bytes=None)
+        assert row["bits_per_byte"] == pytest.approx(losses.mean / math.log(2), rel=1e-6)
+        assert row["bits_per_byte_stderr"] == pytest.approx(losses.stderr / math.log(2), rel=1e-5)
+        assert row["loss"] == pytest.approx(document_losses(model, Documents.read(texts, tokenizer, 24, 300)).mean, rel=1e-6)
+    one = json.loads(cbd(*command, "--sizes", anchors[0].parameters)[1])
+    assert one["results"] == whole["results"][:1], "whatever else is asked for"
+    assert one["tokens"] > 0
+
+
+def test_a_run_corrected_by_a_bridge_measures_all_on_the_same_bytes(bridged, plain, tmp_path, monkeypatch):
+    """What was measured before the recipe had a second vocabulary is measured in bits per byte too."""
+    _, made = plain
+    tiny.killed_in_training(monkeypatch, 3)
+    with pytest.raises(tiny.Killed):
+        distill_chain({**made, "anchors": made["anchors"][:1], "stages": {}}, tmp_path / "chain")
+    assert distill_chain(made, tmp_path / "chain").manifest.anchors == bridged.manifest.anchors
+
+
+def test_the_teachers_tokenizer_is_checked_before_any_stage(plain, tmp_path):
+    folder, made = plain
+    wrong = tmp_path / "wrong"
+    shutil.copytree(folder / "other", wrong)
+    kinds.byte_level(400).save_pretrained(wrong)
+    recipe = {**made, "anchors": [{"checkpoint": str(wrong)}], "stages": {str(wrong): BRIDGE}}
+    with pytest.raises(VocabularyMismatchError, match=r"the student's tokenizer has the token 399 and its checkpoint a vocabulary of 331; give the student its own tokenizer \(stage of anchor"):
+        distill_chain(recipe, tmp_path / "chain")
+    assert not (tmp_path / "chain" / "anchors").exists()
 
 
 def test_what_a_recipe_cannot_bridge(plain, tmp_path):

@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.answers import answered_rows
-from cbd_hub.distill.bridging import Bridge
+from cbd_hub.distill.bridging import Bridge, check_vocabularies
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
 from cbd_hub.losses.alignment import prefix_of, token_bytes
 
@@ -227,3 +227,41 @@ def test_what_a_bridge_refuses(tmp_path):
     silent.chat_template = None
     with pytest.raises(DataError, match="row 0: the teacher's tokenizer: .* no chat template"):
         trainer_for(tmp_path, CHATS, tokenizer=silent)
+
+
+@pytest.mark.parametrize("options", [{}, {"bridge": "vocab"}, {"bridge": "span+vocab"}, {"bridge": "text", "max_new_tokens": 4}])
+def test_added_tokens_beyond_the_rows_are_no_hindrance(options, tmp_path):
+    """Gemma 3's text models have no row for the image token of their tokenizers."""
+    plain = trainer_for(tmp_path / "plain", **options)
+    spare = trainer_for(tmp_path / "spare", tokenizer=kinds.with_spare(kinds.sentencepiece()), **options)
+    for trainer in (plain, spare):
+        trainer.train()
+    for (name, first), second in zip(plain.model.named_parameters(), spare.model.parameters()):
+        assert torch.equal(first, second), name
+
+
+def test_shared_tokens_have_rows(tmp_path):
+    """Also where both tokenizers have a token that one of the models has no row for, and it is not special."""
+    both = [kinds.byte_level(), kinds.sentencepiece()]
+    for tokenizer in both:
+        tokenizer.add_tokens(["<extra>"])
+    bridge = Bridge(ChainDistillerConfig("out", bridge="vocab"), *both)
+    assert both[0].convert_tokens_to_ids("<extra>") in bridge.shared[:, 0].tolist()
+    whole = len(bridge.shared)
+    check_vocabularies(bridge.rows, len(both[0]), len(both[1]) - 1)
+    assert both[0].convert_tokens_to_ids("<extra>") not in bridge.shared[:, 0].tolist()
+    assert len(bridge.shared) == whole - 1
+
+
+@pytest.mark.parametrize("rows", [
+    [*TEXTS[:1], {"text": "an <spare_0> in it"}], [*ANSWERS[:1], {"prompt": "a <spare_0>", "completion": "b"}],
+    [*CHATS[:1], {"messages": [{"role": "user", "content": "<spare_0>"}, {"role": "assistant", "content": "b"}]}],
+], ids=["text", "answers", "chats"])
+def test_a_text_with_a_token_beyond_the_rows_is_refused(rows, tmp_path):
+    with pytest.raises(DataError, match=r"row 1: the teacher's tokenizer reads <spare_0> as the token \d+, for which its checkpoint has no row"):
+        trainer_for(tmp_path, rows, tokenizer=kinds.with_spare(kinds.sentencepiece()))
+
+
+def test_a_prompt_with_a_token_beyond_the_rows_is_refused(tmp_path):
+    with pytest.raises(DataError, match="the teacher's tokenizer reads <spare_0>"):
+        trainer_for(tmp_path, [{"prompt": "a <spare_0>", "completion": "b"}], tokenizer=kinds.with_spare(kinds.sentencepiece()), bridge="text", max_new_tokens=4)

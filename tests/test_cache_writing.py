@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 from datasets import Dataset
+from test_packing import with_bos
 
 from cbd_hub.distill.cache_writing import write_cache
+from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import ArgumentError, DataError, StorageError
 
@@ -101,3 +103,29 @@ def test_texts_that_cannot_be_cached_are_named(tmp_path):
     broken.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match="no numbers"):
         write(tmp_path / "c", broken)
+
+
+def test_a_cache_holds_the_blocks_that_training_packs(tmp_path):
+    """Of a tokenizer that puts a token before a text: from the text and from blocks of it; ``bos=False`` leaves it out."""
+    tok = with_bos()
+    blocks = [row["input_ids"] for row in packed_dataset(texts(), tok, BLOCK)]
+    cache, again = write(tmp_path / "a", tokenizer=tok), write(tmp_path / "b", rows=packed_dataset(texts(), tok, BLOCK), tokenizer=tok)
+    for made in (cache, again):
+        assert [made.ids(index) for index in range(len(made))] == blocks
+        assert made.record.source.packing.prefix == [tok.bos_token_id]
+        made.check(rows=texts(), tokenizer=tok, block_size=BLOCK)
+        made.check(rows=packed_dataset(texts(), tok, BLOCK), tokenizer=tok, block_size=BLOCK)
+    assert cache.record.source.columns == again.record.source.columns == ["input_ids", "labels"]
+    bare = write(tmp_path / "c", tokenizer=tok, bos=False)
+    assert bare.record.source.packing.prefix == []
+    assert bare.record.source.columns == ["input_ids"]
+    assert [bare.ids(index) for index in range(len(bare))] == [row["input_ids"] for row in packed_dataset(texts(), tiny.tokenizer(), BLOCK)]
+    with pytest.raises(StorageError, match="another packing, columns; choose another folder"):
+        write(tmp_path / "c", tokenizer=tok)
+
+
+def test_rows_that_are_not_joined_have_no_prefix(tmp_path):
+    prompts = [{"prompt": f"say {index}", "completion": "yes"} for index in range(9)]
+    for place, rows in enumerate((prompts, packed_dataset(prompts, with_bos(), BLOCK))):
+        assert write(tmp_path / str(place), rows=rows, tokenizer=with_bos()).record.source.packing.prefix == []
+    assert write(tmp_path / "c", rows=packed_dataset(texts(), tiny.tokenizer(), BLOCK), tokenizer=with_bos()).record.source.packing.prefix == []

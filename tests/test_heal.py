@@ -436,3 +436,20 @@ def test_a_killed_heal_does_not_go_on_with_another_cache(chain, tmp_path, monkey
     with pytest.raises(StorageError, match="unfinished run with cache="):
         heal(between(chain), chain, caches[1], eval_dataset=data(TEXTS[:20]), output_dir=tmp_path / "out", **options)
     heal(between(chain), chain, caches[0], eval_dataset=data(TEXTS[:20]), output_dir=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_a_mask_names_is_not_measured(side):
+    """Held-out documents of padded rows are those of the rows without padding."""
+    rows = [tiny.tokenizer()(text).input_ids[: 8 + place] for place, text in enumerate(TEXTS[:6])]
+    made = []
+    for row in rows:
+        ids, mask = ([fill] * (20 - len(row)) + part if side == "left" else part + [fill] * (20 - len(row)) for fill, part in ((0, row), (0, [1] * len(row))))
+        made.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": None})
+    _, held = divided(None, made, 0.1, 0)
+    padded, plain = documents_of(held, tiny.tokenizer(), 32, 8192), documents_of([{"input_ids": row} for row in rows], tiny.tokenizer(), 32, 8192)
+    assert padded.tokens == plain.tokens == sum(len(row) - 1 for row in rows)
+    model = ModelRunner(tiny.llama())
+    assert document_losses(model, padded).nats == pytest.approx(document_losses(model, plain).nats)
+    with pytest.raises(DataError, match="attention_mask has the shape"):
+        divided(None, [{"input_ids": [5, 6], "attention_mask": [1]}], 0.1, 0)

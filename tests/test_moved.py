@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_retokenize import saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.moved import retokenize_and_train
 from cbd_hub.errors import ArgumentError, DataError, StorageError
 
@@ -51,6 +52,15 @@ def test_it_learns_and_goes_on_bit_for_bit_when_killed(options, source, tmp_path
     assert count[0] == 4 + 3
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_no_more_is_held_out_than_is_asked(source, tmp_path):
+    texts, lines = tiny.texts(120), []
+    made = retokenize_and_train(source / "model", tmp_path / "new", texts, keep=320, progress=lines.append, **{**OPTIONS, "steps": 1, "heldout": 0.25})
+    parts = split_documents(texts, 0.25, 0.0, 0)
+    held = [*parts.heldout, *parts.calibration]  # of the second there is one at least
+    assert len(held) == 31
+    assert made.bytes == sum(len(text.encode()) for text in held)
 
 
 def test_what_is_refused(source, tmp_path):

@@ -4,10 +4,17 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
+from test_every_family import pair
+from tokenizers import processors
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.distill.bridge_rows import BridgeRows
 from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
+from cbd_hub.distill.rollouts import Prompt, batch_prompts
 from cbd_hub.errors import DataError
+from cbd_hub.interpolation.live import Between, ModelRunner
+from cbd_hub.interpolation.planner import blend_plan
+from cbd_hub.manifest import Mix
 
 
 CHATS = [
@@ -21,6 +28,13 @@ def tokenizer():
     made.chat_template = (
         "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
     )
+    return made
+
+
+def with_bos(before="<bos>"):
+    """A tokenizer that begins every text as gemma's and llama's do."""
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{before} $A", special_tokens=[("<bos>", 1), ("<pad>", 0)])
     return made
 
 
@@ -60,13 +74,23 @@ def rows():
     return [{"prompt": f"{index} plus one is", "completion": f" {index + 1}" * (index % 4 + 1)} for index in range(12)]
 
 
-def test_a_packed_block_is_its_rows_apart(family):
-    """Logits of a row in a block equal those of the row alone: attention and positions stop at the border."""
-    tok, model = tokenizer(), tiny.FAMILIES[family]()
+def runner_of(kind, name, attention):
+    """A loaded model, as a student and a teacher are run, or one in between two of them."""
+    small, large, segment = pair(name)
+    for model in (small, large):
+        model.set_attn_implementation(attention)
+    return ModelRunner(large) if kind == "model" else Between({"s": small, "l": large}).run(blend_plan(segment, segment.large_shape, Mix(alpha=0.5)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["model", "plan"])
+def test_a_packed_block_is_its_rows_apart(every, kind, attention):
+    """Hidden states of a row in a block equal those of the row alone: attention and positions stop at the border."""
+    tok, run = tokenizer(), runner_of(kind, every, attention)
     blocks = packed_dataset(rows(), tok, 64)
     batch = collate([blocks[index] for index in range(len(blocks))], tok.pad_token_id)
     assert "attention_mask" not in batch
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    hidden = run(batch["input_ids"], None, batch["position_ids"]).hidden
     alone = iter(tokenise(row, tok) for row in rows())
     for block in range(len(blocks)):
         ids, positions = blocks[block]["input_ids"], blocks[block]["position_ids"]
@@ -75,8 +99,7 @@ def test_a_packed_block_is_its_rows_apart(family):
             row = next(alone)
             assert ids[first:last] == row.ids
             assert blocks[block]["labels"][first:last] == [IGNORED, *row.labels[1:]]
-            expected = model(input_ids=torch.tensor([row.ids])).logits[0]
-            torch.testing.assert_close(logits[block, first:last], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(hidden[block, first:last], run(torch.tensor([row.ids])).hidden[0], rtol=1e-4, atol=1e-5)
     assert next(alone, None) is None
 
 
@@ -116,3 +139,68 @@ def test_a_stream_is_packed_like_a_list():
     texts = [{"text": text} for text in tiny.texts(30)]
     packed = packed_dataset(IterableDataset.from_generator(lambda: iter(texts)), tok, 24)
     assert list(packed) == list(packed_dataset(texts, tok, 24))
+
+
+def test_each_block_of_text_begins_with_what_the_tokenizer_puts_before_a_text():
+    """Blocks keep their length, the text is whole, and the first token of a block counts as little as ever."""
+    plain, tok = tokenizer(), with_bos()
+    texts = [{"text": text} for text in tiny.texts(30)]
+    joined = [token for row in texts for token in tokenise(row, plain).ids]
+    blocks = list(packed_dataset(texts, tok, 24))
+    assert [block["input_ids"][0] for block in blocks] == [tok.bos_token_id] * len(blocks)
+    assert [token for block in blocks for token in block["input_ids"][1:]] == joined[: 23 * len(blocks)]
+    assert len(joined) - 23 * len(blocks) < 23
+    assert list(packed_dataset(IterableDataset.from_generator(lambda: iter(texts)), tok, 24)) == blocks
+    assert (collate(blocks)["labels"][:, 1:] == collate(blocks)["input_ids"][:, 1:]).all()
+    assert list(packed_dataset(texts, plain, 24)) == [{"input_ids": joined[start : start + 24]} for start in range(0, len(joined) - 23, 24)]
+    with pytest.raises(DataError, match="no room beside the 1"):
+        packed_dataset(texts, tok, 1)
+
+
+def test_what_is_predicted_of_a_longer_prefix_does_not_count():
+    block = packed_dataset([{"text": "ab" * 20}], with_bos("<bos> <pad>"), 8)[0]
+    assert block["input_ids"][:2] == [1, 0]
+    assert block["labels"] == [IGNORED, IGNORED, *block["input_ids"][2:]]
+
+
+def test_text_after_a_prefix_is_parted_as_text_without_one():
+    """The prefix is no prompt of its own: the first share of the block is."""
+    blocks = list(packed_dataset([{"text": text} for text in tiny.texts(9)], with_bos(), 24))
+    for block, (prompt,) in zip(blocks, batch_prompts(collate(blocks), 99, 0.5)):
+        assert prompt == Prompt(block["input_ids"][:12], 12)
+
+
+def test_a_teacher_across_a_bridge_of_text_is_asked_with_its_prefix(tmp_path):
+    args = ChainDistillerConfig(str(tmp_path), bridge="text", teacher_answers=str(tmp_path / "answers"), block_size=24, bf16=False)
+    asked = BridgeRows(args, tokenizer(), with_bos()).prompts([{"text": text} for text in tiny.texts(9)], tiny.llama())
+    assert len(asked) > 10
+    assert {row["input_ids"][0] for row in asked} == {1}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_a_mask_names_is_neither_predicted_nor_counted(tmp_path, side):
+    """The loss and its count are those of the same rows without padding."""
+    ids = [tokenizer()(text).input_ids[: 10 + place] for place, text in enumerate(tiny.texts(6))]
+    pads = [16 - len(row) for row in ids]
+    padded = [
+        {"input_ids": [0] * pad + row, "attention_mask": [0] * pad + [1] * len(row)} if side == "left"
+        else {"input_ids": row + [0] * pad, "attention_mask": [1] * len(row) + [0] * pad} for row, pad in zip(ids, pads)
+    ]
+    batch = collate(padded)
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
+    assert int((batch["labels"][:, 1:] != IGNORED).sum()) == sum(len(row) - 1 for row in ids)
+    given = collate([{**row, "labels": row["input_ids"]} for row in padded])
+    assert torch.equal(given["labels"], given["input_ids"])
+    losses, weights = [], []
+    for place, dataset in enumerate(([{"input_ids": row} for row in ids], padded)):
+        config = ChainDistillerConfig(
+            str(tmp_path / str(place)), max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=2, bf16=False, disable_tqdm=True, logging_steps=1,
+            save_strategy="no", ce_weight=0.5, learning_rate=1e-1, optim="sgd",
+        )
+        trainer = ChainDistiller(model=tiny.llama(layers=2, seed=5), teacher=tiny.llama(), args=config, train_dataset=Dataset.from_list(dataset))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        weights.append(dict(trainer.model.named_parameters()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-6, msg=name)

@@ -6,10 +6,11 @@ import pytest
 import tiny
 import tokenizers_for_bridge as kinds
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from cbd_hub.errors import ArgumentError, CBDError, SizeFormatError, StorageError, VocabularyMismatchError
+from cbd_hub.errors import ArgumentError, CBDError, DataError, SizeFormatError, StorageError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.losses.alignment import token_bytes
 from cbd_hub.retokenize import composition, retokenize, trimmed
@@ -193,6 +194,33 @@ def test_what_is_refused(tmp_path):
     MADE["gpt2_larger"].save_pretrained(source)
     with pytest.raises(VocabularyMismatchError, match="its own tokenizer"):
         retokenize(source, tmp_path / "new", keep=300)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma"])
+def test_an_added_token_beyond_the_rows_is_no_hindrance(kind, tmp_path):
+    """Gemma 3's text models have no row for the image token of their tokenizers: what comes out is what comes out without it."""
+    source, plain = saved(tmp_path / "old", tokenizer=kind), saved(tmp_path / "plain", tokenizer=kind)
+    spare = kinds.with_spare(kinds.MAKERS[kind]())
+    rows = len(MADE[kind])
+    spare.save_pretrained(source)
+    assert AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<spare_0>") == rows
+    keep = rows - 30
+    made, expected = (retokenize(folder, tmp_path / f"{folder.name}-trimmed", keep=keep, text=tiny.texts(8)) for folder in (source, plain))
+    assert made == expected
+    new, other = (load_file(tmp_path / f"{name}-trimmed" / "model.safetensors") for name in ("old", "plain"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in new.items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "old-trimmed")
+    assert (made.vocab, tokenizer.convert_tokens_to_ids("<spare_0>")) == (keep, keep)
+    assert tokenizer(kinds.HARD)["input_ids"] == AutoTokenizer.from_pretrained(tmp_path / "plain-trimmed")(kinds.HARD)["input_ids"]
+    retokenize(tmp_path / "old-trimmed", tmp_path / "once-more", keep=keep - 9)  # what came out is a model of the same kind
+    whole = composition(spare, MADE["qwen"], rows)
+    assert whole == composition(MADE[kind], MADE["qwen"])
+    named = kinds.with_spare(kinds.byte_level(450))  # the token is in the other vocabulary too
+    parts = composition(spare, named, rows)[named.convert_tokens_to_ids("<spare_0>")]
+    assert b"".join(token_bytes(spare)[part] for part in parts) == b"<spare_0>"
+    assert max(parts) < rows
+    with pytest.raises(DataError, match=f"text 1: the tokenizer reads <spare_0> as the token {rows:,}, for which its checkpoint has no row"):
+        retokenize(source, tmp_path / "measured", keep=keep, text=["fine", "a <spare_0>"])
 
 
 def test_the_command(cbd, tmp_path):

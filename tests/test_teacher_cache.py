@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_cache_writing import BLOCK, K, files, texts, write
 from test_distill import resumed as resumed_live
 from test_distill import rows as masked_rows
+from test_packing import with_bos
 from transformers import AutoModelForCausalLM
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig, distill_chain
 from cbd_hub.distill.cache_record import CacheRecord
-from cbd_hub.distill.packing import packed_dataset
+from cbd_hub.distill.packing import packed_dataset, tokenise
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TopCodec, rounding_kl
 from cbd_hub.errors import ArgumentError, DataError, IntegrityError, VocabularyMismatchError
@@ -199,6 +200,46 @@ def test_chats_and_masked_rows_keep_their_columns_and_only_what_counts(tmp_path)
     blocks.check(rows=masked_rows(), teacher=teacher, tokenizer=tiny.tokenizer())
     with pytest.raises(DataError, match="another text or sequence packing"):
         blocks.check(rows=masked_rows(seed=1))
+
+
+def test_a_row_of_a_packed_block_is_cached_as_it_is_alone(every, tmp_path):
+    """Also where the architecture itself does not part packed rows."""
+    chats = [{"prompt": f"say {index}", "completion": f"{index} it is"} for index in range(6)]
+    teacher = tiny.EVERY[every]()
+    cache = write(tmp_path / "c", teacher, chats, block_size=64)
+    alone = iter(tokenise(row, tiny.tokenizer()) for row in chats)
+    for row in (cache[index] for index in range(len(cache))):
+        starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+        for first, last in zip(starts, [*starts[1:], len(row["input_ids"])]):
+            ids = torch.tensor([next(alone).ids])
+            assert row["input_ids"][first:last] == ids[0].tolist()
+            with torch.no_grad():
+                own = teacher(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).numpy()
+            said = row["token_log_probs"][first + 1 : last]
+            assert np.allclose(said[said != 0], own[said != 0], rtol=1e-3, atol=1e-4)
+    assert next(alone, None) is None
+
+
+def test_with_a_prefix_the_cache_is_the_live_teacher(tmp_path):
+    """What is made by default and what live training packs are the same blocks, and have the same loss."""
+    tok, teacher = with_bos(), tiny.llama()
+    cache = write(tmp_path / "c", teacher, tokenizer=tok, bits=16, top_k=259, tail_draws=0)
+    losses = []
+    for source in (cache, None):
+        trainer = trainer_for(tmp_path / "out", source, teacher=teacher, train_dataset=texts(), processing_class=tok, block_size=BLOCK)
+        assert {trainer.train_dataset[index]["input_ids"][0] for index in range(len(trainer.train_dataset))} == {tok.bos_token_id}
+        losses.append(trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[index] for index in range(6)])).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_cache_keeps_the_packing_that_it_was_made_with(tmp_path):
+    """One without the prefix is opened and checked by its own record; blocks packed otherwise are refused."""
+    tok = with_bos()
+    for prefixed in (True, False):
+        cache = write(tmp_path / str(prefixed), tokenizer=tok, bos=prefixed)
+        cache.check(rows=texts(), tokenizer=tok, block_size=BLOCK)
+        with pytest.raises(DataError, match="another text or sequence packing"):
+            cache.check(rows=packed_dataset(texts(), tiny.tokenizer() if prefixed else tok, BLOCK), block_size=BLOCK)
 
 
 def test_a_cache_is_refused_for_anything_but_what_it_was_made_of(cache):

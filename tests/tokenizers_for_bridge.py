@@ -54,6 +54,12 @@ def sentencepiece(size=500, *, prepend=True, bos=True):
     return _wrapped(inner, unk_token="<unk>")
 
 
+def with_spare(tokenizer, count=1):
+    """The tokenizer with added tokens at its end for which no row of its model is meant, as gemma 3's image token."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<spare_{place}>" for place in range(count)]})
+    return tokenizer
+
+
 def bytewise():
     """A token a byte."""
     return tiny.tokenizer()

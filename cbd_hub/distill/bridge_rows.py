@@ -19,7 +19,7 @@ from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import positions_of, prompts_of
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import ArgumentError, DataError
-from cbd_hub.losses.alignment import byte_ends, check_faithful, common_spans, prefix_of
+from cbd_hub.losses.alignment import byte_ends, check_faithful, check_rows, common_spans, prefix_of
 from cbd_hub.shapes import check_positions
 from cbd_hub.texts import utf8
 
@@ -73,6 +73,16 @@ class BridgeRows:
             check_faithful(teacher)
         self.args, self.student, self.teacher = args, student, teacher
         self._asked: list[Mapping[str, Any]] = []
+        self.rowless: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # added tokens of both for which their models have no row
+
+    def _check_rows(self, student: Sequence[int], teacher: Sequence[int]) -> None:
+        """Refuse tokens for which their model has no row.
+
+        Raises:
+            DataError: If there is one.
+        """
+        for name, ids, rowless, tokenizer in zip(("student", "teacher"), (student, teacher), self.rowless, (self.student, self.teacher)):
+            check_rows(ids, rowless, tokenizer, f"the {name}'s tokenizer")
 
     def with_tokens(self, dataset: Any, model: Any, teacher: Any) -> Any:
         """A data set, or several by name, read by both tokenizers; None stays None, and rows that have been read stay as they are.
@@ -120,6 +130,8 @@ class BridgeRows:
                 except DataError as error:
                     raise DataError(f"row {number:,}: the teacher's tokenizer: {error}") from error
                 read.append(({"input_ids": tokens.ids, "labels": tokens.labels}, row))
+        for tokens, _ in read:
+            self._check_rows((), tokens["input_ids"])
         args, positions = self.args, positions_of(model)
         asked = [(prompt, tokens, row) for tokens, row in read for prompt in prompts_of(tokens, args.max_new_tokens, args.prompt_share)]
         fit = [entry for entry in asked if positions is None or len(entry[0].ids) < positions]
@@ -156,6 +168,7 @@ class BridgeRows:
             try:
                 check_row(row)
                 pair = self._answered(row)
+                self._check_rows(pair[0].ids, pair[1].ids)
             except DataError as error:
                 raise DataError(f"row {number:,}: {error}") from error
             for side, limit in zip(pair, (room, teacher_room)):
@@ -171,6 +184,10 @@ class BridgeRows:
         for number, row in enumerate(rows):
             text = _text_of(row, number)
             (ours, our_ends), (theirs, their_ends) = byte_ends(text, self.student), byte_ends(text, self.teacher)
+            try:
+                self._check_rows(ours, theirs)
+            except DataError as error:
+                raise DataError(f"row {number:,}: {error}") from error
             _, our_stops, their_stops = common_spans(our_ends, their_ends, len(utf8(text)))
             low, start = 0, 0
             for stop, their_stop in zip(our_stops.tolist(), their_stops.tolist()):

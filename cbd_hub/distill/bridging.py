@@ -14,6 +14,7 @@ from cbd_hub.distill.bridge_rows import BridgeRows
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.errors import VocabularyMismatchError
 from cbd_hub.interpolation.live import Head, Output
+from cbd_hub.losses.alignment import rowless_tokens
 from cbd_hub.losses.bridge import shared_loss, shared_tokens, shared_top_loss, span_loss
 from cbd_hub.losses.log_probs import chosen_log_probs, token_losses
 
@@ -31,7 +32,6 @@ class Bridge:
 
     Attributes:
         rows: Reads rows with both tokenizers.
-        shared: Pairs (student's, teacher's) of tokens of the same bytes, shape (N, 2); None where the loss reads none.
 
     Raises:
         ArgumentError: If a tokenizer is missing, has no byte offsets or loses what a text says.
@@ -41,21 +41,30 @@ class Bridge:
     def __init__(self, args: ChainDistillerConfig, student: Any, teacher: Any) -> None:
         self.args, self.rows = args, BridgeRows(args, student, teacher)
         self.kinds = set(str(args.bridge).split("+"))
-        self.shared: Tensor | None = None
+        self._shared_tokens: Tensor | None = None
         if "vocab" in self.kinds:
-            self.shared = shared_tokens(student, teacher)
-            logger.info("%d of the student's %d tokens are the teacher's too", len(self.shared), len(student))
+            self._shared_tokens = shared_tokens(student, teacher)
+            logger.info("%d of the student's %d tokens are the teacher's too", len(self._shared_tokens), len(student))
+
+    @property
+    def shared(self) -> Tensor | None:
+        """Pairs (student's, teacher's) of tokens of the same bytes that both models have rows for, shape (N, 2); None where the loss reads none."""
+        found = self._shared_tokens
+        for side, rowless in enumerate(self.rows.rowless):
+            if found is not None and rowless:
+                found = found[~torch.isin(found[:, side], torch.tensor(sorted(rowless)))]
+        return found
 
     def loss(self, output: Output, target: Output | None, inputs: Mapping[str, Tensor], num_items: Tensor | int) -> Tensor:
         """The bridge's own terms on a batch, in nats, each a sum over spans divided by ``num_items``; without the teacher's output those of a teacher cache."""
         student, teacher = (_Spans.of(inputs[f"{name}spans"], inputs[f"{name}input_ids"]) for name in ("", "teacher_"))
         total = 0.0 * output.hidden.sum()
         remainder = torch.ones(student.count, dtype=torch.bool, device=output.hidden.device)
-        ours = output.head
-        if self.shared is not None and student.count:
-            total = total + self._shared(student, teacher, output, target, inputs, num_items)
+        ours, shared = output.head, self.shared
+        if shared is not None and student.count:
+            total = total + self._shared(shared, student, teacher, output, target, inputs, num_items)
             partner = torch.full((len(ours.weight),), -1, device=remainder.device)
-            partner[self.shared[:, 0]] = self.shared[:, 1].to(remainder.device)
+            partner[shared[:, 0]] = shared[:, 1].to(remainder.device)
             remainder = ~(student.single & teacher.single & (partner[student.tokens[student.first]] == teacher.tokens[teacher.first]))
         if "span" in self.kinds and bool(remainder.any()):
             (our_tokens, our_spans), (their_tokens, their_spans) = student.of_those(remainder), teacher.of_those(remainder)
@@ -70,22 +79,21 @@ class Bridge:
         return total
 
     def _shared(
-        self, student: _Spans, teacher: _Spans, output: Output, target: Output | None, inputs: Mapping[str, Tensor], num_items: Tensor | int
+        self, shared: Tensor, student: _Spans, teacher: _Spans, output: Output, target: Output | None, inputs: Mapping[str, Tensor], num_items: Tensor | int
     ) -> Tensor:
         """The divergence on shared tokens at the beginning of every span."""
-        assert self.shared is not None
         ours, hidden = output.head, student.before(output.hidden, student.first)
         options: dict[str, Any] = {
             "num_items": num_items, "student_bias": ours.bias, "student_logit_scale": ours.logit_scale, "student_softcap": ours.softcap,
         }
         if target is None:
             ids, log_probs = (teacher.before(inputs[name], teacher.first) for name in ("teacher_top_ids", "teacher_top_log_probs"))
-            partner = torch.full((int(self.shared[:, 1].max()) + 1,), -1, device=ids.device)
-            partner[self.shared[:, 1]] = self.shared[:, 0].to(ids.device)
+            partner = torch.full((int(shared[:, 1].max()) + 1,), -1, device=ids.device)
+            partner[shared[:, 1]] = shared[:, 0].to(ids.device)
             return shared_top_loss(hidden, ours.weight, partner[ids.clamp(max=len(partner) - 1)].masked_fill(ids >= len(partner), -1), log_probs, **options)
         theirs = target.head
         return shared_loss(
-            hidden, ours.weight, teacher.before(target.hidden, teacher.first), theirs.weight, self.shared, teacher_bias=theirs.bias,
+            hidden, ours.weight, teacher.before(target.hidden, teacher.first), theirs.weight, shared, teacher_bias=theirs.bias,
             teacher_logit_scale=theirs.logit_scale, teacher_softcap=theirs.softcap, **options,
         )
 
@@ -151,16 +159,22 @@ def _known(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
 
 
 def check_heads(rows: BridgeRows, student: Any, teacher: Any = None) -> None:
-    """Refuse tokenizers that are not those of the models.
+    """Refuse tokenizers that are not those of the models, as `check_vocabularies` does."""
+    check_vocabularies(rows, student.config.vocab_size, None if teacher is None else teacher.config.vocab_size)
+
+
+def check_vocabularies(rows: BridgeRows, student: int, teacher: int | None = None) -> None:
+    """Refuse tokenizers that are not those of models with so many rows.
+
+    Added tokens may lie beyond the rows, as in gemma 3's text models; from then on ``rows`` refuses texts that hold one.
 
     Raises:
         VocabularyMismatchError: Naming the model whose head has fewer rows than its tokenizer has tokens.
     """
-    for name, tokenizer, model in (("student", rows.student, student), ("teacher", rows.teacher, teacher)):
-        if model is None:
-            continue
-        highest = max(tokenizer.get_vocab().values(), default=0)
-        if highest >= model.config.vocab_size:
-            raise VocabularyMismatchError(
-                f"the {name}'s tokenizer has the token {highest:,} and its checkpoint a vocabulary of {model.config.vocab_size:,}; give the {name} its own tokenizer"
-            )
+    found = []
+    for name, tokenizer, size in (("student", rows.student, student), ("teacher", rows.teacher, teacher)):
+        found.append(frozenset() if size is None else rowless_tokens(tokenizer, size))
+        highest = max(set(tokenizer.get_vocab().values()) - found[-1], default=0)
+        if size is not None and highest >= size:
+            raise VocabularyMismatchError(f"the {name}'s tokenizer has the token {highest:,} and its checkpoint a vocabulary of {size:,}; give the {name} its own tokenizer")
+    rows.rowless = (found[0], found[1])

@@ -25,7 +25,7 @@ from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
 def cache_text(
     teacher: str, out_dir: Path, *, text: str | None = None, recipe: Path | None = None, column: str = "text", block_size: int | None = None,
     max_tokens: int | None = None, top_k: int = 128, bits: int = 8, student: str | None = None, batch_size: int = 8, dtype: str | None = None,
-    push: str | None = None, quiet: bool = False, anchor: str | None = None, bos: bool = False, tail_draws: int | None = None,
+    push: str | None = None, quiet: bool = False, anchor: str | None = None, bos: bool = True, tail_draws: int | None = None,
 ) -> tuple[TeacherCache, dict[str, Any]]:
     """Cache a teacher on files of text, or on the training text of a recipe.
 
@@ -45,7 +45,7 @@ def cache_text(
         push: A Hub data set to push to.
         quiet: Show no progress bar.
         anchor: The anchor whose stage is meant, as ``stages`` of the recipe names it; the first one by default.
-        bos: Begin each block of joined text with what the tokenizer puts before a text.
+        bos: Begin each block of joined text with what the tokenizer puts before a text, as training on it does.
         tail_draws: Tokens drawn from those that are not listed; a twelfth of ``top_k`` by default.
 
     Returns:

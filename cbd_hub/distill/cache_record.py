@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Features, List, Value
 from pydantic import Field, ValidationError
 
-from cbd_hub.distill.packing import pack
+from cbd_hub.distill.packing import IGNORED, is_joined, pack
 from cbd_hub.distill.top_codec import BITS
 from cbd_hub.errors import DataError
 from cbd_hub.manifest import Data, FileRecord, Parameters, Sha256
@@ -180,7 +180,10 @@ class IdentifiedBlocks:
         rows: Rows with ``text``, ``prompt`` and ``completion`` or ``messages``, or blocks that have ``input_ids``.
         tokenizer: A transformers tokenizer; needed unless rows have ``input_ids``.
         block_size: Tokens in a block.
-        prefix: Tokens that each block of joined text begins with.
+        prefix: Tokens that each block of joined text begins with and that do not count.
+
+    Attributes:
+        prefix: The same, empty of rows that are not joined, and of blocks that do not begin with it.
 
     Raises:
         DataError: If there are no rows, or no tokenizer where one is needed.
@@ -196,7 +199,8 @@ class IdentifiedBlocks:
         self.packed = "input_ids" in self._first
         if not self.packed and tokenizer is None:
             raise DataError(f"the rows have the columns {', '.join(self._first)} but no tokenizer came; pass one")
-        self._tokenizer, self.block_size, self._prefix = tokenizer, block_size, prefix
+        joined = _begins(self._first, prefix) if self.packed else is_joined(self._first)
+        self._tokenizer, self.block_size, self.prefix = tokenizer, block_size, list(prefix) if joined else []
 
     @property
     def text_sha256(self) -> str | None:
@@ -219,9 +223,11 @@ class IdentifiedBlocks:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         drawn = self._documents()
-        for row in drawn if self.packed else pack(drawn, self._tokenizer, self.block_size, self._prefix):
+        for row in drawn if self.packed else pack(drawn, self._tokenizer, self.block_size, self.prefix):
             block = {name: np.asarray(row[name], np.int32) for name in COLUMNS if row.get(name) is not None}
             ids = block["input_ids"]
+            if len(self.prefix) == 1:  # what it says is known without, and is part of a cache all the same
+                block.setdefault("labels", np.append(np.int32(IGNORED), ids[1:]))
             if any(values.shape != (len(ids),) for values in block.values()) or not len(ids) or not all(row.get("attention_mask") or [1]):
                 raise DataError(f"row {self.blocks:,} is no block: its {', '.join(block)} must be lists of one length, without padding")
             self.blocks += 1
@@ -230,6 +236,11 @@ class IdentifiedBlocks:
             for name, values in block.items():
                 self._packing.update(f"{name} {len(values)}\n".encode() + values.astype("<i4").tobytes())
             yield block
+
+
+def _begins(block: Mapping[str, Any], prefix: Sequence[int]) -> bool:
+    """Whether a block is of joined text, and begins with the prefix."""
+    return block.get("position_ids") is None and [int(token) for token in block["input_ids"][: len(prefix)]] == list(prefix)
 
 
 def predicts(block: Mapping[str, Any]) -> np.ndarray:

@@ -141,7 +141,7 @@ class _Asker:
 def write_cache(
     teacher: Any, rows: Iterable[Mapping[str, Any]], folder: str | os.PathLike[str], *, tokenizer: Any = None, block_size: int = 128,
     top_k: int = 128, bits: int = 8, max_tokens: int | None = None, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS,
-    dtype: torch.dtype | None = None, student: Any = None, bos: bool = False, tail_draws: int | None = None, progress: Callable[[int, int], None] | None = None,
+    dtype: torch.dtype | None = None, student: Any = None, bos: bool = True, tail_draws: int | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Run a teacher over a text once and keep its top-k log-probabilities, as a folder that ``datasets.load_dataset`` reads.
 
@@ -164,7 +164,8 @@ def write_cache(
         shard_tokens: Tokens in a shard, which is what is lost at most when it is stopped.
         dtype: What the teacher computes in; its own by default. Logits are made in fp32.
         student: A model to measure the tail's share of the divergence with; costs a second forward pass.
-        bos: Begin each block of joined text with what the tokenizer puts before a text, such as gemma's ``<bos>``, without which it is no good teacher.
+        bos: Begin each block of joined text with what the tokenizer puts before a text, such as gemma's ``<bos>``, without which it is no good teacher; as training
+            on the text does.
         tail_draws: Tokens drawn from those that are not listed at a position; by default a twelfth of ``top_k``, or 1; 0 for the sum alone.
         progress: Called with the blocks done and the blocks in all.
 
@@ -184,8 +185,7 @@ def write_cache(
     tail = TailCodec(max(1, top_k // 12) if tail_draws is None else tail_draws, codec.vocab_size)
     if tail.draws < 0:
         raise ArgumentError(f"tail_draws={tail_draws} is negative; give 0 or more, such as a twelfth of top_k")
-    prefix = prefix_of(tokenizer) if bos and tokenizer is not None else []
-    identified = IdentifiedBlocks(rows, tokenizer, block_size, prefix)
+    identified = IdentifiedBlocks(rows, tokenizer, block_size, prefix_of(tokenizer) if bos and tokenizer is not None else [])
     if not identified.packed:
         check_positions(block_size, teacher.config, f"block_size={block_size}")
     blocks, complete = [], True
@@ -212,7 +212,7 @@ def write_cache(
         text=TextRecord(sha256=identified.text_sha256, documents=identified.documents, complete=complete),
         packing=PackingRecord(
             sha256=identified.packing_sha256, block_size=None if identified.packed else block_size, blocks=identified.blocks,
-            tokens=identified.tokens, predicted=identified.predicted, prefix=prefix,
+            tokens=identified.tokens, predicted=identified.predicted, prefix=identified.prefix,
         ),
         columns=list(blocks[0]), top_k=top_k, bits=bits, vocab_size=codec.vocab_size,
         shard_blocks=max(1, shard_tokens // max(len(block["input_ids"]) for block in blocks)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
-from cbd_hub.distill.bridging import Bridge
+from cbd_hub.distill.bridging import Bridge, check_vocabularies
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import is_conversation
 from cbd_hub.distill.hidden import check_layers
@@ -60,7 +60,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
                 _check_trainer(args)
                 _check_text(args, rows[stage.name][0], theirs if args.bridge == "text" or (args.bridge and args.teacher_cache) else tokenizer)
                 if args.bridge is not None:
-                    Bridge(args, tokenizer, theirs)
+                    check_vocabularies(Bridge(args, tokenizer, theirs).rows, above.vocab_size, teacher_config.vocab_size)
             except CBDError as error:
                 raise type(error)(f"{error} (stage of anchor {stage.wish})") from error
 

@@ -87,9 +87,9 @@ def _plain(row: Mapping[str, Any], where: str, vocab: float) -> dict[str, Any]:
     """A row of token ids, in lists or tensors, as one in lists.
 
     Raises:
-        DataError: If it holds no ids of the model, or other labels than ids and -100 for each.
+        DataError: If it holds no ids of the model, or other labels than ids and -100 for each, or a mask of another length.
     """
-    found = {name: value for name, value in row.items() if name != "labels" or value is not None}
+    found = {name: value for name, value in row.items() if value is not None or name not in ("labels", "attention_mask")}
     for name in (name for name in ("input_ids", "labels") if name in found):
         try:
             values = torch.as_tensor(found[name])
@@ -101,6 +101,11 @@ def _plain(row: Mapping[str, Any], where: str, vocab: float) -> dict[str, Any]:
         if len(wrong):
             raise DataError(f"{where}: {name} holds {int(wrong[0])}, and the model's vocabulary has {vocab:,} tokens; tokenise it with the chain's tokenizer")
         found[name] = values.tolist()
+    if "attention_mask" in found:
+        mask = torch.as_tensor(found["attention_mask"])
+        if mask.shape != (len(found["input_ids"]),):
+            raise DataError(f"{where}: attention_mask has the shape {tuple(mask.shape)} and there are {len(found['input_ids'])} tokens; give 1 for each token and 0 for padding")
+        found["attention_mask"] = mask.tolist()
     return found
 
 
@@ -113,11 +118,17 @@ def documents_of(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: 
     if _kind(rows[0]) == "a prompt alone":
         raise DataError("the rows to measure on have a prompt and no answer; give each its completion, or pass eval_dataset with rows that have one")
     if "input_ids" in rows[0]:
-        ready = ((row["input_ids"], row.get("labels", row["input_ids"])) for row in rows)
-        return Documents.answered(ready, tokenizer, block_size, max_tokens)
+        return Documents.answered((_unpadded(row) for row in rows), tokenizer, block_size, max_tokens)
     if is_conversation(rows[0]):
         return Documents.answered(((row.ids, row.labels) for row in tokenised(rows, tokenizer)), tokenizer, block_size, max_tokens)
     return Documents.read([row["text"] for row in rows], tokenizer, block_size, max_tokens)
+
+
+def _unpadded(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Ids and labels of a ready row, without what its mask says is padding."""
+    labels, mask = row.get("labels", row["input_ids"]), row.get("attention_mask", [1] * len(row["input_ids"]))
+    real = [place for place, there in enumerate(mask) if there]
+    return [row["input_ids"][place] for place in real], [labels[place] for place in real]
 
 
 class Healer(ChainDistiller):

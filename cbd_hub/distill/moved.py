@@ -83,7 +83,7 @@ def retokenize_and_train(
         raise ArgumentError(f"steps={steps} trains nothing; give 1 or more, or use retokenize")
     target, say = Path(output_dir), progress or (lambda line: None)
     check_absent(target)
-    parts = split_documents(text, heldout, heldout, seed)
+    parts = split_documents(text, heldout, 0.0, seed)
     asked = {
         "model": os.fspath(model), "revision": revision, "keep": keep, "tokenizer": None if tokenizer is None else os.fspath(tokenizer), "steps": steps, "bridge": bridge,
         "ce_weight": ce_weight, "learning_rate": learning_rate, "batch_size": batch_size, "block_size": block_size, "bf16": bf16, "heldout": heldout, "seed": seed,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import DataError
+from cbd_hub.losses.alignment import prefix_of
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def joined_blocks(rows: Iterable[Tokens], block_size: int, prefix: Sequence[int]
     Args:
         rows: The rows.
         block_size: Tokens in a block.
-        prefix: Tokens that each block begins with and that do not count.
+        prefix: Tokens that each block begins with and that do not count. A block has labels where there are several: the first token of a block never counts.
 
     Raises:
         DataError: If the prefix leaves no room in a block.
@@ -118,14 +119,14 @@ def joined_blocks(rows: Iterable[Tokens], block_size: int, prefix: Sequence[int]
     for row in rows:
         ids += row.ids
         while len(ids) >= room:
-            yield {"input_ids": [*prefix, *ids[:room]], **({"labels": [IGNORED] * len(prefix) + ids[:room]} if prefix else {})}
+            yield {"input_ids": [*prefix, *ids[:room]], **({"labels": [IGNORED] * len(prefix) + ids[:room]} if len(prefix) > 1 else {})}
             ids = ids[room:]
 
 
 def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str, list[int]]]:
     """Whole rows packed into blocks with exact borders, in order.
 
-    Positions start anew in each row, which is how transformers tells the rows of a block apart, so that attention never crosses a border; a
+    Positions start anew in each row, which is how the rows of a block are told apart, so that attention never crosses a border; a
     row's first token counts for nothing, as nothing in the row comes before it. A row longer than a block is cut short.
     """
     block: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
@@ -147,12 +148,25 @@ def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str
         yield block
 
 
-def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, prefix: Sequence[int] = ()) -> Iterator[dict[str, list[int]]]:
-    """Blocks of rows: plain text joined end to end, each block after the prefix; anything with a prompt packed with exact borders."""
+def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, prefix: Sequence[int] | None = None) -> Iterator[dict[str, list[int]]]:
+    """Blocks of rows: plain text joined end to end, each block after the prefix; anything with a prompt packed with exact borders.
+
+    Args:
+        rows: The rows.
+        tokenizer: A transformers tokenizer.
+        block_size: Tokens in a block.
+        prefix: What each block of plain text begins with; by default what the tokenizer puts before a text.
+    """
     first, rows = _peek(iter(rows))
     tokens = tokenised(rows, tokenizer)
-    plain = first is not None and "text" in first and "messages" not in first and "prompt" not in first
-    return joined_blocks(tokens, block_size, prefix) if plain else segment_blocks(tokens, block_size)
+    if first is None or not is_joined(first):
+        return segment_blocks(tokens, block_size)
+    return joined_blocks(tokens, block_size, prefix_of(tokenizer) if prefix is None else prefix)
+
+
+def is_joined(row: Mapping[str, Any]) -> bool:
+    """Whether a row is plain text, which is joined end to end."""
+    return "text" in row and "messages" not in row and "prompt" not in row
 
 
 def _peek(rows: Iterator[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, Iterator[Mapping[str, Any]]]:
@@ -161,7 +175,7 @@ def _peek(rows: Iterator[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, 
 
 
 def packed_dataset(dataset: Any, tokenizer: Any, block_size: int) -> Any:
-    """A data set of blocks; a stream stays a stream, whose order is the same each time it is read.
+    """A data set of blocks, those of plain text after what the tokenizer puts before a text; a stream stays a stream, whose order is the same each time it is read.
 
     Args:
         dataset: A list of rows, a ``datasets.Dataset`` or an ``IterableDataset``.
@@ -192,8 +206,8 @@ def next_tokens(labels: Tensor) -> Tensor:
 def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
     """A batch: ids, labels and what else the rows have, padded to the longest row.
 
-    Labels are the ids where a row has none and -100 in the padding. Rows with positions are told apart by them and need no mask: their padding is
-    a row of its own.
+    Labels are the ids where a row has none and -100 in the padding, be it made here or given by the row's ``attention_mask``. Rows with positions are told
+    apart by them and need no mask: their padding is a row of its own.
     """
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -202,15 +216,26 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tens
 
     batch = {
         "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in rows]),
-        "labels": torch.tensor([padded(row["labels"] if "labels" in row else row["input_ids"], IGNORED) for row in rows]),
+        "labels": torch.tensor([padded(row["labels"] if "labels" in row else _labels(row), IGNORED) for row in rows]),
     }
     if any("position_ids" in row for row in rows):
         batch["position_ids"] = torch.tensor([
             [*row["position_ids"], *range(longest - len(row["input_ids"]))] for row in rows
         ])
     elif any("attention_mask" in row for row in rows) or any(len(row["input_ids"]) < longest for row in rows):
-        batch["attention_mask"] = torch.tensor([padded(row.get("attention_mask", [1] * len(row["input_ids"])), 0) for row in rows])
+        batch["attention_mask"] = torch.tensor([padded(_mask(row), 0) for row in rows])
     if "top_ids" in rows[0]:
         for name in (name for name in CACHED if name in rows[0]):  # shape (length, k), or of the draws (length, s)
             batch[name] = torch.stack([F.pad(torch.as_tensor(row[name]), (0, 0, 0, longest - len(row[name]))) for row in rows])
     return batch
+
+
+def _labels(row: Mapping[str, Any]) -> list[int]:
+    """The ids of a row, -100 where its mask says padding and at the token behind it: padding is not predicted and predicts nothing."""
+    mask = _mask(row)
+    return [int(token) if there and before else IGNORED for token, there, before in zip(row["input_ids"], mask, [1, *mask[:-1]])]
+
+
+def _mask(row: Mapping[str, Any]) -> Sequence[int]:
+    mask: Sequence[int] | None = row.get("attention_mask")
+    return [1] * len(row["input_ids"]) if mask is None else mask

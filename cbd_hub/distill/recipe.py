@@ -27,10 +27,19 @@ from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.growing import Finished, made_by
 from cbd_hub.distill.progress import METRICS, show_stage
+from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.distill.schema import Recipe
-from cbd_hub.distill.stages import Stage, calibration_of, plan_stages, read_parts, stage_rows, stage_tokenizers
+from cbd_hub.distill.stages import (
+    CALIBRATION_TOKENS,
+    Stage,
+    calibration_of,
+    plan_stages,
+    read_parts,
+    stage_rows,
+    stage_tokenizers,
+)
 from cbd_hub.errors import ArgumentError, CBDError, RecipeError, StorageError, TrainingError, one_line
-from cbd_hub.evaluation import bits_per_byte, document_losses
+from cbd_hub.evaluation import document_losses
 from cbd_hub.files import ASIDE, disk_error, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
@@ -131,6 +140,8 @@ class _Run:
         size = recipe.data.block_size
         texts = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
         self.calibrations = [texts[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
+        bridged = any(stage.bridged for stage in self.stages)  # across a bridge losses are compared in bits per byte
+        self.same_bytes = SameBytes(self.parts.calibration, list({id(tokenizer): tokenizer for tokenizer in self.tokenizers}.values()), size, CALIBRATION_TOKENS) if bridged else None
         self.dataset = f"{recipe.data.source} (calibration)"
         if self.finished is not None:
             self.dataset = self.finished.dataset(self.dataset)
@@ -186,14 +197,11 @@ class _Run:
         finished.check_unchanged()  # since it was opened, by a process that was before this one
         self.progress(f"{self.target} has {', '.join(finished.names)}, which stay")
         anchors = finished.anchors()
-        if any(stage.bridged for stage in self.stages):  # across a bridge losses are compared in bits per byte
-            for place, anchor in enumerate(anchors):
-                entries = list(anchor.evaluations)
-                for at, entry in enumerate(entries):
-                    if entry.dataset == self.dataset and entry.bits_per_byte is None:
-                        bits = self._evaluation(self._load(anchor.name), anchor.name)["bits_per_byte"]
-                        entries[at] = entry.model_copy(update={"bits_per_byte": bits})
-                anchors[place] = anchor.model_copy(update={"evaluations": entries})
+        for place, anchor in enumerate(anchors if self.same_bytes is not None else []):  # anew: the bytes are those that the new anchors' tokenizers read too
+            entries = [
+                entry.model_copy(update={"bits_per_byte": self._bits(anchor.name, None)}) if entry.dataset == self.dataset else entry for entry in anchor.evaluations
+            ]
+            anchors[place] = anchor.model_copy(update={"evaluations": entries})
         return anchors, list(finished.chain.manifest.links)
 
     def _clear(self) -> None:
@@ -227,9 +235,23 @@ class _Run:
             losses = document_losses(ModelRunner(model), documents)
         if not math.isfinite(losses.mean):
             raise TrainingError(f"a model of {self.target} has the loss {losses.mean} on the calibration text; lower learning_rate, or look at the weights")
-        bits = bits_per_byte(losses, documents) if any(stage.bridged for stage in self.stages) else None
-        entry = Evaluation(loss=losses.mean, bits_per_byte=bits, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)
+        entry = Evaluation(loss=losses.mean, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)
         return entry.model_dump()
+
+    def _bits(self, name: str, model: Any) -> float | None:
+        """Bits per byte of an anchor, loaded where no model is given, on the bytes that all of the chain's tokenizers read; None without a bridge."""
+        if self.same_bytes is None:
+            return None
+        same = self.same_bytes
+
+        def measure() -> dict[str, Any]:
+            loaded = self._load(name) if model is None else model
+            with frozen(loaded):
+                losses = same.losses(ModelRunner(loaded), self.tokenizers[self._place(name)])
+            return {"bits_per_byte": losses.mean / math.log(2)}
+
+        bits: float = self._remembered(f"{name}.bits-{same.sha256[:16]}", measure)["bits_per_byte"]
+        return bits
 
     def _teacher(self) -> Anchor:
         name = self.teacher_name
@@ -240,7 +262,7 @@ class _Run:
             with staged_folder(folder) as staging:
                 copy_checkpoint(self.source, staging)
         entry = self._remembered(f"{name}.evaluation", lambda: self._evaluation(self._load(name), name))
-        return self.builder.record(name, origin="source", evaluations=[Evaluation(**entry)])
+        return self.builder.record(name, origin="source", evaluations=[Evaluation(**{**entry, "bits_per_byte": self._bits(name, None)})])
 
     def _anchor(self, stage: Stage, large: Any, anchors: list[Anchor]) -> tuple[Any, Cut | None, Importance | None]:
         """Make one anchor, or pick it up where it was; it is added to ``anchors``."""
@@ -264,7 +286,7 @@ class _Run:
         anchors.append(self.builder.record(
             stage.name, origin=stage.origin, parent=None if cut is None else parent.name, maps=maps,
             training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256(), objective=result.get("objective")),
-            evaluations=[Evaluation(**entry)],
+            evaluations=[Evaluation(**{**entry, "bits_per_byte": self._bits(stage.name, small)})],
         ))
         return small, cut, importance
 

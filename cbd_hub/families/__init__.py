@@ -13,7 +13,7 @@ from cbd_hub.families.qwen import QWEN2, QWEN3
 from cbd_hub.families.table import Family, TensorSpec, linear, norm
 
 
-__all__ = ["FAMILIES", "GPT2", "Family", "TensorSpec", "family_named", "family_of", "linear", "norm", "register"]
+__all__ = ["FAMILIES", "GPT2", "Family", "TensorSpec", "family_named", "family_of", "linear", "norm", "parts_rows", "register"]
 
 FAMILIES: list[Family] = [LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, GPT2, GPT_NEOX, OPT, OLMO2]
 
@@ -58,6 +58,12 @@ def family_named(name: str) -> Family:
         if family.name == name:
             return family
     raise ArchitectureError(f'family "{name}" has no axis table; cbd_hub knows {_known("name")}')
+
+
+def parts_rows(config: Any) -> bool:
+    """Whether an architecture tells the rows packed into a block apart by their positions; one without a table is taken to."""
+    model_type = getattr(config, "model_type", None)
+    return all(family.parts_rows for family in FAMILIES if model_type in family.model_types)
 
 
 def _known(attribute: str) -> str:

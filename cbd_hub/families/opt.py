@@ -43,4 +43,5 @@ OPT = Family(
     hidden_is_heads=True,
     embedding="model.decoder.embed_tokens.weight",
     residual=("self_attn.out_proj.weight", "self_attn.out_proj.bias", "fc2.weight", "fc2.bias"),
+    parts_rows=False,
 )

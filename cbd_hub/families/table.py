@@ -133,6 +133,7 @@ class Family:
         base_prefix: Prefix that published checkpoints may leave out.
         buffers: Pattern of stored keys that are no parameters and are passed over.
         single_layer_fields: Config lists with one entry per layer.
+        parts_rows: Whether its attention stops where positions start anew, as they do in each of the rows packed into a block; else a mask must say so.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Family:
     base_prefix: str = "model."
     buffers: str | None = None
     single_layer_fields: tuple[str, ...] = ("layer_types",)
+    parts_rows: bool = True
 
     def sizes(self, config: Any) -> dict[str, int]:
         """Length of every named axis for a config."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers.initialization import no_init_weights
+from transformers.masking_utils import create_causal_mask
 
 from cbd_hub.errors import ArchitectureError
-from cbd_hub.families import family_of
+from cbd_hub.families import family_of, parts_rows
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.shapes import check_positions
@@ -80,6 +81,13 @@ def _check_positions(config: Any, input_ids: Tensor, position_ids: Tensor | None
         check_positions(input_ids.shape[1], config, f"a row of {input_ids.shape[1]:,} tokens")
 
 
+def _mask(config: Any, attention_mask: Tensor | None, position_ids: Tensor | None, dtype: torch.dtype) -> Any:
+    """The mask as given; of packed rows, where the architecture does not part them by their positions, the one that does."""
+    if position_ids is None or attention_mask is not None or parts_rows(config):
+        return attention_mask
+    return create_causal_mask(config, torch.empty(*position_ids.shape, 0, dtype=dtype, device=position_ids.device), None, None, position_ids)
+
+
 def output_head(model: Any) -> Head:
     """The output head of a loaded causal language model."""
     head = model.get_output_embeddings()
@@ -107,7 +115,8 @@ class ModelRunner:
         _check_positions(self.config, input_ids, position_ids)
         routed = {"output_router_logits": True} if getattr(self.config, "output_router_logits", False) else {}
         output = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, output_hidden_states=states, use_cache=False, **routed
+            input_ids=input_ids, attention_mask=_mask(self.config, attention_mask, position_ids, self.model.dtype), position_ids=position_ids,
+            output_hidden_states=states, use_cache=False, **routed
         )
         return Output(
             output.last_hidden_state, output_head(self.model), tuple(output.hidden_states[1:]) if states else None,
@@ -210,8 +219,8 @@ class PlanRunner:
         output = functional_call(
             self._shell.base_model, dict(self._base), (),
             {
-                "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "output_hidden_states": states,
-                "use_cache": False,
+                "input_ids": input_ids, "attention_mask": _mask(self.config, attention_mask, position_ids, self._head.dtype), "position_ids": position_ids,
+                "output_hidden_states": states, "use_cache": False,
             },
         )
         return Output(output.last_hidden_state, Head(self._head, **_settings(self.config)), tuple(output.hidden_states[1:]) if states else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tokenizers import Tokenizer
 
-from cbd_hub.errors import ArgumentError
+from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.texts import utf8
 
 
@@ -123,7 +123,29 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     return found
 
 
-def written_tokens(tokenizer: Any) -> dict[bytes, int]:
+def rowless_tokens(tokenizer: Any, rows: int) -> frozenset[int]:
+    """The added tokens for which a model of so many rows has none, such as the image token that gemma 3's text models share with its others: it reads no text that holds one."""
+    return frozenset(place for place in tokenizer.added_tokens_decoder if place >= rows)
+
+
+def check_rows(ids: Iterable[int], rowless: frozenset[int], tokenizer: Any, which: str) -> None:
+    """Refuse tokens for which the model has no row.
+
+    Args:
+        ids: Tokens of a text.
+        rowless: As `rowless_tokens` gives them.
+        tokenizer: The tokenizer.
+        which: What to call it.
+
+    Raises:
+        DataError: Naming the first of them.
+    """
+    place = next((place for place in ids if place in rowless), None) if rowless else None
+    if place is not None:
+        raise DataError(f"{which} reads {tokenizer.convert_ids_to_tokens(place)} as the token {place:,}, for which its checkpoint has no row; leave this text out, or take that out of it")
+
+
+def written_tokens(tokenizer: Any, rows: int | None = None) -> dict[bytes, int]:
     """The token of each string of bytes that is one.
 
     Of several tokens of the same bytes that is the one which the tokenizer writes: a special token, or a byte of SentencePiece's fallback, only where there is
@@ -131,6 +153,7 @@ def written_tokens(tokenizer: Any) -> dict[bytes, int]:
 
     Args:
         tokenizer: A fast transformers tokenizer.
+        rows: Rows of its model: tokens beyond them are left out. None for all tokens.
 
     Raises:
         ArgumentError: If it has no byte offsets, or marks the pieces of a word, so that the bytes of a token do not say which it is.
@@ -149,7 +172,7 @@ def written_tokens(tokenizer: Any) -> dict[bytes, int]:
     special = set(tokenizer.all_special_ids)
     spare = {place for token, place in backend.get_vocab(with_added_tokens=False).items() if _BYTE.fullmatch(token)} if _byte_kinds(backend)[1] else set()
     places: dict[bytes, list[int]] = {}
-    for place, token in enumerate(token_bytes(tokenizer)):
+    for place, token in enumerate(token_bytes(tokenizer)[:rows]):
         if token:
             places.setdefault(token, []).append(place)
     found = {}
