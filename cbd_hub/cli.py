@@ -324,7 +324,11 @@ def evaluate(
     same = None
     if rows_of_text is not None and len({anchor.tokenizer_sha256 for anchor in opened.anchors}) > 1:  # on the same bytes whatever sizes are asked for
         others = {anchor.tokenizer_sha256: anchor.parameters for anchor in opened.anchors if anchor.tokenizer_sha256 not in sides}
-        same = SameBytes([as_document(row) for row in rows_of_text], [*sides.values(), *map(opened.tokenizer, others.values())], block_size, max_tokens)
+        try:
+            same = SameBytes([as_document(row) for row in rows_of_text], [*sides.values(), *map(opened.tokenizer, others.values())], block_size, max_tokens)
+        except DataError:
+            if len(sides) > 1:
+                raise
     counted: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []

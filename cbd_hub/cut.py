@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,7 +203,10 @@ def cut_model(model: Any, plan: Plan) -> Any:
     state = {name: combine(terms, live).clone() for name, terms in plan.tensors.items()}
     with LOADING:
         made = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
-    made.generation_config = copy.deepcopy(model.generation_config)
+    way = copy.deepcopy(model.generation_config)
+    with suppress(ValueError):  # of settings that contradict each other, which could not be saved with the cut, it has none
+        way.validate(strict=True)
+        made.generation_config = way
     return made
 
 

@@ -83,8 +83,8 @@ def add_anchor(
     held = None
     if above is not None and below is not None and coordinates_of(chain.files, below, above)[0] is not None and (held := _held(chain, config, above, below)) is None:
         logger.warning(
-            "%s and %s share coordinates, but %s was not made by this chain between them: sizes around it are blends of layers and neurons by their place, which may lose "
-            "far more than before; measure them with cbd eval", below.name, above.name, name,
+            "%s and %s share coordinates, which %s is not known to have: sizes around it are blends of layers and neurons by their place, which may lose far more than before; "
+            "measure them with cbd eval", below.name, above.name, name,
         )
     files = {path.name: path for path in (*weight_files(folder), *(folder / name for name in CHECKPOINT_FILES)) if path.is_file()}
     license = license_of(folder) or shared_license(chain.manifest, anchors)
@@ -109,13 +109,13 @@ def add_anchor(
         if chain.files.revision is not None:
             return commit_index(chain.files, manifest, beside, anchor, folder, token=token, create_pr=create_pr, say=say)
         root = chain.files.root
-        for tokenizer_file in TOKENIZER_FILES if place == 0 else ():
-            (root / tokenizer_file).unlink(missing_ok=True)
         for target, source in beside.items():
             write_bytes(root / target, source.read_bytes())
     card = root / "README.md"
     text = chain_card(manifest, recipe=(root / "recipe.yaml").is_file())
     write_text(root / FILE_NAME, manifest.to_json())
+    for tokenizer_file in {*TOKENIZER_FILES} - {*beside} if place == 0 else ():
+        (root / tokenizer_file).unlink(missing_ok=True)
     write_text(card, merge_card(read_card(card), text, shared_license(chain.manifest, chain.anchors)))
     return Publication(chain.name, None, {name: (repo_id, commit)})
 
@@ -148,12 +148,12 @@ class _Held:
 
 
 def _held(chain: Chain, config: Any, above: Anchor, below: Anchor) -> _Held | None:
-    """Where a model stands between two anchors whose coordinates are shared; None where its config does not say that it was made there, by this chain."""
+    """Where a model stands between two anchors whose coordinates are shared; None where its config does not say that it was made there, in these coordinates."""
     made = getattr(config, "cbd", None)
-    if not isinstance(made, dict) or made.get("chain") not in (chain.name, chain.files.name) or made.get("neighbours") != [below.name, above.name]:
+    if not isinstance(made, dict) or below.maps is None or below.parent is None or (made.get("neighbours"), made.get("maps")) != ([below.name, above.name], below.maps.sha256):
         return None
     shared, maps = coordinates_of(chain.files, below, above)
-    if shared is None or maps is not None or below.maps is None or below.parent is None:
+    if shared is None or maps is not None:
         return None
     back = chain.manifest.link(below, above).order[: shapes.shape_of(config).layers - below.shape.layers]
     layers = sorted({*map(int, shared.layers), *back})

@@ -224,10 +224,12 @@ def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, a
 def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
     """The config of a plan's model, with ``cbd``: where it came from."""
     config: StoredConfig = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
+    small = files.manifest.anchor(plan.small)
     config.cbd = {
         "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
         "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
         "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
+        **({} if plan.small == plan.large or small.maps is None else {"maps": small.maps.sha256}),
         **({} if plan.adapter is None else {"adapter": dict(plan.adapter)}),
     }
     return config

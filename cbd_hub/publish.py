@@ -143,7 +143,7 @@ def push_model(
         license = shared_license(manifest, [manifest.anchor(name) for name in made.get("neighbours", [])])
     told = {
         name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in made.items() if value is not None and name not in ("healed", "adapter")
+        for name, value in made.items() if value is not None and name not in ("healed", "adapter", "maps")
     }
     facts = {**_shape_facts(shapes.shape_of(config), family_of(config).name), **told, "parameters": f"{made['parameters']:,}"}
     if isinstance(carried := made.get("adapter"), dict) and isinstance(home := carried.get("home"), dict):

@@ -56,7 +56,7 @@ class Repo:
     message: str
     files: dict[str, Content]
     card: str
-    stale: tuple[str, ...] = ()  # suffixes and prefixes of files that go when they are not among the new ones
+    stale: tuple[str, ...] = ()  # suffixes of files beside the card, and prefixes, that go when they are not among the new ones
     index: bool = False  # whether it is a chain's index, and not a model's repo
     licence: str | None = None  # what an old card was generated with, as far as that is known
     main: str | None = None
@@ -139,7 +139,7 @@ class Publisher:
             contents: dict[str, Content] = {**repo.files, "README.md": repo.card.encode()}
             operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
             operations += [
-                CommitOperationDelete(path) for path in sorted(repo.there - contents.keys()) if path.endswith(repo.stale) or path.startswith(repo.stale)
+                CommitOperationDelete(path) for path in sorted(repo.there - contents.keys()) if (path.endswith(repo.stale) and "/" not in path) or path.startswith(repo.stale)
             ] if repo.stale else []
             done = self.client.create_commit(
                 repo.id, operations, commit_message=self.message or repo.message, parent_commit=repo.head,

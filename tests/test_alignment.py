@@ -196,6 +196,8 @@ def test_added_tokens_beyond_the_rows_are_left_out():
     assert rowless_tokens(tokenizer, rows + 2) == rowless_tokens(MADE["gpt2"], rows) == frozenset()
     assert written_tokens(tokenizer)[b"<spare_1>"] == rows + 1
     assert written_tokens(tokenizer, rows) == written_tokens(MADE["gpt2"])
+    tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(rows)})
+    assert rowless_tokens(tokenizer, rows) == {rows + 1}, "what ends every text has to have a row"
     check_rows(range(rows), rowless_tokens(tokenizer, rows), tokenizer, "it")
     with pytest.raises(DataError, match=f"^it reads <spare_1> as the token {rows + 1:,}, for which its checkpoint has no row; leave this text out"):
         check_rows([4, rows + 1], rowless_tokens(tokenizer, rows), tokenizer, "it")

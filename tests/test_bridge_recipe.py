@@ -173,3 +173,17 @@ def test_a_whole_shape_lies_in_its_own_segment_whatever_is_across_the_bridge(tmp
     assert [link.kind for link in chain.manifest.links] == ["bridge", "segment"]
     plan = chain.plan(shape={"layers": 4})
     assert chain.plan(shape=plan.shape).summary() == plan.summary()
+
+
+def test_answers_longer_than_a_block_cost_a_bridged_chain_its_bits_and_no_more(plain, tmp_path):
+    _, made = plain
+    rows = [{"prompt": "say", "completion": text * 3} for text in tiny.texts(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    chain = distill_chain({**made, "anchors": made["anchors"][:2], "data": {**made["data"], "path": str(tmp_path / "rows.jsonl")}}, tmp_path / "chain", progress=said.append)
+    assert any("no bits per byte" in line for line in said)
+    assert [anchor.evaluations[-1].bits_per_byte for anchor in chain.anchors] == [None] * 3
+    one = CliRunner().invoke(app, ["eval", str(tmp_path / "chain"), "--sizes", "max", "--text", str(tmp_path / "rows.jsonl"), "--block-size", "32", "--json"])
+    assert one.exit_code == 0
+    both = CliRunner().invoke(app, ["eval", str(tmp_path / "chain"), "--sizes", "max,min", "--text", str(tmp_path / "rows.jsonl"), "--block-size", "32"])
+    assert "no row is read whole in 32 tokens" in str(both.exception)

@@ -546,6 +546,13 @@ def test_a_trained_model_writes_with_its_cache_and_generates_as_its_teacher(tmp_
         assert found.generation_config.use_cache is not False
 
 
+def test_a_cut_takes_over_no_way_of_generating_that_could_not_be_saved():
+    teacher = tiny.llama()
+    teacher.generation_config.temperature = 0.6  # without sampling
+    student, _ = student_of(teacher)
+    assert student.generation_config.temperature != 0.6
+
+
 def test_one_process_beside_several_accelerators_trains_on_one(tmp_path, monkeypatch, caplog):
     """The Trainer would hand parts of a batch to DataParallel, and the count of its kept tokens as one number each."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu") or 2))

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 from conftest import recipe
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
 from cbd_hub.cards import license_of
@@ -124,6 +124,16 @@ def test_a_new_largest_anchor_brings_the_chains_tokenizer(hub, measured, tmp_pat
     assert "chat_template.jinja" not in hub.repos["org/chain"].at("main")[1]
 
 
+def test_anchors_in_folders_of_a_published_chain_keep_their_tokenizers(hub, measured, tmp_path):
+    """Somebody uploaded the folder as it is: only what stands beside chain.json makes room."""
+    HfApi().create_repo("org/whole")
+    HfApi().upload_folder(repo_id="org/whole", folder_path=measured)
+    before = {path for path in hub.repos["org/whole"].at("main")[1] if path.startswith("anchors/")}
+    add_anchor(Chain.from_pretrained("org/whole"), tiny.save(tiny.llama(layers=8, seed=8), tmp_path / "m8"), "third/eight")
+    assert {path for path in hub.repos["org/whole"].at("main")[1] if path.startswith("anchors/")} == before
+    assert CBDModel.from_chain("org/whole", "min").config.num_hidden_layers == 1
+
+
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory):
     """A distilled chain whose smaller anchor was cut from the teacher in layers, FFN and hidden width."""
@@ -170,9 +180,19 @@ def test_a_size_of_the_chain_as_an_anchor_keeps_the_coordinates(hub, cut, tmp_pa
     assert model.config.cbd["neighbours"] == [chain.anchors[2].name, made.name]
 
 
+def test_a_size_of_another_chain_of_the_same_names_is_told_of(hub, cut, tmp_path, caplog):
+    """Local chains are named after their folder and anchors after their size: what tells them apart are the units that were kept."""
+    Chain.from_pretrained(cut).save_pretrained(tmp_path / "chain")
+    CBDModel.materialize(tmp_path / "chain", shape={"layers": 4, "ffn": 40, "hidden": 32}, output_dir=tmp_path / "made")
+    config = json.loads((tmp_path / "made/config.json").read_text())
+    (tmp_path / "made/config.json").write_text(json.dumps({**config, "cbd": {**config["cbd"], "maps": "0" * 64}}))
+    add_anchor(Chain.from_pretrained(tmp_path / "chain"), tmp_path / "made", "third/made")
+    assert "share coordinates, which" in caplog.text
+
+
 def test_a_stranger_among_shared_coordinates_is_told_of(hub, cut, tmp_path, caplog):
     Chain.from_pretrained(cut).save_pretrained(tmp_path / "local")
     add_anchor(Chain.from_pretrained(tmp_path / "local"), tiny.save(tiny.llama(layers=4, ffn=40, hidden=32, head_dim=8), tmp_path / "m4"), "third/four")
-    assert "was not made by this chain between them" in caplog.text
+    assert "share coordinates, which" in caplog.text
     middle = Chain.from_pretrained(tmp_path / "local").anchors[1]
     assert (middle.parent, middle.maps) == (None, None)

@@ -406,9 +406,10 @@ def test_text_that_changes_under_an_unfinished_run_is_refused(tmp_path, monkeypa
             distill_chain(plain, tmp_path / "chain")
     text = tmp_path / "text.txt"
     whole = text.read_text()
-    text.write_text("\n\n".join(tiny.texts(200, seed=5)))
-    with pytest.raises(RecipeError, match="begun with calibration_text="):
-        distill_chain(plain, tmp_path / "chain")
+    for other in (whole.replace("9 ", "9 more ", 1), whole + "\n\nOne document more."):
+        text.write_text(other)
+        with pytest.raises(RecipeError, match="begun with text="):
+            distill_chain(plain, tmp_path / "chain")
     text.write_text(whole)
     assert len(distill_chain(plain, tmp_path / "chain").anchors) == 2
 

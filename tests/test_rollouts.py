@@ -606,3 +606,14 @@ def test_ticks_are_a_pass_over_the_prompts(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 4  # 24 prompts: one rollout batch of 16, two passes of two steps
     assert isinstance(trainer.train_dataset, on_policy.Ticks)
+
+
+def test_padding_on_the_left_parts_plain_text_as_on_the_right():
+    """Without labels of its own the token behind padding does not count, and is no prompt by that."""
+    ids, rest = list(range(5, 25)), [0] * 12
+    sides = {"right": {"input_ids": ids + rest, "attention_mask": [1] * 20 + rest}, "left": {"input_ids": rest + ids, "attention_mask": rest + [1] * 20}}
+    found = []
+    for row in sides.values():
+        batch = collate([row], 0)
+        found.append(prompts_of({name: values[0].tolist() for name, values in batch.items()}, 99, 0.5))
+    assert found == [[Prompt(ids[:10], 10)]] * 2

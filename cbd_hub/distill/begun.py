@@ -13,23 +13,24 @@ from cbd_hub.files import write_text
 
 
 if TYPE_CHECKING:
+    from cbd_hub.distill.data import Parts
     from cbd_hub.distill.schema import Recipe
     from cbd_hub.distill.stages import Stage
 
 _SUFFIX = ".begun.json"
 
 
-def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], calibration: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: Parts) -> dict[str, dict[str, Any]]:
     """What each anchor's result depends on, beside that of the anchors above it.
 
     Args:
         recipe: The recipe.
         teacher: Name of the teacher's anchor.
         stages: The recipe's stages.
-        calibration: The documents that are held for calibration: they are others when what is in the files is.
+        parts: Its documents; of a stream those that are trained on are not looked at, nor those of a stage's own data.
     """
-    text = hashlib.sha256(json.dumps([*calibration], default=str).encode()).hexdigest()[:12]
-    found: dict[str, dict[str, Any]] = {teacher: {"teacher": recipe.teacher, "data": recipe.data.model_dump(), "seed": recipe.seed, "calibration_text": text}}
+    text = hashlib.sha256(json.dumps([parts.train if isinstance(parts.train, list) else [], parts.calibration, parts.heldout], default=str).encode()).hexdigest()[:12]
+    found: dict[str, dict[str, Any]] = {teacher: {"teacher": recipe.teacher, "data": recipe.data.model_dump(), "seed": recipe.seed, "text": text}}
     for index, stage in enumerate(stages):
         own = recipe.stage_data(stage.anchor).model_dump()
         if not stage.arguments.get("text_weight"):
@@ -76,7 +77,9 @@ class Begun:
                 anew = f"remove {root}"
             if name not in self._wanted:
                 raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
-            changed = difference(json.loads((self._work / f"{name}{_SUFFIX}").read_text()), self._wanted[name])
+            begun = json.loads((self._work / f"{name}{_SUFFIX}").read_text())
+            wanted = {key: value for key, value in self._wanted[name].items() if key in begun or key != "text"}  # which was not always written down
+            changed = difference(begun, wanted)
             if changed is not None:
                 key, old, new = changed
                 raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")

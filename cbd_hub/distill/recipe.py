@@ -38,7 +38,7 @@ from cbd_hub.distill.stages import (
     stage_rows,
     stage_tokenizers,
 )
-from cbd_hub.errors import ArgumentError, CBDError, RecipeError, StorageError, TrainingError, one_line
+from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError, TrainingError, one_line
 from cbd_hub.evaluation import document_losses
 from cbd_hub.files import ASIDE, disk_error, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
@@ -134,14 +134,19 @@ class _Run:
         self.stages = plan_stages(recipe, self.source, self.teacher_config, made)
         self.teacher_name = unique_name(shapes.parameter_count(self.teacher_config), [])
         self.parts = read_parts(recipe)
-        self.begun = Begun(self.work, dependencies(recipe, self.teacher_name, self.stages, self.parts.calibration), [] if self.finished is None else self.finished.names)
+        self.begun = Begun(self.work, dependencies(recipe, self.teacher_name, self.stages, self.parts), [] if self.finished is None else self.finished.names)
         self.begun.check()
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
         size = recipe.data.block_size
         texts = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
         self.calibrations = [texts[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
         bridged = any(stage.bridged for stage in self.stages)  # across a bridge losses are compared in bits per byte
-        self.same_bytes = SameBytes(self.parts.calibration, list({id(tokenizer): tokenizer for tokenizer in self.tokenizers}.values()), size, CALIBRATION_TOKENS) if bridged else None
+        self.same_bytes = None
+        if bridged:
+            try:
+                self.same_bytes = SameBytes(self.parts.calibration, list({id(tokenizer): tokenizer for tokenizer in self.tokenizers}.values()), size, CALIBRATION_TOKENS)
+            except DataError as error:
+                self.progress(f"no bits per byte, by which the sides of a bridge compare: {error}")
         self.dataset = f"{recipe.data.source} (calibration)"
         if self.finished is not None:
             self.dataset = self.finished.dataset(self.dataset)

@@ -94,7 +94,8 @@ def prompts_of(row: Mapping[str, Sequence[int]], max_new_tokens: int, prompt_sha
             continue  # nothing to answer: padding, or a row of one token
         while first > start + 1 and labels[first - 1] != IGNORED:
             first -= 1
-        if first == start + 1 and labels[start] != IGNORED:
+        padded = real[start] > (real[start - 1] + 1 if start else 0)  # what stands behind padding is not predicted, and no prompt by that
+        if first == start + 1 and (labels[start] != IGNORED or padded):
             length = stop - start
             cut = min(max(round(prompt_share * length), 1), length - 1)
             prompts.append(Prompt(ids[start : start + cut], min(length - cut, max_new_tokens)))

@@ -124,8 +124,12 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def rowless_tokens(tokenizer: Any, rows: int) -> frozenset[int]:
-    """The added tokens for which a model of so many rows has none, such as the image token that gemma 3's text models share with its others: it reads no text that holds one."""
-    return frozenset(place for place in tokenizer.added_tokens_decoder if place >= rows)
+    """The added tokens for which a model of so many rows has none, such as the image token that gemma 3's text models share with its others: it reads no text that holds one.
+
+    What every text begins, ends or is padded with is not among them: a model without a row for that has another tokenizer.
+    """
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *prefix_of(tokenizer)}
+    return frozenset(place for place in tokenizer.added_tokens_decoder if place >= rows and place not in used)
 
 
 def check_rows(ids: Iterable[int], rowless: frozenset[int], tokenizer: Any, which: str) -> None:
