@@ -36,13 +36,13 @@ from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.configs import read_config
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.bridging import Bridge
-from cbd_hub.evaluation import Documents, Losses, byte_losses
+from cbd_hub.evaluation import BITS, Documents, Losses, byte_losses
 from cbd_hub.families import family_of
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Head, ModelRunner, Output
 from cbd_hub.losses.bridge import byte_spans
 from cbd_hub.precision import best_device
-from cbd_hub.retokenize import BITS, retokenize
+from cbd_hub.retokenize import retokenize
 from cbd_hub.shapes import count, fill_ffn, shape_of
 from cbd_hub.texts import read_texts
 from cbd_hub.weights import load_model, load_tokenizer

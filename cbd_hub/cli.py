@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shlex
 import signal
@@ -296,7 +295,7 @@ def evaluate(
     from cbd_hub.distill.data import as_document, is_conversation, read_rows
     from cbd_hub.distill.packing import tokenised
     from cbd_hub.distill.same_bytes import SameBytes
-    from cbd_hub.evaluation import Documents, bits_per_byte, document_losses
+    from cbd_hub.evaluation import BITS, Documents, bits_per_byte, document_losses
     from cbd_hub.interpolation.live import ModelRunner
     from cbd_hub.precision import best_device
     from cbd_hub.questions import Question, choice_accuracy
@@ -345,7 +344,7 @@ def evaluate(
         if same is not None:
             of_bytes = same.losses(ModelRunner(model), tokenizer)
             error = of_bytes.stderr
-            in_bits = {"bits_per_byte": of_bytes.mean / math.log(2), "bits_per_byte_stderr": None if error is None else error / math.log(2)}
+            in_bits = {"bits_per_byte": of_bytes.mean * BITS, "bits_per_byte_stderr": None if error is None else error * BITS}
             counted = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())}
         rows.append({
             "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,

@@ -31,6 +31,7 @@ ENOUGH = 2048  # calibration tokens
 _BATCH_TOKENS = 2048
 _CHARACTERS = 16  # looked at for a token of a block
 IGNORED = -100
+BITS = 1 / math.log(2)  # in a nat
 
 
 @dataclass(frozen=True)

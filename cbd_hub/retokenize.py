@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 from cbd_hub.cards import license_of, retokenized_card
 from cbd_hub.configs import read_config, read_generation_config
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
-from cbd_hub.evaluation import Losses, byte_losses
+from cbd_hub.evaluation import BITS, Losses, byte_losses
 from cbd_hub.families import family_of
 from cbd_hub.files import check_absent, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
@@ -32,7 +31,6 @@ from cbd_hub.sizes import parse_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, write_safetensors
 
 
-BITS = 1 / math.log(2)  # in a nat
 _ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 _TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias")
 _OWN_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")

@@ -575,7 +575,7 @@ def test_a_finished_run_that_is_resumed_has_its_best_weights_again(tmp_path):
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(first).items())
 
 
-@pytest.mark.skipif(not has_bf16("cpu"), reason="bf16 is not quick on this CPU")
+@pytest.mark.skipif(not has_bf16("cpu"), reason="without bf16 instructions training is in fp32, which leaves attention as it is")
 def test_steps_on_the_path_have_the_short_attention_of_the_others(tmp_path):
     trainer, seen = trainer_for("llama", tmp_path, bf16=True, path_fraction=1.0), []
     run = trainer._between.run

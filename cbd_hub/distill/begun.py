@@ -29,7 +29,7 @@ def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: P
         stages: The recipe's stages.
         parts: Its documents; of a stream those that are trained on are not looked at, nor those of a stage's own data.
     """
-    text = hashlib.sha256(json.dumps([parts.train if isinstance(parts.train, list) else [], parts.calibration, parts.heldout], default=str).encode()).hexdigest()[:12]
+    text = fingerprint([parts.train if isinstance(parts.train, list) else [], parts.calibration, parts.heldout])[:12]
     found: dict[str, dict[str, Any]] = {teacher: {"teacher": recipe.teacher, "data": recipe.data.model_dump(), "seed": recipe.seed, "text": text}}
     for index, stage in enumerate(stages):
         own = recipe.stage_data(stage.anchor).model_dump()
@@ -88,6 +88,11 @@ class Begun:
         """What there is of an anchor that is begun."""
         anchor = self._work.parent / "anchors" / name
         return [*([str(anchor)] if anchor.exists() else []), str(self._work / name), f"{self._work / name}.*"]
+
+
+def fingerprint(rows: Any) -> str:
+    """A hash of plain data, such as rows of text."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, Any] | None:

@@ -121,13 +121,15 @@ class ChainDistiller(SamplingTrainer):
             kwargs.setdefault("data_collator", padded if self.bridge is None else self.bridge.rows.collate)
             rows = unpacked(wiring.train_dataset, processing_class, args)
             use_cache = getattr(student.config, "use_cache", None)
-            super().__init__(
-                model=model, args=args,
-                train_dataset=self._set_up_sampling(args, teacher, *(with_tokens(found, processing_class, args, model) for found in (rows, text_dataset))),
-                eval_dataset=with_tokens(wiring.eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
-            )
-            if use_cache is not None:
-                student.config.use_cache = use_cache  # the Trainer switches it off, for good; no pass of ours leaves it to the config
+            try:
+                super().__init__(
+                    model=model, args=args,
+                    train_dataset=self._set_up_sampling(args, teacher, *(with_tokens(found, processing_class, args, model) for found in (rows, text_dataset))),
+                    eval_dataset=with_tokens(wiring.eval_dataset, processing_class, args, model), processing_class=processing_class, **kwargs,
+                )
+            finally:
+                if use_cache is not None:
+                    student.config.use_cache = use_cache  # the Trainer switches it off, for good; no pass of ours leaves it to the config
             self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
             self.add_callback(MetricsFile())
             self.kept = kept

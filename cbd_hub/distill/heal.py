@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub.cards import Healed, value_text
 from cbd_hub.chain import Chain
-from cbd_hub.distill.begun import unfinished
+from cbd_hub.distill.begun import fingerprint, unfinished
 from cbd_hub.distill.checks import check_optimiser
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.healing import Healer, divided, documents_of
@@ -120,13 +119,13 @@ def heal(
     rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed, model.config.vocab_size)
     documents = documents_of(held_rows, tokenizer, args.block_size, heldout_tokens)
     asked = {
-        "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": _fingerprint([rows if isinstance(rows, list) else [], held_rows]),
-        **({} if cache is None else {"cache": _fingerprint(cache.record.source.model_dump())}),
+        "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": fingerprint([rows if isinstance(rows, list) else [], held_rows]),
+        **({} if cache is None else {"cache": fingerprint(cache.record.source.model_dump())}),
         "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
         **training, "max_steps": args.max_steps, "processes": args.world_size,
     }
     target, first = None if output_dir is None else Path(output_dir), args.process_index == 0
-    dtype, use_cache = model.dtype, model.config.use_cache
+    dtype = model.dtype
     with _workplace(target, asked, args) as work:
         args.output_dir = str(work / "run")
         set_seed(args.seed)
@@ -138,10 +137,9 @@ def heal(
                 )
                 _train(healer, teacher.name, progress if progress is not None and first else lambda line: None)
         except BaseException:
-            _cast(model, dtype).config.use_cache = use_cache
+            _cast(model, dtype)
             raise
         healed = _result(healer, dtype, merge)
-        healed.config.use_cache = use_cache  # the Trainer switches it off
         record = _record(healed, healer, documents, teacher=teacher.name, by=_way(peft_config), earlier=made.get("healed"))
         healed.config.cbd = {**made, "healed": record.model_dump()}
         if progress is not None and first:
@@ -354,7 +352,3 @@ def _way(peft_config: Any) -> str:
 def _as_text(value: Any) -> Any:
     """What JSON has no word for: sets in one order, whatever the process, and the rest as text."""
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _fingerprint(rows: Any) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()

@@ -24,11 +24,11 @@ from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.progress import show_stage
 from cbd_hub.errors import ArgumentError
-from cbd_hub.evaluation import Losses
+from cbd_hub.evaluation import BITS, Losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.precision import best_device
-from cbd_hub.retokenize import BITS, Retokenized, difference_of, measured, retokenize
+from cbd_hub.retokenize import Retokenized, difference_of, measured, retokenize
 from cbd_hub.texts import utf8
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
 

@@ -22,7 +22,7 @@ from cbd_hub.cards import license_of
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, unique_name
 from cbd_hub.configs import read_config
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
-from cbd_hub.distill.begun import Begun, dependencies
+from cbd_hub.distill.begun import Begun, dependencies, fingerprint
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.growing import Finished, made_by
@@ -39,7 +39,7 @@ from cbd_hub.distill.stages import (
     stage_tokenizers,
 )
 from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError, TrainingError, one_line
-from cbd_hub.evaluation import document_losses
+from cbd_hub.evaluation import BITS, document_losses
 from cbd_hub.files import ASIDE, disk_error, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
@@ -253,9 +253,9 @@ class _Run:
             loaded = self._load(name) if model is None else model
             with frozen(loaded):
                 losses = same.losses(ModelRunner(loaded), self.tokenizers[self._place(name)])
-            return {"bits_per_byte": losses.mean / math.log(2)}
+            return {"bits_per_byte": losses.mean * BITS}
 
-        bits: float = self._remembered(f"{name}.bits-{same.sha256[:16]}", measure)["bits_per_byte"]
+        bits: float = self._remembered(f"{name}.bits-{fingerprint(same.documents)[:16]}", measure)["bits_per_byte"]
         return bits
 
     def _teacher(self) -> Anchor:

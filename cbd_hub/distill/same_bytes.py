@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,11 +50,6 @@ class SameBytes:
                 break
         if not self.documents:
             raise DataError(f"no row is read whole in {block_size:,} tokens by every tokenizer of the chain, so that bits per byte cannot be compared; give shorter rows, or a larger block_size")
-
-    @property
-    def sha256(self) -> str:
-        """A hash of what is read."""
-        return hashlib.sha256(json.dumps(self.documents, default=str).encode()).hexdigest()
 
     def losses(self, runner: Runner, tokenizer: Any) -> Losses:
         """Nats of each document, and bytes in the place of tokens."""
