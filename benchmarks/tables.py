@@ -220,19 +220,23 @@ def quality(data: dict[str, Any]) -> str:
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
-    """The middle of each kind of segment against models that were trained for it."""
-    rows = data["rows"]
-    names = dict.fromkeys(name for row in rows for name in row["rivals"])
-    head = ["", *(", ".join(filter(None, (f"{row['segment']}: {format_size(row['parameters'])}", row["by"].partition(", ")[2]))) for row in rows)]
-    lines = [
-        ["the chain's", *(f"{row['loss']:.3f} ± {row['stderr']:.3f}" for row in rows)],
-        ["its less the chord's", *(pair(row.get("to_chord")) for row in rows)],
-        *([name, *(pair(row["rivals"].get(name, {}).get("minus")) for row in rows)] for name in names),
-    ]
+    """The middle of each kind of segment against models that were trained for it: as made, and where all were healed alike."""
+
+    def side_by_side(rows: list[dict[str, Any]]) -> str:
+        names = dict.fromkeys(name for row in rows for name in row["rivals"])
+        head = ["", *(", ".join(filter(None, (f"{row['segment']}: {format_size(row['parameters'])}", row["by"].partition(", ")[2]))) for row in rows)]
+        chords = [["its less the chord's", *(pair(row.get("to_chord")) for row in rows)]] if any("to_chord" in row for row in rows) else []
+        return table(head, [
+            ["the chain's", *(f"{row['loss']:.3f} ± {row['stderr']:.3f}" for row in rows)], *chords,
+            *([name, *(pair(row["rivals"].get(name, {}).get("minus")) for row in rows)] for name in names),
+        ])
+
+    healed = [row for row in data["rows"] if "healed" in row["by"]]
+    made = side_by_side([row for row in data["rows"] if row not in healed])
     return (
-        f"{table(head, lines)}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
+        f"{made}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
         f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired."
-        f"{' Healed: all of them, on a 20th of those tokens.' if any('healed' in row['by'] for row in rows) else ''} `{data['command']}`"
+        + (f" All of them healed, on a 20th of those tokens:\n\n{side_by_side(healed)}\n\n" if healed else " ") + f"`{data['command']}`"
     )
 
 
