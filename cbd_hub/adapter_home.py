@@ -64,8 +64,9 @@ class Stand:
 def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) -> Stand:
     """Where an adapter was trained.
 
-    As ``size`` says; else the config.json beside it or in its base model's folder, if cbd_hub wrote it; else its base model's name, where that is an anchor's; else
-    the one place that its modules and their shapes fit. All are checked against the modules and the shapes.
+    As ``size`` says, made as the config.json below records it where that is of this size; else the config.json beside it or in its base model's folder, if cbd_hub
+    wrote it; else its base model's name, where that is an anchor's; else the one place that its modules and their shapes fit, as a chain makes it by its size.
+    All are checked against the modules and the shapes.
 
     Args:
         files: The chain.
@@ -76,14 +77,17 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
         ArgumentError: If it fits nothing, or more than one thing.
     """
     files = replace(files, glance=True)
-    if size is not None:
-        found = Stand.of(files, plan_in(files, size), "adapter_size")
-        _check(files, adapter, found, f"adapter_size={size!r}")
-        return found
     base = adapter.config.get("base_model_name_or_path")
-    for folder, by in ((adapter.folder, "config.json"), (Path(base).expanduser() if isinstance(base, str) and base else None, "base_model_name_or_path")):
-        if folder is not None and (recorded := _recorded(files, adapter, folder, by)) is not None:
+    folders = {"config.json": adapter.folder, **({"base_model_name_or_path": Path(base).expanduser()} if isinstance(base, str) and base else {})}
+    recorded = next((found for by, folder in folders.items() if (found := _recorded(files, adapter, folder, by)) is not None), None)
+    if size is not None:
+        said = Stand.of(files, plan_in(files, size), "adapter_size")
+        if recorded is not None and recorded.parameters == said.parameters:  # the same size, and besides how it was made
             return recorded
+        _check(files, adapter, said, f"adapter_size={size!r}")
+        return said
+    if recorded is not None:
+        return recorded
     anchor = _named(files, base) if isinstance(base, str) else None
     if anchor is not None:
         found = Stand.of(files, plan_in(files, anchor.parameters), "base_model_name_or_path")
@@ -192,7 +196,9 @@ def _by_shapes(files: ChainFiles, adapter: Adapter) -> Stand:
             config = anchor_config(files, large)
             homes += [(shape, f"{shape.layers} layers ({format_size(count(shape, config))}) between {small.name} and {large.name}") for shape in _between(adapter, small, large, config)]
     if len(homes) == 1:
-        return Stand.of(files, plan_in(files, shape=homes[0][0]), "shapes")
+        plan = plan_in(files, shape=homes[0][0])
+        sized = plan_in(files, plan.parameters)
+        return Stand.of(files, sized if sized.shape == plan.shape else plan, "shapes")
     if homes:
         named = ", ".join(name for _, name in homes[:3]) + (f" and {len(homes) - 3} more" if len(homes) > 3 else "")
         raise ArgumentError(f"adapter {adapter.name} fits {named} of {files.name} alike ({_shown(adapter)}); say by adapter_size= which it was trained on")

@@ -77,12 +77,13 @@ class CarriedAdapter:
             StorageError: If the folder is in the way or the disk is full.
         """
         with staged_folder(Path(folder)) as target:
-            same = self.plan.adapter is not None and self.plan.adapter["steps"] == 0
-            if same:
-                for name in (CONFIG, WEIGHTS):
-                    shutil.copyfile(self.source.folder / name, target / name)
+            if self.config == self.source.config:
+                shutil.copyfile(self.source.folder / CONFIG, target / CONFIG)
             else:
                 write_text(target / CONFIG, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+            if self.plan.adapter is not None and self.plan.adapter["steps"] == 0:
+                shutil.copyfile(self.source.folder / WEIGHTS, target / WEIGHTS)
+            else:
                 save_file(self.tensors, target / WEIGHTS, metadata={"format": "pt"})
             for name in TOKENIZER_FILES:
                 if (self.source.folder / name).is_file():
@@ -186,7 +187,7 @@ def carried_to(
     home, target = home_of(glance, source, size), Stand.of(glance, plan)
     steps = route(glance, home, target)
     family, anchors = family_of(home.config), files.manifest.anchors
-    if weights and steps and source.copies:
+    if weights and source.copies:
         _check_copies(files, source, home)
     changes: Changes = changes_of(family, source, source.modules)
     for large, start, goal in steps:
@@ -200,7 +201,8 @@ def carried_to(
         "target": {"size": target.named(files), "parameters": plan.parameters, "shape": plan.shape.text}, "steps": len(steps),
         "modules": {"home": len(source.modules), "target": len(modules)}, "ranks": {"home": source.ranks, "target": replace(source, modules=modules).ranks},
     }
-    config = source.config if not steps else config_of(source, modules, paths_of(target.config), base_model or _base(files, plan))
+    renamed = {} if base_model is None else {"base_model_name_or_path": base_model}
+    config = config_of(source, modules, paths_of(target.config), base_model or _base(files, plan)) if steps else {**source.config, **renamed}
     made = replace(plan, adapter=lineage)
     model_config = made_config(files if weights else glance, made)
     return CarriedAdapter(made, config, tensors_of(modules) if steps else dict(source.tensors), source, model_config, modules)
@@ -218,7 +220,7 @@ def route(files: ChainFiles, home: Stand, target: Stand) -> list[tuple[int, Plac
         return Place(anchors[index].shape, Mix(alpha=1.0))
 
     if (home.small, home.large) == (target.small, target.large):
-        return [] if home.place.shape == target.place.shape else [(home.large, home.place, target.place)]
+        return [] if home.place.alike(target.place) else [(home.large, home.place, target.place)]
     down = home.small <= target.large
     first, last = (home.small, target.large) if down else (home.large, target.small)
     if home.small != home.large:

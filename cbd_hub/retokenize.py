@@ -31,6 +31,7 @@ from cbd_hub.sizes import parse_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, write_safetensors
 
 
+_ROWS = 4096  # composed at once
 _ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
 _TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias")
 _OWN_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
@@ -161,14 +162,15 @@ def _recomposed(tensor: Tensor, dim: int, parts: Sequence[Sequence[int]]) -> Ten
     """Rows (along ``dim``) that are rows of a tensor, or means of several, made in fp32."""
     first = torch.tensor([part[0] for part in parts])
     made = tensor.index_select(dim, first)
-    several = [place for place, part in enumerate(parts) if len(part) > 1]
-    if several:
-        flat = tensor.movedim(dim, 0)
+    flat, rows = tensor.movedim(dim, 0), made.movedim(dim, 0)
+    composed = [place for place, part in enumerate(parts) if len(part) > 1]
+    for start in range(0, len(composed), _ROWS):
+        several = composed[start : start + _ROWS]
         owners = torch.cat([torch.full((len(parts[place]),), number) for number, place in enumerate(several)])
         sums = flat.new_zeros(len(several), *flat.shape[1:], dtype=torch.float32)
         sums.index_add_(0, owners, flat[torch.tensor([token for place in several for token in parts[place]])].float())
         counts = torch.bincount(owners).view(-1, *[1] * (flat.dim() - 1))
-        made.movedim(dim, 0)[torch.tensor(several)] = (sums / counts).to(made.dtype)
+        rows[torch.tensor(several)] = (sums / counts).to(made.dtype)
     return made
 
 

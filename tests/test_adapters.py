@@ -16,8 +16,8 @@ from test_every_family import IDS, pair, shape_in
 from transformers import AutoModelForCausalLM
 
 from cbd_hub import CBDModel, Chain, assemble_chain, carry_adapter, heal
-from cbd_hub.adapter_files import CONFIG, LINEAGE, WEIGHTS, targeted
-from cbd_hub.adapter_home import paths_of
+from cbd_hub.adapter_files import CONFIG, LINEAGE, WEIGHTS, read_adapter, targeted
+from cbd_hub.adapter_home import home_of, paths_of
 from cbd_hub.errors import ArgumentError, CBDError, SizeError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.align import fit, segment_with
@@ -179,11 +179,18 @@ def test_aligned_anchors_meet_in_common_coordinates(name, residual):
     segment = segment_with(fit(small, large, residual=residual), small, large)
     assert segment.maps is not None
     middle = segment.small_shape.model_copy(update={"layers": 4, "ffn": (segment.small_shape.ffn + segment.large_shape.ffn) // 2})
-    at_small, at_large = anchors_of(segment)
+    (at_small, at_large), blended, padded = anchors_of(segment), Place(middle, MIX), Place(middle, PADDING)
     for source, model in ((at_large, large), (at_small, small)):
         changes = changes_of(model)
-        ours, theirs, found = (carry(segment, changes, source, place) for place in (at_small, at_large, Place(middle, MIX)))
+        ours, theirs, found = (carry(segment, changes, source, place) for place in (at_small, at_large, blended))
         assert_what_the_plan_makes(blend_plan(segment, middle, MIX), small, large, ours, theirs, found, 1e-3)
+    for one, other in ((blended, padded), (padded, blended)):  # one shape, and two kinds of coordinates
+        changes = carry(segment, changes_of(small), at_small, one)
+        moved, expected = carry(segment, changes, one, other), carry(segment, carry(segment, changes, one, at_small), at_small, other)
+        assert moved.keys() == expected.keys()
+        for key, change in expected.items():
+            torch.testing.assert_close(moved[key].dense(), change.dense(), rtol=1e-9, atol=1e-9)
+        assert any((moved[key].dense() - changes[key].dense()).abs().max() > 0.1 for key in moved)
 
 
 def test_weights_that_do_not_factor_concatenate_ranks():
@@ -441,6 +448,48 @@ def test_the_record_of_the_base_models_folder_is_read_first(narrow, tmp_path):
     adapter = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "made"), tmp_path / "lora", targets=["q_proj"], layers_to_transform=[0, 1])
     home = carry_adapter(adapter, narrow, "max").plan.adapter["home"]
     assert (home["found_by"], home["parameters"]) == ("base_model_name_or_path", CBDModel.plan(narrow, middles(narrow)[0]).parameters)
+
+
+def test_the_home_of_a_padded_size_is_padded_unless_a_record_says_how_else_it_was_made(tmp_path):
+    """Where the curve sags a size is the smaller anchor padded, in that one's coordinates: so is the home that shapes or a size tell, but not a blend that a folder records."""
+    chain = chain_of(tmp_path, tiny.llama(layers=4, ffn=64, seed=1), tiny.llama(layers=2, ffn=48, seed=2))
+    manifest, middle = json.loads((chain / "chain.json").read_text()), middles(chain)[0]
+    for size, loss in ((manifest["anchors"][0]["parameters"], 1.0), (middle, 9.0), (manifest["anchors"][1]["parameters"], 2.0)):
+        point = {"size": size, "strategy": "blend", "loss": loss, "stderr": 0.1, "tokens": 100, "dataset": "text"}
+        if size == middle:
+            manifest["links"][0]["curve"] = [point]
+        else:
+            anchor = next(anchor for anchor in manifest["anchors"] if anchor["parameters"] == size)
+            anchor["evaluations"] = [{name: value for name, value in point.items() if name not in ("size", "strategy")}]
+    (chain / "chain.json").write_text(json.dumps(manifest))
+    assert CBDModel.plan(chain, middle).mix == PADDING
+    files = Chain.from_pretrained(chain).files
+
+    def home(adapter, size=None):
+        return home_of(files, read_adapter(adapter, files.options), size).place
+
+    assert home(on(chain, middle, tmp_path / "padded")).padded
+    CBDModel.materialize(chain, middle, strategy="blend", alpha=0.5, output_dir=tmp_path / "blended")
+    blended = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "blended"), tmp_path / "lora")
+    assert home(blended).mix.alpha == home(blended, middle).mix.alpha == 0.5
+
+
+def test_a_weight_that_was_trained_beside_the_lora_is_refused_at_home_too(tmp_path):
+    chain = chain_of(tmp_path, tiny.llama(layers=3, tied=False, seed=1), tiny.llama(layers=2, tied=False, seed=2))
+    model = CBDModel.from_chain(chain, "max")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-4:] += 1  # new tokens, set by hand
+    adapter = lora(model, tmp_path / "lora", targets=["embed_tokens", "q_proj"])
+    for act in (lambda: CBDModel.from_chain(chain, "max", adapter=adapter), lambda: CBDModel.materialize(chain, "max", adapter=adapter, output_dir=tmp_path / "merged")):
+        with pytest.raises(ArgumentError, match="trained or resized beside the LoRA"):
+            act()
+
+
+def test_the_base_model_can_be_named_at_home_too(chain, tmp_path):
+    adapter = on(chain, "max", tmp_path / "lora", targets=["q_proj"])
+    carry_adapter(adapter, chain, "max", base_model="org/other", output_dir=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / CONFIG).read_text()) == {**json.loads((adapter / CONFIG).read_text()), "base_model_name_or_path": "org/other"}
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
 
 
 def test_an_embedding_of_a_size_in_between_is_carried(chain, tmp_path):

@@ -172,6 +172,19 @@ def test_a_head_tied_to_the_embedding_takes_a_signed_permutation():
     same_parameters(align(other, model), model, 1e-3)
 
 
+def test_a_tied_model_that_is_turned_is_said_to_compute_nearly_what_it_did(caplog):
+    torch.manual_seed(0)
+    ids = [torch.randint(tiny.VOCAB, (24,)) for _ in range(4)]
+    small, large = tiny.qwen2(layers=2, hidden=24, heads=4, ffn=24, seed=1, kv_heads=2, head_dim=8), tiny.qwen2(layers=3, seed=20, kv_heads=2, head_dim=8)
+    with torch.no_grad():
+        for model in (small, large):
+            model.model.norm.weight.mul_(torch.exp(0.3 * torch.randn_like(model.model.norm.weight)))
+    align(small, large)
+    assert not caplog.records
+    align(small, large, ids)
+    assert "computes nearly what the model did: on random tokens its logits differ by" in caplog.text
+
+
 WIDER = {"hidden": 48, "heads": 6, "ffn": 72, "layers": 5}
 
 

@@ -15,6 +15,7 @@ from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import ArgumentError, DataError, StorageError
+from cbd_hub.files import ASIDE
 
 
 K, BLOCK = 24, 32
@@ -75,6 +76,19 @@ def test_killed_and_run_again_it_comes_out_the_same(cache, tmp_path, stop):
     assert asked[0] == (8 if stop != 1 else 32)
     assert files(folder) == files(cache)
     assert not (folder / ".work").exists()
+
+
+def test_only_what_a_killed_run_left_is_removed(cache, tmp_path):
+    folder = tmp_path / "c"
+
+    def visited(done, total):
+        (folder / ".ipynb_checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / ".note").write_text("of the user")
+        (folder / f".README.md.x{ASIDE}").write_text("half")
+
+    write(folder, progress=visited)
+    assert (folder / "cache.json").read_bytes() == (cache / "cache.json").read_bytes()
+    assert {path.name for path in folder.glob(".*")} == {".ipynb_checkpoints", ".note"}
 
 
 def test_a_finished_cache_is_not_made_again(cache, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from cbd_hub.distill.packing import IGNORED, collate, next_tokens
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
 from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError, one_line
-from cbd_hub.files import disk_error, sha256, write_text
+from cbd_hub.files import ASIDE, disk_error, sha256, write_text
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.losses.alignment import prefix_of
@@ -271,9 +271,8 @@ def _write(
     )
     record = CacheRecord(schema_version=SCHEMA_VERSION, created_with=f"cbd_hub {version('cbd-hub')}", source=source, figures=figures, shards=shards)
     write_text(target / "README.md", cache_card(record.model_dump()))
-    for path in target.glob(".*"):
-        if path != work:
-            path.unlink()  # left by a run that was killed while it wrote
+    for path in target.glob(f".*{ASIDE}"):
+        path.unlink()  # left by a run that was killed while it wrote
     write_text(target / FILE_NAME, record.model_dump_json(indent=1) + "\n")
     shutil.rmtree(work)
 

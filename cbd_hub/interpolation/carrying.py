@@ -59,6 +59,10 @@ class Place:
         """Whether it is the smaller neighbour padded."""
         return self.mix == PADDING
 
+    def alike(self, other: Place) -> bool:
+        """Whether units stand in the same coordinates at both, so that a change at one is the same at the other."""
+        return (self.shape, self.padded, self.whole) == (other.shape, other.padded, other.whole)
+
 
 def carry(segment: Segment, changes: Changes, source: Place, target: Place) -> Changes:
     """Changes at one place of a segment carried to another; an anchor is the place of its shape.
@@ -73,7 +77,7 @@ def carry(segment: Segment, changes: Changes, source: Place, target: Place) -> C
         Those of a model at ``target``; a weight that the source's changes do not reach has none.
     """
     small, large = Place(segment.small_shape, Mix(alpha=1.0)), Place(segment.large_shape, Mix(alpha=0.0))
-    if source.shape == target.shape:
+    if source.alike(target):
         return changes
     plain = replace(segment, blend=Blend(), maps=None)  # a padded model is in the smaller one's own coordinates
     if source.padded and source.shape != small.shape:

@@ -27,8 +27,8 @@ def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, s
     """The segment's maps after gradient steps on the cross-entropy of models in between, each map still orthogonal.
 
     A map M becomes ``exp(A - A^T) M``: of the residual stream any generator A (one that leaves the mean alone where norms subtract it), of queries and
-    keys only what commutes with rotary positions. Whatever it finds, each neighbour computes what it did: only what lies between them moves. Orders
-    and signs stay. Where the middle already loses no more than its ends, nothing is done.
+    keys only what commutes with rotary positions. Whatever it finds, each neighbour computes what it did, nearly so where heads are tied and the residual
+    stream is turned: only what lies between them moves. Orders and signs stay. Where the middle already loses no more than its ends, nothing is done.
 
     Args:
         segment: The segment, with fitted maps.
