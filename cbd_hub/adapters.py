@@ -41,7 +41,7 @@ from cbd_hub.interpolation.carrying import Changes, Place, carry
 from cbd_hub.interpolation.execute import materialise
 from cbd_hub.interpolation.low_rank import LowRank
 from cbd_hub.interpolation.planner import Plan
-from cbd_hub.manifest import Mix, Shape
+from cbd_hub.manifest import Mix, Shape, public
 from cbd_hub.plans import anchor_config, made_config, plan_in, segment_between
 from cbd_hub.remote import open_weights
 from cbd_hub.sizes import format_size
@@ -196,7 +196,7 @@ def carried_to(
     if not modules:
         raise ArgumentError(f"adapter {source.name} changes only layers that {target.named(files)} does not hold; ask for a larger size")
     lineage = {
-        "adapter": source.name, "revision": source.revision, "chain": files.name if files.revision is not None else plan.chain, "chain_revision": files.revision,
+        "adapter": public(source.name), "revision": source.revision, "chain": files.name if files.revision is not None else plan.chain, "chain_revision": files.revision,
         "home": {"size": home.named(files), "parameters": home.parameters, "shape": home.place.shape.text, "found_by": home.by},
         "target": {"size": target.named(files), "parameters": plan.parameters, "shape": plan.shape.text}, "steps": len(steps),
         "modules": {"home": len(source.modules), "target": len(modules)}, "ranks": {"home": source.ranks, "target": replace(source, modules=modules).ranks},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -22,6 +23,7 @@ from cbd_hub.sizes import format_size
 
 
 _BEGIN, _END = "<!-- cbd_hub:begin", "<!-- cbd_hub:end -->"
+_METADATA = "<!-- cbd_hub:metadata "  # begins the line of the block that repeats what was generated of the metadata: the rest is a person's
 # The ids that the Hub's metadata may hold.
 _LICENSES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m openrail++ afl-3.0
@@ -170,15 +172,14 @@ def cut_card(name: str, summary: dict[str, Any], *, license: str | None) -> str:
 
     Args:
         name: Its name.
-        summary: What `cbd_hub.single.Single.summary` says of it.
+        summary: What `cbd_hub.single.Single.summary` says of it: what its config.json holds, and its shape.
         license: Licence of the model where it is known; it is never invented.
 
     Returns:
         Markdown with the metadata of a model card.
     """
-    source = summary["model"]
     return _render(
-        "cut.md.j2", name=name, license=license_lines(license), repo=source if is_repo_id(source) else None, whole=format_size(summary["whole_parameters"]),
+        "cut.md.j2", name=name, license=license_lines(license), repo=summary["model"] if summary["revision"] else None, whole=format_size(summary["whole_parameters"]),
         **summary,
     )
 
@@ -351,16 +352,20 @@ def read_card(path: Path, name: str | None = None) -> str | None:
         raise ArgumentError(f"{whose} is not UTF-8 (byte {error.start:,}), and its words could not be kept; save it as UTF-8 and run the same command again") from error
 
 
-def merge_card(old: str | None, new: str, licence: str | None = None) -> str:
+def is_ours(card: str) -> bool:
+    """Whether a README has a block that cbd_hub writes."""
+    return _BEGIN in card
+
+
+def merge_card(old: str | None, new: str) -> str:
     """A card written anew that keeps what people wrote into the old one.
 
-    The marked block is replaced and the text around it kept; of the metadata what only the old one has is kept, tags and data sets of both
-    are kept, and a licence that a person put there stands.
+    The marked block is replaced and the text around it kept. Of the old metadata what was generated goes, as the block repeats it; of the rest what only the old
+    one has is kept, tags and data sets of both are kept, and a licence that a person put there stands.
 
     Args:
         old: The README that is there; None for none.
         new: The card.
-        licence: The licence that the old one was generated with: it is no person's, and goes where the new one has another or none.
 
     Returns:
         The README to publish.
@@ -373,8 +378,13 @@ def merge_card(old: str | None, new: str, licence: str | None = None) -> str:
         data, body = written.data.to_dict(), written.text
     except Exception:  # a card that cannot be read is all hand-written text
         data, body = {}, old
-    if licence is not None and (data.get("license_name") or data.get("license")) == _license_id(licence):
+    generated = _generated(body)
+    if generated.get("license") == data.get("license") and generated.get("license_name") == data.get("license_name"):
         data = {field: value for field, value in data.items() if field not in ("license", "license_name", "license_link")}
+    for field in ("base_model", "base_model_relation", "tags", "datasets"):
+        if field in data and isinstance(data[field], (str, list)):
+            rest = [entry for entry in _texts(data[field]) if entry not in _texts(generated.get(field))]
+            data = {**data, field: rest} if rest else {name: value for name, value in data.items() if name != field}
     merged = {**data, **fresh.data.to_dict()}
     for field in ("tags", "datasets", "language"):
         if isinstance(data.get(field), (str, list, type(None))):  # anything else is for the check of the card to refuse
@@ -393,6 +403,28 @@ def merge_card(old: str | None, new: str, licence: str | None = None) -> str:
         body = block + "\n\n" + body.strip()
     head = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n{body.strip()}\n"
+
+
+def _generated(body: str) -> dict[str, Any]:
+    """The metadata that a card's block says was generated with it."""
+    _, found, rest = body.partition(_METADATA)
+    try:
+        values = json.loads(rest.partition(" -->")[0]) if found else {}
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _repeated(card: str) -> str:
+    """A card whose block repeats the metadata that a person may change."""
+    if not is_ours(card):
+        return card
+    data = RepoCard(card).data.to_dict()
+    fields = {field: data[field] for field in ("license", "license_name", "base_model", "base_model_relation", "tags", "datasets") if field in data}
+    head, begin, rest = card.partition(_BEGIN)
+    line, end, rest = rest.partition("\n")
+    text = json.dumps(fields).replace("--", "-\\u002d")
+    return f"{head}{begin}{line}{end}{_METADATA}{text} -->\n{rest}"
 
 
 def _texts(value: Any) -> list[Any]:
@@ -429,4 +461,4 @@ def _above(loss: float, chord: float | None) -> str:
 
 def _render(template: str, **values: Any) -> str:
     loader = FunctionLoader(lambda name: (files("cbd_hub.model_cards") / name).read_text(encoding="utf-8"))
-    return Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).get_template(template).render(**values)
+    return _repeated(Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).get_template(template).render(**values))

@@ -38,6 +38,7 @@ def headers(token: str | bool | None = None) -> dict[str, str]:
     return build_hf_headers(token=token, **NAME)
 
 
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _counter: ContextVar[Callable[[int], None] | None] = ContextVar("counter", default=None)
 
 
@@ -64,6 +65,12 @@ class Bar(tqdm):
         self._tell(n or 0)
         return super().update(n)
 
+    def update_transfer(self, n: float | None = 1) -> None:
+        """Bytes of the network, which of hf-xet are not those of the file: not counted. That it is there spares a second bar for them."""
+
+    def set_transfer_postfix_str(self, text: str = "", refresh: bool = True) -> None:
+        """Their rate, which is not shown."""
+
     def _tell(self, count: float) -> None:
         if self._counter is not None:
             self._counter(int(count))
@@ -80,7 +87,7 @@ def reason(error: BaseException, token: Any = None) -> str:
     for secret in (token, get_token()):
         if isinstance(secret, str) and secret:
             text = text.replace(secret, "hf_***")
-    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "hf_***", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text))
+    text = TOKEN.sub("hf_***", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text))
     return text[:200]
 
 

@@ -15,13 +15,13 @@ from cbd_hub import shapes
 from cbd_hub.cards import chain_card, license_of, merge_card, read_card, shared_license
 from cbd_hub.chain import Chain, ChainBuilder, check_pair, unique_name
 from cbd_hub.configs import read_config
-from cbd_hub.errors import ArgumentError
+from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.files import chunk_hashes, sha256, write_bytes, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.planner import Kept, layer_types
 from cbd_hub.links import plain_link
-from cbd_hub.manifest import FILE_NAME, Anchor, Blend, FileRecord, Link, Location, PathRecord
+from cbd_hub.manifest import FILE_NAME, Anchor, Blend, FileRecord, Link, Location, Manifest, PathRecord
 from cbd_hub.plans import coordinates_of, stored_coordinates
 from cbd_hub.publish import commit_index, push_anchor
 from cbd_hub.upload import Publication, Say
@@ -58,7 +58,7 @@ def add_anchor(
         ArgumentError: If the chain has an anchor of that size.
         ArchitectureError: If it does not fit its neighbours.
         VocabularyMismatchError: If its tokenizer is another.
-        StorageError: If the Hub cannot be reached or refuses.
+        StorageError: If the Hub cannot be reached or refuses, or the chain was changed meanwhile.
     """
     folder = resolve_checkpoint(checkpoint, options={"token": token})
     config = read_config(folder)
@@ -109,6 +109,8 @@ def add_anchor(
         if chain.files.revision is not None:
             return commit_index(chain.files, manifest, beside, anchor, folder, token=token, create_pr=create_pr, say=say)
         root = chain.files.root
+        if Manifest.read(root) != chain.manifest:
+            raise StorageError(f"{chain.name} has changed since it was read; nothing was written to it, run the same command again")
         for target, source in beside.items():
             write_bytes(root / target, source.read_bytes())
     card = root / "README.md"
@@ -116,7 +118,7 @@ def add_anchor(
     write_text(root / FILE_NAME, manifest.to_json())
     for tokenizer_file in {*TOKENIZER_FILES} - {*beside} if place == 0 else ():
         (root / tokenizer_file).unlink(missing_ok=True)
-    write_text(card, merge_card(read_card(card), text, shared_license(chain.manifest, chain.anchors)))
+    write_text(card, merge_card(read_card(card), text))
     return Publication(chain.name, None, {name: (repo_id, commit)})
 
 

@@ -8,6 +8,7 @@ was killed goes on when it is started again: what is there already is not sent a
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,14 @@ from cbd_hub.cards import (
     chain_card,
     check_card,
     curve_picture,
+    cut_card,
     interpolant_card,
+    license_of,
     merge_card,
     read_card,
     shared_license,
 )
+from cbd_hub.client import TOKEN, reason
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
@@ -42,9 +46,13 @@ from cbd_hub.upload import Content, Publication, Publisher, Repo, Say
 from cbd_hub.weights import Checkpoint, read_header
 
 
+logger = logging.getLogger(__name__)
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
-_OLD_MODEL = (".safetensors", ".safetensors.index.json", *TOKENIZER_FILES)  # goes when a repo gets another model
 _ADAPTER = "adapter_config.json"
+# What goes when a repo gets another model; all else there is a person's.
+_OLD_MODEL = (
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", _ADAPTER, "adapter_model.safetensors", *TOKENIZER_FILES
+)
 _MODEL_FILES = ("config.json", _ADAPTER, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
@@ -68,8 +76,8 @@ def push_chain(
     pinned = {anchor.name: anchor.location.revision for anchor in manifest.anchors}
     card = chain_card(manifest, repo_id=repo_id, anchor_repos=repos, recipe=shared, datasets=_datasets(recipe))
     if files.revision is None:
-        card = merge_card(read_card(files.root / "README.md"), card, shared_license(manifest, manifest.anchors))
-    index = Repo(repo_id, f"Chain {manifest.name}: {', '.join(repos)}", {}, card, ("chunks/", "maps/", "curve.png", "recipe.yaml", *TOKENIZER_FILES), index=True)
+        card = merge_card(read_card(files.root / "README.md"), card)
+    index = Repo(repo_id, f"Chain {manifest.name}: {', '.join(repos)}", {}, card, ("chunks/*", "maps/*", "curve.png", "recipe.yaml", *TOKENIZER_FILES), index=True)
     if dry_run:
         index.files = _index_files(files, _published(manifest, repos, dict.fromkeys(repos, "0" * 40), previews), shared)
         check_card(index.card, repo_id)
@@ -91,7 +99,10 @@ def push_chain(
         made_tag = publisher.tag(repo_id, commit, tag)
         if collection:
             notes = {repo_id: "the chain", **{repo: f"anchor {name}" for name, repo in repos.items()}}
-            slug = publisher.collect(repo_id, notes, bool(private or index.private))
+            try:
+                slug = publisher.collect(repo_id, notes, bool(private or index.private))
+            except StorageError as error:
+                logger.warning("%s is published, but no collection could be made of it (%s); --no-collection leaves it out", repo_id, reason(error.__cause__ or error, token))
     return Publication(
         repo_id, commit, {name: (repos[name], pinned[name]) for name in repos}, {repo.id: repo.bytes for repo in (*anchors.values(), index)}, made_tag,
         slug, publisher.pull_requests,
@@ -134,7 +145,7 @@ def push_model(
         healed = None if made.get("healed") is None else Healed.model_validate(made["healed"])
     except ValidationError as error:
         raise WeightsError(f"{folder / 'config.json'} is refused at cbd.healed.{'.'.join(map(str, error.errors()[0]['loc']))}; heal the model again") from error
-    chain, manifest, bases, license = None, None, [], None
+    chain, manifest, bases, license = None, None, [], license_of(folder)
     if is_repo_id(str(made.get("chain"))) and made.get("revision"):
         chain = str(made["chain"])
         manifest = open_chain(chain, revision=str(made["revision"]), token=token).manifest
@@ -154,7 +165,9 @@ def push_model(
     card = interpolant_card(
         repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed, base=base if adapter else None,
     )
-    repo = Repo(repo_id, "Model made with cbd_hub", files, card, _OLD_MODEL)
+    if made.get("strategy") == "cut":
+        card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, license=license_of(folder))
+    repo = Repo(repo_id, "Model made with cbd_hub", files, merge_card(read_card(folder / "README.md"), card), _OLD_MODEL)
     return _push_one(repo, Publisher(token, private, gated, create_pr, commit_message, say), dry_run)
 
 
@@ -191,9 +204,8 @@ def commit_index(
     picture = curve_picture(manifest)
     if picture is not None:
         contents["curve.png"] = picture
-    before = shared_license(files.manifest, files.manifest.anchors)
     stale = ("curve.png", *(TOKENIZER_FILES if anchor.name == manifest.anchors[0].name else ()))  # the chain's tokenizer is the first anchor's
-    repo = Repo(files.name, f"Anchor {anchor.name} in {anchor.location.repo_id}", contents, card, stale, index=True, licence=before)
+    repo = Repo(files.name, f"Anchor {anchor.name} in {anchor.location.repo_id}", contents, card, stale, index=True)
     publisher = Publisher(token, None, None, create_pr, None, say)
     publisher.look(repo)
     if repo.main != files.revision:
@@ -288,14 +300,14 @@ def _datasets(recipe: dict[str, Any] | None) -> list[str]:
 
 
 def _shareable(recipe: dict[str, Any] | None) -> bool:
-    """Whether there is a recipe that names no place on this machine."""
+    """Whether there is a recipe that names no place on this machine and no token."""
 
     def texts(value: Any) -> list[str]:
         if isinstance(value, dict):
             return [text for entry in value.values() for text in texts(entry)]
         return [text for entry in value for text in texts(entry)] if isinstance(value, list) else [value] if isinstance(value, str) else []
 
-    return recipe is not None and not any(text.startswith(("/", "~", "\\", "file:")) or ":\\" in text for text in texts(recipe))
+    return recipe is not None and not any(text.startswith(("/", "~", "\\", "file:")) or ":\\" in text or TOKEN.search(text) for text in texts(recipe))
 
 
 def _preview(files: ChainFiles, anchor: Anchor) -> Preview:

@@ -25,7 +25,7 @@ from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.planner import Plan
-from cbd_hub.manifest import Shape
+from cbd_hub.manifest import Shape, public
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, named_fields, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
@@ -75,13 +75,7 @@ class Single:
 
     def summary(self) -> dict[str, Any]:
         """The cut as plain data; losses in nats per token."""
-        difference, stderr = self.losses.minus((1.0, self.whole))
-        return {
-            "model": self.source, "parameters": self.plan.parameters, "shape": self.plan.shape.model_dump(), "text": self.text,
-            "tokens": int(self.losses.tokens.sum()), "documents": len(self.losses.tokens), "loss": self.losses.mean, "stderr": self.losses.stderr,
-            "whole_parameters": self.config.cbd["whole_parameters"], "whole_loss": self.whole.mean,
-            "difference": difference, "difference_stderr": stderr,
-        }
+        return {**self.config.cbd, "shape": self.plan.shape.model_dump()}
 
     def save_pretrained(self, output_dir: str | os.PathLike[str]) -> None:
         """Write an ordinary checkpoint tensor by tensor, with tokenizer, generation config and card.
@@ -147,10 +141,11 @@ def cut_single(
     with frozen(live):
         before = document_losses(ModelRunner(live), heldout)
         after = document_losses(Between({name: live}).run(cut.plan), heldout)
-    made = cut.plan.config(config)
+    made, (difference, error) = cut.plan.config(config), after.minus((1.0, before))
     made.cbd = {
-        "model": name, "revision": folder.name if is_repo_id(name) else None, "strategy": "cut", "parameters": cut.plan.parameters,
-        "whole_parameters": whole, "text": source, "tokens": int(after.tokens.sum()), "loss": after.mean, "stderr": after.stderr, "whole_loss": before.mean,
+        "model": name if is_repo_id(name) else Path(name).resolve().name, "revision": folder.name if is_repo_id(name) else None, "strategy": "cut",
+        "parameters": cut.plan.parameters, "whole_parameters": whole, "text": public(source), "tokens": int(after.tokens.sum()), "documents": len(after.tokens),
+        "loss": after.mean, "stderr": after.stderr, "whole_loss": before.mean, "difference": difference, "difference_stderr": error,
     }
     return Single(name, folder, cut.plan, made, checkpoint, source, cut.tried, before, after)
 

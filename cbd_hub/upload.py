@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussio
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from cbd_hub.cards import check_card, merge_card, read_card
+from cbd_hub.cards import check_card, is_ours, merge_card, read_card
 from cbd_hub.client import api, explained
 from cbd_hub.errors import ArgumentError, IntegrityError
 from cbd_hub.files import sha256
@@ -56,9 +57,8 @@ class Repo:
     message: str
     files: dict[str, Content]
     card: str
-    stale: tuple[str, ...] = ()  # suffixes of files beside the card, and prefixes, that go when they are not among the new ones
+    stale: tuple[str, ...] = ()  # patterns of files that go when they are not among the new ones
     index: bool = False  # whether it is a chain's index, and not a model's repo
-    licence: str | None = None  # what an old card was generated with, as far as that is known
     main: str | None = None
     head: str | None = None
     request: Discussion | None = None
@@ -87,10 +87,11 @@ class Publisher:
     def look(self, repo: Repo) -> None:
         """What is there, without writing: head, files and hand-written card; the new card is merged with it and validated.
 
-        A chain never takes the place of a model, nor a model that of a chain. With ``create_pr`` an open pull request of the same account and title is what is there: a push that was killed goes on with its own.
+        A chain never takes the place of a model, nor a model that of a chain, nor one of ours that of a model that cbd_hub did not write, unless its weights are these very ones: then all that
+        lies beside them stays. With ``create_pr`` an open pull request of the same account and title is what is there: a push that was killed goes on with its own.
 
         Raises:
-            ArgumentError: If the card would be refused, the repo holds something else, or it is public and was asked to be private.
+            ArgumentError: If the card would be refused, the repo holds something else, it is public and was asked to be private, or a pull request was asked to gate it.
         """
         with explained(repo.id, self.token, pushing=True):
             try:
@@ -111,9 +112,14 @@ class Publisher:
             if chain if not repo.index else model and not chain:
                 held, new = ("a chain", "a model") if chain else ("a model", "a chain")
                 raise ArgumentError(f"{repo.id} holds {held}, and {new} would take its place; push to another name")
-            if "README.md" in repo.there:
-                path = fetch(repo.id, "README.md", repo.head, {"token": self.token}, MAX_BYTES)
-                repo.card = merge_card(read_card(path, repo.id), repo.card, repo.licence)
+            if self.create_pr and self.gated and repo.gated != self.gated:
+                raise ArgumentError(f"{repo.id} is not gated, and a pull request cannot gate it; leave gated out, or gate it in its settings")
+            old = read_card(fetch(repo.id, "README.md", repo.head, {"token": self.token}, MAX_BYTES), repo.id) if "README.md" in repo.there else None
+            if model and not repo.index and not (old is not None and is_ours(old)):
+                if not self._same_weights(repo):
+                    raise ArgumentError(f"{repo.id} holds a model that cbd_hub did not write, and another would take its place; push to another name")
+                repo.stale = ()
+            repo.card = merge_card(old, repo.card)
         check_card(repo.card, repo.id)
 
     def _own_request(self, repo: Repo) -> Discussion | None:
@@ -134,13 +140,11 @@ class Publisher:
             if repo.head is None:
                 self.client.create_repo(repo.id, private=self.private, exist_ok=True)
                 repo.head = self.client.model_info(repo.id).sha
-            if self.gated and repo.gated != self.gated and not self.create_pr:
+            if self.gated and repo.gated != self.gated:
                 self.client.update_repo_settings(repo.id, gated=self.gated)
             contents: dict[str, Content] = {**repo.files, "README.md": repo.card.encode()}
             operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
-            operations += [
-                CommitOperationDelete(path) for path in sorted(repo.there - contents.keys()) if (path.endswith(repo.stale) and "/" not in path) or path.startswith(repo.stale)
-            ] if repo.stale else []
+            operations += [CommitOperationDelete(path) for path in sorted(repo.there - contents.keys()) if any(fnmatchcase(path, pattern) for pattern in repo.stale)]
             done = self.client.create_commit(
                 repo.id, operations, commit_message=self.message or repo.message, parent_commit=repo.head,
                 revision=None if repo.request is None else repo.request.git_reference, create_pr=self.create_pr and repo.request is None,
@@ -151,7 +155,8 @@ class Publisher:
             self._compare(repo, done.oid, contents)
         return done.oid
 
-    def _compare(self, repo: Repo, commit: str, contents: Mapping[str, Content]) -> None:
+    def _differs(self, repo: Repo, commit: str, contents: Mapping[str, Content]) -> str | None:
+        """The first file of which the Hub holds other bytes, or none."""
         held = {entry.path: entry for entry in self.client.list_repo_tree(repo.id, recursive=True, revision=commit) if isinstance(entry, RepoFile)}
         for path, content in contents.items():
             entry = held.get(path)
@@ -159,7 +164,18 @@ class Publisher:
                 entry.lfs.sha256 == _sha256(content) if entry.lfs is not None else entry.blob_id == _blob_id(content)
             )
             if not right:
-                raise IntegrityError(f"{repo.id} holds other bytes of {path} than were sent; push again, the chain was not changed")
+                return path
+        return None
+
+    def _same_weights(self, repo: Repo) -> bool:
+        """Whether the repo holds the very weights that are to be sent."""
+        assert repo.head is not None
+        with explained(repo.id, self.token, pushing=True):
+            return self._differs(repo, repo.head, {path: content for path, content in repo.files.items() if path.endswith(_WEIGHTS)}) is None
+
+    def _compare(self, repo: Repo, commit: str, contents: Mapping[str, Content]) -> None:
+        if (path := self._differs(repo, commit, contents)) is not None:
+            raise IntegrityError(f"{repo.id} holds other bytes of {path} than were sent; push again, the chain was not changed")
 
     def tag(self, repo_id: str, commit: str, wanted: str | None) -> str:
         """Tag a commit, with the next v1, v2, ... unless it has such a tag."""

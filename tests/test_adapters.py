@@ -487,6 +487,7 @@ def test_a_weight_that_was_trained_beside_the_lora_is_refused_at_home_too(tmp_pa
 
 def test_the_base_model_can_be_named_at_home_too(chain, tmp_path):
     adapter = on(chain, "max", tmp_path / "lora", targets=["q_proj"])
+    assert carry_adapter(adapter, chain, "min").plan.adapter["adapter"] == "lora", "what is published names no folder of this machine"
     carry_adapter(adapter, chain, "max", base_model="org/other", output_dir=tmp_path / "out")
     assert json.loads((tmp_path / "out" / CONFIG).read_text()) == {**json.loads((adapter / CONFIG).read_text()), "base_model_name_or_path": "org/other"}
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
 from cbd_hub.cards import license_of
+from cbd_hub.errors import StorageError
 from cbd_hub.extend import add_anchor
 from cbd_hub.interpolation.planner import blend_plan
 from cbd_hub.manifest import Mix
@@ -64,6 +65,16 @@ def test_an_anchor_inside_a_segment_of_a_local_chain(hub, measured, tmp_path):
     assert ModelCard(hub.repos["third/four"].at("main")[1]["README.md"].decode()).data.license == "cc-by-nc-sa-4.0"
     model = CBDModel.from_chain(tmp_path / "local", shape={"layers": 5})
     assert model.config.num_hidden_layers == 5
+
+
+def test_a_chain_that_was_changed_meanwhile_is_not_written_over(hub, measured, tmp_path):
+    Chain.from_pretrained(measured).save_pretrained(tmp_path / "local")
+    first, second = (Chain.from_pretrained(tmp_path / "local") for _ in range(2))
+    add_anchor(first, tiny.save(tiny.llama(layers=4, seed=4), tmp_path / "m4"), "third/four")
+    written = (tmp_path / "local/chain.json").read_bytes()
+    with pytest.raises(StorageError, match="has changed since it was read; nothing was written to it"):
+        add_anchor(second, tiny.save(tiny.llama(layers=5, seed=5), tmp_path / "m5"), "third/five")
+    assert (tmp_path / "local/chain.json").read_bytes() == written
 
 
 def test_an_anchor_inside_a_segment_of_a_published_chain(hub, measured, tmp_path):

@@ -9,9 +9,13 @@ from conftest import recipe
 from huggingface_hub import ModelCard
 
 from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
-from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, StorageError, WeightsError
+from cbd_hub.distill.schema import Recipe
+from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, RecipeError, StorageError, WeightsError
 from cbd_hub.extend import add_anchor
+from cbd_hub.hub import ChainFiles
+from cbd_hub.manifest import MAX_BYTES
 from cbd_hub.publish import push_model
+from cbd_hub.single import cut_single
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,141 @@ def test_a_chain_never_takes_a_models_place_nor_a_model_a_chains(hub, llama, tmp
     with pytest.raises(ArgumentError, match=r"org/tiny holds a chain"):
         add_anchor(chain, tiny.save(tiny.llama(layers=1, ffn=24), tmp_path / "small"), "org/tiny")
     assert before == {repo_id: repo.at("main")[0] for repo_id, repo in hub.repos.items()}, "nothing was sent anywhere"
+
+
+def test_a_model_that_cbd_hub_did_not_write_is_not_replaced(hub, llama, tmp_path):
+    chain = Chain.from_pretrained(llama)
+    own = tiny.save(tiny.llama(layers=1, ffn=24), tmp_path / "own")
+    (own / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    for name in ("voices.safetensors", "my_vocab.json"):
+        (own / name).write_bytes(b"{}")
+    taken = f"org/tiny-{chain.anchors[1].name}"
+    for repo_id in (taken, "org/own"):
+        hub.upload_folder(repo_id, own)
+    CBDModel.materialize(llama, middle(llama), output_dir=tmp_path / "made")
+    other = tiny.save(tiny.llama(layers=1, ffn=24, seed=9), tmp_path / "other")
+    for push in (lambda: chain.push_to_hub("org/tiny"), lambda: push_model(tmp_path / "made", "org/own"), lambda: add_anchor(chain, other, "org/own")):
+        before = {repo_id: repo.at("main")[0] for repo_id, repo in hub.repos.items()}
+        with pytest.raises(ArgumentError, match="holds a model that cbd_hub did not write, and another would take its place"):
+            push()
+        assert before == {repo_id: repo.at("main")[0] for repo_id, repo in hub.repos.items()}, "nothing was sent anywhere"
+    chain.save_pretrained(tmp_path / "local")
+    add_anchor(Chain.from_pretrained(tmp_path / "local"), "org/own", "org/own")
+    files = hub.repos["org/own"].at("main")[1]
+    assert {"voices.safetensors", "my_vocab.json", "model.safetensors"} <= set(files), "in its own repo an anchor's neighbours stay"
+    assert files["README.md"].endswith(b"Mine.\n")
+
+
+def test_what_was_generated_goes_with_the_chain_that_it_was_of(hub, llama, tmp_path):
+    """A licence, a base model, a tag: of the second chain, or of a person; never of the first one."""
+    with_teacher(llama, tmp_path, repo_id="big/teacher", license="apache-2.0").push_to_hub("org/tiny")
+    first = {repo_id: ModelCard(readme(hub, repo_id)).data.to_dict() for repo_id in hub.repos}
+    assert all((data["license"], data["base_model"]) == ("apache-2.0", "big/teacher") for data in first.values())
+    files = hub.repos["org/tiny"].at("main")[1]
+    hub.repos["org/tiny"].commit({**files, "README.md": files["README.md"].replace(b"tags:", b"language: en\ntags:\n- mine")})
+    (tmp_path / "second").mkdir()
+    with_teacher(llama, tmp_path / "second", license="gemma").push_to_hub("org/tiny")
+    for repo_id in hub.repos:
+        data = ModelCard(readme(hub, repo_id)).data.to_dict()
+        assert data["license"] == "gemma", repo_id
+        assert "base_model" not in data
+        assert "base_model_relation" not in data
+    data = ModelCard(readme(hub, "org/tiny")).data
+    assert (set(data.tags), data.language) == ({"mine", "cbd-hub", "cbd-chain"}, ["en"])
+    Chain.from_pretrained(llama).push_to_hub("org/tiny")
+    assert not any("license" in ModelCard(readme(hub, repo_id)).data.to_dict() for repo_id in hub.repos)
+
+
+def test_files_of_the_old_model_go_and_those_of_a_person_stay(hub, llama, tmp_path):
+    CBDModel.materialize(llama, middle(llama), output_dir=tmp_path / "made")
+    push_model(tmp_path / "made", "org/made")
+    repo = hub.repos["org/made"]
+    old = ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    kept = ("voices.safetensors", "my_vocab.json", "onnx/model.safetensors")
+    repo.commit({**repo.at("main")[1], **dict.fromkeys((*old, *kept), b"{}")})
+    (tmp_path / "made/generation_config.json").unlink()
+    push_model(tmp_path / "made", "org/made")
+    files = set(repo.at("main")[1])
+    assert not files & {*old, "generation_config.json"}
+    assert set(kept) <= files
+
+
+def test_a_cut_model_is_pushed_as_what_it_is(hub, tmp_path):
+    source = tiny.save(tiny.llama(layers=4, seed=9), tmp_path / "teacher")
+    (source / "README.md").write_text("---\nlicense: gemma\n---\n")
+    hub.upload_folder("org/teacher", source)
+    for model, name in (("org/teacher", "cut"), (source, "local")):
+        cut_single(model, shape={"layers": 3}, calibration=tiny.texts(40)).save_pretrained(tmp_path / name)
+        path = tmp_path / name / "README.md"
+        path.write_text(path.read_text() + "\nMy own words.\n")
+        push_model(tmp_path / name, f"org/{name}")
+        text = readme(hub, f"org/{name}")
+        data = ModelCard(text).data
+        assert (data.license, "pruning" in data.tags, "merge" in data.tags) == ("gemma", True, False)
+        assert data.to_dict().get("base_model") == ("org/teacher" if name == "cut" else None)
+        assert [text.count(words) for words in ("My own words.", "cbd_hub:begin", f'from_pretrained("org/{name}")')] == [1, 1, 2]
+        assert str(tmp_path) not in text + hub.repos[f"org/{name}"].at("main")[1]["config.json"].decode()
+
+
+def test_a_licence_on_a_local_models_card_goes_with_it(hub, llama, tmp_path):
+    CBDModel.materialize(llama, middle(llama), output_dir=tmp_path / "made")
+    (tmp_path / "made/README.md").write_text("---\nlicense: mit\nlanguage: de\n---\nMy own words.\n")
+    push_model(tmp_path / "made", "org/made")
+    text = readme(hub, "org/made")
+    assert (ModelCard(text).data.license, ModelCard(text).data.language, text.count("My own words.")) == ("mit", ["de"], 1)
+
+
+def test_what_a_pull_request_cannot_gate(hub, llama):
+    chain = Chain.from_pretrained(llama)
+    chain.push_to_hub("org/new", gated="manual", create_pr=True)
+    assert {repo.gated for repo in hub.repos.values()} == {"manual"}, "what it made is gated, before any byte of it is there"
+    chain.push_to_hub("org/open")
+    with pytest.raises(ArgumentError, match="is not gated, and a pull request cannot gate it"):
+        chain.push_to_hub("org/open", gated="auto", create_pr=True)
+
+
+def test_no_token_is_published(hub, llama, tmp_path):
+    chain = with_teacher(llama, tmp_path)
+    path = tmp_path / "copy/recipe.yaml"
+    path.write_text("data: {path: text.txt}\n")
+    chain.push_to_hub("org/plain")
+    assert "recipe.yaml" in hub.repos["org/plain"].at("main")[1]
+    path.write_text(f"data: {{path: text.txt}}\nstage: {{hub_token: hf_{'a' * 34}}}\n")
+    chain.push_to_hub("org/secret")
+    assert "recipe.yaml" not in hub.repos["org/secret"].at("main")[1]
+    path.write_text(f"teacher: x\nanchors: [1M]\ndata: {{path: text.txt}}\nstage: {{hub_token: hf_{'a' * 34}}}\n")
+    with pytest.raises(RecipeError, match=r"line 4: stage.hub_token: a recipe is kept and published"):
+        Recipe.read(path)
+
+
+def test_without_the_right_to_make_collections_the_chain_is_published(hub, cbd, llama, caplog):
+    hub.fail("POST /api/collections", status=403, times=9)
+    code, printed, _ = cbd("push", llama, "org/tiny", "--json")
+    assert (code, json.loads(printed)["collection"]) == (0, None)
+    assert "org/tiny is published, but no collection could be made of it (403" in caplog.text
+    assert Chain.from_pretrained("org/tiny").anchors
+
+
+def test_a_cached_chain_without_a_recipe_is_copied_offline(hub, llama, tmp_path):
+    Chain.from_pretrained(llama).push_to_hub("org/tiny")
+    assert "recipe.yaml" not in hub.repos["org/tiny"].at("main")[1]
+    Chain.from_pretrained("org/tiny").save_pretrained(tmp_path / "first")
+    hub.forget()
+    Chain.from_pretrained("org/tiny", local_files_only=True).save_pretrained(tmp_path / "second")
+    assert not hub.log
+    assert (tmp_path / "second/chain.json").read_bytes() == (tmp_path / "first/chain.json").read_bytes()
+
+
+def test_maps_may_be_as_large_as_widths_make_them(hub, tmp_path, monkeypatch):
+    """The most that is fetched of one grows with the largest anchor: a rotation of 4,096 channels has 64 MiB."""
+    distill_chain(recipe(tmp_path, "llama", [{"layers": 2, "ffn": 24}]), tmp_path / "chain")
+    chain = Chain.from_pretrained(tmp_path / "chain")
+    chain.push_to_hub("org/tiny")
+    limits = []
+    sound = ChainFiles._sound
+    monkeypatch.setattr(ChainFiles, "_sound", lambda self, repo_id, path, revision, check, *limit: limits.append((path, *limit)) or sound(self, repo_id, path, revision, check, *limit))
+    CBDModel.plan("org/tiny", size=middle(tmp_path / "chain"))
+    assert [limit for path, *limit in limits if path.startswith("maps/")] == [[MAX_BYTES + 4 * chain.anchors[0].parameters]]
 
 
 def test_words_in_a_local_card_go_up_once_and_come_back(hub, llama, tmp_path):

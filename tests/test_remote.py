@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub.client import counted
 from cbd_hub.configs import stored_config
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, SizeError, StorageError
 from cbd_hub.files import CHUNK_BYTES
-from cbd_hub.hub import open_chain
+from cbd_hub.hub import _bar_up_to, open_chain
 from cbd_hub.interpolation.budget import largest_size
 from cbd_hub.plans import anchor_config, plan_costs
 from cbd_hub.remote import open_weights
@@ -159,6 +161,22 @@ def test_a_body_longer_than_asked_does_not_fill_the_memory(hub, wide, published)
         CBDModel.from_chain("org/wide", shape=SHAPE)
     hub.faults.clear()
     assert tiny.same(CBDModel.from_chain("org/wide", shape=SHAPE), CBDModel.from_chain(wide, shape=SHAPE))
+
+
+def test_bytes_of_the_network_are_not_those_of_the_file():
+    """hf-xet tells of both, and of more of the first than a file has."""
+    reporting = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
+    if not hasattr(reporting, "XetDownloadProgressReporter"):
+        pytest.skip("this version of the client has one bar")
+    came = []
+    with counted(came.append), reporting.XetDownloadProgressReporter(
+        reconstruction_desc="", total=1000, log_level=20, name="huggingface_hub.xet_get", tqdm_class=_bar_up_to(1000, "org/x", IntegrityError)
+    ) as reporter:
+        for written, transferred in ((500, 600), (1000, 1050)):
+            reporter.update_progress(SimpleNamespace(
+                total_bytes_completed=written, total_transfer_bytes_completed=transferred, total_bytes=1000, total_bytes_completion_rate=1.0, total_transfer_bytes_completion_rate=1.0
+            ))
+    assert sum(came) == 1000
 
 
 @pytest.mark.parametrize("wait", ["\xb2", "-1", "soon", "9" * 400])

@@ -141,6 +141,8 @@ class Recipe(_Strict):
                 parse_size(anchor)
         for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
             for key in fields:
+                if key == "hub_token":
+                    raise ValueError(f"{where}.hub_token: a recipe is kept and published with its chain, and a token must not be; log in with `hf auth login` and leave it out")
                 if where != "stage" and key in StageData.model_fields:
                     _check_data(f"{where}.{key}", fields[key])
                 elif key in _STAGE_FIELDS:
