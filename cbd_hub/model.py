@@ -218,8 +218,8 @@ class CBDModel:
             chain: A local folder or a Hub id.
             size: Unique parameters wanted.
             memory_budget: Bytes for the weights in the chosen dtype instead.
-            min_tokens_per_second: Speed that it must reach instead.
-            max_latency: Time that an answer may take instead.
+            min_tokens_per_second: Speed that it must reach instead, on the device of ``device_map``, else on the best one, where the model then is.
+            max_latency: Time that an answer may take instead, likewise.
             shape: The exact shape instead.
             strategy: ``blend``, ``patch`` or ``auto``.
             alpha: Weight of the smaller neighbour in a blend.
@@ -252,6 +252,8 @@ class CBDModel:
             files, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=arguments.get("dtype"),
             shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
         )
+        if watch is not None and watch.device.type != "cpu" and arguments.get("device_map") is None:
+            arguments["device_map"] = {"": watch.device}  # where it was timed
         carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
         if carried is not None:
             lora_config(carried.config)  # refused before the work, not after it

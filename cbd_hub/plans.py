@@ -143,7 +143,7 @@ def plan_in(
     if wish is None:
         return _plan(files, size, shape, strategy, alpha, tolerance)
     watch = stopwatch(files, dtype) if watch is None else watch
-    limit = None if memory_budget is None else parse_bytes(memory_budget) // watch.dtype.itemsize
+    limit = None if size is None else files.manifest.size(size)
     plan = _plan(files, _size_that_is_fast(glance, wish, limit, watch, strategy, alpha), None, strategy, alpha, tolerance)
     return replace(plan, speed=speed_of(glance, plan, watch))
 

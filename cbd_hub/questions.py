@@ -49,7 +49,7 @@ class Question:
             DataError: If the file cannot be read, or a row is no question; the message names the line.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8").split("\n")  # not the other ends of lines, which may stand in a string
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); give a .jsonl file of questions") from error
         found = []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from cbd_hub.errors import ArgumentError
 from cbd_hub.options import ChainArgument, DryRunOption, DtypeOption, JsonOption, PrivateOption, RevisionOption
 from cbd_hub.printing import err, out, print_json, table_of
 from cbd_hub.sizes import format_bytes, parse_bytes
@@ -34,26 +35,29 @@ def space(
     """Show a chain as a page: pick a size, see what you get, try it; or deploy the page as a Space."""
     from cbd_hub.space.serving import check_gradio
     check_gradio()
+    alone = [name for name, given in (("--hardware", hardware), ("--private", private), ("--dry-run", dry_run or None), ("--json", as_json or None)) if given is not None]
+    if push is None and alone:
+        raise ArgumentError(f"{alone[0]} is of a Space that is deployed; name it by --push ORG/SPACE, or leave {alone[0]} out")
     with err.status(f"opening {escape(chain)}"):
         from cbd_hub.chain import Chain
         opened = Chain.from_pretrained(chain, revision=revision)
+    from cbd_hub.plans import weight_dtype
+    from cbd_hub.space.limits import Limits
+    if dtype is not None:
+        weight_dtype(dtype, None)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "waiting": waiting, "download": download, **({} if memory is None else {"memory": parse_bytes(memory, "--memory")})}
     if push is not None:
         import dataclasses
 
         from cbd_hub.space.push import push_space
-        done = push_space(opened, push, private=private, hardware=hardware, dry_run=dry_run)
+        done = push_space(opened, push, private=private, hardware=hardware, dry_run=dry_run, limits=asked, dtype=dtype)
         if as_json:
             print_json(dataclasses.asdict(done))
             return
         table_of("would be sent" if dry_run else "deployed", [{"file": name, "size": format_bytes(size)} for name, size in sorted(done.files.items())])
         out.print(f"{escape(done.url)}, suggested hardware {escape(done.hardware)}")
         return
-    from cbd_hub.plans import weight_dtype
-    from cbd_hub.space.limits import Limits
-    if dtype is not None:
-        weight_dtype(dtype, None)  # type: ignore[arg-type]
-    room = Limits.room(4 * opened.anchors[0].parameters) if memory is None else parse_bytes(memory, "--memory")
-    limits = Limits(memory=room, prompt_tokens=prompt_tokens, new_tokens=new_tokens, waiting=waiting, download=download)
+    limits = Limits(**{"memory": Limits.room(4 * opened.anchors[0].parameters), **asked})
     with err.status(f"making the page of {escape(opened.name)}"):
         from cbd_hub.space.desk import Desk
         from cbd_hub.space.page import build_page, launch

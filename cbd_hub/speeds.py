@@ -11,11 +11,15 @@ from typing import Any
 from cbd_hub.chain import Chain
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.plans import anchor_config, speed_of, stopwatch, usual_sizes
+from cbd_hub.sizes import format_size
 from cbd_hub.speed.measuring import Speed, measure_in_turns, measure_speed
 from cbd_hub.speed.stopwatch import CLOSE
 
 
 __all__ = ["CLOSE", "SizeSpeed", "Speed", "measure_speed", "speed_table"]
+
+
+_AT_ONCE = 4 * 10**9  # bytes of models that are measured in turns; a larger one is measured alone
 
 
 @dataclass(frozen=True)
@@ -74,5 +78,19 @@ def speed_table(
     rows = [SizeSpeed(plan, speed_of(files, plan, watch)) for plan in plans]
     if not check:
         return rows
-    models = [watch.random_model(plan.config(anchor_config(files, files.manifest.anchor(plan.large)))) for plan in plans]
-    return [replace(row, measured=measured) for row, measured in zip(rows, measure_in_turns(models, runs=runs, report=None if report is None else partial(report, "measuring")))]
+    measured: list[Speed] = []
+    for group in _groups(plans, watch.dtype.itemsize):
+        models = [watch.random_model(plan.config(anchor_config(files, files.manifest.anchor(plan.large)))) for plan in group]
+        measured += measure_in_turns(models, runs=runs, report=None if report is None else partial(report, f"measuring {format_size(group[0].parameters)}"))
+        del models
+    return [replace(row, measured=speed) for row, speed in zip(rows, measured)]
+
+
+def _groups(plans: Sequence[Plan], itemsize: int) -> list[list[Plan]]:
+    """Plans whose models are in memory at the same time."""
+    groups: list[list[Plan]] = []
+    for plan in plans:
+        if not groups or itemsize * sum(other.parameters for other in (*groups[-1], plan)) > _AT_ONCE:
+            groups.append([])
+        groups[-1].append(plan)
+    return groups

@@ -78,7 +78,7 @@ def _rows(builder: str, names: list[str], column: str) -> list[str]:
     if builder == "text":
         paragraphs: list[str] = []
         for name in names:
-            lines = _read(name).splitlines()
+            lines = _read(name).split("\n")
             groups = itertools.groupby(lines, key=lambda line: bool(line.strip()))
             paragraphs += ["\n".join(group) for filled, group in groups if filled]
         return paragraphs

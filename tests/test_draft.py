@@ -109,6 +109,14 @@ def test_a_tie_is_told_from_another_answer():
     assert not bench.is_tie(alone, alone[:-1])  # a shorter one of the same tokens is no tie
 
 
+def test_a_penalty_of_a_generation_config_is_left_out():
+    """The likeliest token is what is drafted and checked, whatever else a model's own generation would do."""
+    model = tiny.llama()
+    before = target_of(model).answers()
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(target_of(model).answers(), before))
+
+
 def test_another_output_is_an_error_and_a_tie_is_reported(folder, monkeypatch):
     def changed(self, **more):
         return [torch.cat([answer[:-1], (answer[-1:] + 1) % tiny.VOCAB]) for answer in answers(self, **more)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from cbd_hub.space.models import ModelCache
 from cbd_hub.space.push import is_release, push_space, wheel
 from cbd_hub.space.render import facts_card, measured_table
 from cbd_hub.space.serving import serve
-from cbd_hub.space.writing import Sampling, Writer, step_tokens
+from cbd_hub.space.writing import Measure, Sampling, Writer, step_tokens
 
 
 pytest.importorskip("gradio", reason="the Space's tests need gradio: pip install 'cbd-hub[dev]'")
@@ -244,6 +245,30 @@ def test_side_by_side_answers_alone_and_perplexity_is_the_evaluations(desk):
         desk.compare(["min", "min"], "a", Sampling())
 
 
+def test_measuring_ends_with_the_turn(desk, monkeypatch):
+    step = Measure._step
+    monkeypatch.setattr(Measure, "_step", lambda self, start, stop: time.sleep(0.3) or step(self, start, stop))
+    monkeypatch.setattr("cbd_hub.space.writing.step_tokens", lambda model: 8)
+    hasty = Desk(desk.chain, Limits(seconds=1, new_tokens=64, prompt_tokens=200))
+    with hasty.models.hold([hasty.picker.smallest, hasty.picker.largest]) as entries:
+        for entry in entries:
+            entry.future.result(60)
+    started = time.monotonic()
+    ends = last(hasty.compare(["min", "max"], "a", Sampling(new_tokens=2), "every size between two anchors learns from its teacher. " * 3))
+    assert time.monotonic() - started < 3
+    assert (ends[0].note, ends[1].perplexity) == ("stopped after 1 s, the longest turn here", None)
+
+
+def test_an_answer_without_a_word_is_no_turn(desk, monkeypatch):
+    from cbd_hub.space.page import _Page
+    asked = []
+    monkeypatch.setattr(desk, "chat", lambda size, turns, sampling: asked.append(turns) or iter(()))
+    page = _Page(desk)
+    history = [{"role": role, "content": content} for role, content in (("user", "first"), ("assistant", "yes"), ("user", "stopped"), ("assistant", "\u2026"))]
+    list(page.chatted(page.picker.stand(page.picker.largest), "second", history, 0.0, 1.0, 4, 0))
+    assert asked == [[{"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "second"}]]
+
+
 @pytest.mark.parametrize(("size", "prompt", "sampling", "error", "says"), [
     ("900B", "a", {}, SizeError, "is outside the chain"),
     ("../../etc/passwd", "a", {}, SizeError, "cannot be read"),
@@ -314,6 +339,9 @@ def test_models_are_bounded_and_the_oldest_goes_first(desk):
             pass
     with pytest.raises(ArgumentError, match="at a time; choose smaller sizes, or fewer"), cache.hold([small, mid, large]):
         pass
+    with cache.hold([mid]), pytest.raises(BusyError, match="busy with other sizes"), cache.hold([large]):
+        pass
+    assert sorted(cache.sizes) == [small, mid], "a request for which there is no room throws nothing out"
 
 
 def test_who_stops_waiting_is_free_and_the_model_is_there_for_the_next(desk):
@@ -529,7 +557,7 @@ def test_a_space_is_deployed_and_its_app_serves_the_chain(hub, shown, tmp_path):
         name, paths, revision = line.split(" ")
         assert name == repo
         assert set(paths.split(",")) <= set(hub.repos[repo].commits[revision][1])
-    assert json.loads(files["space.json"]) == {"chain": "org/tiny", "revision": chain.files.revision, "memory": "8GB"}
+    assert json.loads(files["space.json"]) == {"chain": "org/tiny", "revision": chain.files.revision, "dtype": None, "limits": {"memory": "8GB"}}
     (made,) = [name for name in files if name.endswith(".whl")]
     assert not is_release(distribution("cbd-hub"))
     assert b"gradio[mcp]" in files["requirements.txt"]
@@ -544,6 +572,23 @@ def test_a_space_is_deployed_and_its_app_serves_the_chain(hub, shown, tmp_path):
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ".cbd_hub" in ran.stdout
     assert chain.files.revision in ran.stdout
+
+
+def test_limits_of_the_command_are_those_of_the_space(hub, cbd, shown, tmp_path):
+    Chain.from_pretrained(shown).push_to_hub("org/tiny")
+    options = ["--allow-download", "--memory", "1GB", "--max-new-tokens", "5", "--max-prompt-tokens", "100", "--waiting", "3", "--dtype", "bfloat16"]
+    code, _, said = cbd("space", "org/tiny", "--push", "org/look", *options, "--json")
+    assert code == 0, said
+    files = hub.repos["spaces/org/look"].at("main")[1]
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    code = (
+        "import runpy, sys, types\n"
+        "def serve(chain, **how):\n    from cbd_hub.space.limits import Limits\n    print(Limits.from_environment(), how['dtype'])\n"
+        "sys.modules['cbd_hub.space.serving'] = types.SimpleNamespace(serve=serve)\nrunpy.run_path('app.py')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, env={**os.environ, "CBD_WAITING": "7"})
+    assert ran.stdout.split() == f"{Limits(memory=10**9, prompt_tokens=100, new_tokens=5, waiting=7, download=True)} bfloat16".split()
 
 
 def test_a_wheel_of_the_running_code_installs(tmp_path):
@@ -561,6 +606,9 @@ def test_the_command_refuses_in_one_line(cbd, shown, hub, tmp_path):
         (["org/none"], 1, "no repo on the Hub"),
         ([shown, "--memory", "much"], 2, "no count of bytes"),
         ([shown, "--dtype", "int3"], 2, "no dtype"),
+        (["org/none", "--push", "org/look", "--memory", "much"], 1, "no repo on the Hub"),
+        ([shown, "--push", "org/look", "--memory", "much"], 2, "no count of bytes"),
+        ([shown, "--dry-run"], 2, "--dry-run is of a Space that is deployed"),
         ([shown, "--push", "org/look"], 2, "cbd push"),
         ([shown, "--push", "no name"], 2, "cannot be the name of a repo"),
     ):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BitsAndBytesConfig
 
-from cbd_hub import CBDModel, Chain, measure_speed
+from cbd_hub import CBDModel, Chain, assemble_chain, measure_speed
 from cbd_hub.errors import ArgumentError, SizeError
 from cbd_hub.interpolation.budget import largest_meeting
 from cbd_hub.interpolation.planner import shape_in
@@ -41,7 +42,6 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("speed")
     shapes = [{"layers": 8, "ffn": 1500}, {"layers": 5, "ffn": 900}, {"layers": 3, "ffn": 900}]
     models = [tiny.save(tiny.llama(seed=number, **shape), place / f"m{number}") for number, shape in enumerate(shapes)]
-    from cbd_hub import assemble_chain
     assemble_chain(models, place / "chain")
     return place / "chain"
 
@@ -203,6 +203,33 @@ def test_a_model_is_made_and_its_prediction_checked_once(folder, machine, caplog
     assert not caplog.messages  # nothing was timed: the load is as quick as any
 
 
+def test_a_model_is_where_it_was_timed(folder, machine, monkeypatch):
+    monkeypatch.setattr("cbd_hub.plans.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(timing, "device_name", str)
+    monkeypatch.setattr(timing.Stopwatch, "probe_models", lambda self, config: {config.num_hidden_layers: SimpleNamespace(config=config)})
+    asked = []
+
+    def load(prepared, arguments):
+        asked.append(arguments.get("device_map"))
+        raise ArgumentError("no such device here")
+
+    monkeypatch.setattr("cbd_hub.model._load", load)
+    for more in ({"max_latency": 10}, {"max_latency": 10, "device_map": "cpu"}, {"size": "max"}):
+        with pytest.raises(ArgumentError, match="no such device here"):
+            CBDModel.from_chain(folder, **more)
+    assert asked == [{"": torch.device("cuda")}, "cpu", None]
+    watch = timing.Stopwatch(torch.float32, torch.device("cuda"))
+    assert watch.check(SimpleNamespace(device="cuda:0", config=tiny.llama().config), law(tiny.llama().config)) is not None
+    assert watch.check(SimpleNamespace(device="cpu", config=tiny.llama().config), law(tiny.llama().config)) is None
+
+
+def test_both_budgets_hold_in_a_chain_of_several_dtypes(machine, tmp_path):
+    paths = [tiny.save(tiny.llama(layers=layers, seed=layers).to(dtype), tmp_path / f"m{layers}") for layers, dtype in ((5, torch.float32), (3, torch.float32), (2, torch.bfloat16))]
+    chain = assemble_chain(paths, tmp_path / "chain", align=False)
+    budget = 3 * chain.anchors[-1].parameters
+    assert chain.plan(memory_budget=budget).parameters == chain.plan(memory_budget=budget, min_tokens_per_second=1).parameters == chain.anchors[-1].parameters
+
+
 def test_a_prediction_that_is_far_off_is_said(folder, machine, caplog, monkeypatch):
     monkeypatch.setattr(timing, "measure_speed", lambda model: Speed(1.0, 1.3 * law(model.config).token))
     CBDModel.from_chain(folder, min_tokens_per_second=1, device_map="cpu")
@@ -360,6 +387,12 @@ def test_the_table_of_speeds(folder, machine, monkeypatch):
     chain = Chain.from_pretrained(folder)
     assert [row.plan.parameters for row in rows if row.plan.strategy == "anchor"] == [anchor.parameters for anchor in chain.anchors]
     assert len(rows) == 5
+    held = []
+    monkeypatch.setattr("cbd_hub.speeds._AT_ONCE", 4 * rows[0].plan.parameters)
+    monkeypatch.setattr("cbd_hub.speeds.measure_in_turns", lambda models, **options: held.append(len(models)) or [law(model.config) for model in models])
+    assert [row.measured for row in speed_table(folder, check=True)] == [row.measured for row in rows]
+    assert held[0] == 1
+    assert sum(held) == 5
     for row in rows:
         assert row.predicted.token == pytest.approx(row.measured.token, rel=1e-6)
     before = len(machine)

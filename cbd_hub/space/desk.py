@@ -206,12 +206,17 @@ class Desk:
                         if time.monotonic() - shown >= _SHOW:
                             yield now("writing")
                             shown = time.monotonic()
-            if passages is not None and all(passages.values()):
-                measures = [Measure(model, tokenizer, passages[size]) for size, model, tokenizer in zip(prompts, models, tokenizers)]
-                for measure in measures:
-                    for _ in measure.steps():
-                        yield now("measuring", "measuring the text")
             late = any(not writer.done for writer in writers)
+            if passages is not None and all(passages.values()):
+                for size, model, tokenizer in zip(prompts, models, tokenizers):
+                    measure = Measure(model, tokenizer, passages[size])
+                    for _ in measure.steps() if not late else ():
+                        if time.monotonic() >= end:
+                            break
+                        yield now("measuring", "measuring the text")
+                    late = late or measure.tokens < len(passages[size]) - 1
+                    if not late:
+                        measures.append(measure)  # read whole
             yield now("done", f"stopped after {self.limits.seconds} s, the longest turn here" if late else "")
 
     def _waited(self, sizes: Sequence[int], entries: Sequence[Loading], end: float) -> Iterator[list[Written]]:

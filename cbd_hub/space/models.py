@@ -135,10 +135,11 @@ class ModelCache:
         with self._lock:
             missing = sum(count for size, count in wanted.items() if size not in self._held)
             free = self.limit - sum(entry.bytes for entry in self._held.values())
-            for size, entry in list(self._held.items()):
+            idle = {size: entry for size, entry in self._held.items() if size not in wanted and not entry.users and (entry.future.done() or not entry.future.running())}
+            for size, entry in idle.items() if free + sum(entry.bytes for entry in idle.values()) >= missing else ():  # for nothing less than room enough
                 if free >= missing:
                     break
-                if size not in wanted and not entry.users and (entry.future.done() or entry.future.cancel()):
+                if entry.future.done() or entry.future.cancel():
                     del self._held[size]
                     free += entry.bytes
             if free < missing:

@@ -27,6 +27,7 @@ TEXT = (
     "For many years the bridge was the only crossing, and the market that grew beside it made the town rich."
 )
 _ONE_AT_A_TIME = "models"
+_NOT_YET = "…"  # an answer without a word
 # Marks set the slider through its number field, as typing would.
 _MARKS_JS = """
 element.addEventListener('click', event => {
@@ -116,9 +117,15 @@ class _Page:
 
     def chatted(self, value: float, message: str, history: list[Any], temperature: float, top_p: float, tokens: float, seed: float) -> Iterator[tuple[Any, ...]]:
         """A chat with one more turn."""
-        turns = [{"role": turn["role"], "content": _plain(turn["content"])} for turn in history] + [{"role": "user", "content": message}]
+        shown = [{"role": turn["role"], "content": _plain(turn["content"])} for turn in history] + [{"role": "user", "content": message}]
+        turns: list[dict[str, str]] = []
+        for turn in shown:
+            if turn["role"] == "assistant" and turn["content"] in ("", _NOT_YET):
+                turns.pop()  # stopped before a word: neither the question nor an answer was
+            else:
+                turns.append(turn)
         for state in self.desk.chat(self.picker.at(value), turns, sampling_of(temperature, top_p, tokens, seed)):
-            yield [*turns, {"role": "assistant", "content": state.text or "…"}], "", render.status(state, self.dtype)
+            yield [*shown, {"role": "assistant", "content": state.text or _NOT_YET}], "", render.status(state, self.dtype)
 
     def compared(
         self, first: str, second: str, third: str | None, prompt: str, text: str, temperature: float, top_p: float, tokens: float, seed: float

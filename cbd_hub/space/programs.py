@@ -95,7 +95,7 @@ def register(desk: Desk, turn: dict[str, Any]) -> None:
             memory: Bytes, such as "512MB" or "1.5GiB".
             dtype: float32, bfloat16 or int8.
         """
-        return desk.picker.facts(desk.picker.fits(memory, dtype)).data()
+        return desk.picker.facts(desk.picker.fits(text_of(memory, "memory"), text_of(dtype, "dtype"))).data()
 
     def snippet(size: str) -> str:
         """Give the Python lines that make a size.

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distribution, version
 from importlib.resources import files as package_files
@@ -48,7 +48,9 @@ class Deployment:
     hardware: str
 
 
-def space_files(chain: Chain, repo_id: str, *, public: bool = True, hardware: str | None = None) -> dict[str, bytes]:
+def space_files(
+    chain: Chain, repo_id: str, *, public: bool = True, hardware: str | None = None, limits: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> dict[str, bytes]:
     """The files of a Space for a published chain.
 
     Args:
@@ -56,6 +58,8 @@ def space_files(chain: Chain, repo_id: str, *, public: bool = True, hardware: st
         repo_id: The Space.
         public: Whether all its repos are public, so that they can be preloaded.
         hardware: Hardware to suggest; by default by the largest anchor.
+        limits: As `push_space` takes them.
+        dtype: Dtype of the weights; by default the anchors'.
 
     Raises:
         ArgumentError: If the chain is a local folder.
@@ -78,7 +82,7 @@ def space_files(chain: Chain, repo_id: str, *, public: bool = True, hardware: st
     memory = {name: room for _, name, room in _HARDWARE}.get(data["suggested_hardware"], "8GB")
     made = {
         "app.py": app.encode(), "README.md": f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)}---\n{body}".encode(),
-        "space.json": (json.dumps({"chain": chain.files.name, "revision": chain.files.revision, "memory": memory}) + "\n").encode(),
+        "space.json": (json.dumps({"chain": chain.files.name, "revision": chain.files.revision, "dtype": dtype, "limits": {"memory": memory, **(limits or {})}}) + "\n").encode(),
     }
     if is_release(distribution("cbd-hub")):
         pinned = requirements.replace("cbd-hub[space]", f"cbd-hub[space]=={version('cbd-hub')}")
@@ -159,7 +163,8 @@ def _digest(data: bytes) -> str:
 
 
 def push_space(
-    chain: Chain, repo_id: str, *, private: bool | None = None, hardware: str | None = None, token: str | None = None, dry_run: bool = False
+    chain: Chain, repo_id: str, *, private: bool | None = None, hardware: str | None = None, token: str | None = None, dry_run: bool = False,
+    limits: Mapping[str, Any] | None = None, dtype: str | None = None,
 ) -> Deployment:
     """Deploy the Space of a published chain in one commit; a Space that is there is brought up to date.
 
@@ -170,6 +175,8 @@ def push_space(
         hardware: Hardware to suggest.
         token: Hub token; None for the stored one.
         dry_run: Say what would be sent, and send nothing.
+        limits: Fields of `Limits` that the Space begins with; variables of the Space go before them. The memory is by default that of the hardware.
+        dtype: Dtype of the weights; by default the anchors'.
 
     Raises:
         ArgumentError: If the chain is a local folder, or the name is none.
@@ -183,7 +190,7 @@ def push_space(
     with explained(repo_id, token, pushing=True):
         repos = {chain.files.name, *(place[0] for anchor in chain.anchors if (place := chain.files.remote(anchor)) is not None)}
         found = [client.model_info(repo) for repo in sorted(repos)]
-        made = space_files(chain, repo_id, public=not any(info.private or info.gated for info in found), hardware=hardware)
+        made = space_files(chain, repo_id, public=not any(info.private or info.gated for info in found), hardware=hardware, limits=limits, dtype=dtype)
         sizes, chosen = {name: len(data) for name, data in made.items()}, yaml.safe_load(made["README.md"].decode().split("---\n")[1])["suggested_hardware"]
         if dry_run:
             return Deployment(repo_id, f"{client.endpoint}/spaces/{repo_id}", None, sizes, chosen)

@@ -26,7 +26,7 @@ def check_gradio() -> None:
         raise ArgumentError("the Space needs gradio; run pip install 'cbd-hub[space]'")
 
 
-def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits: Limits | None = None, wait: float = 60.0, **how: Any) -> Any:
+def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits: Limits | None = None, dtype: str | None = None, wait: float = 60.0, **how: Any) -> Any:
     """Serve the page of a chain; while it cannot be opened, a page that says why.
 
     Args:
@@ -34,6 +34,7 @@ def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits:
         revision: Branch, tag or commit of the chain's index repo.
         mcp: Whether programs may use it as an MCP server.
         limits: What a visitor may have; by default what the environment says.
+        dtype: Dtype of the weights; by default the anchors'.
         wait: Seconds between two tries to open a chain.
         **how: What `cbd_hub.space.page.launch` takes.
 
@@ -45,7 +46,7 @@ def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits:
     message = None
     while True:
         try:
-            page = build_page(Desk(Chain.from_pretrained(chain, revision=revision), Limits.from_environment() if limits is None else limits))
+            page = build_page(Desk(Chain.from_pretrained(chain, revision=revision), Limits.from_environment() if limits is None else limits, dtype))
             break
         except CBDError as error:
             if message is None:

@@ -130,7 +130,10 @@ class Stint:
         return Speed(statistics.median(self.first), statistics.median(self.token))
 
 
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+# The likeliest token each time, whatever a generation config says.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True,
+}
 
 
 def _run(model: Any, prompt_tokens: int, new_tokens: int, clock: Callable[[], float]) -> list[float]:

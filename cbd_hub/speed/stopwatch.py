@@ -113,7 +113,8 @@ class Stopwatch:
 
     def check(self, model: Any, predicted: Speed) -> Speed | None:
         """Measure a made model shortly, and log where it is further from its prediction than 15%; None for a model on another device."""
-        if torch.device(model.device) != self.device:
+        place = torch.device(model.device)
+        if place.type != self.device.type or (place.index is not None and self.device.index is not None and place.index != self.device.index):
             return None
         measured = measure_speed(model)
         off = predicted.off(measured)

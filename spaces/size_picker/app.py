@@ -17,6 +17,7 @@ from cbd_hub.space.serving import serve  # noqa: E402
 
 
 settings = json.loads((HERE / "space.json").read_text())
-os.environ.setdefault("CBD_MEMORY", settings["memory"])
+for name, value in settings["limits"].items():  # as it was deployed; a variable of the Space goes before it
+    os.environ.setdefault(f"CBD_{name.upper()}", str(value))
 named = os.environ.get("CBD_CHAIN")
-serve(named or settings["chain"], revision=None if named else settings["revision"], mcp=True)
+serve(named or settings["chain"], revision=None if named else settings["revision"], dtype=settings["dtype"], mcp=True)
