@@ -42,6 +42,10 @@ def line_of(path, word):
     ({"hidden_layers": [5], "hidden_weight": 1.0}, "hidden_layers names layer 5, and the student has layers 0 to 1"),
     ({"rollout_batch": 7, "objective": "minillm"}, "rollout_batch=7 is no multiple of the 4 responses"),
     ({"eval_strategy": "steps"}, "eval_strategy=steps needs an evaluation set"),
+    ({"eval_on_start": True}, "eval_on_start=True needs an evaluation set"),
+    ({"num_train_epochs": 1.0}, "num_train_epochs is no setting of a recipe: a stage has max_steps"),
+    ({"save_only_model": True}, "save_only_model is no setting of a recipe"),
+    ({"include_num_input_tokens_seen": False}, "include_num_input_tokens_seen is no setting of a recipe"),
     ({"save_strategy": "best"}, "metric_for_best_model"),
     ({"teacher_cache": "/no/cache"}, "is no teacher cache"),
     ({"kd_weight": 0.0, "ce_weight": 0.0}, "kd_weight and ce_weight are both 0"),
@@ -60,6 +64,20 @@ def test_a_later_stages_mistake_is_said_before_the_first_one_trains(tmp_path, ow
             assert f"recipe.yaml line {line_of(path, LAST)}: " in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "chain").exists()
+
+
+@pytest.mark.parametrize("more", [{"lr_scheduler_type": "cosine_with_min_lr"}, {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"no_such": 1}}])
+def test_a_schedule_that_cannot_be_is_said_before_the_first_stage_trains(tmp_path, more):
+    path = written(tmp_path, {**make_recipe(tmp_path, "llama", ANCHORS), "stages": {LAST: more}})
+    for act in (lambda: distill_chain(path, tmp_path / "chain"), lambda: dry_run(Recipe.read(path))):
+        with pytest.raises(CBDError, match="min_lr|no_such"):
+            act()
+    assert not (tmp_path / "chain").exists()
+
+
+def test_checks_make_no_repo(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: pytest.fail("a repo would be made"))
+    dry_run(Recipe.parse(make_recipe(tmp_path, "llama", ANCHORS[:1], stage={"push_to_hub": True})))
 
 
 def test_minillm_on_a_stream_is_said_before_work(tmp_path):

@@ -1,6 +1,7 @@
 """The trainer: token-exact losses, path training by the plans of from_chain, checkpoints that are whole, resuming bit for bit."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -258,6 +259,42 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert state["global_step"] == 4
 
 
+def test_checkpoints_of_a_longer_run_before_are_the_ones_that_go(tmp_path):
+    trainer_for("llama", tmp_path, max_steps=8, save_strategy="steps", save_steps=4).train()
+    os.utime(tmp_path / "checkpoint-8", (0, 0))
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+
+    trainer = trainer_for("llama", tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert seen == [["checkpoint-2"], ["checkpoint-4"]]
+
+
+@pytest.mark.parametrize("every", sorted(tiny.EVERY))
+def test_the_tokens_of_a_step_are_those_that_are_predicted(every, tmp_path):
+    """A row's first token is predicted by nothing, whatever transformers thinks of an architecture's loss."""
+    given = [{"input_ids": row["input_ids"][:4]} for row in rows(4)]
+    config = ChainDistillerConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=4, bf16=False, disable_tqdm=True, logging_steps=1, save_strategy="no")
+    student, teacher = tiny.EVERY[every](layers=2, seed=5), tiny.EVERY[every](layers=2, seed=6)
+    trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=Dataset.from_list(given))
+    expected = float(dense_loss(student.eval(), trainer.teacher, trainer.data_collator(given), 1.0, 1.0, 0.0))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_step_in_which_nothing_counts_is_one_of_loss_zero(tmp_path):
+    given = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, -100, -100]}] * 8)
+    trainer = trainer_for("llama", tmp_path, dataset=given, max_steps=1)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0.0
+    assert all(torch.equal(before[name], after) for name, after in weights(trainer).items())
+
+
 def test_text_columns_are_packed(tmp_path):
     trainer = trainer_for("llama", tmp_path, dataset=Dataset.from_dict({"text": tiny.texts(30)}), block_size=16)
     assert {len(row["input_ids"]) for row in trainer.train_dataset} == {16}
@@ -397,6 +434,19 @@ def test_a_trainer_that_cannot_be_made_leaves_no_adapter(tmp_path):
         )
     assert set(model.state_dict()) == names
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("tied", "targets", "path", "message"), [
+    (False, ["q_proj", "lm_head"], 0.0, "adapter is on the output head"), (True, ["q_proj", "embed_tokens"], 0.0, "changes the embedding, whose weights the output head shares"),
+    (True, ["q_proj"], 0.5, "path_fraction trains the student's own weights, and this student trains an adapter"),
+])
+def test_a_student_that_comes_with_an_adapter_is_looked_at_too(tmp_path, tied, targets, path, message):
+    from peft import get_peft_model
+    teacher = tiny.llama(tied=tied)
+    student, kept = student_of(teacher)
+    student = get_peft_model(student, lora(target_modules=targets))
+    with pytest.raises(ArgumentError, match=message):
+        ChainDistiller(model=student, teacher=teacher, args=ChainDistillerConfig(str(tmp_path), path_fraction=path, bf16=False), train_dataset=rows(), kept=kept)
 
 
 def test_adapters_that_the_loss_cannot_follow_are_refused(tmp_path):

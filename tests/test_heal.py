@@ -200,6 +200,20 @@ def test_killed_and_run_again_is_the_run_never_killed(chain, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "whole"]
 
 
+def test_stopped_in_a_notebook_the_same_call_goes_on(chain, tmp_path, monkeypatch):
+    whole, model = heal(between(chain), chain, data(), **OPTIONS), between(chain, dtype=torch.bfloat16)
+    before = weights(model)
+    tiny.killed_in_training(monkeypatch, 4)
+    with pytest.raises(tiny.Killed):
+        heal(model, chain, data(), output_dir=tmp_path / "out", **OPTIONS)
+    assert all(torch.equal(before[name], after) and after.dtype == torch.bfloat16 for name, after in weights(model).items()), "as it came"
+    model = between(chain)
+    tiny.killed_in_training(monkeypatch, 4)
+    with pytest.raises(tiny.Killed):
+        heal(model, chain, data(), output_dir=tmp_path / "again", **OPTIONS)
+    assert tiny.same(heal(model, chain, data(), output_dir=tmp_path / "again", **OPTIONS), whole)
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["at its last step", "early"])
 def test_killed_at_its_end_it_takes_no_further_step(chain, tmp_path, monkeypatch, stopped):
     options = {**OPTIONS, **({"max_steps": 20, "learning_rate": 0.3} if stopped else {})}
@@ -265,6 +279,7 @@ def test_what_is_refused(chain, tmp_path):
         (None, data(), {"output_dir": tmp_path / "full"}, StorageError, "not an empty folder"), (None, data(), {"tokens": 0}, ArgumentError, "tokens=0"),
         (None, data(), {"tokens": 100, "max_steps": 3}, ArgumentError, "give one of them"), (None, data(), {"max_steps": 1.5}, ArgumentError, "max_steps=1.5 is no whole number"),
         (None, data(), {"learning_rat": 1.0}, ArgumentError, "did you mean learning_rate="), (None, data(), {"lr": 1.0}, ArgumentError, "ChainDistillerConfig; give such as .*learning_rate="), (None, data(), {"path_fraction": 0.3}, ArgumentError, "path_fraction= cannot be set here"),
+        (None, data(), {"include_num_input_tokens_seen": False}, ArgumentError, "tokens are counted"),
         (None, data(), {"num_train_epochs": 3}, ArgumentError, "give max_steps, or tokens"), (None, data(), {"heldout": 1.0}, ArgumentError, "heldout=1.0"),
         (None, data(), {"patience": 0}, ArgumentError, "patience=0"), (None, data(), {"block_size": 300}, ArgumentError, "more than the model's 256 positions"),
         (None, data(), {"optim": "magic"}, ArgumentError, "magic"), (None, data(), {"adam_beta1": 2.0}, ArgumentError, "beta"), (None, data(["a b", "c d", "e f"]), {}, DataError, "does not fill one block"),

@@ -55,7 +55,7 @@ def test_of_a_chat_only_the_assistants_turns_count():
     tok = tokenizer()
     assert counted(tokenise({"messages": CHATS[0]}, tok), tok) == "hello<eos>so long<eos>"
     assert counted(tokenise({"messages": CHATS[1]}, tok), tok) == "4<eos>"
-    assert counted(tokenise({"prompt": CHATS[0][:3], "completion": CHATS[0][3:]}, tok), tok) == "hello<eos>so long<eos>"
+    assert counted(tokenise({"prompt": CHATS[0][:3], "completion": CHATS[0][3:]}, tok), tok) == "so long<eos>", "examples in a prompt are no answers"
 
 
 def test_chats_that_cannot_be_told_apart_are_refused():
@@ -117,10 +117,10 @@ def stream(seed):
     return source.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=16)
 
 
-def weights_after(folder, dataset, stop=0):
+def weights_after(folder, dataset, stop=0, steps=6):
     def make():
         config = ChainDistillerConfig(
-            str(folder), max_steps=6, save_steps=2, per_device_train_batch_size=2, bf16=False, disable_tqdm=True, block_size=24, logging_steps=1
+            str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, bf16=False, disable_tqdm=True, block_size=24, logging_steps=1
         )
         return ChainDistiller(model=tiny.llama(layers=2, seed=5), teacher=tiny.llama(), args=config, train_dataset=dataset, processing_class=tokenizer())
 
@@ -132,6 +132,37 @@ def test_the_order_is_the_same_after_resuming(tmp_path, kind):
     dataset = stream(1) if kind == "stream" else Dataset.from_list(rows())
     whole, again = weights_after(tmp_path / "a", dataset), weights_after(tmp_path / "b", dataset, stop=3)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_stream_that_comes_round_is_resumed_at_its_place(tmp_path, stop):
+    """Killed in its first pass, and in a later one."""
+    dataset = IterableDataset.from_generator(lambda: iter([{"text": text} for text in tiny.texts(2)]))
+    blocks = sum(1 for _ in packed_dataset(dataset, tokenizer(), 24))
+    assert 3 < blocks // 2 < 9 - 2
+    whole, again = weights_after(tmp_path / "a", dataset, steps=12), weights_after(tmp_path / "b", dataset, stop=stop, steps=12)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_steps_at_the_end_of_a_stream_have_all_their_batches(tmp_path):
+    """Three rows and two batches a step: the third row's step takes the first row too, and the loss is a mean as ever."""
+    given = [{"input_ids": torch.randint(4, tiny.VOCAB, (8,), generator=torch.Generator().manual_seed(seed)).tolist()} for seed in range(3)]
+    config = ChainDistillerConfig(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=0.0, bf16=False, disable_tqdm=True, logging_steps=1, save_strategy="no"
+    )
+    student, teacher = tiny.llama(layers=2, seed=5), tiny.llama()
+    trainer = ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=IterableDataset.from_generator(lambda: iter(given)))
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for found, places in zip(logged, ((0, 1), (2, 0), (1, 2))):
+        batch = trainer.data_collator([given[index] for index in places])
+        with torch.no_grad():
+            assert found == pytest.approx(float(trainer.compute_loss(trainer.model.eval(), batch)), rel=1e-4)
+
+
+def test_an_empty_stream_is_said(tmp_path):
+    with pytest.raises(DataError, match="has no rows that fill a block"):
+        weights_after(tmp_path, IterableDataset.from_generator(lambda: iter([{"text": "a"}])))
 
 
 def test_a_stream_is_packed_like_a_list():

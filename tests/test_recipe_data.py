@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import tiny
 from conftest import recipe as make_recipe
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from cbd_hub import CBDModel, distill_chain
 from cbd_hub.configs import read_config
 from cbd_hub.distill.checks import check_stages
+from cbd_hub.distill.data import open_stream, read_rows
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import plan_stages, read_parts, stage_rows, stage_tokenizers
 from cbd_hub.errors import DataError, RecipeError
@@ -45,6 +47,17 @@ def test_conversations_train_calibrate_and_are_split(tmp_path, kind, stage):
     chain = distill_chain(plain, tmp_path / "chain")
     assert chain.anchors[1].training.tokens > 0
     assert CBDModel.from_chain(tmp_path / "chain", "max") is not None
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_files_of_every_format_may_hold_prompts_and_a_text_column_goes_first(tmp_path, suffix):
+    pairs = Dataset.from_list([{"prompt": text[:20], "completion": text[20:60]} for text in tiny.texts(10)])
+    both = pairs.add_column("text", tiny.texts(10))
+    write = {"parquet": Dataset.to_parquet, "csv": Dataset.to_csv, "jsonl": Dataset.to_json}[suffix]
+    for name, dataset in (("pairs", pairs), ("both", both)):
+        write(dataset, tmp_path / f"{name}.{suffix}")
+    assert read_rows(str(tmp_path / f"pairs.{suffix}")) == list(pairs) == list(open_stream(str(tmp_path / f"pairs.{suffix}"), None, "train", "text"))
+    assert read_rows(str(tmp_path / f"both.{suffix}")) == [{"text": text} for text in tiny.texts(10)] == list(open_stream(str(tmp_path / f"both.{suffix}"), None, "train", "text"))
 
 
 def test_a_stage_has_its_own_data_and_loss(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,9 @@ def _check_trainer(args: ChainDistillerConfig) -> None:
     Raises:
         CBDError: If it would.
     """
-    if args.eval_strategy != "no":
-        raise RecipeError(f"eval_strategy={args.eval_strategy.value} needs an evaluation set, and a recipe has none; leave it out, `cbd eval` measures the chain")
+    if args.eval_strategy != "no" or args.eval_on_start:
+        name = "eval_on_start=True" if args.eval_strategy == "no" else f"eval_strategy={args.eval_strategy.value}"
+        raise RecipeError(f"{name} needs an evaluation set, and a recipe has none; leave it out, `cbd eval` measures the chain")
     check_optimiser(args)
 
 
@@ -82,9 +84,11 @@ def check_optimiser(args: ChainDistillerConfig) -> None:
     Raises:
         ArgumentError: If it refuses.
     """
+    offline = copy.copy(args)
+    offline.push_to_hub = False  # or it would make the repo
     try:
-        Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=[{}], eval_dataset=[{}]).create_optimizer()
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        Trainer(model=torch.nn.Linear(1, 1), args=offline, train_dataset=[{}], eval_dataset=[{}]).create_optimizer_and_scheduler(max(args.max_steps, 1))
+    except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(one_line(error)) from error
 
 

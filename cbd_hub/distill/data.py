@@ -62,7 +62,7 @@ def is_conversation(columns: Iterable[str]) -> bool:
 
 
 def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
-    """Rows of local files as the trainer takes them: of .jsonl files prompts with completions and chats, else texts.
+    """Rows of local files as the trainer takes them: their texts, or where they have no such column their chats or prompts with completions.
 
     Args:
         path: A file, or a pattern such as "text/*.txt".
@@ -72,12 +72,18 @@ def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
         DataError: If no file matches, a format is unknown, a line is no row, or there is no text.
     """
     names = files_of(path)
-    if column == "text" and all(Path(name).suffix.lower() == ".jsonl" for name in names):
+    kinds = {FORMATS.get(Path(name).suffix.lower()) for name in names}
+    rows: list[tuple[str, dict[str, Any]]] = []
+    if kinds == {"jsonl"}:
         rows = [(f"{name} line {number}", row) for name in names for number, row in json_rows(name)]
-        if rows and is_conversation(rows[0][1]):
-            for where, row in rows:
-                check_row(row, where)
-            return [row for _, row in rows]
+    elif kinds in ({"csv"}, {"parquet"}):
+        loaded = _loaded(str(kinds.pop()), data_files=names, split="train")
+        if column not in loaded.column_names and is_conversation(loaded.column_names):
+            rows = [(f"{path} row {number:,}", row) for number, row in enumerate(loaded)]
+    if rows and column not in rows[0][1] and is_conversation(rows[0][1]):
+        for where, row in rows:
+            check_row(row, where)
+        return [row for _, row in rows]
     return [{"text": text} for text in read_texts(path, column)]
 
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import IGNORED, next_tokens, packed_dataset
 from cbd_hub.distill.saving import AnchorTrainer
-from cbd_hub.distill.sharing import Filled, without_rows
+from cbd_hub.distill.sharing import Endless, Filled, without_rows
 from cbd_hub.errors import DataError
 from cbd_hub.shapes import check_positions
 
@@ -50,8 +50,10 @@ class EvaluatingTrainer(AnchorTrainer):
         return without_rows(batch, max(0, state.remainder - self.accelerator.process_index * len(batch["labels"])))
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Batches; of a stream every process reads all and takes its rows, so that they may differ in length."""
-        if self.args.world_size > 1 and isinstance(dataset, IterableDataset):
+        """Batches; of a stream every process reads all and takes its rows, so that they may differ in length. One to train on has no end."""
+        if isinstance(dataset, IterableDataset) and description == "Training":
+            dataset = Endless(dataset)
+        elif self.args.world_size > 1 and isinstance(dataset, IterableDataset):
             dataset = Filled(dataset, batch_size * self.args.world_size)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 

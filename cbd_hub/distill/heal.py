@@ -51,7 +51,8 @@ _OWN = {
     "output_dir": "it is heal's own", "teacher_cache": "it is heal's own", "num_train_epochs": "give max_steps, or tokens", "bridge": "neighbours have one vocabulary",
     "path_fraction": "the model is itself one on the path", "eval_strategy": "eval_steps says when", "save_strategy": "eval_steps says when", "save_steps": "eval_steps says when",
     "load_best_model_at_end": "the best weights are always kept", "metric_for_best_model": "it is the held-out loss", "greater_is_better": "it is the held-out loss",
-    "push_to_hub": "push the folder with `cbd push`",
+    "push_to_hub": "push the folder with `cbd push`", "save_only_model": "a heal that is stopped goes on from its checkpoint, which needs the optimiser too",
+    "include_num_input_tokens_seen": "tokens are counted for the model's record",
 }
 
 
@@ -126,6 +127,7 @@ def heal(
     }
     target, first = None if output_dir is None else Path(output_dir), args.process_index == 0
     dtype = model.dtype
+    before = {} if peft_config is not None else {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     with _workplace(target, asked, args) as work:
         args.output_dir = str(work / "run")
         set_seed(args.seed)
@@ -138,6 +140,9 @@ def heal(
                 _train(healer, teacher.name, progress if progress is not None and first else lambda line: None)
         except BaseException:
             _cast(model, dtype)
+            for name, parameter in model.named_parameters():  # as it came, so that the same call goes on
+                if name in before:
+                    parameter.data.copy_(before[name])
             raise
         healed = _result(healer, dtype, merge)
         record = _record(healed, healer, documents, teacher=teacher.name, by=_way(peft_config), earlier=made.get("healed"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors import safe_open
@@ -23,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import EvaluatingTrainer, with_tokens
-from cbd_hub.distill.packing import collate, next_tokens, tokenised
+from cbd_hub.distill.packing import IGNORED, collate, next_tokens, tokenised
 from cbd_hub.distill.rollouts import (
     Prompt,
     Rollout,
@@ -156,6 +157,15 @@ class SamplingTrainer(EvaluatingTrainer):
         elif args.on_policy_fraction and random.Random(f"{args.seed} on-policy {self.state.global_step}").random() < args.on_policy_fraction:
             batches = self._own_completions(batches)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
+        """Tokens of an optimiser step that are predicted and count, of all processes; 1 where there are none.
+
+        The Trainer counts a row's first label for some architectures and versions, and for others not: nothing predicts it.
+        """
+        predicted = [{**batch, "labels": F.pad(batch["labels"][:, 1:], (1, 0), value=IGNORED)} if "labels" in batch else batch for batch in batch_samples]
+        items: Tensor | int | None = super()._get_num_items_in_batch(predicted, device)
+        return items.clamp(min=1) if isinstance(items, Tensor) else items if items is None else max(items, 1)
 
     def _first_row(self, batch: int) -> int:
         """Place of a batch's first row among the rows of the whole optimiser step, over all processes."""

@@ -40,7 +40,7 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
     """A row's tokens: of a ``text``, of a ``prompt`` and its ``completion`` (or ``response``), or of chat ``messages``.
 
     A text and a response end with the end-of-text token. Prompt and response are tokenised apart, so that where one ends is exact. Of a chat, the
-    assistant's turns count, each from the generation prompt to its end.
+    assistant's turns count, each from the generation prompt to its end; of a prompt and completion that are chats, those of the completion.
 
     Raises:
         DataError: If the row has none of these columns, or a chat comes without a usable chat template.
@@ -52,7 +52,7 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
     response = next((name for name in RESPONSES if name in row), None)
     if "prompt" in row and response is not None:
         if not isinstance(row["prompt"], str):
-            return _chat([*row["prompt"], *row[response]], tokenizer)
+            return _chat([*row["prompt"], *row[response]], tokenizer, first=len(row["prompt"]))
         prompt = list(tokenizer(row["prompt"], add_special_tokens=True)["input_ids"])
         if prompt and prompt[-1:] == end:
             prompt.pop()  # a tokenizer that ends every text would end the prompt too
@@ -78,8 +78,8 @@ def tokenised(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[Tok
         yield tokens
 
 
-def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
-    """Tokens of a chat; the assistant's turns are what each adds to the chat before it with its generation prompt."""
+def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, first: int = 0) -> Tokens:
+    """Tokens of a chat; the assistant's turns, from the ``first`` message on, are what each adds to the chat before it with its generation prompt."""
     if not tokenizer.chat_template:
         raise DataError("the data has chat messages but the tokenizer has no chat template; set tokenizer.chat_template, or give prompt and completion")
 
@@ -92,7 +92,7 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
     whole = rendered(len(messages), False)
     labels = [IGNORED] * len(whole)
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < first:
             continue
         before, after = rendered(index, True), rendered(index + 1, False)
         if whole[: len(before)] != before or whole[: len(after)] != after:

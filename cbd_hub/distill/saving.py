@@ -134,7 +134,7 @@ class AnchorTrainer(Trainer):
             shutil.rmtree(final, ignore_errors=True)
             os.replace(staging / name, final)
             staging.rmdir()
-            rotate_checkpoints(
-                output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            rotate_checkpoints(  # by time, as the Trainer: a longer run may have left its checkpoints here
+                output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()

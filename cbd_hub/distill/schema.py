@@ -32,6 +32,13 @@ _STAGE_FIELDS = {
     field.name: field.default for field in dataclasses.fields(ChainDistillerConfig) if field.init and field.name not in ("output_dir", "seed")
 }
 
+_REFUSED = {
+    "hub_token": "a recipe is kept and published with its chain, and a token must not be; log in with `hf auth login` and leave it out",
+    "num_train_epochs": "a stage has max_steps, 100 by default, and ends there; give max_steps",
+    "save_only_model": "a stage that is killed goes on from its checkpoint, which needs the optimiser too; leave it out, or raise save_steps for fewer of them",
+    "include_num_input_tokens_seen": "tokens are counted for the chain's record; leave it out",
+}
+
 
 def _check_value(where: str, value: Any, default: Any) -> None:
     """Refuse a value of another kind than its field's default, which YAML makes of a slip: 4e-4 is text there, 4.0e-4 a number."""
@@ -141,8 +148,8 @@ class Recipe(_Strict):
                 parse_size(anchor)
         for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
             for key in fields:
-                if key == "hub_token":
-                    raise ValueError(f"{where}.hub_token: a recipe is kept and published with its chain, and a token must not be; log in with `hf auth login` and leave it out")
+                if key in _REFUSED:
+                    raise ValueError(f"{where}.{key} is no setting of a recipe: {_REFUSED[key]}")
                 if where != "stage" and key in StageData.model_fields:
                     _check_data(f"{where}.{key}", fields[key])
                 elif key in _STAGE_FIELDS:
@@ -309,10 +316,9 @@ def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
 
 
 def _line_of(lines: Mapping[tuple[str, ...], int], where: tuple[str, ...], message: str) -> int | None:
-    named = re.match(r"[\w.]*", message)
-    for path, line in lines.items():
-        if named is not None and ".".join(path) == named[0].rstrip("."):
-            return line
+    named = [path for path in lines if re.match(rf"{re.escape('.'.join(path))}(?!\w|\.\w)", message)]
+    if named:
+        return lines[max(named, key=len)]
     while where:
         if where in lines:
             return lines[where]

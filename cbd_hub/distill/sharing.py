@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from cbd_hub.distill.packing import IGNORED
+from cbd_hub.errors import DataError
 
 
 _COUNTS = {"labels": IGNORED, "spans": -1, "teacher_spans": -1}  # what says that tokens count, and the value that says they do not
@@ -23,6 +25,27 @@ def without_rows(batch: Mapping[str, Any], first: int) -> dict[str, Any]:
     """
     found = {name: torch.cat([batch[name][:first], torch.full_like(batch[name][first:], value)]) for name, value in _COUNTS.items() if name in batch}
     return {**batch, **found}
+
+
+class Endless(IterableDataset[dict[str, Any]]):
+    """A stream that begins anew where it ends: to the Trainer one pass, in which it finds its place again, and whose steps all have their batches.
+
+    Args:
+        stream: Rows.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for turn in itertools.count():
+            if hasattr(self._stream, "set_epoch"):
+                self._stream.set_epoch(turn)
+            row = None
+            for row in self._stream:
+                yield row
+            if row is None:
+                raise DataError("the stream to train on has no rows that fill a block; give more text or a smaller block_size")
 
 
 class Filled(IterableDataset[dict[str, Any]]):

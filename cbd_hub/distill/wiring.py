@@ -89,6 +89,8 @@ def wired(
         train_dataset, vocab_size = found, _cached_vocabulary(student, found)
     else:
         vocab_size = _shared_vocabulary(student, teacher, tokenizers[0])
+    if is_peft_model(student):
+        _check_adapted(student, args)
     loaded: list[Any] = [model for model in (student, teacher) if isinstance(model, torch.nn.Module) and not is_sharded(model)]
     for model in loaded:
         check_head(model.get_base_model() if is_peft_model(model) else model)
@@ -182,6 +184,23 @@ def check_adapter(model: Any, peft_config: Any) -> None:
             raise ArgumentError(f"the adapter is on the output head, which the loss reads as a plain matrix; leave {path} out of {field}")
         if field is not None:
             raise ArgumentError(f"the adapter changes {path} ({field}), whose weights the output head shares, and the two would part; leave {path} out, or train without peft_config")
+
+
+def _check_adapted(student: Any, args: ChainDistillerConfig) -> None:
+    """Refuse an adapted student whose adapter the loss cannot train.
+
+    Raises:
+        ArgumentError: If it is on the output head, or on an embedding that the head shares, or whole models are to be trained.
+    """
+    layer = import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    base = student.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if isinstance(head, layer):
+        raise ArgumentError("the student's adapter is on the output head, which the loss reads as a plain matrix; leave it out of target_modules")
+    if isinstance(embedding, layer) and embedding.weight is head.weight:
+        raise ArgumentError("the student's adapter changes the embedding, whose weights the output head shares, and the two would part; leave it out of target_modules")
+    if args.path_fraction:
+        raise ArgumentError("path_fraction trains the student's own weights, and this student trains an adapter; choose one")
 
 
 def _with_adapter(model: Any, peft_config: Any, args: ChainDistillerConfig) -> Any:
