@@ -466,6 +466,30 @@ def test_gradient_checkpointing_changes_no_update(family, tmp_path):
         torch.testing.assert_close(tensor, weights(saving)[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("path", [0.0, 1.0])
+def test_gradient_checkpointing_keeps_less_on_the_path_too(tmp_path, path):
+    kept = {}
+    for on in (False, True):
+        trainer = trainer_for("llama", tmp_path / str(on), shape={"layers": 3, "ffn": 24}, gradient_checkpointing=on, path_fraction=path)
+        if on:
+            trainer.model.gradient_checkpointing_enable()
+        trainer.model.train()
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+        own, found = {parameter.untyped_storage().data_ptr() for model in (trainer.model, trainer._neighbour or trainer.teacher) for parameter in model.parameters()}, {}
+
+        def note(tensor, own=own, found=found):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = trainer.compute_loss(trainer.model, batch)
+        kept[on] = sum(found.values()), loss
+    assert kept[True][0] < 0.7 * kept[False][0]
+    torch.testing.assert_close(kept[True][1], kept[False][1])
+
+
 def test_evaluation_is_a_mean_per_kept_token(tmp_path):
     """Of batches of unequal numbers of kept tokens, and of several sets by name."""
     held = rows(11, seed=5)

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask
 
@@ -172,7 +173,7 @@ class Between:
         family = family_of(self._models[plan.large].config)
         live = {name: family.parameters(model) for name, model in self._models.items()}
         parameters = {name: combine(terms, live) for name, terms in plan.tensors.items()}
-        return PlanRunner(self._shell(plan), parameters, family)
+        return PlanRunner(self._shell(plan), parameters, family, checkpointing=any(map(_checkpoints, self._models.values())))
 
     def _shell(self, plan: Plan) -> Any:
         """A model of the plan's shape without parameters of its own: functional_call brings them."""
@@ -196,10 +197,11 @@ class Between:
 
 
 class PlanRunner:
-    """A model made of given parameters, run through a shell without any of its own."""
+    """A model made of given parameters, run through a shell without any of its own; with gradient checkpointing where that is asked for."""
 
-    def __init__(self, shell: Any, parameters: Mapping[str, Tensor], family: Any) -> None:
+    def __init__(self, shell: Any, parameters: Mapping[str, Tensor], family: Any, *, checkpointing: bool = False) -> None:
         self.config = shell.config
+        self._checkpointing = checkpointing
         self.parameters = parameters
         self._shell = shell
         prefix = shell.base_model_prefix + "."
@@ -216,14 +218,55 @@ class PlanRunner:
     ) -> Output:
         """Run a batch of token ids, shape (B, T)."""
         _check_positions(self.config, input_ids, position_ids)
-        output = functional_call(
-            self._shell.base_model, dict(self._base), (),
-            {
-                "input_ids": input_ids, "attention_mask": _mask(self.config, attention_mask, position_ids, self._head.dtype), "position_ids": position_ids,
-                "output_hidden_states": states, "use_cache": False,
-            },
-        )
+        with self._checkpointed():
+            output = functional_call(
+                self._shell.base_model, dict(self._base), (),
+                {
+                    "input_ids": input_ids, "attention_mask": _mask(self.config, attention_mask, position_ids, self._head.dtype), "position_ids": position_ids,
+                    "output_hidden_states": states, "use_cache": False,
+                },
+            )
         return Output(output.last_hidden_state, Head(self._head, **_settings(self.config)), tuple(output.hidden_states[1:]) if states else None)
+
+
+    @contextlib.contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """A block in which the shell's layers keep nothing but their input for the backward pass, in which they have the parameters again."""
+        layers = [module for module in self._shell.base_model.modules() if hasattr(module, "gradient_checkpointing")] if self._checkpointing else []
+
+        def recomputed(forward: Any, *args: Any) -> Any:
+            def again(*args: Any) -> Any:
+                with _holding(self._shell.base_model, self._base):
+                    return forward(*args)
+
+            return checkpoint(again, *args, use_reentrant=False)
+
+        for layer in layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, recomputed
+        try:
+            yield
+        finally:
+            for layer in layers:  # a shell is shared, and holds nothing
+                layer.gradient_checkpointing, layer._gradient_checkpointing_func = False, None
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether a model's layers are asked to compute anew in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextlib.contextmanager
+def _holding(module: Any, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block in which a module has other parameters, outside a functional call."""
+    split = [(module.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2], tensor) for name, tensor in parameters.items()]
+    before = [held[leaf] for held, leaf, _ in split]
+    for held, leaf, tensor in split:
+        held[leaf] = tensor
+    try:
+        yield
+    finally:
+        for (held, leaf, _), tensor in zip(split, before):
+            held[leaf] = tensor
 
 
 @contextlib.contextmanager
