@@ -24,6 +24,7 @@ from cbd_hub.sizes import format_size
 
 _BEGIN, _END = "<!-- cbd_hub:begin", "<!-- cbd_hub:end -->"
 _METADATA = "<!-- cbd_hub:metadata "  # begins the line of the block that repeats what was generated of the metadata: the rest is a person's
+_LICENCE = ("license", "license_name", "license_link")
 # The ids that the Hub's metadata may hold.
 _LICENSES = """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m openrail++ afl-3.0
@@ -353,15 +354,20 @@ def read_card(path: Path, name: str | None = None) -> str | None:
 
 
 def is_ours(card: str) -> bool:
-    """Whether a README has a block that cbd_hub writes."""
-    return _BEGIN in card
+    """Whether a README has a block that cbd_hub writes, and of a model that it wrote too."""
+    return _BEGIN in card and not _generated(card).get("theirs")
+
+
+def as_theirs(card: str) -> str:
+    """A card of ours for a model that somebody else wrote."""
+    return _repeated(card, theirs=True)
 
 
 def merge_card(old: str | None, new: str) -> str:
     """A card written anew that keeps what people wrote into the old one.
 
     The marked block is replaced and the text around it kept. Of the old metadata what was generated goes, as the block repeats it; of the rest what only the old
-    one has is kept, tags and data sets of both are kept, and a licence that a person put there stands.
+    one has is kept, tags and data sets of both are kept, and a licence or base model that a person put there stands.
 
     Args:
         old: The README that is there; None for none.
@@ -378,23 +384,30 @@ def merge_card(old: str | None, new: str) -> str:
         data, body = written.data.to_dict(), written.text
     except Exception:  # a card that cannot be read is all hand-written text
         data, body = {}, old
-    generated = _generated(body)
-    if generated.get("license") == data.get("license") and generated.get("license_name") == data.get("license_name"):
-        data = {field: value for field, value in data.items() if field not in ("license", "license_name", "license_link")}
+    generated, new_data = _generated(body), fresh.data.to_dict()
+    if generated.get("license") and all(generated.get(field) == data.get(field) for field in _LICENCE[:2]):
+        changed = any(generated.get(field) != new_data.get(field) for field in _LICENCE[:2])
+        data = {field: value for field, value in data.items() if field not in (_LICENCE if changed else _LICENCE[:2])}
+    own: dict[str, Any] = {}  # of the base models, what a person wrote
     for field in ("base_model", "base_model_relation", "tags", "datasets"):
-        if field in data and isinstance(data[field], (str, list)):
-            rest = [entry for entry in _texts(data[field]) if entry not in _texts(generated.get(field))]
-            data = {**data, field: rest} if rest else {name: value for name, value in data.items() if name != field}
-    merged = {**data, **fresh.data.to_dict()}
+        if not isinstance(data.get(field), (str, list)):
+            continue
+        ours, theirs = _texts(generated.get(field)), _texts(data[field])
+        rest = [entry for entry in theirs if entry not in ours]
+        if generated and rest and field.startswith("base"):
+            joined = [*(_texts(new_data.get(field)) if ours and set(ours) <= set(theirs) else []), *rest]
+            own[field] = joined if isinstance(data[field], list) else data[field]
+        data = {name: value for name, value in data.items() if name != field} | ({field: rest if isinstance(data[field], list) else data[field]} if rest else {})
+    merged = {**data, **new_data, **own}
     for field in ("tags", "datasets", "language"):
         if isinstance(data.get(field), (str, list, type(None))):  # anything else is for the check of the card to refuse
-            both = [*_texts(fresh.data.to_dict().get(field)), *_texts(data.get(field))]
+            both = [*_texts(new_data.get(field)), *_texts(data.get(field))]
         else:
             merged[field], both = data[field], []
         if both:
             merged[field] = list(dict.fromkeys(both))
     if data.get("license"):
-        merged |= {field: data[field] for field in ("license", "license_name", "license_link") if field in data}
+        merged |= {field: data[field] for field in _LICENCE if field in data}
     start, stop = body.find(_BEGIN), body.find(_END)
     block = fresh.text[fresh.text.find(_BEGIN) : fresh.text.find(_END) + len(_END)].strip()
     if 0 <= start < stop:
@@ -415,15 +428,16 @@ def _generated(body: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _repeated(card: str) -> str:
-    """A card whose block repeats the metadata that a person may change."""
-    if not is_ours(card):
+def _repeated(card: str, *, theirs: bool = False) -> str:
+    """A card whose block repeats the metadata that a person may change; with ``theirs`` also that the model is a person's."""
+    if _BEGIN not in card:
         return card
     data = RepoCard(card).data.to_dict()
-    fields = {field: data[field] for field in ("license", "license_name", "base_model", "base_model_relation", "tags", "datasets") if field in data}
+    fields = _generated(card) or {field: data[field] for field in (*_LICENCE[:2], "base_model", "base_model_relation", "tags", "datasets") if field in data}
+    text = json.dumps({**fields, **({"theirs": True} if theirs else {})}).replace("--", "-\\u002d")
     head, begin, rest = card.partition(_BEGIN)
     line, end, rest = rest.partition("\n")
-    text = json.dumps(fields).replace("--", "-\\u002d")
+    rest = rest.partition("\n")[2] if rest.startswith(_METADATA) else rest
     return f"{head}{begin}{line}{end}{_METADATA}{text} -->\n{rest}"
 
 

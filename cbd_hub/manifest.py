@@ -319,7 +319,7 @@ class Manifest(Data):
     def size(self, wish: str | int) -> int:
         """The parameters that a wish means: text, an int, "min" or "max".
 
-        Text that an anchor's size rounds to means that anchor.
+        Text that an anchor's size rounds to, within 5%, means that anchor.
 
         Raises:
             SizeError: If it cannot be read or lies outside the chain.

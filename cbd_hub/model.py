@@ -157,7 +157,7 @@ class CBDModel:
 
         Args:
             chain: A local folder or a Hub id.
-            size: Unique parameters wanted: "138M", "1.1B", an int, "min" or "max". Text that an anchor's size rounds to means that anchor.
+            size: Unique parameters wanted: "138M", "1.1B", an int, "min" or "max". Text that an anchor's size rounds to, within 5%, means that anchor.
             memory_budget: Bytes that the weights may take in the chosen dtype instead, such as "300MB": the largest size that fits. ``max_memory``
                 stays what it is in transformers.
             min_tokens_per_second: Speed that it must reach instead: the largest size that does. New tokens a second after the first one, by greedy decoding

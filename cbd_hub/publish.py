@@ -28,6 +28,7 @@ from cbd_hub.cards import (
     curve_picture,
     cut_card,
     interpolant_card,
+    is_ours,
     license_of,
     merge_card,
     read_card,
@@ -165,10 +166,24 @@ def push_model(
     card = interpolant_card(
         repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed, base=base if adapter else None,
     )
-    if made.get("strategy") == "cut":
+    if adapter:
+        files[_ADAPTER] = _without_place(folder / _ADAPTER)
+    elif made.get("strategy") == "cut" and "difference" in made:  # which the first versions did not write
         card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, license=license_of(folder))
-    repo = Repo(repo_id, "Model made with cbd_hub", files, merge_card(read_card(folder / "README.md"), card), _OLD_MODEL)
+    old = read_card(folder / "README.md")
+    if adapter and (old is None or not is_ours(old)):
+        old = None  # peft's form to fill in
+    repo = Repo(repo_id, "Model made with cbd_hub", files, merge_card(old, card), _OLD_MODEL)
     return _push_one(repo, Publisher(token, private, gated, create_pr, commit_message, say), dry_run)
+
+
+def _without_place(path: Path) -> bytes:
+    """An adapter_config.json that names no folder of this machine as its base model."""
+    data = path.read_bytes()
+    config = json.loads(data)
+    if is_repo_id(str(config.get("base_model_name_or_path"))):
+        return data
+    return (json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def push_anchor(

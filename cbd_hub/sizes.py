@@ -122,14 +122,14 @@ def _shortly(value: Any) -> str:
 
 
 def matches(text: str, parameters: int) -> bool:
-    """Whether a size, rounded to the digits of the text, is what the text says, and within 2% of it: one digit alone would take in half as much again.
+    """Whether a size, rounded to the digits of the text, is what the text says, and within 5% of it, which one digit alone need not mean.
 
     Example:
-        >>> matches("135M", 134_515_008), matches("134M", 134_515_008), matches("0.1B", 99_000_000), matches("1B", 1_235_814_400)
+        >>> matches("135M", 134_515_008), matches("134M", 134_515_008), matches("3B", 3_085_938_688), matches("1B", 1_235_814_400)
         (True, False, True, False)
     """
     number, unit = _split(text)
-    return (Decimal(parameters) / unit).quantize(number, ROUND_HALF_UP) == number and abs(parameters - number * unit) <= number * unit / 50
+    return (Decimal(parameters) / unit).quantize(number, ROUND_HALF_UP) == number and abs(parameters - number * unit) <= number * unit / 20
 
 
 def format_size(parameters: int) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussio
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from cbd_hub.cards import check_card, is_ours, merge_card, read_card
+from cbd_hub.cards import as_theirs, check_card, is_ours, merge_card, read_card
 from cbd_hub.client import api, explained
 from cbd_hub.errors import ArgumentError, IntegrityError
 from cbd_hub.files import sha256
@@ -118,7 +118,7 @@ class Publisher:
             if model and not repo.index and not (old is not None and is_ours(old)):
                 if not self._same_weights(repo):
                     raise ArgumentError(f"{repo.id} holds a model that cbd_hub did not write, and another would take its place; push to another name")
-                repo.stale = ()
+                repo.stale, repo.card = (), as_theirs(repo.card)
             repo.card = merge_card(old, repo.card)
         check_card(repo.card, repo.id)
 

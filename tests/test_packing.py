@@ -11,6 +11,7 @@ from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.bridge_rows import BridgeRows
 from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import Prompt, batch_prompts
+from cbd_hub.distill.sharing import Endless
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.interpolation.planner import blend_plan
@@ -158,6 +159,27 @@ def test_steps_at_the_end_of_a_stream_have_all_their_batches(tmp_path):
         batch = trainer.data_collator([given[index] for index in places])
         with torch.no_grad():
             assert found == pytest.approx(float(trainer.compute_loss(trainer.model.eval(), batch)), rel=1e-4)
+
+
+def test_workers_without_a_shard_and_streams_that_can_be_read_once(tmp_path):
+    texts = [{"text": text} for text in tiny.texts(20)]
+
+    def trained(folder, dataset, **options):
+        config = ChainDistillerConfig(
+            str(folder), max_steps=4, per_device_train_batch_size=2, bf16=False, disable_tqdm=True, block_size=24, logging_steps=1, **{"save_strategy": "no", **options}
+        )
+        trainer = ChainDistiller(
+            model=tiny.llama(layers=2, seed=5), teacher=tiny.llama(), args=config, train_dataset=dataset, eval_dataset=texts[:2], processing_class=tokenizer()
+        )
+        trainer.train()
+        return trainer.state
+
+    assert trained(tmp_path / "a", IterableDataset.from_generator(lambda: iter(texts)), dataloader_num_workers=2).global_step == 4
+    blocks = [{"input_ids": list(range(4, 28))}] * 6
+    assert list(Endless(iter(blocks))) == blocks, "what cannot be read again has an end"
+    few = IterableDataset.from_generator(lambda: iter(texts[:1]))
+    state = trained(tmp_path / "b", few, eval_strategy="epoch")
+    assert [entry["step"] for entry in state.log_history if "eval_loss" in entry][0] < 4, "where its end is waited for there is one"
 
 
 def test_an_empty_stream_is_said(tmp_path):

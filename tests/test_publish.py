@@ -247,6 +247,13 @@ def test_a_model_that_cbd_hub_did_not_write_is_not_replaced(hub, llama, tmp_path
     files = hub.repos["org/own"].at("main")[1]
     assert {"voices.safetensors", "my_vocab.json", "model.safetensors"} <= set(files), "in its own repo an anchor's neighbours stay"
     assert files["README.md"].endswith(b"Mine.\n")
+    hub.repos["org/own"].commit({**files, "adapter_config.json": b"{}"})
+    (tmp_path / "second").mkdir()
+    chain.save_pretrained(tmp_path / "second/local")
+    add_anchor(Chain.from_pretrained(tmp_path / "second/local"), "org/own", "org/own")
+    assert "adapter_config.json" in hub.repos["org/own"].at("main")[1], "and at the second push too"
+    with pytest.raises(ArgumentError, match="holds a model that cbd_hub did not write"):
+        push_model(tmp_path / "made", "org/own")
 
 
 def test_what_was_generated_goes_with_the_chain_that_it_was_of(hub, llama, tmp_path):
@@ -267,6 +274,51 @@ def test_what_was_generated_goes_with_the_chain_that_it_was_of(hub, llama, tmp_p
     assert (set(data.tags), data.language) == ({"mine", "cbd-hub", "cbd-chain"}, ["en"])
     Chain.from_pretrained(llama).push_to_hub("org/tiny")
     assert not any("license" in ModelCard(readme(hub, repo_id)).data.to_dict() for repo_id in hub.repos)
+
+
+def test_what_a_person_changed_in_the_metadata_stays(hub, llama, tmp_path):
+    chain = Chain.from_pretrained(llama)
+    chain.push_to_hub("org/tiny")
+    last = f"org/tiny-{chain.anchors[-1].name}"
+
+    def edited(repo_id, *pairs):
+        files = hub.repos[repo_id].at("main")[1]
+        text = files["README.md"].decode()
+        for old, new in pairs:
+            assert old in text
+            text = text.replace(old, new, 1)
+        hub.repos[repo_id].commit({**files, "README.md": text.encode()})
+
+    edited("org/tiny", ("tags:", "base_model: me/base\nbase_model_relation: finetune\ntags:"))
+    chain.push_to_hub("org/tiny")
+    data = ModelCard(readme(hub, "org/tiny")).data
+    assert (data.base_model, data.base_model_relation) == ("me/base", "finetune")
+    chain = with_teacher(llama, tmp_path, repo_id="big/teacher", license="My Licence")
+    chain.push_to_hub("org/tiny")
+    edited(last, ("license: other", "license: other\nlicense_link: LICENSE"), ("base_model: big/teacher", "base_model:\n- big/teacher\n- me/base"))
+    chain.push_to_hub("org/tiny")
+    data = ModelCard(readme(hub, last)).data
+    assert (data.license_link, data.license_name) == ("LICENSE", "my-licence")
+    assert (data.base_model, data.base_model_relation) == (["big/teacher", "me/base"], "finetune")
+    (tmp_path / "other").mkdir()
+    with_teacher(llama, tmp_path / "other", repo_id="new/teacher", license="mit").push_to_hub("org/tiny")
+    data = ModelCard(readme(hub, last)).data
+    assert (data.license, data.to_dict().get("license_link"), data.base_model) == ("mit", None, ["new/teacher", "me/base"])
+
+
+def test_an_adapters_folder_names_no_place_and_pefts_form_stays_behind(hub, llama, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from cbd_hub import carry_adapter
+    get_peft_model(CBDModel.from_chain(llama, "max"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    carry_adapter(tmp_path / "lora", llama, middle(llama), adapter_size="max", output_dir=tmp_path / "carried")
+    PeftModel.from_pretrained(CBDModel.from_chain(llama, middle(llama)), tmp_path / "carried").save_pretrained(tmp_path / "carried")
+    assert "[More Information Needed]" in (tmp_path / "carried/README.md").read_text()
+    push_model(tmp_path / "carried", "org/lora")
+    files = hub.repos["org/lora"].at("main")[1]
+    assert not [name for name, data in files.items() if str(tmp_path.parent).encode() in data]
+    assert b"More Information Needed" not in files["README.md"]
+    assert json.loads(files["adapter_config.json"])["r"] == 2
 
 
 def test_files_of_the_old_model_go_and_those_of_a_person_stay(hub, llama, tmp_path):
@@ -327,7 +379,7 @@ def test_no_token_is_published(hub, llama, tmp_path):
     chain.push_to_hub("org/secret")
     assert "recipe.yaml" not in hub.repos["org/secret"].at("main")[1]
     path.write_text(f"teacher: x\nanchors: [1M]\ndata: {{path: text.txt}}\nstage: {{hub_token: hf_{'a' * 34}}}\n")
-    with pytest.raises(RecipeError, match=r"line 4: stage.hub_token: a recipe is kept and published"):
+    with pytest.raises(RecipeError, match=r"line 4: stage.hub_token is no setting of a recipe: a recipe is kept and published"):
         Recipe.read(path)
 
 

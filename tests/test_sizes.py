@@ -29,6 +29,7 @@ def test_text_means_an_anchor_that_rounds_to_it():
     assert matches("135M", 134_515_008)
     assert matches("134.5M", 134_515_008)
     assert not matches("134M", 134_515_008)
+    assert matches("1.5B", 1_543_714_304)
     assert not matches("1B", 1_235_814_400), "one digit is no licence to be a quarter off"
 
 

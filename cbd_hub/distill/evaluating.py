@@ -50,8 +50,9 @@ class EvaluatingTrainer(AnchorTrainer):
         return without_rows(batch, max(0, state.remainder - self.accelerator.process_index * len(batch["labels"])))
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        """Batches; of a stream every process reads all and takes its rows, so that they may differ in length. One to train on has no end."""
-        if isinstance(dataset, IterableDataset) and description == "Training":
+        """Batches; of a stream every process reads all and takes its rows, so that they may differ in length. One to train on has no end, unless its end is waited for."""
+        waited = "epoch" in (self.args.eval_strategy, self.args.save_strategy, self.args.logging_strategy)
+        if isinstance(dataset, IterableDataset) and description == "Training" and not waited:
             dataset = Endless(dataset)
         elif self.args.world_size > 1 and isinstance(dataset, IterableDataset):
             dataset = Filled(dataset, batch_size * self.args.world_size)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from cbd_hub.distill.packing import IGNORED
 from cbd_hub.errors import DataError
@@ -28,7 +28,7 @@ def without_rows(batch: Mapping[str, Any], first: int) -> dict[str, Any]:
 
 
 class Endless(IterableDataset[dict[str, Any]]):
-    """A stream that begins anew where it ends: to the Trainer one pass, in which it finds its place again, and whose steps all have their batches.
+    """A stream that begins anew where it ends, if it can: to the Trainer one pass, in which it finds its place again, and whose steps all have their batches.
 
     Args:
         stream: Rows.
@@ -44,6 +44,9 @@ class Endless(IterableDataset[dict[str, Any]]):
             row = None
             for row in self._stream:
                 yield row
+            worker = get_worker_info()
+            if row is None and (turn or (worker is not None and worker.id)):
+                return  # a stream that can be read once, or a worker for which there is no shard
             if row is None:
                 raise DataError("the stream to train on has no rows that fill a block; give more text or a smaller block_size")
 
