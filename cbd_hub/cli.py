@@ -110,7 +110,7 @@ def distill(
         chain = distill_chain(read, out_dir, progress=None if as_json else lambda line: err.print(escape(line)))
     except KeyboardInterrupt:
         err.print("\nstopped; run the same command again, it goes on from its last checkpoint")
-        raise typer.Exit(1) from None
+        raise typer.Exit(130) from None
     if as_json:
         print_json(json.loads(chain.manifest.to_json()))
         return
@@ -409,7 +409,7 @@ app.add_typer(speed_commands)
 
 
 def main() -> NoReturn:
-    """Run the command: exit code 0 for done, 1 for failed, 2 for a wrong call."""
+    """Run the command: exit code 0 for done, 1 for failed, 2 for a wrong call, 130 for stopped by Ctrl-C."""
     words = sys.argv[1:]
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Runner
-from cbd_hub.losses.alignment import check_rows, prefix_of, rowless_tokens
+from cbd_hub.losses.alignment import byte_counter, check_rows, prefix_of, rowless_tokens
 from cbd_hub.losses.log_probs import token_losses
 from cbd_hub.precision import has_bf16, products
 from cbd_hub.texts import utf8
@@ -80,13 +80,13 @@ class Documents:
         Raises:
             DataError: If no document has two tokens.
         """
-        ids, lengths, total = [], [], 0
+        (ids, lengths, total), count = ([], [], 0), byte_counter(tokenizer)
         for text in texts:
             tokens = tokenizer(text, add_special_tokens=True, truncation=True, max_length=block_size)["input_ids"]
             if len(tokens) < 2:
                 continue
             ids.append(torch.tensor(tokens))
-            lengths.append(len(tokenizer.decode(tokens[1:]).encode()))
+            lengths.append(count(tokens[1:]))
             total += len(tokens) - 1
             if max_tokens is not None and total >= max_tokens:
                 break
@@ -107,7 +107,7 @@ class Documents:
         Raises:
             DataError: If no token counts.
         """
-        ids, lengths, kept, total = [], [], [], 0
+        (ids, lengths, kept, total), count = ([], [], [], 0), byte_counter(tokenizer)
         for row in rows:
             tokens, labels = (torch.tensor(values[:block_size]) for values in row)
             counted = tokens[1:][labels[1:] != IGNORED]
@@ -115,7 +115,7 @@ class Documents:
                 continue
             ids.append(tokens)
             kept.append(labels)
-            lengths.append(len(tokenizer.decode(counted).encode()))
+            lengths.append(count(counted))
             total += len(counted)
             if max_tokens is not None and total >= max_tokens:
                 break
@@ -159,7 +159,8 @@ class Documents:
         ids = [torch.tensor([*before, *stream[start * room : (start + 1) * room]]) for start in range(blocks)]
         counted = max(1, len(before))  # the first that can
         labels = tuple(torch.cat([block.new_full((counted,), IGNORED), block[counted:]]) for block in ids) if counted > 1 else None
-        return cls(tuple(ids), tuple(len(tokenizer.decode(block[counted:]).encode()) for block in ids), labels)
+        count = byte_counter(tokenizer)
+        return cls(tuple(ids), tuple(count(block[counted:]) for block in ids), labels)
 
 
 @dataclass(frozen=True)

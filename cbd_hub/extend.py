@@ -39,7 +39,7 @@ def add_anchor(
 
     A local chain gets the anchor in its chain.json, pinned to the repo's commit; of a chain on the Hub the index is committed to, or with
     ``create_pr`` a pull request is opened on it. A segment that the anchor splits loses its measured curve and recommended
-    sizes: measure the new ones anew. Where its ends share coordinates, as those of a distilled chain do, a model that the chain itself made there, healed or not,
+    sizes: measure the new ones anew. Where its ends share coordinates, as those of a distilled chain do, a model that a distilled chain itself made there, healed or not,
     keeps them; any other brings a segment in which layers and neurons are blended by their place, and a warning of that. The anchor has the licence that the checkpoint's card names, else the chain's, else none.
 
     Args:

@@ -74,7 +74,7 @@ def heal(
         )
     except KeyboardInterrupt:
         err.print("\nstopped; run the same command again, it goes on from its last checkpoint")
-        raise typer.Exit(1) from None
+        raise typer.Exit(130) from None
     if not _first():
         return
     made = healed.config.cbd

@@ -28,7 +28,7 @@ from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight
 from cbd_hub.remote import open_weights
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.stopwatch import Stopwatch
-from cbd_hub.weights import LOADING, Checkpoint, model_class, stored_shapes, write_safetensors
+from cbd_hub.weights import LOADING, Checkpoint, common_dtype, model_class, stored_shapes, write_safetensors
 
 
 # What transformers 5's loader takes besides what from_chain names itself. Passed through untouched.
@@ -70,7 +70,7 @@ class _Prepared:
     @property
     def dtype(self) -> torch.dtype:
         """The anchors' common dtype; the wider one where they differ."""
-        return max((checkpoint.dtype for checkpoint in self.checkpoints.values()), key=lambda dtype: torch.finfo(dtype).bits)
+        return common_dtype(checkpoint.dtype for checkpoint in self.checkpoints.values())
 
     def remember(self) -> None:
         for checkpoint in self.checkpoints.values():

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cbd_hub.errors import ArgumentError
-from cbd_hub.options import ColumnOption, DtypeOption, JsonOption, ModelRevisionOption, OutOption, shape_of_text
+from cbd_hub.options import ColumnOption, JsonOption, ModelRevisionOption, OutOption, shape_of_text
 from cbd_hub.printing import cell, err, hush_bars, out, print_json, with_error
 
 
@@ -119,7 +119,7 @@ def cache_teacher(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")] = 8,
     column: ColumnOption = "text",
     bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Begin each block of joined text with what the tokenizer puts before a text, as training does.")] = True,
-    dtype: DtypeOption = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="What the models compute in: float32, bfloat16 or float16; that of their weights by default.", show_default=False)] = None,
     push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Push the cache to a data set on the Hub.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -17,7 +19,16 @@ from safetensors.numpy import load_file
 
 from cbd_hub import shapes
 from cbd_hub.configs import StoredConfig, stored_config
-from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, SizeError, one_line
+from cbd_hub.errors import (
+    ArchitectureError,
+    ArgumentError,
+    IntegrityError,
+    ManifestError,
+    SizeError,
+    StorageError,
+    WeightsError,
+    one_line,
+)
 from cbd_hub.families import family_named, family_of
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.budget import largest_meeting, largest_size
@@ -41,6 +52,7 @@ from cbd_hub.sizes import format_bytes, parse_bytes
 from cbd_hub.speed.measuring import Speed, SpeedWish
 from cbd_hub.speed.prediction import SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch, one_device
+from cbd_hub.weights import common_dtype, read_header, stored_dtype
 
 
 _KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
@@ -131,6 +143,7 @@ def plan_in(
 
     Args beyond those: ``watch`` times the anchors; by default one of ``dtype`` on the best device.
     """
+    weight_dtype(dtype, torch.float32)  # refused where it is none, whatever it is needed for
     wish = SpeedWish.read(min_tokens_per_second, max_latency)
     must = [name for name, given in (("memory_budget", memory_budget), ("min_tokens_per_second", min_tokens_per_second), ("max_latency", max_latency)) if given is not None]
     if must and (size is not None or shape is not None):
@@ -236,9 +249,24 @@ def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
 
 
 def _dtype_of(files: ChainFiles, anchors: Sequence[Anchor], dtype: Any) -> torch.dtype:
-    """The dtype of a model made of some anchors: the wish, else the widest of theirs."""
-    theirs = [anchor_config(files, anchor).dtype or torch.float32 for anchor in anchors]
-    return weight_dtype(dtype, max(theirs, key=lambda found: found.itemsize))
+    """The dtype of a model made of some anchors: the wish, else the narrowest that holds theirs."""
+    return weight_dtype(dtype, common_dtype(_anchor_dtype(files, anchor) for anchor in anchors))
+
+
+def _anchor_dtype(files: ChainFiles, anchor: Anchor) -> torch.dtype:
+    """The dtype in which an anchor's weights are stored, which its config may not say; of files that are not here, from their headers in the index."""
+
+    def found() -> torch.dtype:
+        headers: list[Any] = []
+        if files.remote(anchor) is None:
+            with suppress(IntegrityError, StorageError, WeightsError):  # a load will say so; a plan needs no weights
+                headers = [read_header(files.path(anchor, name))[0] for name in anchor.weight_files]
+        elif anchor.preview is not None:
+            headers = [json.loads(text)["tensors"] for text in anchor.preview.headers.values()]
+        return stored_dtype(headers, anchor_config(files, anchor))
+
+    made: torch.dtype = files.once(("dtype", anchor.name), found)
+    return made
 
 
 def _size_that_is_fast(files: ChainFiles, wish: SpeedWish, limit: int | None, watch: Stopwatch, strategy: str, alpha: float | None) -> int:
@@ -298,7 +326,7 @@ def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
         config = anchor_config(files, files.manifest.anchor(name))
         family = family_of(config)
         sizes = family.sizes(config)
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        dtype = _anchor_dtype(files, files.manifest.anchor(name))
         read[name] = sum(
             dtype.itemsize * math.prod(spec.shape(sizes)) for spec, _, key in family.stored(config) if key in tensors
         )

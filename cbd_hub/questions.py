@@ -132,7 +132,7 @@ def choice_nats(runner: Runner, questions: Sequence[Question], tokenizer: Any, *
     return [[next(found) for _ in question.choices] for question in questions]
 
 
-def choice_accuracy(runner: Runner, questions: Sequence[Question], tokenizer: Any, *, bf16: bool = True) -> dict[str, float]:
+def choice_accuracy(runner: Runner, questions: Sequence[Question], tokenizer: Any, *, bf16: bool = True) -> dict[str, float | None]:
     """Share of questions whose right choice is the likeliest continuation of the query.
 
     The log-likelihood protocol of lm-evaluation-harness (`benchmarks/tasks.py --check` compares them item by item): the largest summed log-probability
@@ -150,16 +150,16 @@ def choice_accuracy(runner: Runner, questions: Sequence[Question], tokenizer: An
     return accuracies([question.right(nats) for question, nats in zip(questions, choice_nats(runner, questions, tokenizer, bf16=bf16))])
 
 
-def accuracies(right: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """What `choice_accuracy` returns, from what `Question.right` says of each question.
+def accuracies(right: Sequence[tuple[bool, bool]]) -> dict[str, float | None]:
+    """What `choice_accuracy` returns, from what `Question.right` says of each question; one alone has no standard error.
 
     Example:
         >>> accuracies([(True, False), (True, True)])
         {'questions': 2, 'accuracy': 1.0, 'accuracy_stderr': 0.0, 'accuracy_norm': 0.5, 'accuracy_norm_stderr': 0.5}
     """
-    scores: dict[str, float] = {"questions": len(right)}
+    scores: dict[str, float | None] = {"questions": len(right)}
     for name, hits in zip(("accuracy", "accuracy_norm"), zip(*right)):
         share = float(np.mean(hits))
         scores[name] = share
-        scores[f"{name}_stderr"] = math.sqrt(share * (1 - share) / max(len(hits) - 1, 1))
+        scores[f"{name}_stderr"] = math.sqrt(share * (1 - share) / (len(hits) - 1)) if len(hits) > 1 else None
     return scores

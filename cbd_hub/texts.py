@@ -70,7 +70,8 @@ def files_of(path: str) -> list[str]:
         name for name in glob.glob(str(literal), recursive=True) if Path(name).is_file()
     )
     if not found:
-        raise DataError(f'no file matches "{path}"; check the path or the pattern')
+        folder = literal.is_dir()
+        raise DataError(f'"{path}" is a folder; name its files, such as "{literal}/*.txt"' if folder else f'no file matches "{path}"; check the path or the pattern')
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
@@ -31,6 +32,28 @@ _MAX_HEADER = 100 * 2**20
 
 # transformers patches module-wide state while it loads, so that two loads at once can leave it broken.
 LOADING = threading.Lock()
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The narrowest dtype that holds the numbers of all.
+
+    Example:
+        >>> common_dtype([torch.bfloat16, torch.float32]), common_dtype([torch.bfloat16, torch.float16])
+        (torch.float32, torch.float32)
+    """
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def stored_dtype(headers: Iterable[Mapping[str, Any]], config: Any) -> torch.dtype:
+    """The dtype in which a model's weights are stored, from the headers of its files.
+
+    Args:
+        headers: Of each file, key -> entry with its ``dtype``.
+        config: Its transformers config.
+    """
+    family = family_of(config)
+    found = {_DTYPES.get(entry["dtype"], torch.uint8) for header in headers for key, entry in header.items() if family.canonical(key) is not None}
+    return common_dtype(found) if found and all(dtype.is_floating_point for dtype in found) else config.dtype or torch.float32
 
 
 def model_class(config: Any, source: str) -> Any:
@@ -163,7 +186,7 @@ class Checkpoint:
         self._compare(config, shapes)
         if not all(dtype.is_floating_point for dtype in dtypes):
             raise WeightsError(f"{folder} holds tensors that are not floating point (quantised weights?); interpolate before quantising")
-        self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        self.dtype = common_dtype(dtypes)
         if spare_head is not None and reads_whole(rows, self.family.embedding):
             path, key = spare_head
             with safe_open(path, framework="pt") as file:

@@ -108,6 +108,8 @@ def test_distil_and_assemble(cbd, tmp_path):
     (["make", "CHAIN", "--size", "min", "--out", "x", "--dtype", "int4"], 2, "no dtype that weights"),
     (["generate", "CHAIN", "", "--size", "min"], 2, "prompt is empty"),
     (["eval", "CHAIN", "--text", "/no/such.txt"], 1, "no file matches"),
+    (["eval", "CHAIN", "--text", "/tmp"], 1, 'is a folder; name its files, such as "/tmp/*.txt"'),
+    (["plan", "CHAIN", "--size", "min", "--dtype", "int8"], 2, "no dtype that weights"),
     (["distill", "/no/such.yaml", "--out", "x"], 1, "cannot be read"),
     (["assemble", "CHAIN", "--out", "x"], 2, "two checkpoints or more"),
 ])

@@ -17,16 +17,17 @@ from transformers import GPT2Config, LlamaConfig
 
 from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub.cards import chain_card
+from cbd_hub.cut import Importance
 from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.files import sha256
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import patch_plan, segment_plan
+from cbd_hub.interpolation.planner import Kept, blend_plan, patch_plan, segment_plan, shape_at
 from cbd_hub.losses.divergence import forward_kl
 from cbd_hub.manifest import Anchor, CurvePoint, FileRecord, Link, Location, Manifest
-from cbd_hub.measure import best_order, nested_order
+from cbd_hub.measure import best_order, fit_road, nested_order
 from cbd_hub.shapes import count, shape_between, shape_of
 
 
@@ -83,6 +84,63 @@ def test_the_trials_of_an_order_are_bounded(count_):
     order = nested_order(range(count_), lambda back: asked.append(back) or sum(back))
     assert sorted(order) == list(range(count_))
     assert len(asked) <= max(62, count_)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_many_layers_takes_the_nearest_each_time(seed):
+    """Each layer brings the model nearer by its own worth: of the candidates, which are the first of the rest, the worthiest comes back first."""
+    draw = random.Random(seed)
+    layers = draw.sample(range(40), 9)
+    worth = {layer: draw.random() for layer in layers}
+    order, breadth = nested_order(layers, lambda back: -sum(worth[layer] for layer in back)), 62 // 9
+    rest = list(layers)
+    for layer in order[:-1]:
+        assert layer == max(rest[:breadth], key=worth.__getitem__)
+        rest.remove(layer)
+    assert order[-1:] == rest
+
+
+def test_a_cuts_layers_come_back_with_the_most_influential_first():
+    importance = Importance(np.array([0.5, 0.1, 0.4, 0.2, 0.3]), np.ones((5, 8)), np.ones((5, 2)), np.ones(8), 2)
+    kept = Kept(np.array([0, 3]), np.tile(np.arange(8), (5, 1)))
+    assert importance.order(kept) == [2, 4, 1]
+
+
+def test_the_road_is_fitted_where_the_loss_is_least():
+    """A loss with a known least point: alpha 0.5, gain 0.6 of new neurons and 1 of new layers, six layers."""
+    _, _, segment = pair("llama", small=(4, 400), large=(8, 800))
+    size = sum(segment.sizes) // 2
+    asked = []
+
+    def loss(plan):
+        asked.append(plan.mix)
+        mix = plan.mix
+        return abs(mix.alpha - 0.5) + abs(mix.neuron_gain - 0.6) + abs(mix.layer_gain - 1.0) + abs(plan.shape.layers - 6)
+
+    point = fit_road(segment, loss, size)
+    assert (point.layers, point.alpha, point.neuron_gain, point.layer_gain) == (6, 0.5, 0.6, 1.0)
+    assert loss(blend_plan(segment, shape_at(segment, point), point)) < min(loss(blend_plan(segment, shape_at(segment, point), mix)) for mix in asked[:1])
+
+
+def test_two_wishes_that_give_one_shape_give_one_model():
+    _, _, segment = pair("llama", small=(2, 32), large=(6, 32))
+    size = at(segment, 0.5)
+    first, second = (segment_plan(segment, wish, strategy="blend", tolerance=0.2) for wish in (size - 40, size + 40))
+    assert first.shape == second.shape
+    assert first.mix == second.mix
+
+
+def test_the_chord_is_of_the_losses_on_the_curves_own_text(tmp_path):
+    paths = [tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / f"m{layers}") for layers in (4, 2)]
+    assemble_chain(paths, tmp_path / "chain", align=False)
+    values = json.loads((tmp_path / "chain/chain.json").read_text())
+    for anchor, loss in zip(values["anchors"], (3.0, 4.0)):
+        entry = {"loss": loss, "stderr": 0.1, "tokens": 100, "dataset": "words"}
+        anchor["evaluations"] = [entry, {**entry, "loss": loss + 5, "dataset": "other words"}]
+    values["links"][0]["curve"] = [{"size": sum(anchor["parameters"] for anchor in values["anchors"]) // 2, "strategy": "patch", "loss": 3.4, "stderr": 0.1, "tokens": 100, "dataset": "words"}]
+    (tmp_path / "chain/chain.json").write_text(json.dumps(values))
+    manifest = Chain.from_pretrained(tmp_path / "chain").manifest
+    assert Chord.of(manifest, manifest.links[0]).losses == (4.0, 3.0)
 
 
 def curve(segment, **losses):

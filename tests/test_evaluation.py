@@ -30,6 +30,17 @@ def test_document_losses_are_each_documents_own(family):
     assert bits_per_byte(losses, documents) == pytest.approx(losses.nats.sum() / math.log(2) / bytes_)
 
 
+@pytest.mark.parametrize("text", ["Все люди рождаются свободными. ", "人人生而自由，", "free and equal "])
+def test_bytes_are_counted_where_a_document_begins_and_ends_inside_a_character(text):
+    """A tokenizer of bytes: each predicted token is one."""
+    tok = tiny.tokenizer()
+    documents = Documents.read([text * 9] * 3, tok, 64)
+    assert sum(documents.lengths) == documents.tokens
+    rows = [(tok(text * 2).input_ids, [-100] * 3 + tok(text * 2).input_ids[3:])]
+    answered = Documents.answered(rows, tok, 64)
+    assert sum(answered.lengths) == answered.tokens
+
+
 def test_standard_errors_agree_with_resampling():
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 50, 200)

@@ -430,7 +430,7 @@ def test_the_command(cbd, chain, tmp_path, monkeypatch):
         ([*size], 2, "neither --text nor --cache"), ([*size, "--text", tmp_path / "empty.txt"], 1, "holds no text"), ([*size, "--text", tmp_path / "none.txt"], 1, "no file matches"),
         (["--size", "max", *text], 1, "is the anchor"), (["--size", "9B", *text], 1, "outside the chain"), (text, 2, "neither size nor shape"), ([*size, *text, "--adapter"], 2, "no --lora was given"),
         ([*size, *text, "--out", tmp_path / "out"], 1, "not an empty folder"), ([*size, *text, "--cache", tmp_path], 1, "is no teacher cache"),
-        ([*size, *text, "--steps", 3, "--tokens", 5], 2, "give one of them"), ([*size, *text, "--heldout", 2], 2, "heldout=2.0"), ([*size, *text, "--learning-rate", "nan"], 2, "Invalid learning rate: nan"),
+        ([*size, *text, "--steps", 3, "--tokens", 5], 2, "give one of them"), ([*size, *text, "--heldout", 2], 2, "heldout=2.0"), ([*size, *text, "--learning-rate", "nan"], 2, "learning_rate=nan teaches nothing"),
     ):
         code, _, said = heal(chain, *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "new"]))
         assert (code, said.count("\n")) == (expected, 1), said

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.hidden import FILE, matched_layers
 from cbd_hub.errors import ArgumentError
+from cbd_hub.interpolation.plan import Kept
 from cbd_hub.losses.hidden import hidden_loss
 
 
@@ -37,6 +39,8 @@ def test_layers_are_matched_by_what_was_kept_or_evenly():
     assert matched_layers(3, 12, None) == [3, 7, 11]
     assert matched_layers(4, 4, None) == [0, 1, 2, 3]
     assert matched_layers(12, 24, None)[0] == 1
+    kept = Kept(np.array([0, 4, 9]), np.tile(np.arange(8), (12, 1)))
+    assert matched_layers(3, 12, kept) == [3, 8, 11], "each block's last layer"
 
 
 def test_projectors_start_closed_form_learn_and_are_never_exported(family, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import ModelRunner
-from cbd_hub.questions import Question, choice_accuracy, choice_nats
+from cbd_hub.questions import Question, accuracies, choice_accuracy, choice_nats
 
 
 def by_hand(model, ids, start):
@@ -84,6 +84,7 @@ def test_questions_are_read_or_refused_by_line(tmp_path):
         path.write_text(json.dumps(good) + "\n" + json.dumps(wrong) + "\n")
         with pytest.raises(DataError, match="line 2"):
             Question.read(path)
+    assert accuracies([(True, False)])["accuracy_stderr"] is None, "one question has no standard error"
     path.write_text("")
     with pytest.raises(DataError, match="no questions"):
         Question.read(path)

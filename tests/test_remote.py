@@ -1,6 +1,7 @@
 """Loads from the Hub: only the bytes that are needed, few requests, one download among processes, faults, hostile servers."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -280,6 +281,27 @@ def test_a_budget_holds_for_what_is_made_in_the_widest_dtype_of_the_neighbours(t
     assert CBDModel.plan(tmp_path / "chain", memory_budget=2 * small.parameters, dtype="bfloat16").parameters == small.parameters
     with pytest.raises(SizeError, match="in float32, but the smallest anchor"):
         CBDModel.plan(tmp_path / "chain", memory_budget=4 * small.parameters - 1)
+
+
+def test_the_dtype_is_that_of_the_weights_whatever_a_config_says(hub, tmp_path):
+    """Weights in fp32 whose config names bf16, of a local chain and of one on the Hub; and anchors in bf16 and fp16, of which neither holds the other."""
+    paths = [tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / str(layers)) for layers in (6, 2)]
+    for path in paths:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    chain = assemble_chain(paths, tmp_path / "chain", align=False)
+    chain.push_to_hub("org/said")
+    for name in (tmp_path / "chain", "org/said"):
+        budget = 4 * sum(anchor.parameters for anchor in chain.anchors) // 2
+        model = CBDModel.from_chain(name, memory_budget=budget)
+        assert 0.7 * budget < sum(parameter.nbytes for parameter in model.parameters()) <= budget
+    large, small = tiny.llama(layers=4, ffn=48).to(torch.bfloat16), tiny.llama(layers=3, ffn=40, seed=3).to(torch.float16)
+    with torch.no_grad():
+        large.model.layers[0].mlp.up_proj.weight[0, 0] = 2e5
+    mixed = assemble_chain([tiny.save(large, tmp_path / "bf16"), tiny.save(small, tmp_path / "fp16")], tmp_path / "mixed", align=False)
+    model = CBDModel.from_chain(tmp_path / "mixed", sum(anchor.parameters for anchor in mixed.anchors) // 2, tolerance=0.2)
+    assert model.dtype == torch.float32
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_budget_holds_where_a_size_asked_for_again_is_another(wide):

@@ -152,7 +152,7 @@ class Bench:
 
     def segment(self, name: str, small: Any, seed: int = 0) -> Segment:
         """A segment as the chain's publisher measures it."""
-        path, cut = self.work / "segments" / f"{name}{_suffix(seed)}.link.json", self.cut(name)
+        path, cut = self.work / "segments" / f"{name}{_suffix(seed).replace('/', ', ')}.link.json", self.cut(name)
         if not path.is_file():
             measured = measure_segment(
                 small, self.teacher, cut.kept, self.calibration.documents, "calibration", names=("small", "large"), first=self.importance.order(cut.kept)

@@ -113,8 +113,11 @@ def heal(
     teacher = opened.neighbours(made["parameters"])[1] if cache is None else _cached_anchor(cache, opened, made["parameters"])
     args = _arguments(training, tokens, cache, adapter=peft_config is not None)
     check_positions(args.block_size, model.config, f"block_size={args.block_size}")
-    if not 0 < heldout < 1 or heldout_tokens < 1 or (patience is not None and patience < 1):
-        raise ArgumentError(f"heldout={heldout}, heldout_tokens={heldout_tokens}, patience={patience}: give a share between 0 and 1, and 1 or more of the others")
+    if not 0 < heldout < 1:
+        raise ArgumentError(f"heldout={heldout} is no share of the text; give a number between 0 and 1, such as 0.05")
+    for name, value in (("heldout_tokens", heldout_tokens), ("patience", patience)):
+        if value is not None and value < 1:
+            raise ArgumentError(f"{name}={value} is too few; give 1 or more")
     if eval_dataset is None and (dataset is None or cache is not None):
         raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset" if cache is not None else "neither dataset nor teacher_cache came; pass one")
     rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed, model.config.vocab_size)
@@ -278,6 +281,8 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
     args.eval_steps = args.save_steps = training.get("eval_steps", -(-steps // _EVALUATIONS))
     if "logging_steps" not in training:
         args.logging_steps = min(10, steps)
+    if not 0 < args.learning_rate < math.inf:
+        raise ArgumentError(f"learning_rate={args.learning_rate} teaches nothing; give a number above 0, such as 1e-4")
     with tempfile.TemporaryDirectory() as args.output_dir:
         check_optimiser(args)
     return args

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.texts import utf8
@@ -229,6 +230,15 @@ def _reader(tokenizer: Any) -> _Reader:
     reader = _Reader(tokens, np.fromiter(map(len, tokens), np.int64, len(tokens)))
     _READERS[tokenizer] = size, reader
     return reader
+
+
+def byte_counter(tokenizer: Any) -> Callable[[Sequence[int] | Tensor], int]:
+    """What counts the UTF-8 bytes that token ids stand for, also where they begin or end inside a character; of a tokenizer without byte offsets, those of their text."""
+    try:
+        sizes = _reader(tokenizer).sizes
+    except ArgumentError:
+        return lambda ids: len(tokenizer.decode(ids).encode())
+    return lambda ids: int(sizes[np.asarray(ids, np.int64)].sum())
 
 
 def byte_ends(text: str, tokenizer: Any) -> tuple[list[int], np.ndarray]:
