@@ -16,7 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cbd_hub import shapes
-from cbd_hub.cards import chain_card, license_of, merge_card, read_card
+from cbd_hub.card_metadata import license_of, merge_card, read_card
+from cbd_hub.cards import chain_card
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError
 from cbd_hub.families import family_of

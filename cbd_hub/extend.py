@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cbd_hub import shapes
-from cbd_hub.cards import chain_card, license_of, merge_card, read_card, shared_license
+from cbd_hub.card_metadata import license_of, merge_card, read_card, shared_license
+from cbd_hub.cards import chain_card
 from cbd_hub.chain import Chain, ChainBuilder, check_pair, unique_name
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, StorageError

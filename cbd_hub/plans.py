@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -47,12 +46,12 @@ from cbd_hub.interpolation.planner import (
 )
 from cbd_hub.manifest import Anchor, Manifest, PathRecord, Shape
 from cbd_hub.precision import best_device
-from cbd_hub.remote import bytes_to_fetch
+from cbd_hub.remote import bytes_to_fetch, header_at_hand
 from cbd_hub.sizes import format_bytes, parse_bytes
 from cbd_hub.speed.measuring import Speed, SpeedWish
 from cbd_hub.speed.prediction import SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch, one_device
-from cbd_hub.weights import common_dtype, read_header, stored_dtype
+from cbd_hub.weights import common_dtype, stored_dtype
 
 
 _KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
@@ -254,15 +253,12 @@ def _dtype_of(files: ChainFiles, anchors: Sequence[Anchor], dtype: Any) -> torch
 
 
 def _anchor_dtype(files: ChainFiles, anchor: Anchor) -> torch.dtype:
-    """The dtype in which an anchor's weights are stored, which its config may not say; of files that are not here, from their headers in the index."""
+    """The dtype in which an anchor's weights are stored, which its config may not say; the config's where no header of them is at hand."""
 
     def found() -> torch.dtype:
-        headers: list[Any] = []
-        if files.remote(anchor) is None:
-            with suppress(IntegrityError, StorageError, WeightsError):  # a load will say so; a plan needs no weights
-                headers = [read_header(files.path(anchor, name))[0] for name in anchor.weight_files]
-        elif anchor.preview is not None:
-            headers = [json.loads(text)["tensors"] for text in anchor.preview.headers.values()]
+        headers = []
+        with suppress(IntegrityError, StorageError, WeightsError):  # a load will say so; a plan needs no weights
+            headers = [header[0] for name in anchor.weight_files if (header := header_at_hand(files, anchor, name)) is not None]
         return stored_dtype(headers, anchor_config(files, anchor))
 
     made: torch.dtype = files.once(("dtype", anchor.name), found)

@@ -20,20 +20,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import ValidationError
 
 from cbd_hub import shapes
-from cbd_hub.cards import (
-    Healed,
-    anchor_card,
-    chain_card,
-    check_card,
-    curve_picture,
-    cut_card,
-    interpolant_card,
-    is_ours,
-    license_of,
-    merge_card,
-    read_card,
-    shared_license,
-)
+from cbd_hub.card_metadata import check_card, is_ours, license_of, merge_card, read_card, shared_license
+from cbd_hub.cards import Healed, anchor_card, chain_card, curve_picture, cut_card, interpolant_card
 from cbd_hub.client import TOKEN, reason
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
@@ -169,7 +157,7 @@ def push_model(
     if adapter:
         files[_ADAPTER] = _without_place(folder / _ADAPTER)
     elif made.get("strategy") == "cut" and "difference" in made:  # which the first versions did not write
-        card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, license=license_of(folder))
+        card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, license=license)
     old = read_card(folder / "README.md")
     if adapter and (old is None or not is_ours(old)):
         old = None  # peft's form to fill in

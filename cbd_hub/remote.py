@@ -69,12 +69,16 @@ def bytes_needed(files: ChainFiles, anchor: Anchor, config: Any, rows: Rows) -> 
     """Bytes of an anchor's weights that `open_weights` fetches into an empty cache, without a request: a file whose header is not at hand counts whole."""
     total = 0
     for name in anchor.weight_files:
-        size, header = anchor.files[name].bytes, _previewed(anchor, name)
-        if header is None and files.remote(anchor) is None:
-            header = read_header(files.path(anchor, name))
+        size, header = anchor.files[name].bytes, header_at_hand(files, anchor, name)
         read = size if header is None else chunk_bytes(chunks_of(spans_read(*header, config, rows)), size)
         total += size if read >= _WHOLE * size else read
     return total
+
+
+def header_at_hand(files: ChainFiles, anchor: Anchor, name: str) -> tuple[dict[str, Any], int] | None:
+    """The header of a weight file and where its tensors begin, without a request: as chain.json has it, or from the file itself where that is local."""
+    found = _previewed(anchor, name)
+    return read_header(files.path(anchor, name)) if found is None and files.remote(anchor) is None else found
 
 
 def spans_read(header: Mapping[str, Any], start: int, config: Any, rows: Rows | None) -> Spans:

@@ -16,7 +16,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from cbd_hub.cards import license_of, retokenized_card
+from cbd_hub.card_metadata import license_of
+from cbd_hub.cards import retokenized_card
 from cbd_hub.configs import read_config, read_generation_config
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.evaluation import BITS, Losses, byte_losses

@@ -15,7 +15,8 @@ import transformers
 from pydantic import ValidationError
 from torch import Tensor
 
-from cbd_hub.cards import cut_card, license_of
+from cbd_hub.card_metadata import license_of
+from cbd_hub.cards import cut_card
 from cbd_hub.configs import read_config, read_generation_config
 from cbd_hub.cut import choose_cut, measure_importance, mixes
 from cbd_hub.errors import ArgumentError, DataError, SizeError

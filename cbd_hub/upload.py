@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussio
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from cbd_hub.cards import as_theirs, check_card, is_ours, merge_card, read_card
+from cbd_hub.card_metadata import as_theirs, check_card, is_ours, merge_card, read_card
 from cbd_hub.client import api, explained
 from cbd_hub.errors import ArgumentError, IntegrityError
 from cbd_hub.files import sha256

@@ -52,7 +52,7 @@ def stored_dtype(headers: Iterable[Mapping[str, Any]], config: Any) -> torch.dty
         config: Its transformers config.
     """
     family = family_of(config)
-    found = {_DTYPES.get(entry["dtype"], torch.uint8) for header in headers for key, entry in header.items() if family.canonical(key) is not None}
+    found = {_DTYPES.get(entry.get("dtype"), torch.uint8) for header in headers for key, entry in header.items() if family.canonical(key) is not None}
     return common_dtype(found) if found and all(dtype.is_floating_point for dtype in found) else config.dtype or torch.float32
 
 

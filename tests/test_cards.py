@@ -5,7 +5,8 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from cbd_hub.cards import LICENSES, anchor_card, check_card, interpolant_card, license_lines
+from cbd_hub.card_metadata import LICENSES, check_card, license_lines
+from cbd_hub.cards import anchor_card, interpolant_card
 from cbd_hub.errors import ArgumentError
 
 

@@ -8,7 +8,7 @@ from conftest import recipe
 from huggingface_hub import HfApi, ModelCard
 
 from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
-from cbd_hub.cards import license_of
+from cbd_hub.card_metadata import license_of
 from cbd_hub.errors import StorageError
 from cbd_hub.extend import add_anchor
 from cbd_hub.interpolation.planner import blend_plan

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 # A module may import from the floors before its own; entries are modules or folders.
 FLOORS = [
     "errors", "sizes", "precision", "manifest", "texts", "families", "files", "client", "ranges", "hub", "configs", "shapes", "weights", "speed", "losses", "interpolation", "remote",
-    "evaluation", "questions", "cut", "cards", "measure", "single", "links", "retokenize", "plans", "adapter_files", "adapter_home", "adapters", "model", "upload", "publish", "chain", "extend", "speeds",
+    "evaluation", "questions", "cut", "card_metadata", "cards", "measure", "single", "links", "retokenize", "plans", "adapter_files", "adapter_home", "adapters", "model", "upload", "publish", "chain", "extend", "speeds",
     "drafting", "distill", "printing", "space", "options", "model_commands", "heal_command", "adapter_command", "hub_commands", "space_command", "speed_commands", "cli",
 ]
 EXEMPT = {"__init__", "auto"}

@@ -13,6 +13,7 @@ import tiny
 import torch
 from conftest import assembled
 from huggingface_hub import constants
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -166,11 +167,8 @@ def test_a_body_longer_than_asked_does_not_fill_the_memory(hub, wide, published)
 
 def test_bytes_of_the_network_are_not_those_of_the_file():
     """hf-xet tells of both, and of more of the first than a file has."""
-    reporting = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
-    if not hasattr(reporting, "XetDownloadProgressReporter"):
-        pytest.skip("this version of the client has one bar")
     came = []
-    with counted(came.append), reporting.XetDownloadProgressReporter(
+    with counted(came.append), XetDownloadProgressReporter(
         reconstruction_desc="", total=1000, log_level=20, name="huggingface_hub.xet_get", tqdm_class=_bar_up_to(1000, "org/x", IntegrityError)
     ) as reporter:
         for written, transferred in ((500, 600), (1000, 1050)):

@@ -71,7 +71,7 @@ def heal(
     ``loss_before`` with their standard errors, the paired ``difference`` with its own, in nats per token, and the ``documents`` and ``heldout_tokens`` of which.
 
     Args:
-        model: What `CBDModel.from_chain` gave for a size in between; trained in place, in fp32, and given back in its own dtype.
+        model: What `CBDModel.from_chain` gave for a size in between; trained in place, in fp32, and given back in its own dtype; where that fails or is stopped, as it came, for which a copy of its weights is held.
         chain: The chain that it was made from: a `Chain`, a local folder or a Hub id.
         dataset: Rows as `ChainDistiller` takes them: a ``datasets.Dataset``, a stream, or a list; of a teacher cache, what it was made of, or None.
         output_dir: A folder to make: a whole model with tokenizer, chat template and generation config, or a PEFT folder. The work lies in a hidden folder beside it

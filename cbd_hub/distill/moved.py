@@ -16,7 +16,8 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from cbd_hub.cards import license_of, retokenized_card
+from cbd_hub.card_metadata import license_of
+from cbd_hub.cards import retokenized_card
 from cbd_hub.configs import read_config
 from cbd_hub.distill.begun import unfinished
 from cbd_hub.distill.config import ChainDistillerConfig

@@ -18,7 +18,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import shapes
-from cbd_hub.cards import license_of
+from cbd_hub.card_metadata import license_of
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, unique_name
 from cbd_hub.configs import read_config
 from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
-from cbd_hub.cards import anchor_card, license_of
+from cbd_hub.card_metadata import license_of
+from cbd_hub.cards import anchor_card
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.wrapping import is_peft_model
 from cbd_hub.errors import StorageError

@@ -80,7 +80,7 @@ def align(model: Any, reference: Any, calibration: Sequence[Tensor] | None = Non
     """
     found = fit(model, reference, calibration)
     if found.error > _MOST:
-        logger.warning("the aligned model computes nearly what the model did: on random tokens its logits differ by %.2g at most; without calibration it is aligned exactly", found.error)
+        logger.warning("the aligned model computes nearly what the model did: on random tokens its logits differ by %.2g at most", found.error)
     return apply(found, model, reference)
 
 

@@ -209,12 +209,14 @@ class Desk:
             late = any(not writer.done for writer in writers)
             if passages is not None and all(passages.values()):
                 for size, model, tokenizer in zip(prompts, models, tokenizers):
+                    if late:
+                        break
                     measure = Measure(model, tokenizer, passages[size])
-                    for _ in measure.steps() if not late else ():
+                    for _ in measure.steps():
                         if time.monotonic() >= end:
                             break
                         yield now("measuring", "measuring the text")
-                    late = late or measure.tokens < len(passages[size]) - 1
+                    late = measure.tokens < len(passages[size]) - 1
                     if not late:
                         measures.append(measure)  # read whole
             yield now("done", f"stopped after {self.limits.seconds} s, the longest turn here" if late else "")

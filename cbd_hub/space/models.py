@@ -135,13 +135,14 @@ class ModelCache:
         with self._lock:
             missing = sum(count for size, count in wanted.items() if size not in self._held)
             free = self.limit - sum(entry.bytes for entry in self._held.values())
-            idle = {size: entry for size, entry in self._held.items() if size not in wanted and not entry.users and (entry.future.done() or not entry.future.running())}
-            for size, entry in idle.items() if free + sum(entry.bytes for entry in idle.values()) >= missing else ():  # for nothing less than room enough
-                if free >= missing:
-                    break
-                if entry.future.done() or entry.future.cancel():
-                    del self._held[size]
-                    free += entry.bytes
+            idle = {size: entry for size, entry in self._held.items() if size not in wanted and not entry.users and not entry.future.running()}
+            if free + sum(entry.bytes for entry in idle.values()) >= missing:  # or it would throw out models and still refuse
+                for size, entry in idle.items():
+                    if free >= missing:
+                        break
+                    if entry.future.done() or entry.future.cancel():
+                        del self._held[size]
+                        free += entry.bytes
             if free < missing:
                 raise BusyError("the Space is busy with other sizes; try again in a moment, or choose a smaller size")
             entries = [self._entry(size, count) for size, count in wanted.items()]
