@@ -323,7 +323,7 @@ def assemble_chain(
         raise ArgumentError("checkpoints is a list; name two or more")
     if len(checkpoints) < 2:
         raise ArgumentError(f"a chain needs two checkpoints or more, {len(checkpoints)} came; name the larger and the smaller ones")
-    texts = None if calibration is None else texts_of(calibration)[0]
+    texts, dataset = (None, "") if calibration is None else texts_of(calibration)
     found = []
     for checkpoint in checkpoints:
         folder = resolve_checkpoint(checkpoint)
@@ -346,7 +346,7 @@ def assemble_chain(
             anchors.append(builder.record(name, origin="published", license=license_of(folder)))
         links = []
         folders = {anchor.name: folder for anchor, (_, folder, _) in zip(anchors, found)}
-        for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, calibrated, report), 1):
+        for place, joined in enumerate(join(anchors, [config for *_, config in found], folders, align, calibrated, dataset, report), 1):
             links.append(joined.link)
             if joined.kept is not None:
                 maps = builder.save_kept(anchors[place].name, joined.kept, joined.maps)

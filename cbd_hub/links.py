@@ -53,7 +53,7 @@ class Joined:
 
 def join(
     anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, calibration: Calibration | None,
-    report: Report | None = None,
+    dataset: str = "", report: Report | None = None,
 ) -> Iterator[Joined]:
     """The segments of anchors in falling size.
 
@@ -63,6 +63,7 @@ def join(
         folders: Anchor name -> its checkpoint.
         align: ``"auto"``, True or False, as for `assemble_chain`.
         calibration: Calibration text, or None.
+        dataset: What to call the text.
         report: Called with what is done, how much of it, and of how much.
     """
     def said(small: Anchor) -> Report | None:
@@ -83,7 +84,7 @@ def join(
             yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=aligned is None, align=aligned)), kept, maps)
             continue
         measured = measure_segment(
-            models[small.name], models[large.name], kept, calibration.documents, "calibration", names=(small.name, large.name), maps=maps, aligned=aligned,
+            models[small.name], models[large.name], kept, calibration.documents, dataset, names=(small.name, large.name), maps=maps, aligned=aligned,
             report=said(small),
         )
         yield Joined(measured.link(), kept, maps, measured.ends)

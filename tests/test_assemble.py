@@ -63,6 +63,7 @@ def test_with_text_the_segments_are_measured(family, tmp_path, monkeypatch):
     chain = assemble_chain(three(family, tmp_path), tmp_path / "chain", calibration=tiny.texts(60))
     for link in chain.manifest.links:
         assert link.curve
+        assert {point.dataset for point in link.curve} == {"60 texts"}
         assert link.strategies.blend.road
 
 

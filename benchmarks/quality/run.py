@@ -5,7 +5,7 @@
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
 as the least-loss cut chooses) and distilled alike, that of hidden width with a fifth of its steps on the path, as recipes do, and without; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
-after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, and the student of its own, with other seeds.
+after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, its student of its own and the improved boomerang, with other seeds.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
 Writes benchmarks/results/quality.json after each segment; segments of earlier runs stay in it.
 """
@@ -169,14 +169,21 @@ class Bench:
         shapes = [self.whole.model_copy(update={"layers": layers}) for layers in range(1, self.whole.layers + 1)]
         return min(shapes, key=lambda shape: abs(count(shape, self.teacher.config) - size))
 
-    def boomerang(self, depth: Shape, name: str, kept: Kept, order: list[int]) -> tuple[Losses, Callable[[], Any]]:
-        """Boomerang distillation patched to a depth, and how to make it; of both embeddings the better one on the held-out text, in its favour."""
-        small = self.whole.model_copy(update={"layers": len(kept.layers)})
-        student = self.trained(f"boomerang/{name}", lambda: cut_model(self.teacher, cut_plan("teacher", small, self.teacher, kept)), kept=kept, **BOOMERANG)
+    def boomerang(self, depth: Shape, low: int, *, improved: bool = False, seed: int = 0) -> tuple[Losses, Callable[[], Any]]:
+        """Boomerang distillation patched to a depth, and how to make it.
+
+        As published its small model has every n-th layer; improved, the layers of most influence, which come back in the best order. Of both embeddings
+        the better one on the held-out text, in its favour.
+        """
+        small = self.nearest_depth(low)
+        kept = self.importance.kept(small) if improved else Kept.even(small, self.whole)
+        order = self.importance.order(kept) if improved else kept.dropped[::-1]
+        name = f"{'influence' if improved else 'even'}{_suffix(seed)}"
+        student = self.trained(f"boomerang/{name}", lambda: cut_model(self.teacher, cut_plan("teacher", small, self.teacher, kept)), seed=seed, kept=kept, **BOOMERANG)
         between = Between({"small": student, "large": self.teacher})
         segment = Segment("small", "large", small, self.whole, kept, order, self.teacher.config, patch=True)
-        if name == "influence":
-            path = self.work / "segments" / "boomerang.order.json"
+        if improved:
+            path = self.work / "segments" / f"boomerang{_suffix(seed).replace('/', ', ')}.order.json"
             if not path.is_file():
                 path.write_text(json.dumps(best_order(segment, {"small": student, "large": self.teacher}, self.calibration.documents, order)))
             segment = dataclasses.replace(segment, order=json.loads(path.read_text()))
@@ -220,10 +227,8 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds:
             "LaCo, same size": laco,
         }
         if not free:
-            even = Kept.even(bench.nearest_depth(low), bench.whole)
-            strongest = bench.importance.kept(bench.nearest_depth(low))
-            rivals["boomerang"] = bench.boomerang(depth, "even", even, even.dropped[::-1])
-            rivals["boomerang, improved"] = bench.boomerang(depth, "influence", strongest, bench.importance.order(strongest))
+            rivals["boomerang"] = bench.boomerang(depth, low)
+            rivals["boomerang, improved"] = bench.boomerang(depth, low, improved=True)
             if share == 0.5:
                 rivals["distilled alone"] = bench.alone(name, cut)
         weight = math.log(high / size) / math.log(high / low)
@@ -247,6 +252,7 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds:
         if not free:
             cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", plan.shape, bench.teacher, bench.importance.kept(plan.shape)))
             others["distilled alone"], _ = bench.alone(name, cut, seed)
+            others["boomerang, improved"], _ = bench.boomerang(bench.nearest_depth(plan.parameters), low, improved=True, seed=seed)
         yield {**row(name, plan.parameters, f"{plan.strategy}, seed {seed}", plan.shape, ours, others), "share": 0.5, "to_chord": chord}
 
 
