@@ -1,5 +1,6 @@
 """The trainer: token-exact losses, path training by the plans of from_chain, checkpoints that are whole, resuming bit for bit."""
 
+import dataclasses
 import json
 import os
 
@@ -15,12 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tra
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.chain import ChainBuilder
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.path import path_plan
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.evaluation import Documents
+from cbd_hub.hub import open_chain
 from cbd_hub.interpolation.live import Between, check_head
-from cbd_hub.manifest import Shape
+from cbd_hub.links import plain_link
+from cbd_hub.manifest import Blend, Shape
+from cbd_hub.plans import plan_in
 from cbd_hub.precision import has_bf16
 from cbd_hub.shapes import shape_of
 
@@ -106,21 +111,38 @@ def test_padding_changes_nothing(family, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, padded), alone)
 
 
+def chain_of(trainer, folder):
+    """Teacher and student of a trainer as a chain of which nothing was measured."""
+    segment = trainer._segment
+    builder = ChainBuilder(folder, "chain")
+    for name, model in (("large", trainer.teacher), ("small", trainer.model)):
+        tiny.save(model, builder.anchor_folder(name))
+    large, small = builder.record("large", origin="source"), builder.record("small", origin="cut", parent="large", maps=builder.save_kept("small", segment.kept))
+    builder.finish([large, small], [plain_link(small, large, segment.order, Blend())], None)
+    return folder
+
+
 def test_path_training_uses_the_plans_of_from_chain(family, tmp_path):
-    """With path_fraction 1 the loss is that of the planned in-between model, drawn from seed and step alone."""
+    """With path_fraction 1 the loss is that of the chain's plan of a size drawn from seed and step alone."""
     trainer = trainer_for(family, tmp_path, path_fraction=1.0)
+    files = open_chain(chain_of(trainer, tmp_path / "chain"))
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[0]])
     seen = set()
     for step in range(12):
         trainer.state.global_step = step
         plan, again = trainer._path_plan(), trainer._path_plan()
+        if plan is None:
+            continue
         assert plan.summary() == again.summary()
         seen.add(plan.parameters)
         low, high = trainer._segment.sizes
-        assert low <= plan.parameters <= high
-        expected_plan = path_plan(trainer._segment, plan.parameters)
-        assert expected_plan.shape == plan.shape
+        assert low < plan.parameters < high
+        expected_plan = plan_in(files, plan.parameters)
+        assert (plan.shape, plan.strategy) == (expected_plan.shape, expected_plan.strategy)
+        names = {"student": expected_plan.small, "teacher": expected_plan.large}
+        ours = {key: [dataclasses.replace(term, anchor=names[term.anchor]) for term in terms] for key, terms in plan.tensors.items()}
+        assert repr(ours) == repr({key: list(terms) for key, terms in expected_plan.tensors.items()})
         output = Between({"student": trainer.model, "teacher": trainer.teacher}).run(plan)(batch["input_ids"])
         logits, target = output.hidden @ output.head.weight.T, trainer.teacher(batch["input_ids"]).logits
         keep = batch["labels"][:, 1:] != -100
@@ -134,7 +156,7 @@ def test_path_training_of_depth_is_module_replacing(tmp_path):
     """Where only layers differ the in-between models are patches: whole blocks put back."""
     trainer = trainer_for("llama", tmp_path, shape={"layers": 2, "ffn": 48}, path_fraction=1.0)
     plans = [path_plan(trainer._segment, size) for size in range(*trainer._segment.sizes, 500)]
-    assert {plan.strategy for plan in plans} == {"patch"}
+    assert {None if plan is None else plan.strategy for plan in plans} == {None, "patch"}  # None: nearest to student or teacher itself
     trainer.train()
 
 

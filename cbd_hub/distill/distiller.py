@@ -60,8 +60,8 @@ class ChainDistiller(SamplingTrainer):
     never formed whole.
 
     With ``path_fraction`` the student's place is taken in that share of the steps by a model in between student and teacher, built by the plan
-    that `CBDModel.from_chain` uses, at a size drawn anew each step from seed and step alone. For whole blocks this is module replacing
-    (https://huggingface.co/papers/2002.02925).
+    that `CBDModel.from_chain` uses where no mix has been fitted yet (that is done once the anchor has learned), at a size drawn anew each step from seed
+    and step alone. For whole blocks this is module replacing (https://huggingface.co/papers/2002.02925).
 
     With ``on_policy_fraction``, ``objective="minillm"`` or ``teacher_answers`` the completions are the student's own, drawn from student and teacher, or the
     teacher's; `cbd_hub.distill.sampling.SamplingArguments` says how.

@@ -7,28 +7,15 @@ from typing import Any
 
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import family_of
-from cbd_hub.interpolation.planner import (
-    Kept,
-    Plan,
-    Segment,
-    blend_plan,
-    layer_types,
-    patch_plan,
-    road_at,
-    shape_at,
-    small_eps,
-)
+from cbd_hub.interpolation.planner import Kept, Plan, Segment, layer_types, segment_plan, small_eps
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
 
 
-def path_plan(segment: Segment, size: int) -> Plan:
-    """The plan of an in-between model as path training uses it: a patch where only layers differ, else the blend at its road."""
-    point = road_at(segment, size)
-    shape = shape_at(segment, point)
-    if segment.patch:
-        return patch_plan(segment, shape)
-    return blend_plan(segment, shape, point)
+def path_plan(segment: Segment, size: int) -> Plan | None:
+    """The plan of `from_chain` at a size, as it is before the segment's mix is fitted; None where that is one of the two ends."""
+    plan = segment_plan(segment, size, tolerance=1.0)
+    return None if plan.strategy == "anchor" else plan
 
 
 def segment_to(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | None) -> Segment:
