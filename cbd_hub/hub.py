@@ -153,25 +153,22 @@ class ChainFiles:
         )
 
     def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files beside chain.json, each the one that the first anchor has on record.
+        """The tokenizer's files as the first anchor has them on record: those beside chain.json, else its own.
+
+        Who was killed while a local chain got another first anchor leaves others beside chain.json, or some of both.
 
         Raises:
-            IntegrityError: If one has no record or differs from it.
+            IntegrityError: If one differs from its record.
         """
-        found = []
-        for name in TOKENIZER_FILES:
-            record = self.manifest.anchors[0].files.get(name)
-            if self.revision is not None:
-                path = None if record is None else self._sound(self.name, name, self.revision, functools.partial(check_file, recorded=record.sha256, size=record.bytes))
-            else:
-                path = inside(self.root, name) if inside(self.root, name).is_file() else None
-            if path is None:
-                continue
-            if record is None:
-                raise IntegrityError(f"{path} has no record in {FILE_NAME}; fetch or make the chain again")
-            check_file(path, record.sha256, record.bytes)
-            found.append(path)
-        return found
+        first = self.manifest.anchors[0]
+        recorded = [name for name in TOKENIZER_FILES if name in first.files]
+        if self.revision is not None:
+            checks = {name: functools.partial(check_file, recorded=first.files[name].sha256, size=first.files[name].bytes) for name in recorded}
+            return [self._sound(self.name, name, self.revision, check) for name, check in checks.items()]
+        beside = {name: path for name in TOKENIZER_FILES if (path := inside(self.root, name)).is_file()}
+        if beside.keys() == {*recorded} and all(sha256(path) == first.files[name].sha256 for name, path in beside.items()):
+            return list(beside.values())
+        return [self.checked(first, name) for name in recorded]
 
     def extra(self, name: str) -> Path | None:
         """A file beside chain.json that need not be there and of which there is no record."""

@@ -1,13 +1,14 @@
 """A third party's anchor in a chain: beyond its ends and inside a segment, with the licence of its own card."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import tiny
 from conftest import recipe
 from huggingface_hub import HfApi, ModelCard
 
-from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
+from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain, extend
 from cbd_hub.card_metadata import license_of
 from cbd_hub.errors import StorageError
 from cbd_hub.extend import add_anchor
@@ -133,6 +134,33 @@ def test_a_new_largest_anchor_brings_the_chains_tokenizer(hub, measured, tmp_pat
         for size in (None, "min", "max"):
             assert chain.tokenizer(size).model_max_length == 123
     assert "chat_template.jinja" not in hub.repos["org/chain"].at("main")[1]
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_a_local_chain_keeps_a_tokenizer_whenever_its_growth_is_killed(hub, measured, tmp_path, monkeypatch, writes):
+    folder = tiny.save(tiny.llama(layers=8, seed=8), tmp_path / "m8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 123}))
+    (folder / "chat_template.jinja").unlink()
+    Chain.from_pretrained(measured).save_pretrained(tmp_path / "local")
+    left = iter(range(writes))
+
+    def killed(write):
+        def call(path, *content):
+            if path.is_relative_to(tmp_path / "local") and next(left, None) is None:
+                raise tiny.Killed
+            return write(path, *content)
+        return call
+
+    for name in ("write_bytes", "write_text"):
+        monkeypatch.setattr(extend, name, killed(getattr(extend, name)))
+    with suppress(tiny.Killed):
+        add_anchor(Chain.from_pretrained(tmp_path / "local"), folder, "third/local")
+    chain = Chain.from_pretrained(tmp_path / "local")
+    tokenizer = chain.tokenizer()
+    new = len(chain.anchors) == 4
+    assert (tokenizer.model_max_length == 123, tokenizer.chat_template is None) == (new, new)
+    assert new == (writes >= 4)  # the record of its chunks, two files of the tokenizer, chain.json
 
 
 def test_anchors_in_folders_of_a_published_chain_keep_their_tokenizers(hub, measured, tmp_path):
