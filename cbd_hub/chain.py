@@ -33,6 +33,7 @@ from cbd_hub.manifest import (
     Location,
     Manifest,
     PathRecord,
+    Shape,
     Teacher,
     Training,
 )
@@ -94,9 +95,14 @@ class Chain:
         """
         return self.manifest.neighbours(self.manifest.size(size))
 
-    def plan(self, size: str | int | None = None, **options: Any) -> Plan:
-        """The plan of a size; options are those of `CBDModel.plan` from ``shape`` to ``tolerance``."""
-        return plan_in(replace(self.files, glance=True), size, **options)
+    def plan(
+        self, size: str | int | None = None, *, memory_budget: str | int | None = None, dtype: Any = None, shape: Shape | Mapping[str, int] | None = None,
+        strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+    ) -> Plan:
+        """The plan of a size, a budget or a shape, as `CBDModel.plan` gives it."""
+        return plan_in(
+            replace(self.files, glance=True), size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance
+        )
 
     def model(self, size: str | int | None = None, **options: Any) -> Any:
         """A model of a size, as `CBDModel.from_chain` gives it."""

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cbd_hub.adapter_command import commands as adapter_commands
-from cbd_hub.errors import ArgumentError, CBDError, DataError
+from cbd_hub.errors import ArgumentError, CBDError
 from cbd_hub.heal_command import commands as heal_commands
 from cbd_hub.hub_commands import commands as hub_commands
 from cbd_hub.model_commands import commands as model_commands
@@ -39,6 +39,7 @@ from cbd_hub.options import (
     StrategyOption,
     ToleranceOption,
     shape_of_text,
+    sizes_of_text,
 )
 from cbd_hub.printing import (
     adapter_text,
@@ -292,89 +293,39 @@ def evaluate(
     if text is None and tasks is None:
         raise ArgumentError("neither --text nor --tasks was given; name a text file, or a .jsonl file of questions")
     from cbd_hub.chain import Chain
-    from cbd_hub.distill.data import as_document, is_conversation, read_rows
-    from cbd_hub.distill.packing import tokenised
-    from cbd_hub.distill.same_bytes import SameBytes
-    from cbd_hub.evaluation import BITS, Documents, bits_per_byte, document_losses
-    from cbd_hub.interpolation.live import ModelRunner
-    from cbd_hub.precision import best_device
-    from cbd_hub.questions import Question, choice_accuracy
+    from cbd_hub.comparing import evaluate_sizes
     hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
-    wishes: list[str | int] = [part.strip() for part in sizes.split(",")] if sizes else [a.parameters for a in opened.anchors]
-    plans = [opened.plan(wish, strategy=strategy, alpha=alpha, tolerance=tolerance) for wish in wishes]
-    questions = {name.strip(): Question.read(name.strip()) for name in tasks.split(",")} if tasks else {}
-    rows_of_text = None if text is None else read_rows(text, column)
-
-    def documents_of(tokenizer: Any) -> Documents | None:
-        if rows_of_text is None:
-            return None
-        if is_conversation(rows_of_text[0]):
-            found = Documents.answered(((row.ids, row.labels) for row in tokenised(rows_of_text, tokenizer)), tokenizer, block_size, max_tokens)
-        else:
-            found = Documents.read([row["text"] for row in rows_of_text], tokenizer, block_size, max_tokens)
-        if found.tokens < 2:
-            raise DataError(f"{text} has {found.tokens} token to predict; give a longer text")
-        return found
-
-    vocabularies = [opened.neighbours(planned.parameters)[0].tokenizer_sha256 for planned in plans]  # several across a bridge
-    sides = {vocabulary: opened.tokenizer(planned.parameters) for vocabulary, planned in dict(zip(vocabularies, plans)).items()}
-    texts = {vocabulary: documents_of(tokenizer) for vocabulary, tokenizer in sides.items()}
-    same = None
-    if rows_of_text is not None and len({anchor.tokenizer_sha256 for anchor in opened.anchors}) > 1:  # on the same bytes whatever sizes are asked for
-        others = {anchor.tokenizer_sha256: anchor.parameters for anchor in opened.anchors if anchor.tokenizer_sha256 not in sides}
-        try:
-            same = SameBytes([as_document(row) for row in rows_of_text], [*sides.values(), *map(opened.tokenizer, others.values())], block_size, max_tokens)
-        except DataError:
-            if len(sides) > 1:
-                raise
-    counted: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
-    for wish, planned, vocabulary in zip(wishes, plans, vocabularies):
-        tokenizer, documents = sides[vocabulary], texts[vocabulary]
-        model = opened.model(wish, strategy=strategy, alpha=alpha, tolerance=tolerance).to(best_device())
-        for name, asked in questions.items():
-            scores = choice_accuracy(ModelRunner(model), asked, tokenizer)
-            answers.append({"size": format_size(planned.parameters), "parameters": planned.parameters, "task": name, **scores})
-        if documents is None:
-            continue
-        losses = document_losses(ModelRunner(model), documents)
-        in_bits: dict[str, Any] = {"bits_per_byte": bits_per_byte(losses, documents)}
-        if same is not None:
-            of_bytes = same.losses(ModelRunner(model), tokenizer)
-            error = of_bytes.stderr
-            in_bits = {"bits_per_byte": of_bytes.mean * BITS, "bits_per_byte_stderr": None if error is None else error * BITS}
-            counted = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())}
-        rows.append({
-            "size": format_size(planned.parameters), "parameters": planned.parameters, "strategy": planned.strategy, "loss": losses.mean,
-            "stderr": losses.stderr, "perplexity": losses.perplexity, **in_bits,
-        })
-    read = texts[vocabularies[0]]
-    counts = {} if read is None else counted if len(texts) > 1 else {"documents": len(read.ids), "tokens": read.tokens}
+    with reported() as report:
+        found = evaluate_sizes(
+            opened, sizes_of_text(sizes), text=text, tasks=[name.strip() for name in tasks.split(",")] if tasks else [], column=column,
+            block_size=block_size, max_tokens=max_tokens, report=report, strategy=strategy, alpha=alpha, tolerance=tolerance,
+        )
     if as_json:
-        print_json({"chain": opened.name, "text": text, **counts, "results": rows, "tasks": answers})
+        print_json({"chain": opened.name, "text": text, **found.counts, "results": found.results, "tasks": found.tasks})
         return
-    if answers:
+    if found.tasks:
         table_of(f"{opened.name}: share of right answers ± standard error; norm: by characters of the choice", [
             {
                 "size": row["size"], "task": row["task"], "questions": row["questions"], "accuracy": with_error(row["accuracy"], row["accuracy_stderr"]),
                 "norm": with_error(row["accuracy_norm"], row["accuracy_norm_stderr"]),
             }
-            for row in answers
+            for row in found.tasks
         ])
-    if read is None:
+    if not found.results:
         return
-    shown = [
+    what = (
+        f"{found.counts['tokens']:,} tokens; loss in nats per token ± standard error" if found.one_vocabulary
+        else f"{found.counts['bytes']:,} bytes, the same for each vocabulary; bits per byte ± standard error"
+    )
+    table_of(f"{opened.name} on {text}, {found.counts['documents']} documents: {what}", [
         {
             "size": row["size"], "parameters": row["parameters"], "by": row["strategy"],
-            **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if len(texts) == 1 else {}),
-            "bits/byte": row["bits_per_byte"] if same is None else with_error(row["bits_per_byte"], row["bits_per_byte_stderr"]),
+            **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if found.one_vocabulary else {}),
+            "bits/byte": with_error(row["bits_per_byte"], row["bits_per_byte_stderr"]) if "bits_per_byte_stderr" in row else row["bits_per_byte"],
         }
-        for row in rows
-    ]
-    what = f"{read.tokens:,} tokens; loss in nats per token ± standard error" if len(texts) == 1 else f"{counts['bytes']:,} bytes, the same for each vocabulary; bits per byte ± standard error"
-    table_of(f"{opened.name} on {text}, {counts['documents']} documents: {what}", shown)
+        for row in found.results
+    ])
 
 
 def _quiet() -> None:

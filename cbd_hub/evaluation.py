@@ -275,7 +275,7 @@ def batch_losses(runner: Runner, documents: Documents, chosen: Sequence[int], bf
     head = output.head
     hidden = output.hidden[predicts]
     losses = token_losses(
-        hidden.to(torch.bfloat16) if bf16 else hidden, head.weight, targets[predicts], bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+        hidden.to(torch.bfloat16) if bf16 else hidden, head.weight, targets[predicts], **head.options(),
     ).cpu().double()
     counts = predicts.sum(1).tolist()
     return [(float(part.sum()), count) for part, count in zip(losses.split(counts), counts)]

@@ -78,9 +78,7 @@ def divergence_from(large: Any, documents: Documents) -> Callable[[Runner], floa
             student = runner(ids, mask)
             loss = distillation_loss(
                 student.hidden.flatten(0, 1), student.head.weight, teacher.hidden.flatten(0, 1), teacher.head.weight, labels.flatten(),
-                student_bias=student.head.bias, teacher_bias=teacher.head.bias,
-                student_logit_scale=student.head.logit_scale, teacher_logit_scale=teacher.head.logit_scale,
-                student_softcap=student.head.softcap, teacher_softcap=teacher.head.softcap,
+                **student.head.options("student_"), **teacher.head.options("teacher_"),
             )
         return float(loss)
 

@@ -53,3 +53,13 @@ def shape_of_text(text: str | None) -> dict[str, int] | None:
         return dict(pairs)
     except ValueError as error:
         raise ArgumentError(f'shape "{text}" cannot be read; write it as "layers=24,ffn=1192"') from error
+
+
+def sizes_of_text(text: str | None) -> list[str] | None:
+    """Sizes from "110M,120M"."""
+    if text is None:
+        return None
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise ArgumentError(f'sizes "{text}" name none; write them as "110M,120M"')
+    return found

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cbd_hub.errors import ArgumentError
-from cbd_hub.options import ChainArgument, ColumnOption, DtypeOption, JsonOption, RevisionOption
+from cbd_hub.options import ChainArgument, ColumnOption, DtypeOption, JsonOption, RevisionOption, sizes_of_text
 from cbd_hub.printing import hush_bars, out, print_json, reported, table_of
 from cbd_hub.sizes import format_seconds, format_size
 
@@ -19,16 +18,6 @@ SizesOption = Annotated[
     str | None, typer.Option("--sizes", help='Sizes, such as "110M,120M"; the anchors and what is recommended in between by default.', show_default=False)
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help='The device, such as "cpu" or "cuda:0"; the best one by default.', show_default=False)]
-
-
-def sizes_of_text(text: str | None) -> list[str] | None:
-    """Sizes from "110M,120M"."""
-    if text is None:
-        return None
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
-        raise ArgumentError(f'sizes "{text}" name none; write them as "110M,120M"')
-    return found
 
 
 @commands.command()

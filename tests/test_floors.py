@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "cbd_hub"
 FLOORS = [
     "errors", "sizes", "precision", "manifest", "texts", "families", "files", "client", "ranges", "hub", "configs", "shapes", "weights", "speed", "losses", "interpolation", "remote",
     "evaluation", "questions", "cut", "card_metadata", "cards", "measure", "single", "links", "retokenize", "plans", "adapter_files", "adapter_home", "adapters", "model", "upload", "publish", "chain", "extend", "speeds",
-    "drafting", "distill", "printing", "space", "options", "model_commands", "heal_command", "adapter_command", "hub_commands", "space_command", "speed_commands", "cli",
+    "drafting", "distill", "comparing", "printing", "space", "options", "model_commands", "heal_command", "adapter_command", "hub_commands", "space_command", "speed_commands", "cli",
 ]
 EXEMPT = {"__init__", "auto"}
 

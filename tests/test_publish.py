@@ -6,7 +6,7 @@ import pytest
 import tiny
 import yaml
 from conftest import recipe
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
 from cbd_hub.distill.schema import Recipe
@@ -411,6 +411,14 @@ def test_maps_may_be_as_large_as_widths_make_them(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(ChainFiles, "_sound", lambda self, repo_id, path, revision, check, *limit: limits.append((path, *limit)) or sound(self, repo_id, path, revision, check, *limit))
     CBDModel.plan("org/tiny", size=middle(tmp_path / "chain"))
     assert [limit for path, *limit in limits if path.startswith("maps/")] == [[MAX_BYTES + 4 * chain.anchors[0].parameters]]
+
+
+def test_a_chain_says_which_commit_of_its_teacher_it_was_made_of(hub, tmp_path):
+    wish = recipe(tmp_path, "llama", [{"layers": 2, "ffn": 24}])
+    HfApi().create_repo("big/teacher")
+    commit = HfApi().upload_folder(repo_id="big/teacher", folder_path=wish["teacher"]).oid
+    made = distill_chain({**wish, "teacher": "big/teacher"}, tmp_path / "chain")
+    assert (made.manifest.teacher.repo_id, made.manifest.teacher.revision) == ("big/teacher", commit)
 
 
 def test_words_in_a_local_card_go_up_once_and_come_back(hub, llama, tmp_path):

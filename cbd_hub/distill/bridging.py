@@ -69,7 +69,7 @@ class Bridge:
         if "span" in self.kinds and bool(remainder.any()):
             (our_tokens, our_spans), (their_tokens, their_spans) = student.of_those(remainder), teacher.of_those(remainder)
             log_probs = chosen_log_probs(
-                student.before(output.hidden, our_tokens), ours.weight, student.tokens[our_tokens], bias=ours.bias, logit_scale=ours.logit_scale, softcap=ours.softcap,
+                student.before(output.hidden, our_tokens), ours.weight, student.tokens[our_tokens], **ours.options(),
             )
             if target is None:
                 known = inputs["teacher_log_probs"].flatten()[teacher.places[their_tokens]]
@@ -83,9 +83,7 @@ class Bridge:
     ) -> Tensor:
         """The divergence on shared tokens at the beginning of every span."""
         ours, hidden = output.head, student.before(output.hidden, student.first)
-        options: dict[str, Any] = {
-            "num_items": num_items, "student_bias": ours.bias, "student_logit_scale": ours.logit_scale, "student_softcap": ours.softcap,
-        }
+        options = {"num_items": num_items, **ours.options("student_")}
         if target is None:
             ids, log_probs = (teacher.before(inputs[name], teacher.first) for name in ("teacher_top_ids", "teacher_top_log_probs"))
             partner = torch.full((int(shared[:, 1].max()) + 1,), -1, device=ids.device)
@@ -93,8 +91,7 @@ class Bridge:
             return shared_top_loss(hidden, ours.weight, partner[ids.clamp(max=len(partner) - 1)].masked_fill(ids >= len(partner), -1), log_probs, **options)
         theirs = target.head
         return shared_loss(
-            hidden, ours.weight, teacher.before(target.hidden, teacher.first), theirs.weight, shared, teacher_bias=theirs.bias,
-            teacher_logit_scale=theirs.logit_scale, teacher_softcap=theirs.softcap, **options,
+            hidden, ours.weight, teacher.before(target.hidden, teacher.first), theirs.weight, shared, **theirs.options("teacher_"), **options,
         )
 
     def at_borders(self, output: Output, target: Output, inputs: Mapping[str, Tensor]) -> tuple[Output, Output, Tensor]:
@@ -155,7 +152,7 @@ def _known(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return -token_losses(hidden.to(compute), head.weight, tokens, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
+        return -token_losses(hidden.to(compute), head.weight, tokens, **head.options())
 
 
 def check_heads(rows: BridgeRows, student: Any, teacher: Any = None) -> None:

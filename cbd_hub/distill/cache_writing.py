@@ -88,7 +88,7 @@ class _Asker:
         head, hidden = target.head, target.hidden[keep].float()
         uniform = np.concatenate([np.random.default_rng(first + place).random(int(row.sum())) for place, row in enumerate(keep.cpu().numpy())])
         top = top_log_probs(
-            hidden, head.weight, self.codec.top_k, next_tokens(batch["labels"])[keep], bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+            hidden, head.weight, self.codec.top_k, next_tokens(batch["labels"])[keep], **head.options(),
             vocab_size=self.codec.vocab_size, draws=self.tail.draws, uniform=torch.from_numpy(uniform.astype(np.float32)).to(hidden.device),
         )
         if not torch.isfinite(top.log_probs).all():
@@ -130,9 +130,7 @@ class _Asker:
         full, kept = (
             float(distillation_loss(
                 output.hidden[keep].float(), ours.weight, hidden, head.weight, torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device),
-                num_items=1, vocab_size=self.codec.vocab_size, student_bias=ours.bias, teacher_bias=head.bias,
-                student_logit_scale=ours.logit_scale, teacher_logit_scale=head.logit_scale, student_softcap=ours.softcap,
-                teacher_softcap=head.softcap, teacher_top=listed,
+                num_items=1, vocab_size=self.codec.vocab_size, teacher_top=listed, **ours.options("student_"), **head.options("teacher_"),
             )) for listed in (None, top)
         )
         return full, kept

@@ -246,15 +246,13 @@ class ChainDistiller(SamplingTrainer):
                 return bridged
             target = None
         top = Listed(*(inputs[name].flatten(0, 1) for name in CACHED if name in inputs)) if "top_ids" in inputs else None
-        theirs: dict[str, Any] = {} if target is None else {
-            "teacher_bias": target.head.bias, "teacher_logit_scale": target.head.logit_scale, "teacher_softcap": target.head.softcap,
-        }
+        theirs = {} if target is None else target.head.options("teacher_")
         loss = distillation_loss(
             output.hidden.flatten(0, 1), ours.weight, None if target is None else target.hidden.flatten(0, 1),
             None if target is None else target.head.weight, labels.flatten(), teacher_top=top, divergence=args.divergence,
             temperature=args.temperature, beta=args.beta, skew=args.skew, kd_weight=args.kd_weight if self.bridge is None else 0.0,
-            ce_weight=ce_weight, num_items=num_items, student_bias=ours.bias, student_logit_scale=ours.logit_scale, student_softcap=ours.softcap,
-            vocab_size=self._vocab_size, **theirs,
+            ce_weight=ce_weight, num_items=num_items, vocab_size=self._vocab_size,
+            **ours.options("student_"), **theirs,
         )
         return loss if bridged is None else loss + bridged
 

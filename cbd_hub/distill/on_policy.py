@@ -246,13 +246,11 @@ class SamplingTrainer(EvaluatingTrainer):
         labels = next_tokens(inputs["labels"])
         output = ModelRunner(student)(inputs["input_ids"], inputs.get("attention_mask"))
         ours, theirs = output.head, target.head
-        own: dict[str, Any] = {
-            "student_bias": ours.bias, "student_logit_scale": ours.logit_scale, "student_softcap": ours.softcap, "vocab_size": self._vocab_size,
-        }
+        own = {**ours.options("student_"), "vocab_size": self._vocab_size}
         loss = minillm_loss(
             output.hidden.flatten(0, 1), ours.weight, target.hidden.flatten(0, 1), theirs.weight, labels.flatten(),
             inputs["policy"]["sampled"].flatten(), inputs["policy"]["advantages"].flatten(), ratio_clip=args.ratio_clip, num_items=num_items,
-            teacher_bias=theirs.bias, teacher_logit_scale=theirs.logit_scale, teacher_softcap=theirs.softcap, **own,
+            **theirs.options("teacher_"), **own,
         )
         if "text" in inputs:
             text = inputs["text"]

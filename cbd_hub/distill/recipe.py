@@ -182,8 +182,8 @@ class _Run:
             large = small
         self._clear()
         if self.finished is None:
-            repo = None if Path(self.recipe.teacher).expanduser().exists() else self.recipe.teacher
-            teacher: Teacher | None = Teacher(repo_id=repo, parameters=anchors[0].parameters, license=license_of(self.source))
+            repo, commit = (None, None) if Path(self.recipe.teacher).expanduser().exists() else (self.recipe.teacher, self.source.name)
+            teacher: Teacher | None = Teacher(repo_id=repo, revision=commit, parameters=anchors[0].parameters, license=license_of(self.source))
         else:
             self.finished.check_unchanged()
             teacher = self.finished.chain.manifest.teacher

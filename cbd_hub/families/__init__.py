@@ -13,10 +13,11 @@ from cbd_hub.families.qwen import QWEN2, QWEN3
 from cbd_hub.families.table import Family, TensorSpec, linear, norm
 
 
-__all__ = ["FAMILIES", "GPT2", "Family", "TensorSpec", "family_named", "family_of", "linear", "norm", "parts_rows", "register"]
+__all__ = ["FAMILIES", "GPT2", "Family", "TensorSpec", "family_named", "family_of", "head_settings", "linear", "norm", "parts_rows", "register"]
 
 FAMILIES: list[Family] = [LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, GPT2, GPT_NEOX, OPT, OLMO2]
 
+_MULTIPLIED = ("hyperclovax",)  # by ``logits_scaling``, by which others divide
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
@@ -64,6 +65,14 @@ def parts_rows(config: Any) -> bool:
     """Whether an architecture tells the rows packed into a block apart by their positions; one without a table is taken to."""
     model_type = getattr(config, "model_type", None)
     return all(family.parts_rows for family in FAMILIES if model_type in family.model_types)
+
+
+def head_settings(config: Any) -> dict[str, Any]:
+    """The scale of a config's logits and their soft cap, of any architecture: a teacher beyond a bridge needs no table."""
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    if factor := getattr(config, "logits_scaling", None):
+        scale = factor if config.model_type.startswith(_MULTIPLIED) else 1.0 / factor
+    return {"logit_scale": float(scale), "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
 def _known(attribute: str) -> str:

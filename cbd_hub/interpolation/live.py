@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import create_causal_mask
 
 from cbd_hub.errors import ArchitectureError
-from cbd_hub.families import family_of, parts_rows
+from cbd_hub.families import family_of, head_settings, parts_rows
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.shapes import check_positions
@@ -41,6 +41,10 @@ class Head:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    def options(self, whose: str = "") -> dict[str, Any]:
+        """All but the weight, as the losses' keywords: ``bias`` and so on, or with ``whose`` "student_" ``student_bias`` and so on."""
+        return {f"{whose}bias": self.bias, f"{whose}logit_scale": self.logit_scale, f"{whose}softcap": self.softcap}
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,6 @@ class Runner(Protocol):
         ...
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    if divisor := getattr(config, "logits_scaling", None):
-        scale = divisor if config.model_type.startswith("hyperclovax") else 1.0 / divisor  # that one multiplies by it
-    return {"logit_scale": float(scale), "softcap": getattr(config, "final_logit_softcapping", None)}
-
-
 def _check_positions(config: Any, input_ids: Tensor, position_ids: Tensor | None) -> None:
     if position_ids is None:  # those of packed rows start anew in each
         check_positions(input_ids.shape[1], config, f"a row of {input_ids.shape[1]:,} tokens")
@@ -94,7 +91,7 @@ def output_head(model: Any) -> Head:
     head = model.get_output_embeddings()
     if isinstance(head, FSDPModule):
         head.unshard()  # its weight is read without a call of the module, which would do it
-    return Head(head.weight, getattr(head, "bias", None), **_settings(model.config))
+    return Head(head.weight, getattr(head, "bias", None), **head_settings(model.config))
 
 
 class ModelRunner:
@@ -226,7 +223,7 @@ class PlanRunner:
                     "output_hidden_states": states, "use_cache": False,
                 },
             )
-        return Output(output.last_hidden_state, Head(self._head, **_settings(self.config)), tuple(output.hidden_states[1:]) if states else None)
+        return Output(output.last_hidden_state, Head(self._head, **head_settings(self.config)), tuple(output.hidden_states[1:]) if states else None)
 
 
     @contextlib.contextmanager

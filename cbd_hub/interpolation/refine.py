@@ -126,7 +126,6 @@ def _loss(runner: Runner, ids: Tensor) -> Tensor:
     labels[:, :-1] = ids[:, 1:]
     hidden, head = output.hidden.flatten(0, 1), output.head
     return distillation_loss(
-        hidden, head.weight, hidden.detach(), head.weight.detach(), labels.flatten(), kd_weight=0.0, ce_weight=1.0, student_bias=head.bias,
-        teacher_bias=head.bias, student_logit_scale=head.logit_scale, teacher_logit_scale=head.logit_scale, student_softcap=head.softcap,
-        teacher_softcap=head.softcap,
+        hidden, head.weight, hidden.detach(), head.weight.detach(), labels.flatten(), kd_weight=0.0, ce_weight=1.0,
+        **head.options("student_"), **head.options("teacher_"),
     )

@@ -177,7 +177,7 @@ class Measure:
             input_ids=self.ids[:, start:stop], attention_mask=mask, past_key_values=self._cache, use_cache=True
         ).last_hidden_state[0]
         targets = self.ids[0, start + 1 : stop + 1]
-        self.nats += float(token_losses(hidden, head.weight, targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap).sum())
+        self.nats += float(token_losses(hidden, head.weight, targets, **head.options()).sum())
         self.tokens += stop - start
 
     @property
