@@ -215,10 +215,11 @@ def make(
 ) -> None:
     """Write a model of a size to disk: an ordinary transformers checkpoint with its tokenizer."""
     from cbd_hub.model import CBDModel
-    made = CBDModel.materialize(
-        chain, size, output_dir=out_dir, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy,
-        alpha=alpha, tolerance=tolerance, dtype=dtype, adapter=adapter, adapter_size=adapter_size, revision=revision,
-    )
+    with reported() as report:
+        made = CBDModel.materialize(
+            chain, size, output_dir=out_dir, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy,
+            alpha=alpha, tolerance=tolerance, dtype=dtype, adapter=adapter, adapter_size=adapter_size, revision=revision, report=report,
+        )
     if as_json:
         print_json({**made.summary(), "output_dir": str(out_dir)})
         return

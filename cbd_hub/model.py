@@ -7,7 +7,7 @@ import inspect
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -272,7 +272,7 @@ class CBDModel:
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
-        **transformers_kwargs: Any,
+        report: Callable[[str, int, int | None], None] | None = None, **transformers_kwargs: Any,
     ) -> Plan:
         """An ordinary checkpoint on disk, written tensor by tensor, with tokenizer, chat template and generation config.
 
@@ -298,6 +298,7 @@ class CBDModel:
             cache_dir: Another place for the Hub's cache.
             local_files_only: Make no request.
             force_download: Fetch even what is cached.
+            report: Called with what is done, how much of it, and of how much.
             **transformers_kwargs: Checked as `from_chain` checks them; what is about devices has no meaning on disk.
 
         Returns:
@@ -329,7 +330,7 @@ class CBDModel:
             prepared.config.save_pretrained(folder, chosen)
             stored = stored_shapes(prepared.config)
             layout = {name: (chosen, stored[name]) for name in plan.tensors}
-            write_safetensors(folder / "model.safetensors", layout, stream(plan, prepared.read, stored, chosen, changes))
+            write_safetensors(folder / "model.safetensors", layout, _told(stream(plan, prepared.read, stored, chosen, changes), len(layout), report))
         prepared.remember()
         return plan
 
@@ -379,6 +380,14 @@ class CBDModel:
         from cbd_hub.single import cut_single  # measures with live models, which a load from a chain does not need
         cut = cut_single(model, size, shape=shape, calibration=calibration, revision=revision, options=options)
         return _load_plan(cut.plan, cut.config, cut.read, cut.checkpoint.dtype, cut.source, cut.generation_config, arguments)
+
+
+def _told(tensors: Iterator[Tensor], total: int, report: Callable[[str, int, int | None], None] | None) -> Iterator[Tensor]:
+    """Tensors as they come, each told of."""
+    for done, tensor in enumerate(tensors):
+        if report is not None:
+            report("writing tensors", done, total)
+        yield tensor
 
 
 def _generation_config(prepared: _Prepared) -> Any:

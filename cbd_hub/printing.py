@@ -131,19 +131,26 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def reported() -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on a terminal, and a line for each kind of work elsewhere; called with what is done, how much of it, and of how much where that is known."""
+    """A bar on a terminal, and a line for each kind of work elsewhere; called with what is done, how much of it, and of how much where that is known.
+
+    The bar begins with the first call: until then others may have theirs.
+    """
     seen: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    task = bar.add_task("", total=None)
 
-        def report(what: str, done: int, total: int | None) -> None:
-            if not err.is_terminal and what not in seen:
-                err.print(escape(what))
-            seen.add(what)
-            bar.update(task, description=escape(what), completed=done, total=total)
+    def report(what: str, done: int, total: int | None) -> None:
+        if not err.is_terminal and what not in seen:
+            err.print(escape(what))
+        seen.add(what)
+        bar.start()
+        bar.update(task, description=escape(what), completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        bar.stop()
 
 
 def hush_bars() -> None:

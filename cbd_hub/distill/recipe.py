@@ -369,7 +369,8 @@ class _Run:
             self.progress(f"{names[0]} to {names[1]}: order, alpha and curve of the segment")
             first = None if cut is None or importance is None else importance.order(cut.kept)
             measured = measure_segment(
-                small, large, None if cut is None else cut.kept, self.calibrations[self._place(stage.name)].documents, self.dataset, names=names, first=first
+                small, large, None if cut is None else cut.kept, self.calibrations[self._place(stage.name)].documents, self.dataset, names=names, first=first,
+                report=lambda what, done, total: self.progress(f"  {what}{'' if total is None else f', {done + 1} of {total}'}"),
             )
             return measured.link().model_dump()
 
