@@ -48,6 +48,7 @@ _REFUSED = {
     "key_mapping": "tensors keep their checkpoint keys",
     "variant": "there is one set of weights; choose dtype instead",
     "subfolder": "name the folder or repo itself",
+    "use_auth_token": "it is token= in transformers 5",
     "adapter_kwargs": "name the adapter by from_chain's adapter=, with its revision as org/lora@revision",
 }
 
