@@ -83,12 +83,17 @@ def anchor(title: str) -> str:
     return "".join(letter for letter in title.lower().replace(" ", "-") if letter.isalnum() or letter == "-")
 
 
-def line(name: str) -> str:
-    """A benchmark in one sentence, with the way to its table; empty where it has no result."""
+def said(name: str) -> str:
+    """A benchmark in one sentence; empty where it has no result."""
     data = read(name)
     words = "" if data is None else (getattr(sentences, name, None) or getattr(tables, name))(data)
     about = data and data.get("about")
-    return words and f"{words}{f' {about}.' if about else ''} [Table](benchmarks/README.md#{anchor(SECTIONS[name])})"
+    return f"{words} {about}." if words and about else words
+
+
+def place(name: str) -> str:
+    """Where a benchmark's table stands."""
+    return f"benchmarks/README.md#{anchor(SECTIONS[name])}"
 
 
 def fill(document: Path, blocks: dict[str, str]) -> None:
@@ -104,11 +109,11 @@ def fill(document: Path, blocks: dict[str, str]) -> None:
 
 def documents() -> dict[str, dict[str, str]]:
     """Each document's marked blocks."""
-    told = {name: f"- {line(name)}" for name in SECTIONS if name not in (*WHOLE, *BESIDE) and line(name)}
+    told = {name: f"- **[{title}]({place(name)})**: {said(name)}" for name, title in SECTIONS.items() if name not in (*WHOLE, *BESIDE) and said(name)}
     first, others = ("\n".join(told[name] for name in told if (name in FIRST) == wanted) for wanted in (True, False))
     figures = f"{first}\n\n<details><summary>Further figures</summary>\n\n{others}\n\n</details>"
     return {
-        "README.md": {**{name: table(name) for name in WHOLE}, "figures": figures, **{name: line(name) for name in BESIDE}},
+        "README.md": {**{name: table(name) for name in WHOLE}, "figures": figures, **{name: said(name) and f"{said(name)} [Table]({place(name)})" for name in BESIDE}},
         "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_trained", "quality_rivals")},
         "examples/paper/README.md": {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")},
     }

@@ -21,28 +21,25 @@ def memory(data: dict[str, Any]) -> str:
 
 def head(data: dict[str, Any]) -> str:
     """The loss head against Liger."""
-    against = []
-    for case in data["cases"]:
-        rivals = [seconds for name, seconds in case["seconds"].items() if name.startswith("Liger")]
-        if rivals:
-            against.append(case["seconds"]["cbd_hub"] / min(rivals))
-    least = [case["peak_mib"]["cbd_hub"] / min(peak for name, peak in case["peak_mib"].items() if name.startswith("Liger")) for case in data["cases"] if any(name.startswith("Liger") for name in case["peak_mib"])]
-    chunked = {kind: [case[kind]["cbd_hub"] / case[kind]["TRL"] for case in data["cases"] if "TRL" in case[kind]] for kind in ("seconds", "peak_mib")}
-    words = [f"{min(found):.2f} to {max(found):.2f} of its {what}" for what, found in (("time", chunked["seconds"]), ("memory", chunked["peak_mib"])) if found]
+    def span(kind: str, name: str) -> str:
+        rivals = [(case[kind]["cbd_hub"], [value for rival, value in case[kind].items() if rival.startswith(name)]) for case in data["cases"]]
+        shares = [ours / min(theirs) for ours, theirs in rivals if theirs]
+        return f"{min(shares):.2f} to {max(shares):.2f}"
+
     unnoted = "" if data.get("machine") else " The CPU was not noted."
     return (
-        f"On two CPU threads, all of them eager, the loss head takes {min(against):.2f} to {max(against):.2f} of the time of Liger's chunked loss at its best and {min(least):.2f} to {max(least):.2f} of its least "
-        f"memory; beside TRL's chunked loss {' and '.join(words)} (less is better; {len(data['cases'])} cases). Liger compiled, and Triton's kernels on a GPU, were not measured.{unnoted}"
+        f"Of the time of Liger's chunked loss, at its best of several sizes of chunk, ours takes {span('seconds', 'Liger')}, of its memory {span('peak_mib', 'Liger')}; of TRL's chunked loss {span('seconds', 'TRL')} and "
+        f"{span('peak_mib', 'TRL')} ({len(data['cases'])} cases, all eager, two CPU threads). Liger compiled, and Triton's kernels on a GPU, were not measured.{unnoted}"
     )
 
 
 def step(data: dict[str, Any]) -> str:
     """A distillation step against other trainers'."""
     ours, memory = data["seconds"]["cbd_hub"], data["peak_mib"]
-    rivals = [f"{name} takes {seconds / ours:.1f}x the time of ours, and {memory[name] / memory['cbd_hub']:.1f}x its memory" for name, seconds in data["seconds"].items() if name != "cbd_hub"]
+    rivals = [f"{name} takes {seconds / ours:.1f} times the time and {memory[name] / memory['cbd_hub']:.1f} times the memory of ours" for name, seconds in data["seconds"].items() if name != "cbd_hub"]
     return (
-        f"For the same distillation step {'; '.join(rivals)} (above weights, gradients and optimiser state; they form whole logits; {data['dtype']}, two CPU threads; "
-        "TRL's chunked loss is the rival of the loss head)."
+        f"For the same step {', '.join(rivals)}: they form whole logits ({data['dtype']}, two CPU threads; memory above weights, gradients and optimiser state; "
+        "TRL's chunked loss is in the line on the loss head)."
     )
 
 
@@ -130,18 +127,15 @@ def alpha(data: dict[str, Any]) -> str:
 def loading(data: dict[str, Any]) -> str:
     """Time to load, and to write."""
     parts = [f"a {name} takes {found['from_chain, touched']['wall'] / found['from_pretrained, touched']['wall']:.1f} times as long as `from_pretrained`" for name, found in data["memory"].items()]
-    words = f"From a local chain, every weight read once: {', '.join(parts)}."
+    words = f"From a local chain, every weight read once, {', '.join(parts)}."
     if "disk" in data:
         imports = data["disk"]["imports"]
         ratios = []
         for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
             ours, theirs = data["disk"][name]["cbd make"], data["disk"][name][rival]
             apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
-            ratios.append(f"{theirs['wall'] / ours['wall']:.1f}x as fast as its {rival.split()[1]} ({apart:.1f}x in CPU time without imports)")
-        words += (
-            f" `cbd make` against mergekit, whole commands: {' and '.join(ratios)}, for the most part by what is imported ({imports['cbd make']['wall']:.1f} s against {imports['mergekit']['wall']:.1f} s, once a chain's "
-            "configs are remembered)."
-        )
+            ratios.append(f"{theirs['wall'] / ours['wall']:.1f} times as fast as its `{rival.split()[1]}` ({apart:.1f} times in CPU time without imports)")
+        words += f" `cbd make` is, beside mergekit's whole commands, {' and '.join(ratios)}: for the most part by what is imported."
     return words
 
 
@@ -179,8 +173,8 @@ def quality(data: dict[str, Any]) -> str:
     rows = [row for row in data["rows"] if row.get("to_chord")]
     under = sum(row["to_chord"][0] <= row["to_chord"][1] for row in rows)
     over = {row["segment"]: row for row in sorted(rows, key=lambda row: row["to_chord"][0]) if row["to_chord"][0] > row["to_chord"][1]}
-    words = ", ".join(f"`{segment}` ({pair(row['to_chord'])} nats at {format_size(row['parameters'])})" for segment, row in over.items())
-    return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses; the others above it, at worst {words}. The demo's lower segment, above, sags too."
+    words = ", ".join(f"`{segment}` {pair(row['to_chord'])} at {format_size(row['parameters'])}" for segment, row in over.items())
+    return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses. Above it, in nats, at worst: {words}. The demo's lower segment, above, sags too."
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
@@ -188,12 +182,15 @@ def quality_rivals(data: dict[str, Any]) -> str:
     rows = [row for row in data["rows"] if "," not in row["by"]]  # neither healed nor of a further seed
 
     def reach(name: str) -> str:
-        found = sorted((row["rivals"][name]["minus"] for row in rows), key=lambda minus: minus[0])
-        return " to ".join(dict.fromkeys((pair(found[0]), pair(found[-1]))))
+        found = sorted(row["rivals"][name]["minus"][0] for row in rows)
+        words = [f"{abs(value):.2f} {'worse' if value > 0 else 'better'}" for value in (found[0], found[-1])]
+        if words[0].split()[1] == words[1].split()[1]:
+            return f"{min(map(abs, found)):.2f} to {max(map(abs, found)):.2f} {words[0].split()[1]}"
+        return f"from {words[0]} to {words[1]}"
 
     return (
-        f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({', '.join(row['segment'] for row in rows)}) with {data['stage_tokens']:,} tokens a stage, nats against the chain's model, which took no step: distilled for that size alone "
-        f"{reach('distilled alone')}; boomerang, one model against each, as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')} (below 0 it is better than the chain's); merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
+        f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({', '.join(row['segment'] for row in rows)}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
+        f"{reach('distilled alone')}; boomerang as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
     )
 
 
@@ -203,15 +200,15 @@ quality_trained = quality_rivals
 def headline(data: dict[str, Any]) -> str:
     """A size in between against training from scratch."""
     most, cross = data["rows"][-1], data["costs"]["crossover"]
-    words = "below" if most["to_chain"][0] > 0 else "above"
+    words = "better" if most["to_chain"][0] > 0 else "worse"
     times = most["tokens"] / (data["stage_tokens"] * (len(data["anchors"]) - 1))
     own = sorted(row["chain_to_alone"][0] for row in data["sizes"])
-    beside = f"{-own[-1]:.2f} to {-own[0]:.2f} below" if own[-1] < 0 else f"{own[0]:+.2f} to {own[-1]:+.2f} from"
+    beside = f"{-own[-1]:.2f} to {-own[0]:.2f} better than" if own[-1] < 0 else f"{own[0]:+.2f} to {own[-1]:+.2f} nats from"
     return (
-        f"{format_size(data['parameters'])} of a chain of {', '.join(data['anchors'])} ({data['stage_tokens']:,} tokens a stage; the first is the pretrained SmolLM2 with a smaller vocabulary, whose own pre-training is not counted), without a training step, stands {abs(most['to_chain'][0]):.2f} ± "
-        f"{most['to_chain'][1]:.2f} nats {words} the same shape trained from scratch on {times:.0f} times the chain's tokens, at a learning rate that was not searched; {len(own)} of its sizes stand {beside} the same shapes cut from its "
-        f"largest anchor and distilled each on its own with one stage's tokens (the chain had {len(data['anchors']) - 1} stages). The chain costs less than those from {cross['tokens']} sizes on in tokens, and from {cross['seconds']} on "
-        f"in seconds, its measuring included and reckoned from the {len(own)} that were trained."
+        f"{format_size(data['parameters'])} of a chain of {', '.join(data['anchors'])}, without a training step, is {abs(most['to_chain'][0]):.2f} ± {most['to_chain'][1]:.2f} nats {words} than the same shape trained from scratch on "
+        f"{times:.0f} times the chain's tokens ({data['stage_tokens']:,} a stage; the chain begins with a pretrained SmolLM2 of a smaller vocabulary, whose own pre-training is not counted; the learning rate from scratch was not searched). {len(own)} of its sizes are "
+        f"{beside} the same shapes cut from its largest anchor and distilled each on its own with one stage's tokens (the chain had {len(data['anchors']) - 1} stages). It costs less than those from {cross['tokens']} sizes on in tokens, and from {cross['seconds']} on "
+        f"in seconds, with its measuring, reckoned from the {len(own)} that were trained."
     )
 
 
