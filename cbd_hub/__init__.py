@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cbd_hub.adapters import carry_adapter
     from cbd_hub.chain import Chain, assemble_chain
+    from cbd_hub.comparing import evaluate_sizes
     from cbd_hub.distill.config import ChainDistillerConfig
     from cbd_hub.distill.distiller import ChainDistiller
     from cbd_hub.distill.heal import heal
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from cbd_hub.speed.measuring import measure_speed
 
 __all__ = [
-    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "carry_adapter", "distill_chain", "draft_table", "heal",
-    "measure_speed",
+    "CBDError", "CBDModel", "Chain", "ChainDistiller", "ChainDistillerConfig", "Recipe", "assemble_chain", "carry_adapter", "distill_chain", "draft_table", "evaluate_sizes",
+    "heal", "measure_speed",
 ]
 
 _WHERE = {
@@ -38,6 +39,7 @@ _WHERE = {
     "carry_adapter": "cbd_hub.adapters",
     "distill_chain": "cbd_hub.distill.recipe",
     "draft_table": "cbd_hub.drafting",
+    "evaluate_sizes": "cbd_hub.comparing",
     "heal": "cbd_hub.distill.heal",
     "measure_speed": "cbd_hub.speed.measuring",
 }

@@ -27,7 +27,7 @@ class Healed(Data):
         tokens: Tokens that these have learned from.
         loss: Held-out loss, nats per token, and ``stderr`` its standard error over documents, where there are two or more.
         loss_before: The same before.
-        difference: Of the two, paired over documents.
+        difference: Loss after less loss before, paired over documents.
         documents: Held-out documents.
         heldout_tokens: Predicted tokens in them.
         earlier: What it said before, of a model that was healed already.
@@ -130,7 +130,7 @@ def anchor_card(
         teacher_repo: Hub id of the model it learned from; None for a local one.
         license: Licence of the teacher where it is known; it is never invented.
         facts: What the table says of it.
-        base: Of an adapter, the model that it belongs on; None for a whole model.
+        base: The model that an adapter belongs on; None for a whole model.
         base_repo: Its Hub id; None for a local one.
         chain: Repo of the chain that it is an anchor of.
         manifest: That chain.
@@ -198,7 +198,7 @@ def interpolant_card(
         facts: The plan.
         manifest: The chain, where it has a repo.
         healed: How it was healed.
-        base: Of an adapter alone, the Python that makes the model that it belongs on.
+        base: For an adapter alone, the Python that makes the model that it belongs on.
 
     Returns:
         Markdown with the metadata of a model card.

@@ -172,7 +172,7 @@ class Chain:
             private: Whether repos made now, and the collection, are private.
             gated: Let readers ask for access, granted at once (``auto``) or by hand (``manual``).
             token: Hub token; None for the stored one.
-            create_pr: Open pull requests on repos that are there, for who may not write to them; there is no tag and no collection then.
+            create_pr: Open pull requests on repos that are there, where you may not write to them; there is no tag and no collection then.
             commit_message: Message of the commits.
             tag: Tag of the index commit; by default the next of v1, v2, ...
             collection: Whether to put all repos into a collection.

@@ -23,9 +23,9 @@ class Evaluated:
     """What was measured, as plain data.
 
     Attributes:
-        results: Of each size, on the text: ``size``, ``parameters``, ``strategy``, ``loss`` (nats per token) with its ``stderr`` over documents,
+        results: One row per size, on the text: ``size``, ``parameters``, ``strategy``, ``loss`` (nats per token) with its ``stderr`` over documents,
             ``perplexity`` and ``bits_per_byte``, in a chain of several vocabularies with its error, ``bits_per_byte_stderr``.
-        tasks: Of each size and file of questions: ``size``, ``parameters``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their errors.
+        tasks: One row per size and file of questions: ``size``, ``parameters``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their errors.
         counts: How much text that was: ``documents`` and ``tokens``, or ``bytes``; empty without text.
         one_vocabulary: Whether all these sizes have one; else bits per byte alone, of the same bytes, compare them.
     """

@@ -82,7 +82,7 @@ class StoredConfig:
 
         Args:
             folder: The folder.
-            dtype: Of the weights; None for what the config says.
+            dtype: Dtype of the weights; None for what the config says.
         """
         fields = self._fields if dtype is None else {**self._fields, "dtype": str(dtype).removeprefix("torch.")}
         write_text(folder / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")

@@ -49,7 +49,7 @@ def add_anchor(
         repo_id: Where the anchor goes; it may be the checkpoint's own repo.
         token: Hub token; None for the stored one.
         private: Whether a repo made now is private.
-        create_pr: Open a pull request on the index, for who may not write to it.
+        create_pr: Open a pull request on the index, where you may not write to it.
         say: Called with each line of progress.
 
     Returns:

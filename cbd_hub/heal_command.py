@@ -39,13 +39,13 @@ def heal(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps at most; 100 by default.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Tokens to learn from at most, instead.", show_default=False)] = None,
     lora: Annotated[int | None, typer.Option("--lora", metavar="RANK", min=1, help="Train a LoRA of this rank on all linear layers, and merge it.", show_default=False)] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="With --lora: write the adapter alone, a PEFT folder.")] = False,
+    merge: Annotated[bool, typer.Option("--merge/--no-merge", help="With --lora: the weights with the adapter in them, or the adapter alone, a PEFT folder.")] = True,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate; 1e-4 by default, 1e-3 with --lora.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a step and process.")] = 8,
     block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; 128, or the cache's.", show_default=False)] = None,
     heldout: Annotated[float, typer.Option("--heldout", help="Share of the text that is held out.")] = 0.05,
     patience: Annotated[int, typer.Option("--patience", min=0, help="Stop after so many evaluations without a new least held-out loss; 0 never stops early.")] = 2,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is held out, and of the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of what is held out, and of the order of the text.")] = 0,
     column: ColumnOption = "text", revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Make a size and let it learn from its larger neighbour for a short while; the weights with the least held-out loss are kept.
@@ -59,8 +59,8 @@ def heal(
     hush_bars()
     if text is None and cache is None:
         raise ArgumentError("neither --text nor --cache was given; name text to learn from, or a teacher cache")
-    if adapter and lora is None:
-        raise ArgumentError("--adapter writes the adapter of --lora, and no --lora was given; give its rank, such as --lora 16")
+    if not merge and lora is None:
+        raise ArgumentError("--no-merge writes the adapter of --lora alone, and no --lora was given; give its rank, such as --lora 16")
     check_absent(out_dir)
     rows, held = (None if name is None else read_rows(name, column) for name in (text, heldout_text))
     options: dict[str, Any] = {"max_steps": steps, "learning_rate": learning_rate, "block_size": block_size}
@@ -69,7 +69,7 @@ def heal(
     try:
         healed = run(
             model, opened, rows, output_dir=out_dir, tokens=tokens, eval_dataset=held, heldout=heldout, patience=patience or None, peft_config=None if lora is None else _lora(lora),
-            merge=not adapter, teacher_cache=cache, progress=None if as_json else lambda line: err.print(escape(line)), per_device_train_batch_size=batch_size, seed=seed,
+            merge=merge, teacher_cache=cache, progress=None if as_json else lambda line: err.print(escape(line)), per_device_train_batch_size=batch_size, seed=seed,
             disable_tqdm=as_json, **{name: value for name, value in options.items() if value is not None},
         )
     except KeyboardInterrupt:
@@ -82,13 +82,13 @@ def heal(
     if as_json:
         print_json({**made, "output_dir": str(out_dir)})
         return
-    what = f"an adapter for {made['parameters']:,} parameters" if adapter else f"{made['parameters']:,} parameters"
+    what = f"an adapter for {made['parameters']:,} parameters" if not merge else f"{made['parameters']:,} parameters"
     out.print(f"{what} in {escape(str(out_dir))}, healed from {escape(found['teacher'])} on {found['tokens']:,} tokens ({found['by']})")
     out.print(
         f"loss {with_error(found['loss_before'], found['stderr_before'])} before and {with_error(found['loss'], found['stderr'])} after, nats per token "
         f"({found['difference']:+.3f}" + ("" if found["difference_stderr"] is None else f" ± {found['difference_stderr']:.3f}") + f", paired; {found['heldout_tokens']:,} held-out tokens)"
     )
-    if adapter:
+    if not merge:
         out.print(f'next: PeftModel.from_pretrained(CBDModel.from_chain("{escape(chain)}", {made["parameters"]}), "{escape(str(out_dir))}")')
     else:
         out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')

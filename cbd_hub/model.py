@@ -129,7 +129,7 @@ def _prepare(files: ChainFiles, plan: Plan) -> _Prepared:
 
 
 def load(files: ChainFiles, plan: Plan, *, fetched: Callable[[], None], tick: Callable[[], None], **arguments: Any) -> Any:
-    """The model of a plan in an opened chain, for who shows how far it is.
+    """The model of a plan in an opened chain, for callers that show how far it is.
 
     Args:
         files: The chain.

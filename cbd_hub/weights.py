@@ -48,7 +48,7 @@ def stored_dtype(headers: Iterable[Mapping[str, Any]], config: Any) -> torch.dty
     """The dtype in which a model's weights are stored, from the headers of its files.
 
     Args:
-        headers: Of each file, key -> entry with its ``dtype``.
+        headers: For each file, key -> entry with its ``dtype``.
         config: Its transformers config.
     """
     family = family_of(config)

@@ -422,13 +422,13 @@ def test_the_command(cbd, chain, tmp_path, monkeypatch):
     record = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.cbd["healed"]
     assert f"{record['loss']:.3f}" in printed
     assert f"{record['difference']:+.3f}" in printed
-    code, printed, said = heal(chain, *size, *text, "--tokens", 256, "--lora", 2, "--adapter", "--out", tmp_path / "adapter", "--json")
+    code, printed, said = heal(chain, *size, *text, "--tokens", 256, "--lora", 2, "--no-merge", "--out", tmp_path / "adapter", "--json")
     assert code == 0, said
     assert json.loads(printed)["healed"]["by"] == "lora, rank 2"
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     for arguments, expected, message in (
         ([*size], 2, "neither --text nor --cache"), ([*size, "--text", tmp_path / "empty.txt"], 1, "holds no text"), ([*size, "--text", tmp_path / "none.txt"], 1, "no file matches"),
-        (["--size", "max", *text], 1, "is the anchor"), (["--size", "9B", *text], 1, "outside the chain"), (text, 2, "neither size nor shape"), ([*size, *text, "--adapter"], 2, "no --lora was given"),
+        (["--size", "max", *text], 1, "is the anchor"), (["--size", "9B", *text], 1, "outside the chain"), (text, 2, "neither size nor shape"), ([*size, *text, "--no-merge"], 2, "no --lora was given"),
         ([*size, *text, "--out", tmp_path / "out"], 1, "not an empty folder"), ([*size, *text, "--cache", tmp_path], 1, "is no teacher cache"),
         ([*size, *text, "--steps", 3, "--tokens", 5], 2, "give one of them"), ([*size, *text, "--heldout", 2], 2, "heldout=2.0"), ([*size, *text, "--learning-rate", "nan"], 2, "learning_rate=nan teaches nothing"),
     ):

@@ -26,7 +26,7 @@ class BridgedCache(TorchDataset[dict[str, Any]]):
 
     Args:
         bridge: Both tokenizers.
-        cache: Of the teacher, made of the same documents.
+        cache: The teacher's cache, made of the same documents.
         rows: The documents.
         room: Most tokens of the student in a row.
 

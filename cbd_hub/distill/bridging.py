@@ -114,7 +114,7 @@ class _Spans:
         tokens: Their ids.
         numbers: The span of each, from 0 to ``count`` - 1 over the whole batch.
         count: How many spans there are.
-        first: Of each span its first token, an index into these.
+        first: The first token of each span, an index into these.
         last: Its last one.
     """
 

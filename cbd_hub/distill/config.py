@@ -32,7 +32,7 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
 
     Args:
         divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon`` or ``skew_kl``.
-        temperature: Of both distributions in the divergence; the loss is multiplied by its square.
+        temperature: Temperature of both distributions in the divergence; the loss is multiplied by its square.
         beta: Teacher's weight in the Jensen-Shannon mixture.
         skew: Teacher's share in the skew mixture.
         kd_weight: Weight of the divergence.
@@ -51,7 +51,7 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         bridge: For a teacher with a tokenizer of its own, in the place of the divergence: ``text`` (its answers, by cross-entropy), ``span`` (its likelihood of
             every span that is whole tokens for both), ``vocab`` (its distribution on shared tokens, where both have a border), ``span+vocab`` (``span`` for the
             spans that are no shared token), ``hidden`` (the hidden-state term alone, with ``hidden_weight``, which goes with ``span`` and ``vocab`` too).
-        span_temperature: Of the likelihoods in ``span`` (`cbd_hub.losses.bridge`).
+        span_temperature: Temperature of the likelihoods in ``span`` (`cbd_hub.losses.bridge`).
 
     Raises:
         ArgumentError: If a field is outside its range.

@@ -145,7 +145,7 @@ def split_documents(texts: Sequence[Any], heldout: float, calibration: float, se
         texts: The documents, texts or rows.
         heldout: Share that is never trained or calibrated on.
         calibration: Share for measuring importance, order and curves.
-        seed: Another seed, another split.
+        seed: Seed of the split.
 
     Raises:
         DataError: If there are fewer than three different documents.
@@ -173,7 +173,7 @@ def split_stream(rows: Any, reserve: int, heldout: float, calibration: float, se
         reserve: Documents that are set aside.
         heldout: Their share for the held-out part is ``heldout / (heldout + calibration)``.
         calibration: See ``heldout``.
-        seed: Another seed, another division.
+        seed: Seed of the division.
 
     Raises:
         DataError: If there are fewer than two different documents.

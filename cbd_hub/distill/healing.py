@@ -31,7 +31,7 @@ def divided(dataset: Any, eval_dataset: Any, heldout: float, seed: int, vocab: f
         dataset: Rows; None where a teacher cache is trained from.
         eval_dataset: Rows to measure on; None to take a part of ``dataset``.
         heldout: That part, as a share of its different documents.
-        seed: Of the division, which depends on nothing but the documents' text.
+        seed: Seed of the division, which depends on nothing but the documents' text.
         vocab: Tokens of the model, which those of ready rows are compared with.
 
     Raises:

@@ -63,7 +63,7 @@ def retokenize_and_train(
         bf16: Whether products run in bf16.
         save_steps: Steps between checkpoints.
         heldout: Share of the texts that nothing is trained on.
-        seed: Of the split and of the order.
+        seed: Seed of the split and of the order.
         quiet: Show no progress bar.
         progress: Called with a line for each step of the work.
 

@@ -179,7 +179,7 @@ class Sampling:
         ends: Tokens that end a response.
         pad: Token that fills the left of shorter prompts; nothing sees it.
         teacher_mix: Share of the teacher in the distribution of every token, 0 to 1.
-        temperature: Of the distributions that are drawn from; 0 takes the likeliest token.
+        temperature: Temperature of the distributions that are drawn from; 0 takes the likeliest token.
         vocab_size: Rows of the heads that are real tokens; None for all.
         batch_size: Prompts answered at once.
         positions: Most tokens of prompt and response together; None for as many as the models that draw can read.

@@ -26,8 +26,8 @@ class SamplingArguments:
             https://huggingface.co/papers/1606.07947); they are drawn once and kept in the output folder.
         max_new_tokens: Most tokens of a response; of plain text, no more than were left out of the prompt, and never more than both models have positions:
             the log says where a response ends earlier or a prompt is left out for that.
-        sampling_temperature: Of the distributions that are drawn from; 0 takes the likeliest token.
-        prompt_share: Of data without prompts, the share of each block that is the prompt.
+        sampling_temperature: Temperature of the distributions that are drawn from; 0 takes the likeliest token.
+        prompt_share: Where data have no prompts, the share of each block that is the prompt.
         generation_batch_size: Prompts a process answers at once.
         rollout_batch: Responses sampled at a time, over all processes; a multiple of the optimiser step's batch.
         inner_epochs: Passes over them before the next are sampled.

@@ -121,7 +121,7 @@ class Recipe(_Strict):
         text_data: Text of MiniLLM's cross-entropy term, where ``text_weight`` is set; by default that of ``data``.
         stage: Training arguments of every stage.
         stages: What single anchors want otherwise, by size as listed, checkpoint, or shape such as "layers=20,ffn=1024"; ``data`` and ``text_data`` too.
-        seed: Of everything.
+        seed: Seed of the split of the data, of the order of documents and of training.
     """
 
     teacher: str

@@ -100,7 +100,7 @@ class Start:
 
     Attributes:
         origin: ``cut`` or ``random``.
-        config: Of the checkpoint that is cut, or of the model that is made.
+        config: Config of the checkpoint that is cut, or of the model that is made.
         folder: The checkpoint that is cut; None for random weights.
         tokenizer: Folder of its tokenizer.
         size: Parameters of the anchor, or wanted of the cut.

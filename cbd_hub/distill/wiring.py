@@ -67,7 +67,7 @@ def wired(
         train_dataset: Rows to train on.
         eval_dataset: Rows to evaluate on, several of them by name, or None.
         kept: Which units of the teacher the student was cut from, or None.
-        peft_config: Of an adapter to train instead of the student's weights, or None.
+        peft_config: Config of an adapter to train instead of the student's weights, or None.
 
     Raises:
         ArgumentError: If something is missing, or does not go with the rest.

@@ -69,7 +69,7 @@ def carry(segment: Segment, changes: Changes, source: Place, target: Place) -> C
 
     Args:
         segment: The segment.
-        changes: Of a model at ``source``.
+        changes: Changes of a model at ``source``.
         source: Where they come from.
         target: Where they are wanted.
 

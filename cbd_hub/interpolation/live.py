@@ -146,7 +146,7 @@ def router_loss(model: Any, router_logits: tuple[Tensor, ...], attention_mask: T
 
     Args:
         model: A causal language model whose config sets ``output_router_logits``.
-        router_logits: Of each layer, as its forward pass returns them.
+        router_logits: Those of each layer, as the forward pass returns them.
         attention_mask: Shape (B, T), or None.
     """
     formula = vars(sys.modules[type(model).__module__])["load_balancing_loss_func"]

@@ -82,7 +82,7 @@ def common_layers(similarity: np.ndarray, types: tuple[Sequence[Any], Sequence[A
     """Rising columns, one for each row, with the largest sum of similarities and equal types: dynamic programming.
 
     Args:
-        similarity: Of each layer of the smaller model (rows) to each of the larger one.
+        similarity: How like each layer of the smaller model (rows) is to each of the larger one.
         types: Types of the layers of both.
 
     Example:

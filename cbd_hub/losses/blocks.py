@@ -119,7 +119,7 @@ def gradients_times(scale: Tensor, ctx: Any) -> tuple[Tensor | None, Tensor | No
 
     Args:
         scale: The gradient of the loss, a scalar.
-        ctx: Of the autograd function: ``gradients`` of hidden states, head (a `HeadGradient`) and bias, each perhaps None, and ``dtypes`` of hidden states and bias.
+        ctx: The autograd function's context: ``gradients`` of hidden states, head (a `HeadGradient`) and bias, each perhaps None, and ``dtypes`` of hidden states and bias.
 
     Raises:
         RuntimeError: If they have been given away already.

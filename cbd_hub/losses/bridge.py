@@ -45,7 +45,7 @@ def span_loss(
         student_spans: The span that each is in, shape (N,), from 0 on, -1 for none.
         teacher_log_probs: The same of the teacher's tokens, shape (M,).
         teacher_spans: The same numbers for these, shape (M,).
-        temperature: Of the likelihoods, above 0.
+        temperature: Temperature of the likelihoods, above 0.
         num_items: What the sum is divided by; None for the number of spans.
 
     Returns:

@@ -276,7 +276,7 @@ def distillation_loss(
         teacher_head: Shape (V, H_teacher); None only where ``kd_weight`` is 0.
         labels: Next token of each row, shape (N,): already shifted; -100 drops the row.
         divergence: ``forward_kl``, ``reverse_kl``, ``jensen_shannon`` or ``skew_kl``.
-        temperature: Of the divergence, above 0.
+        temperature: Temperature of the divergence, above 0.
         beta: Teacher's weight in the Jensen-Shannon mixture.
         skew: Teacher's share in the skew mixture.
         kd_weight: Weight of the divergence.

@@ -42,8 +42,8 @@ class Written:
         share: How much of the loading is done, 0 to 1; None while that cannot be known.
         tokens: Tokens written.
         tokens_per_second: Tokens a second of computing.
-        perplexity: Of the text that was given to measure.
-        bits_per_byte: Of the same text, on a chain of several vocabularies.
+        perplexity: Perplexity of the text that was given to measure.
+        bits_per_byte: Bits per byte of the same text, on a chain of several vocabularies.
         memory: Bytes of the model's weights.
         process: Bytes of the whole process.
     """

@@ -27,7 +27,7 @@ class Loading:
 
     Attributes:
         name: Its size.
-        bytes: Of its weights.
+        bytes: Bytes of its weights.
         terms: Slices of anchors to read in all.
         future: The model, when it is there.
         users: Who holds it now.

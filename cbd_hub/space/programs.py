@@ -114,7 +114,7 @@ def register(desk: Desk, turn: dict[str, Any]) -> None:
             temperature: 0 takes the likeliest token each time.
             top_p: Nucleus, 0.01 to 1.
             new_tokens: Most tokens to write.
-            seed: Of the draws.
+            seed: Seed of the draws.
         """
         for state in desk.generate(size, text_of(prompt, "prompt"), sampling_of(temperature, top_p, new_tokens, seed)):
             yield {**state.data(), "state": state.state}
@@ -128,7 +128,7 @@ def register(desk: Desk, turn: dict[str, Any]) -> None:
             temperature: 0 takes the likeliest token each time.
             top_p: Nucleus, 0.01 to 1.
             new_tokens: Most tokens to write.
-            seed: Of the draws.
+            seed: Seed of the draws.
         """
         for state in desk.chat(size, [{"role": "user", "content": text_of(message, "message")}], sampling_of(temperature, top_p, new_tokens, seed)):
             yield {**state.data(), "state": state.state}
@@ -145,7 +145,7 @@ def register(desk: Desk, turn: dict[str, Any]) -> None:
             temperature: 0 takes the likeliest token each time.
             top_p: Nucleus, 0.01 to 1.
             new_tokens: Most tokens to write.
-            seed: Of the draws.
+            seed: Seed of the draws.
         """
         wishes = [wish for wish in text_of(sizes, "sizes").split(",") if wish.strip()]
         for states in desk.compare(wishes, text_of(prompt, "prompt"), sampling_of(temperature, top_p, new_tokens, seed), text_of(text, "text")):

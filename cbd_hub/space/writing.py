@@ -30,7 +30,7 @@ class Sampling:
         temperature: 0, or less than a hundredth, takes the likeliest token each time.
         top_p: Nucleus, above 0 to 1.
         new_tokens: Most tokens to write.
-        seed: Of the draws: the same one gives the same text.
+        seed: Seed of the draws: the same one gives the same text.
 
     Raises:
         ArgumentError: If a value is out of its range.
