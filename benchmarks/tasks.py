@@ -37,9 +37,8 @@ from rich.table import Table
 from cbd_hub import Chain
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
-from cbd_hub.printing import with_error
 from cbd_hub.questions import Question, accuracies, choice_nats
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import format_size, with_error
 from cbd_hub.weights import load_model, load_tokenizer
 
 

@@ -90,8 +90,6 @@ class CarriedAdapter:
                     shutil.copyfile(self.source.folder / name, target / name)
             self.model_config.save_pretrained(target)
             write_text(target / LINEAGE, json.dumps(self.plan.adapter, indent=1) + "\n")
-            for path in target.iterdir():
-                path.chmod(0o644)
 
     def load_into(self, model: Any) -> None:
         """Load it into the model of its size by transformers' own integration of peft.

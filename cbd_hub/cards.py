@@ -14,7 +14,7 @@ from cbd_hub.card_metadata import hub_id, license_lines, repeated, shared_licens
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Name
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import format_size, with_error
 
 
 class Healed(Data):
@@ -51,8 +51,8 @@ class Healed(Data):
         """The same in words."""
         return {
             "taught by": f"anchor {self.teacher}", "trained": self.by, "on": f"{self.tokens:,} tokens, {self.steps:,} optimiser steps",
-            "held-out loss before": value_text(self.loss_before, self.stderr_before), "held-out loss after": value_text(self.loss, self.stderr),
-            "difference": value_text(self.difference, self.difference_stderr, "+"), "measured on": f"{self.heldout_tokens:,} tokens in {self.documents:,} documents",
+            "held-out loss before": with_error(self.loss_before, self.stderr_before), "held-out loss after": with_error(self.loss, self.stderr),
+            "difference": with_error(self.difference, self.difference_stderr, "+.3f"), "measured on": f"{self.heldout_tokens:,} tokens in {self.documents:,} documents",
         }
 
 
@@ -177,9 +177,7 @@ def retokenized_card(name: str, source: str, facts: dict[str, Any], *, trimmed: 
     Returns:
         Markdown with the metadata of a model card.
     """
-    texts = {
-        key: "" if (value := facts[key]) is None else f"{value[0]:+.4f}" + ("" if value[1] is None else f" ± {value[1]:.4f}") for key in ("difference", "trained_difference")
-    }
+    texts = {key: "" if facts[key] is None else with_error(facts[key][0], facts[key][1], "+.4f") for key in ("difference", "trained_difference")}
     return _render("retokenized.md.j2", name=name, repo=source if is_repo_id(source) else None, trimmed=trimmed, license=license_lines(license), **{**facts, **texts})
 
 
@@ -260,12 +258,7 @@ def _span(manifest: Manifest) -> dict[str, str]:
 
 
 def _loss(entry: Evaluation) -> str:
-    return value_text(entry.loss, entry.stderr)
-
-
-def value_text(value: float, stderr: float | None, sign: str = "") -> str:
-    """A figure with its standard error, where it has one; ``sign`` as in a format."""
-    return f"{value:{sign}.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
+    return with_error(entry.loss, entry.stderr)
 
 
 def _above(loss: float, chord: float | None) -> str:

@@ -52,9 +52,8 @@ from cbd_hub.printing import (
     show_chain,
     show_costs,
     table_of,
-    with_error,
 )
-from cbd_hub.sizes import format_bytes, format_size
+from cbd_hub.sizes import format_bytes, format_size, with_error
 from cbd_hub.space_command import commands as space_commands
 from cbd_hub.speed_commands import commands as speed_commands
 

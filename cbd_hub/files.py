@@ -48,7 +48,7 @@ def check_absent(target: Path) -> None:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``target`` when the block ends well, and is removed when it does not.
+    """A folder to write into that becomes ``target`` when the block ends well, and is removed when it does not. Its files may be read by all.
 
     Args:
         target: The folder to make: absent or empty.
@@ -66,6 +66,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ASIDE, dir=place))
         staging.chmod(0o755)
         yield staging
+        for path in staging.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # some libraries write for their user alone
         if place == target:
             for path in sorted(staging.iterdir(), key=lambda path: path.name == _LAST):
                 os.replace(path, target / path.name)

@@ -23,7 +23,8 @@ from cbd_hub.options import (
     ToleranceOption,
     shape_of_text,
 )
-from cbd_hub.printing import err, hush_bars, out, print_json, with_error
+from cbd_hub.printing import err, hush_bars, out, print_json
+from cbd_hub.sizes import with_error
 
 
 commands = typer.Typer()
@@ -86,7 +87,7 @@ def heal(
     out.print(f"{what} in {escape(str(out_dir))}, healed from {escape(found['teacher'])} on {found['tokens']:,} tokens ({found['by']})")
     out.print(
         f"loss {with_error(found['loss_before'], found['stderr_before'])} before and {with_error(found['loss'], found['stderr'])} after, nats per token "
-        f"({found['difference']:+.3f}" + ("" if found["difference_stderr"] is None else f" ± {found['difference_stderr']:.3f}") + f", paired; {found['heldout_tokens']:,} held-out tokens)"
+        f"({with_error(found['difference'], found['difference_stderr'], '+.3f')}, paired; {found['heldout_tokens']:,} held-out tokens)"
     )
     if not merge:
         out.print(f'next: PeftModel.from_pretrained(CBDModel.from_chain("{escape(chain)}", {made["parameters"]}), "{escape(str(out_dir))}")')

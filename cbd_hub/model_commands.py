@@ -12,7 +12,8 @@ from rich.table import Table
 
 from cbd_hub.errors import ArgumentError
 from cbd_hub.options import ColumnOption, JsonOption, ModelRevisionOption, OutOption, shape_of_text
-from cbd_hub.printing import cell, err, hush_bars, out, print_json, with_error
+from cbd_hub.printing import cell, err, hush_bars, out, print_json
+from cbd_hub.sizes import with_error
 
 
 commands = typer.Typer()

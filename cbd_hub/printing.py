@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cbd_hub.sizes import format_bytes, format_size
+from cbd_hub.sizes import format_bytes, format_size, with_error
 
 
 # Into a file or a pipe a table is printed whole, whatever the width.
@@ -71,11 +71,6 @@ def show_chain(chain: Any) -> None:
     if measured and measured[-1].bits_per_byte is None:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(f"loss: nats per token ± standard error on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}")
-
-
-def with_error(loss: float, stderr: float | None) -> str:
-    """A figure with its standard error, where it has one."""
-    return f"{loss:.3f}" if stderr is None else f"{loss:.3f} ± {stderr:.3f}"
 
 
 def show_costs(costs: list[Any], parts: Any, as_json: bool) -> None:

@@ -30,7 +30,7 @@ from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
 from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape, public
 from cbd_hub.plans import anchor_config
-from cbd_hub.sizes import format_bytes
+from cbd_hub.sizes import format_bytes, with_error
 from cbd_hub.upload import Content, Publication, Publisher, Repo, Say
 from cbd_hub.weights import Checkpoint, read_header
 
@@ -265,8 +265,7 @@ def _anchor_facts(anchor: Anchor, recipe: dict[str, Any] | None) -> dict[str, st
         facts["training tokens"] = f"{anchor.training.tokens:,}"
     if anchor.evaluations:
         last = anchor.evaluations[-1]
-        error = f" ± {last.stderr:.3f}" if last.stderr is not None else ""
-        facts["measured loss"] = f"{last.loss:.3f}{error} nats per token on {last.tokens:,} tokens of {last.dataset}"
+        facts["measured loss"] = f"{with_error(last.loss, last.stderr)} nats per token on {last.tokens:,} tokens of {last.dataset}"
     return facts
 
 

@@ -15,14 +15,13 @@ from cbd_hub.families import family_of
 from cbd_hub.hub import ChainFiles
 from cbd_hub.manifest import Anchor
 from cbd_hub.ranges import PartialFile, chunk_bytes, chunks_of
-from cbd_hub.weights import Checkpoint, read_header, reads_whole, row_spans
+from cbd_hub.weights import MAX_HEADER, Checkpoint, read_header, reads_whole, row_spans
 
 
 Rows = Mapping[str, np.ndarray | None]  # tensor -> rows that are read, None for all
 Spans = list[tuple[int, int]]
 
 _WHOLE = 0.98  # share of a file from which on it is fetched whole, into the standard cache
-_MAX_HEADER = 100 * 2**20
 
 
 def open_weights(files: ChainFiles, anchor: Anchor, config: Any, rows: Rows | None = None) -> Checkpoint:
@@ -139,7 +138,7 @@ def _fetch(files: ChainFiles, partial: PartialFile, spans: Spans) -> bool:
 def _header_length(partial: PartialFile) -> int:
     with partial.path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if length > min(_MAX_HEADER, partial.size - 8):
+    if length > min(MAX_HEADER, partial.size - 8):
         raise IntegrityError(f"{partial.repo_id}/{partial.name} has a header of {length:,} bytes, which no model needs; it is refused")
     return length
 

@@ -136,8 +136,6 @@ def retokenize(
         new.save_pretrained(staging)
         if generation is not None:
             generation.save_pretrained(staging)
-        for path in staging.iterdir():
-            path.chmod(0o644)
         load_model(staging, checkpoint.dtype)
         single = sum(len(part) == 1 for part in parts)
         found = Retokenized(len(parts), single, len(parts) - single, parameter_count(made))

@@ -1,4 +1,4 @@
-"""Sizes, bytes, times and rates in text and in numbers: the only place that knows how "138M" is read and written."""
+"""Sizes, bytes, times and rates in text and in numbers, and figures with their errors: the only place that knows how "138M" is read and written."""
 
 from __future__ import annotations
 
@@ -167,3 +167,13 @@ def format_seconds(seconds: float) -> str:
         ('20.4 ms', '1.5 s', '310 s')
     """
     return f"{Decimal(f'{seconds * 1000:.3g}'):f} ms" if seconds < 0.9995 else f"{Decimal(f'{seconds:.3g}'):f} s"
+
+
+def with_error(value: float, stderr: float | None, spec: str = ".3f") -> str:
+    """A figure with its standard error, where it has one; ``spec`` as in a format.
+
+    Example:
+        >>> with_error(3.0751, 0.0749), with_error(0.02, None, "+.3f")
+        ('3.075 ± 0.075', '+0.020')
+    """
+    return f"{value:{spec}}" + ("" if stderr is None else f" ± {stderr:{spec.lstrip('+')}}")

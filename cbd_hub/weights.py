@@ -28,7 +28,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100 * 2**20
+MAX_HEADER = 100 * 2**20
 
 # transformers patches module-wide state while it loads, so that two loads at once can leave it broken.
 LOADING = threading.Lock()
@@ -287,7 +287,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER:
+            if length > MAX_HEADER:
                 raise ValueError(f"header of {length:,} bytes")
             header = json.loads(file.read(length))
     except PermissionError as error:

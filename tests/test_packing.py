@@ -9,10 +9,11 @@ from tokenizers import processors
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.bridge_rows import BridgeRows
-from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
+from cbd_hub.distill.packing import collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import Prompt, batch_prompts
 from cbd_hub.distill.sharing import Endless
 from cbd_hub.errors import DataError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.interpolation.planner import blend_plan
 from cbd_hub.manifest import Mix

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cbd_hub.distill.bridge_rows import Side, is_plain, row_of
 from cbd_hub.distill.bridging import Bridge
-from cbd_hub.distill.packing import IGNORED
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import ArgumentError, DataError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import prefix_of
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.packing import IGNORED, collate, packed_dataset, tokenise
+from cbd_hub.distill.packing import collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import positions_of, prompts_of
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import ArgumentError, DataError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import byte_ends, check_faithful, check_rows, common_spans, prefix_of
 from cbd_hub.shapes import check_positions
 from cbd_hub.texts import utf8

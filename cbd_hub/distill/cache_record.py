@@ -12,9 +12,10 @@ import numpy as np
 from datasets import Features, List, Value
 from pydantic import Field, ValidationError
 
-from cbd_hub.distill.packing import IGNORED, is_joined, pack
+from cbd_hub.distill.packing import is_joined, pack
 from cbd_hub.distill.top_codec import BITS
 from cbd_hub.errors import DataError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.manifest import Data, FileRecord, Parameters, Sha256
 
 

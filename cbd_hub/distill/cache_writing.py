@@ -34,10 +34,11 @@ from cbd_hub.distill.cache_record import (
     TeacherRecord,
     TextRecord,
 )
-from cbd_hub.distill.packing import IGNORED, collate, next_tokens
+from cbd_hub.distill.packing import collate, next_tokens
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
 from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError, one_line
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.files import ASIDE, disk_error, sha256, write_text
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen

@@ -12,10 +12,11 @@ from torch.utils.data import IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.packing import IGNORED, next_tokens, packed_dataset
+from cbd_hub.distill.packing import next_tokens, packed_dataset
 from cbd_hub.distill.saving import AnchorTrainer
 from cbd_hub.distill.sharing import Endless, Filled, without_rows
 from cbd_hub.errors import DataError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.shapes import check_positions
 
 

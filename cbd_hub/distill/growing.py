@@ -11,6 +11,7 @@ from cbd_hub.distill.begun import difference
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.errors import DataError, RecipeError, StorageError
 from cbd_hub.manifest import public
+from cbd_hub.sizes import with_error
 
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def made_by(chain: Chain, recipe: Recipe) -> bool:
 
 
 def _loss(entry: Evaluation) -> str:
-    return f"{entry.loss:.4f}{'' if entry.stderr is None else f' ± {entry.stderr:.4f}'} nats on {entry.tokens:,} tokens"
+    return f"{with_error(entry.loss, entry.stderr, '.4f')} nats on {entry.tokens:,} tokens"
 
 
 class Finished:

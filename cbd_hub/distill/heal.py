@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, wait_for_everyone
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from cbd_hub.cards import Healed, value_text
+from cbd_hub.cards import Healed
 from cbd_hub.chain import Chain
 from cbd_hub.distill.begun import fingerprint, unfinished
 from cbd_hub.distill.checks import check_optimiser
@@ -37,7 +37,7 @@ from cbd_hub.hub import TOKENIZER_FILES
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.manifest import Anchor
 from cbd_hub.shapes import check_positions, parameter_count, shape_of
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import format_size, with_error
 from cbd_hub.weights import weights_sha256
 
 
@@ -170,7 +170,7 @@ def _train(healer: Healer, teacher: str, say: Callable[[str], None]) -> None:
     show_stage(healer, f"heal {size}")
     last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     say(
-        f"{size}: {value_text(start.mean, start.stderr)} nats per token on {int(start.tokens.sum()):,} held-out tokens; "
+        f"{size}: {with_error(start.mean, start.stderr)} nats per token on {int(start.tokens.sum()):,} held-out tokens; "
         f"{'goes on from ' + Path(last).name if last else 'learns'} from {teacher}, {healer.args.max_steps:,} steps at most"
     )
     healer.train(last)
@@ -347,8 +347,6 @@ def _save(model: Any, chain: Chain, made: Mapping[str, Any], target: Path) -> No
             (staging / "README.md").unlink(missing_ok=True)  # a form to fill in; `cbd push` writes the card
         for path in (chain.files.checked(nearest, name) for name in TOKENIZER_FILES if name in nearest.files):
             shutil.copyfile(path, staging / path.name)
-        for path in staging.iterdir():
-            path.chmod(0o644)
 
 
 def _way(peft_config: Any) -> str:

@@ -16,11 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from cbd_hub.distill.data import Parts, as_document, as_row, is_conversation, split_documents
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.packing import IGNORED, tokenised
+from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.rows import check_row
 from cbd_hub.distill.wrapping import is_peft_model, shards
 from cbd_hub.errors import ArgumentError, DataError, one_line
-from cbd_hub.evaluation import Documents, Losses, document_losses
+from cbd_hub.evaluation import IGNORED, Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner, frozen
 
 

@@ -153,5 +153,3 @@ def _train(
         made = trainer.accelerator.unwrap_model(trainer.model)
         made.to(Checkpoint(start, read_config(start)).dtype).save_pretrained(staging)
         tokenizers[1].save_pretrained(staging)
-        for path in staging.iterdir():
-            path.chmod(0o644)

@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from cbd_hub.distill.answers import teacher_answers
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import EvaluatingTrainer, with_tokens
-from cbd_hub.distill.packing import IGNORED, collate, next_tokens, tokenised
+from cbd_hub.distill.packing import collate, next_tokens, tokenised
 from cbd_hub.distill.rollouts import (
     Prompt,
     Rollout,
@@ -40,6 +40,7 @@ from cbd_hub.distill.rollouts import (
 )
 from cbd_hub.distill.rows import RESPONSES
 from cbd_hub.errors import ArgumentError, DataError, StorageError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.interpolation.live import ModelRunner, Output
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.losses.policy import length_normalised, minillm_loss, rewards_to_go

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import DataError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import prefix_of
 
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
 CACHED = ("top_ids", "top_log_probs", "tail_ids", "tail_log_probs")  # of a teacher cache
 
 

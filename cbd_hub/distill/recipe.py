@@ -354,8 +354,6 @@ class _Run:
         with staged_folder(folder) as staging:
             student.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-            for path in staging.iterdir():
-                path.chmod(0o644)  # a chain may be shared
         shutil.rmtree(run_dir, ignore_errors=True)
 
     def _link(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbd_hub.distill.packing import IGNORED
 from cbd_hub.errors import ArgumentError, DataError
+from cbd_hub.evaluation import IGNORED
 from cbd_hub.interpolation.live import frozen
 from cbd_hub.losses.blocks import widest
 

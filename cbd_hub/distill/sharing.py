@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from cbd_hub.distill.packing import IGNORED
 from cbd_hub.errors import DataError
+from cbd_hub.evaluation import IGNORED
 
 
 _COUNTS = {"labels": IGNORED, "spans": -1, "teacher_spans": -1}  # what says that tokens count, and the value that says they do not

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from cbd_hub.printing import with_error
-from cbd_hub.sizes import format_bytes, format_size
+from cbd_hub.sizes import format_bytes, format_size, with_error
 from cbd_hub.space.desk import Written
 from cbd_hub.space.facts import Facts, Picker, Point, Scale, Snap
 
