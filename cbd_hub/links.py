@@ -11,7 +11,7 @@ import torch
 
 from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.interpolation.planner import Kept, Maps, layer_types
-from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Shape, Strategies
+from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Strategies
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import block_size
@@ -104,7 +104,6 @@ def _aligned(
 
 def plain_link(small: Anchor, large: Anchor, order: Sequence[int], blend: Blend) -> Link:
     """A link of which nothing was measured, with the order in which layers come back."""
-    differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
     return Link(
-        kind="segment", small=small.name, large=large.name, order=list(order), strategies=Strategies(blend=blend, patch=Patch() if differs == ["layers"] else None)
+        kind="segment", small=small.name, large=large.name, order=list(order), strategies=Strategies(blend=blend, patch=Patch() if small.shape.only_layers_differ(large.shape) else None)
     )

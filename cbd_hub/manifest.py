@@ -88,6 +88,10 @@ class Shape(Data):
         """Layers x hidden width, and the FFN width."""
         return f"{self.layers} x {self.hidden}, ffn {self.ffn}"
 
+    def only_layers_differ(self, other: Shape) -> bool:
+        """Whether another shape has more or fewer layers and is the same otherwise: where whole blocks can be put from one into the other."""
+        return self.layers != other.layers and self.model_copy(update={"layers": other.layers}) == other
+
 
 class Location(Data):
     """Where an anchor's files are: in the chain's own folder ("."), or in a Hub repo pinned to a commit."""

@@ -210,10 +210,9 @@ def measure_segment(
     """
     shapes: tuple[Shape, Shape] = (shape_of(small.config), shape_of(large.config))
     kept_map = Kept.even(*shapes, layer_types(small.config, large.config)) if kept is None else kept
-    differs = [name for name in Shape.model_fields if getattr(shapes[0], name) != getattr(shapes[1], name)]
     begin = list(first) if first is not None else kept_map.dropped[::-1]
     segment = Segment(
-        names[0], names[1], shapes[0], shapes[1], kept_map, begin, large.config, Blend(replicate=kept is None, align=aligned), differs == ["layers"],
+        names[0], names[1], shapes[0], shapes[1], kept_map, begin, large.config, Blend(replicate=kept is None, align=aligned), shapes[0].only_layers_differ(shapes[1]),
         small_eps=small_eps(small.config, large.config), maps=maps,
     )
     models = {names[0]: small, names[1]: large}

@@ -8,7 +8,6 @@ from typing import Any
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.planner import Kept, Plan, Segment, layer_types, segment_plan, small_eps
-from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
 
 
@@ -30,8 +29,7 @@ def segment_to(student: Any, teacher: Any, kept: Kept, order: Sequence[int] | No
     small, large = shape_of(student.config), shape_of(teacher.config)
     kept.check(small, large)
     kept.check_types(*layer_types(student.config, teacher.config))
-    differs = [name for name in Shape.model_fields if getattr(small, name) != getattr(large, name)]
     return Segment(
         "student", "teacher", small, large, kept, list(order) if order is not None else kept.dropped[::-1], teacher.config,
-        patch=differs == ["layers"], small_eps=small_eps(student.config, teacher.config),
+        patch=small.only_layers_differ(large), small_eps=small_eps(student.config, teacher.config),
     )

@@ -192,9 +192,8 @@ def segment_of(
         check_legal(shape, config)
     if set(link.order) != set(kept.dropped):
         raise ManifestError(f"link {small.name}-{large.name}: order {link.order[:5]}... does not hold the layers that {small.name} lacks; fetch the chain again")
-    differs = [name for name in Shape.model_fields if getattr(small.shape, name) != getattr(large.shape, name)]
     return Segment(
         small.name, large.name, small.shape, large.shape, kept, tuple(link.order), config,
-        blend, link.strategies.patch is not None and differs == ["layers"], tuple(link.curve),
+        blend, link.strategies.patch is not None and small.shape.only_layers_differ(large.shape), tuple(link.curve),
         small_eps(small_config, config), maps,
     )
