@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cbd_hub.interpolation.align import STEPS, Alignment, fit, segment_with
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner
-from cbd_hub.interpolation.planner import Kept, Maps
+from cbd_hub.interpolation.maps import Maps
+from cbd_hub.interpolation.plan import Kept
 from cbd_hub.interpolation.refine import middle
 from cbd_hub.shapes import shape_of
 

@@ -26,7 +26,8 @@ from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.stages import read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import Kept, Segment, Term, patch_plan
+from cbd_hub.interpolation.patch import patch_plan
+from cbd_hub.interpolation.plan import Kept, Segment, Term
 from cbd_hub.shapes import count, shape_of
 from cbd_hub.sizes import format_size
 

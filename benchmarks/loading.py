@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
 from cbd_hub import CBDModel, Chain, assemble_chain
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.sizes import format_size
 
 

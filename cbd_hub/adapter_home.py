@@ -16,7 +16,8 @@ from cbd_hub.families import Family, family_of
 from cbd_hub.families.table import Dimension, dimension_size
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.carrying import Place
-from cbd_hub.interpolation.planner import Plan, mixed_plan
+from cbd_hub.interpolation.plan import Plan
+from cbd_hub.interpolation.planner import mixed_plan
 from cbd_hub.manifest import Anchor, Mix, Shape
 from cbd_hub.plans import anchor_config, plan_in, segment_between
 from cbd_hub.shapes import complete_shape, config_for, count, shape_of

@@ -40,7 +40,7 @@ from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.carrying import Changes, Place, carry
 from cbd_hub.interpolation.execute import materialise
 from cbd_hub.interpolation.low_rank import LowRank
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Mix, Shape, public
 from cbd_hub.plans import anchor_config, made_config, plan_in, segment_between
 from cbd_hub.remote import open_weights

@@ -23,7 +23,8 @@ from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchE
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_bytes, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
-from cbd_hub.interpolation.planner import Kept, Maps, Plan, layer_types
+from cbd_hub.interpolation.maps import Maps
+from cbd_hub.interpolation.plan import Kept, Plan, layer_types
 from cbd_hub.manifest import (
     FILE_NAME,
     Anchor,

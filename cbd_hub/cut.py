@@ -16,9 +16,10 @@ from torch import Tensor
 from cbd_hub.errors import SizeError
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.families import family_of
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.live import Between, frozen
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, blend_plan
+from cbd_hub.interpolation.plan import Kept, Plan, Segment
 from cbd_hub.manifest import Mix, Shape
 from cbd_hub.precision import products
 from cbd_hub.shapes import check_cut, check_positions, count, fill_ffn, shape_of

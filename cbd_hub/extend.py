@@ -20,7 +20,7 @@ from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.files import chunk_hashes, sha256, write_bytes, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, resolve_checkpoint
-from cbd_hub.interpolation.planner import Kept, layer_types
+from cbd_hub.interpolation.plan import Kept, layer_types
 from cbd_hub.links import plain_link
 from cbd_hub.manifest import FILE_NAME, Anchor, Blend, FileRecord, Link, Location, Manifest, PathRecord
 from cbd_hub.plans import coordinates_of, stored_coordinates

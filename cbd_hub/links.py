@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cbd_hub.evaluation import Calibration, Documents
-from cbd_hub.interpolation.planner import Kept, Maps, layer_types
+from cbd_hub.interpolation.maps import Maps
+from cbd_hub.interpolation.plan import Kept, layer_types
 from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Strategies
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device

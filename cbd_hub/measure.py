@@ -10,20 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner, frozen
-from cbd_hub.interpolation.planner import (
-    Kept,
-    Maps,
-    Plan,
-    Segment,
-    blend_plan,
-    layer_types,
-    patch_plan,
-    road_at,
-    shape_at,
-    small_eps,
-)
+from cbd_hub.interpolation.maps import Maps
+from cbd_hub.interpolation.patch import patch_plan
+from cbd_hub.interpolation.plan import Kept, Plan, Segment, layer_types, small_eps
+from cbd_hub.interpolation.planner import road_at, shape_at
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Aligned, Blend, CurvePoint, Evaluation, Link, Mix, Patch, RoadPoint, Shape, Strategies
 from cbd_hub.precision import products

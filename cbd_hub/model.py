@@ -22,7 +22,7 @@ from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Anchor, Shape
 from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight_dtype
 from cbd_hub.remote import open_weights

@@ -31,19 +31,10 @@ from cbd_hub.errors import (
 from cbd_hub.families import family_named, family_of
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.budget import largest_meeting, largest_size
-from cbd_hub.interpolation.curve import Chord
-from cbd_hub.interpolation.planner import (
-    Kept,
-    Maps,
-    Plan,
-    Segment,
-    anchor_plan,
-    check_options,
-    last_loss,
-    segment_of,
-    segment_plan,
-    shape_in,
-)
+from cbd_hub.interpolation.curve import Chord, last_loss
+from cbd_hub.interpolation.maps import Maps
+from cbd_hub.interpolation.plan import Kept, Plan, Segment, anchor_plan
+from cbd_hub.interpolation.planner import check_options, segment_of, segment_plan, shape_in
 from cbd_hub.manifest import Anchor, Manifest, PathRecord, Shape
 from cbd_hub.precision import best_device
 from cbd_hub.remote import bytes_to_fetch, header_at_hand

@@ -25,7 +25,7 @@ from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Shape, public
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, named_fields, parameter_count, shape_of

@@ -11,8 +11,9 @@ import matplotlib
 import numpy as np
 from transformers import LlamaConfig
 
+from cbd_hub.interpolation.patch import patch_plan
 from cbd_hub.interpolation.plan import Kept, Plan, Segment
-from cbd_hub.interpolation.planner import patch_plan, segment_plan
+from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import count, shape_of
 from cbd_hub.sizes import format_size

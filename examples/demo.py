@@ -44,7 +44,7 @@ from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import reachable
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.measure import SHARES
 from cbd_hub.sizes import format_size
 

@@ -21,12 +21,13 @@ from cbd_hub.adapter_home import home_of, paths_of
 from cbd_hub.errors import ArgumentError, CBDError, SizeError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.align import fit, segment_with
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.carrying import Place, carry
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.low_rank import LowRank, carried, carried_back
 from cbd_hub.interpolation.patch import patch_plan
 from cbd_hub.interpolation.plan import Take, Term
-from cbd_hub.interpolation.planner import PADDING, blend_plan
+from cbd_hub.interpolation.planner import PADDING
 from cbd_hub.manifest import Blend, Link, Manifest, Mix
 from cbd_hub.publish import push_model
 

@@ -20,7 +20,8 @@ from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.fitting import Fit
 from cbd_hub.interpolation.live import Between
 from cbd_hub.interpolation.maps import norms
-from cbd_hub.interpolation.planner import patch_plan, segment_plan
+from cbd_hub.interpolation.patch import patch_plan
+from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.interpolation.refine import middle_loss
 from cbd_hub.manifest import CurvePoint
 from cbd_hub.shapes import shape_of

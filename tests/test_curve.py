@@ -21,10 +21,13 @@ from cbd_hub.cut import Importance
 from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.files import sha256
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import Kept, blend_plan, patch_plan, segment_plan, shape_at
+from cbd_hub.interpolation.patch import patch_plan
+from cbd_hub.interpolation.plan import Kept
+from cbd_hub.interpolation.planner import segment_plan, shape_at
 from cbd_hub.losses.divergence import forward_kl
 from cbd_hub.manifest import Anchor, CurvePoint, FileRecord, Link, Location, Manifest
 from cbd_hub.measure import best_order, fit_road, nested_order

@@ -15,9 +15,10 @@ from cbd_hub.cut import cut_model, cut_plan, measure_importance
 from cbd_hub.errors import ManifestError
 from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, materialise
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import Kept, Segment, blend_plan, layer_types
+from cbd_hub.interpolation.plan import Kept, Segment, layer_types
 from cbd_hub.manifest import Blend, Mix
 from cbd_hub.shapes import count, shape_between, shape_of
 

@@ -12,7 +12,7 @@ from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain, extend
 from cbd_hub.card_metadata import license_of
 from cbd_hub.errors import StorageError
 from cbd_hub.extend import add_anchor
-from cbd_hub.interpolation.planner import blend_plan
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.manifest import Mix
 from cbd_hub.plans import segment_between
 from cbd_hub.publish import push_model

@@ -9,9 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, materialise
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import Kept, Segment, blend_plan, patch_plan, road_at, segment_plan
+from cbd_hub.interpolation.patch import patch_plan
+from cbd_hub.interpolation.plan import Kept, Segment
+from cbd_hub.interpolation.planner import road_at, segment_plan
 from cbd_hub.manifest import Blend, Mix, RoadPoint, Shape
 from cbd_hub.shapes import count, shape_of
 

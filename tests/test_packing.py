@@ -14,8 +14,8 @@ from cbd_hub.distill.rollouts import Prompt, batch_prompts
 from cbd_hub.distill.sharing import Endless
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import IGNORED
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import blend_plan
 from cbd_hub.manifest import Mix
 
 

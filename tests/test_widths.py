@@ -15,9 +15,11 @@ from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub.cut import Cut, cut_model, cut_plan, measure_importance
 from cbd_hub.errors import ArchitectureError, ArgumentError, CBDError, ManifestError
 from cbd_hub.evaluation import Documents
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, materialise
 from cbd_hub.interpolation.live import Between, ModelRunner
-from cbd_hub.interpolation.planner import Kept, Segment, blend_plan, segment_plan
+from cbd_hub.interpolation.plan import Kept, Segment
+from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.manifest import Blend, Mix, Shape
 from cbd_hub.shapes import check_legal, complete_shape, count, shape_between, shape_of
 

@@ -10,7 +10,7 @@ import torch
 
 from cbd_hub.cut import cut_model, cut_plan
 from cbd_hub.families import family_of
-from cbd_hub.interpolation.planner import Kept
+from cbd_hub.interpolation.plan import Kept
 from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
 

@@ -35,8 +35,9 @@ from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts
 from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
-from cbd_hub.interpolation.plan import Plan
-from cbd_hub.interpolation.planner import Kept, Segment, patch_plan, segment_plan
+from cbd_hub.interpolation.patch import patch_plan
+from cbd_hub.interpolation.plan import Kept, Plan, Segment
+from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.manifest import Link, Shape
 from cbd_hub.measure import SHARES, best_order, measure_segment
 from cbd_hub.shapes import count, shape_of

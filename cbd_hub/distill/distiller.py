@@ -43,7 +43,7 @@ from cbd_hub.distill.wrapping import (
 )
 from cbd_hub.errors import ArgumentError, TrainingError
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
-from cbd_hub.interpolation.planner import Kept, Plan
+from cbd_hub.interpolation.plan import Kept, Plan
 from cbd_hub.losses.head import Listed, distillation_loss
 
 

@@ -15,7 +15,7 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.wrapping import fill, whole
 from cbd_hub.errors import ArgumentError
 from cbd_hub.interpolation.live import Output
-from cbd_hub.interpolation.planner import Kept
+from cbd_hub.interpolation.plan import Kept
 from cbd_hub.losses.hidden import LeastSquares, hidden_loss
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import family_of
-from cbd_hub.interpolation.planner import Kept, Plan, Segment, layer_types, segment_plan, small_eps
+from cbd_hub.interpolation.plan import Kept, Plan, Segment, layer_types, small_eps
+from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.shapes import shape_of
 
 

@@ -43,7 +43,7 @@ from cbd_hub.evaluation import BITS, document_losses
 from cbd_hub.files import ASIDE, disk_error, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
-from cbd_hub.interpolation.planner import Kept
+from cbd_hub.interpolation.plan import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device

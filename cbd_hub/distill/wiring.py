@@ -21,7 +21,7 @@ from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import is_peft_model, is_sharded
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError, one_line
 from cbd_hub.interpolation.live import check_head
-from cbd_hub.interpolation.planner import Kept
+from cbd_hub.interpolation.plan import Kept
 
 
 logger = logging.getLogger(__name__)

@@ -11,18 +11,13 @@ import numpy as np
 
 from cbd_hub.errors import ArgumentError, ManifestError, SizeError
 from cbd_hub.interpolation.blend import blend_plan
-from cbd_hub.interpolation.curve import Chord, last_loss
+from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.patch import patch_plan
-from cbd_hub.interpolation.plan import Kept, Plan, Segment, Take, Term, anchor_plan, layer_types, small_eps
+from cbd_hub.interpolation.plan import Kept, Plan, Segment, anchor_plan, layer_types, small_eps
 from cbd_hub.manifest import Anchor, Blend, Link, Manifest, Mix, RoadPoint, Shape
 from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, shape_between
 
-
-__all__ = [
-    "PADDING", "STRATEGIES", "Kept", "Maps", "Plan", "Segment", "Take", "Term", "anchor_plan", "blend_plan", "check_options", "expected_loss", "last_loss", "layer_types", "mixed_plan", "patch_plan",
-    "road_at", "segment_of", "segment_plan", "shape_at", "shape_in", "small_eps", "strategy_at",
-]
 
 STRATEGIES = ("auto", "blend", "patch")
 # The smaller neighbour in a larger shape, without a change of what it computes.

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.fitting import Report
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner, frozen
 from cbd_hub.interpolation.maps import Maps
-from cbd_hub.interpolation.planner import Plan, Segment, blend_plan, road_at, shape_at
+from cbd_hub.interpolation.plan import Plan, Segment
+from cbd_hub.interpolation.planner import road_at, shape_at
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Mix
 

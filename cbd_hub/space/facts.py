@@ -12,7 +12,7 @@ import numpy as np
 
 from cbd_hub.chain import Chain
 from cbd_hub.errors import ArgumentError, SizeError, SizeFormatError
-from cbd_hub.interpolation.planner import Plan
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Evaluation
 from cbd_hub.plans import anchor_config, plan_in
 from cbd_hub.remote import bytes_needed
