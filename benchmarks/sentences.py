@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from tables import pair
@@ -191,6 +192,13 @@ def quality_rivals(data: dict[str, Any]) -> str:
     return (
         f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({', '.join(row['segment'] for row in rows)}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
         f"{reach('distilled alone')}; boomerang as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
+        + "".join(
+            f" Over {len(found)} seeds in {segment}: that boomerang {statistics.mean(found):+.3f} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}."
+            for segment in dict.fromkeys(row["segment"] for row in rows)
+            if len(found := [
+                row["rivals"]["boomerang, improved"]["minus"][0] for row in data["rows"] if row["segment"] == segment and "healed" not in row["by"] and "boomerang, improved" in row["rivals"]
+            ]) > 1
+        )
     )
 
 

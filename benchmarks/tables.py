@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import format_size, with_error
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -231,8 +232,24 @@ def quality_rivals(data: dict[str, Any]) -> str:
             *([name, *(pair(row["rivals"].get(name, {}).get("minus")) for row in rows)] for name in names),
         ])
 
+    def over_seeds(name: str) -> list[str]:
+        """A rival's line, each segment's mean over its seeds with the mean's standard error."""
+        cells = []
+        for found in seeds.values():
+            values = [row["rivals"][name]["minus"][0] for row in found] if name else [row["loss"] for row in found]
+            cells.append(with_error(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)), "+.3f" if name else ".3f"))
+        return [name or "the chain's", *cells]
+
     healed = [row for row in data["rows"] if "healed" in row["by"]]
-    made = side_by_side([row for row in data["rows"] if row not in healed])
+    again = [row for row in data["rows"] if "seed" in row["by"]]
+    first = [row for row in data["rows"] if row not in healed and row not in again]
+    seeds = {row["segment"]: [row, *found] for row in first if (found := [other for other in again if other["segment"] == row["segment"]])}
+    made = side_by_side(first)
+    if seeds:
+        names = ["", *dict.fromkeys(name for row in again for name in row["rivals"])]
+        heads = [f"{segment}: {format_size(found[0]['parameters'])}, {len(found)} seeds" for segment, found in seeds.items()]
+        spread = table(["mean over seeds", *heads], [over_seeds(name) for name in names])
+        made += f"\n\nAnchor, chain and the rivals that are trained, learned anew with other seeds; ± is the standard error over seeds:\n\n{spread}"
     return (
         f"{made}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
         f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired."
