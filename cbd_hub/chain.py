@@ -97,12 +97,14 @@ class Chain:
         return self.manifest.neighbours(self.manifest.size(size))
 
     def plan(
-        self, size: str | int | None = None, *, memory_budget: str | int | None = None, dtype: Any = None, shape: Shape | Mapping[str, int] | None = None,
-        strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
+        self, size: str | int | None = None, *, memory_budget: str | int | None = None, min_tokens_per_second: str | float | None = None,
+        max_latency: str | float | None = None, dtype: Any = None, shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto",
+        alpha: float | None = None, tolerance: float = 0.02,
     ) -> Plan:
-        """The plan of a size, a budget or a shape, as `CBDModel.plan` gives it."""
+        """The plan of a size, a shape, a budget or a speed, as `CBDModel.plan` gives it."""
         return plan_in(
-            replace(self.files, glance=True), size, memory_budget=memory_budget, dtype=dtype, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance
+            replace(self.files, glance=True), size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=dtype,
+            shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance,
         )
 
     def model(self, size: str | int | None = None, **options: Any) -> Any:
