@@ -21,6 +21,7 @@ from cbd_hub.errors import ArchitectureError
 from cbd_hub.families import family_of, head_settings, parts_rows
 from cbd_hub.interpolation.execute import combine
 from cbd_hub.interpolation.plan import Plan
+from cbd_hub.losses.blocks import scaled
 from cbd_hub.shapes import check_positions
 
 
@@ -132,8 +133,7 @@ def check_head(model: Any) -> None:
         ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
         said, output = model(input_ids=ids, use_cache=False).logits.float(), ModelRunner(model)(ids)
         head = output.head
-        made = torch.nn.functional.linear(output.hidden, head.weight, head.bias).float() * head.logit_scale
-        made = made if head.softcap is None else head.softcap * torch.tanh(made / head.softcap)
+        made = scaled(output.hidden @ head.weight.T, head.bias, head.logit_scale, head.softcap)
     if said.isfinite().all() and not torch.allclose(made, said, rtol=0.0, atol=0.02 * float(said.abs().max())):
         raise ArchitectureError(
             f"{type(model).__name__}: its logits are not what its output head makes of its last hidden states, with the scale and soft cap that its config names, "
