@@ -44,4 +44,6 @@ def carry(
         print_json({**lineage, "output_dir": str(out_dir)})
         return
     out.print(f"{escape(adapter_text(lineage))}, for {made.plan.parameters:,} parameters ({made.plan.shape.text}) in {escape(str(out_dir))}")
-    out.print(f'next: PeftModel.from_pretrained(CBDModel.from_chain("{escape(chain)}", {made.plan.parameters}), "{escape(str(out_dir))}")')
+    from cbd_hub.cards import chain_call
+    again = chain_call(chain, {**made.plan.summary(), "revision": revision}, made.plan.shape)
+    out.print(f'next: PeftModel.from_pretrained({escape(again)}, "{escape(str(out_dir))}")')

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from cbd_hub.errors import ArgumentError
+from cbd_hub.manifest import MODEL_TYPE
 from cbd_hub.model import CBDModel
 
 
@@ -22,7 +23,7 @@ _WISHES = ("size", "memory_budget", "min_tokens_per_second", "max_latency", "sha
 class CBDChainConfig(PretrainedConfig):
     """The config of a chain's index repo: which model is wanted of it; the fields are arguments of `CBDModel.from_chain`."""
 
-    model_type = "cbd_chain"
+    model_type = MODEL_TYPE
 
     def __init__(
         self, size: str | int | None = None, memory_budget: str | int | None = None, shape: dict[str, int] | None = None, strategy: str = "auto",
@@ -59,5 +60,5 @@ class CBDChainModel(PreTrainedModel):
         return CBDModel.from_chain(pretrained_model_name_or_path, **wishes, **kwargs)
 
 
-AutoConfig.register("cbd_chain", CBDChainConfig, exist_ok=True)
+AutoConfig.register(MODEL_TYPE, CBDChainConfig, exist_ok=True)
 AutoModelForCausalLM.register(CBDChainConfig, CBDChainModel, exist_ok=True)

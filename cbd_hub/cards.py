@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -13,7 +14,8 @@ from pydantic import Field
 from cbd_hub.card_metadata import hub_id, license_lines, repeated, shared_license
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.curve import Chord
-from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Name
+from cbd_hub.interpolation.planner import PADDING
+from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Mix, Name, Shape
 from cbd_hub.sizes import format_size, with_error
 
 
@@ -140,7 +142,7 @@ def anchor_card(
     Returns:
         Markdown with the metadata of a model card.
     """
-    span = {"smallest": "", "largest": "", "example": ""} if manifest is None else _span(manifest)
+    span = {"sizes": "", "example": ""} if manifest is None else _span(manifest)
     return _render(
         "anchor.md.j2", name=name, parameters=parameters, teacher_repo=hub_id(teacher_repo), license=license_lines(license), facts=_cells(facts), datasets=list(datasets),
         base=base, base_repo=base_repo, chain=chain, distilled=distilled, curve=manifest is not None and any(link.curve for link in manifest.links), **span,
@@ -253,8 +255,40 @@ def _cells(facts: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _span(manifest: Manifest) -> dict[str, str]:
-    smallest, largest = manifest.anchors[-1].parameters, manifest.anchors[0].parameters
-    return {"smallest": format_size(smallest), "largest": format_size(largest), "example": format_size((smallest + largest) // 2)}
+    sides = [[manifest.anchors[-1].parameters]]  # of bridges, which no size lies on
+    for link in reversed(manifest.links):
+        if link.kind == "bridge":
+            sides.append([])
+        sides[-1].append(manifest.anchor(link.large).parameters)
+    words = [f"any size from {format_size(side[0])} to {format_size(side[-1])}" if len(side) > 1 else format_size(side[0]) for side in sides]
+    return {"sizes": " and ".join(words), "example": example_size(manifest)}
+
+
+def example_size(manifest: Manifest) -> str:
+    """A size that a chain gives: the middle one of what its largest segment recommends, else the middle of that segment; without one its smallest anchor."""
+    for link in manifest.links:
+        if link.kind == "segment":
+            found = link.recommended_sizes or [(manifest.anchor(link.small).parameters + manifest.anchor(link.large).parameters) // 2]
+            return format_size(found[len(found) // 2])
+    return format_size(manifest.anchors[-1].parameters)
+
+
+def chain_call(chain: str, made: Mapping[str, Any], shape: Shape) -> str:
+    """The Python that makes a model of a chain again.
+
+    Args:
+        chain: Folder or Hub id.
+        made: What the model's ``config.cbd`` holds.
+        shape: Its shape, which says how a fitted blend is mixed.
+    """
+    padded = made.get("alpha") == PADDING.alpha and all(made.get(name) == getattr(PADDING, name) for name in Mix.model_fields)
+    by_size = made["strategy"] == "anchor" or padded
+    wish: dict[str, Any] = {"size": made["parameters"]} if by_size else {"shape": shape.model_dump(exclude={"head_size", "vocab"}), "strategy": made["strategy"]}
+    if not by_size and "alpha" in made and Mix(alpha=made["alpha"]) == Mix(**{name: made[name] for name in Mix.model_fields if name in made}):
+        wish["alpha"] = made["alpha"]  # the plain formula, as where it was given
+    if made.get("revision"):
+        wish["revision"] = made["revision"]
+    return f"CBDModel.from_chain({json.dumps(chain)}, {', '.join(f'{name}={json.dumps(value)}' for name, value in wish.items())})"
 
 
 def _loss(entry: Evaluation) -> str:

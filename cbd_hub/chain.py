@@ -179,7 +179,7 @@ class Chain:
             commit_message: Message of the commits.
             tag: Tag of the index commit; by default the next of v1, v2, ...
             collection: Whether to put all repos into a collection.
-            dry_run: Check all, send nothing, and say what would be sent.
+            dry_run: Check what is here, send nothing and ask the Hub nothing, and say what would be sent.
             say: Called with each line of progress.
 
         Returns:

@@ -45,7 +45,6 @@ from cbd_hub.printing import (
     adapter_text,
     err,
     hush_bars,
-    middle,
     out,
     print_json,
     reported,
@@ -115,7 +114,8 @@ def distill(
         print_json(json.loads(chain.manifest.to_json()))
         return
     show_chain(chain)
-    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {middle(chain)} --out ./model")
+    from cbd_hub.cards import example_size
+    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {example_size(chain.manifest)} --out ./model")
 
 
 @app.command()
@@ -137,7 +137,8 @@ def assemble(
         print_json(json.loads(chain.manifest.to_json()))
         return
     show_chain(chain)
-    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {middle(chain)} --out ./model")
+    from cbd_hub.cards import example_size
+    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {example_size(chain.manifest)} --out ./model")
 
 
 @app.command()

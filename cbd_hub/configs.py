@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from cbd_hub.errors import CBDError, StorageError, WeightsError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.files import write_text
+from cbd_hub.manifest import FILE_NAME, MODEL_TYPE
 
 
 GENERATION_CONFIG = "generation_config.json"
@@ -97,7 +98,9 @@ def read_config(folder: Path) -> Any:
     """
     try:
         import transformers
-        raw = json.loads((folder / "config.json").read_bytes())
+        raw = {"model_type": MODEL_TYPE} if (folder / FILE_NAME).is_file() else json.loads((folder / "config.json").read_bytes())
+        if raw.get("model_type") == MODEL_TYPE:
+            raise WeightsError(f"{folder} is a chain, not a model; name one of its anchors, or take a size of it by CBDModel.from_chain or cbd make")
         if "auto_map" in raw or not isinstance(raw.get("model_type"), str):
             raise ValueError("its architecture needs code of its own, which is never run")
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -90,7 +90,9 @@ def heal(
         f"({with_error(found['difference'], found['difference_stderr'], '+.3f')}, paired; {found['heldout_tokens']:,} held-out tokens)"
     )
     if not merge:
-        out.print(f'next: PeftModel.from_pretrained(CBDModel.from_chain("{escape(chain)}", {made["parameters"]}), "{escape(str(out_dir))}")')
+        from cbd_hub.cards import chain_call
+        from cbd_hub.shapes import shape_of
+        out.print(f'next: PeftModel.from_pretrained({escape(chain_call(chain, made, shape_of(healed.config)))}, "{escape(str(out_dir))}")')
     else:
         out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "chain.json"
+MODEL_TYPE = "cbd_chain"  # in the config.json beside it on the Hub
 MAX_BYTES = 64 * 2**20
 # Several times what the largest published models have: layers times the wider of FFN and heads, and shapes on the way between two anchors.
 _MAX_UNITS = 2**24

@@ -49,6 +49,8 @@ _REFUSED = {
     "variant": "there is one set of weights; choose dtype instead",
     "subfolder": "name the folder or repo itself",
     "use_auth_token": "it is token= in transformers 5",
+    "load_in_8bit": "it is quantization_config=BitsAndBytesConfig(load_in_8bit=True) in transformers 5",
+    "load_in_4bit": "it is quantization_config=BitsAndBytesConfig(load_in_4bit=True) in transformers 5",
     "adapter_kwargs": "name the adapter by from_chain's adapter=, with its revision as org/lora@revision",
 }
 

@@ -50,7 +50,7 @@ def cut(
     out.print(f"{made.plan.parameters:,} parameters ({made.plan.shape.text}) in {escape(str(out_dir))}")
     out.print(
         f"expected loss {with_error(facts['loss'], facts['stderr'])} nats per token on {facts['tokens']:,} held-out tokens of {escape(made.text)}; "
-        f"the whole model has {facts['whole_loss']:.3f} ({with_error(facts['difference'], facts['difference_stderr'])} less, paired)"
+        f"the whole model has {facts['whole_loss']:.3f} (to it {with_error(facts['difference'], facts['difference_stderr'], '+.3f')}, paired)"
     )
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 

@@ -35,7 +35,7 @@ PrivateOption = Annotated[bool | None, typer.Option("--private/--public", help="
 GatedOption = Annotated[str | None, typer.Option("--gated", metavar="auto|manual", help="Let readers ask for access.", show_default=False)]
 PullRequestOption = Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead, where you may not write.")]
 MessageOption = Annotated[str | None, typer.Option("--message", help="Message of the commits.", show_default=False)]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check all, send nothing, and say what would be sent.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check what is here, send nothing and ask the Hub nothing, and say what would be sent.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 OutOption = Annotated[Path, typer.Option("--out", help="The folder to make.", show_default=False)]
 ColumnOption = Annotated[str, typer.Option("--column", help="Column of .jsonl, .csv and .parquet files.")]

@@ -23,12 +23,6 @@ out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def middle(chain: Any) -> str:
-    """A size in the middle of a chain's larger segment."""
-    small, large = chain.anchors[1], chain.anchors[0]
-    return format_size((small.parameters + large.parameters) // 2)
-
-
 def show_chain(chain: Any) -> None:
     """The tables of a chain."""
     from cbd_hub.interpolation.curve import Chord

@@ -21,14 +21,14 @@ from pydantic import ValidationError
 
 from cbd_hub import shapes
 from cbd_hub.card_metadata import check_card, is_ours, license_of, merge_card, read_card, shared_license
-from cbd_hub.cards import Healed, anchor_card, chain_card, curve_picture, cut_card, interpolant_card
+from cbd_hub.cards import Healed, anchor_card, chain_call, chain_card, curve_picture, cut_card, interpolant_card
 from cbd_hub.client import TOKEN, reason
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
-from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape, public
+from cbd_hub.manifest import FILE_NAME, MODEL_TYPE, Anchor, Location, Manifest, Preview, Shape, public
 from cbd_hub.plans import anchor_config
 from cbd_hub.sizes import format_bytes, with_error
 from cbd_hub.upload import Content, Publication, Publisher, Repo, Say
@@ -112,7 +112,7 @@ def push_model(
         token: Hub token; None for the stored one.
         create_pr: Open a pull request.
         commit_message: Message of the commit.
-        dry_run: Check all and send nothing.
+        dry_run: Check what is here, send nothing and ask the Hub nothing.
         say: Called with each line of progress.
 
     Raises:
@@ -149,10 +149,9 @@ def push_model(
     if isinstance(carried := made.get("adapter"), dict) and isinstance(home := carried.get("home"), dict):
         facts["adapter"] = f"{carried.get('adapter')}, of {home.get('size')}"
     files: dict[str, Content] = {path.name: path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.suffix == ".safetensors"}
-    options = {"size": made["parameters"], **{name: made[name] for name in ("strategy", "revision") if made.get(name) not in (None, "", "anchor")}}
-    base = f"CBDModel.from_chain({json.dumps(made.get('chain'))}, {', '.join(f'{name}={json.dumps(value)}' for name, value in options.items())})"
     card = interpolant_card(
-        repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed, base=base if adapter else None,
+        repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed,
+        base=chain_call(str(made.get("chain")), made, shapes.shape_of(config)) if adapter else None,
     )
     if adapter:
         files[_ADAPTER] = _without_place(folder / _ADAPTER)
@@ -344,7 +343,7 @@ def _index_files(files: ChainFiles, manifest: Manifest, recipe: bool) -> dict[st
     picture = curve_picture(manifest)
     if picture is not None:
         contents["curve.png"] = picture
-    contents["config.json"] = json.dumps({"model_type": "cbd_chain", "size": None}, indent=2).encode()
+    contents["config.json"] = json.dumps({"model_type": MODEL_TYPE, "size": None}, indent=2).encode()
     contents[FILE_NAME] = manifest.to_json().encode()
     return contents
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from cbd_hub.errors import ArgumentError
 from cbd_hub.options import ChainArgument, ColumnOption, DtypeOption, JsonOption, RevisionOption, sizes_of_text
 from cbd_hub.printing import hush_bars, out, print_json, reported, table_of
 from cbd_hub.sizes import format_seconds, format_size
@@ -69,7 +70,7 @@ def draft(
     target: Annotated[str, typer.Option("--target", help="The size that answers.")] = "max",
     sizes: Annotated[str | None, typer.Option("--sizes", help='Draft sizes, such as "64M,80M"; the anchors below the target and what is recommended in between by default.', show_default=False)] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="Text whose first documents are gone on from; a few short prompts by default.", show_default=False)] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="How many of those documents.")] = 8,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="How many of those documents; 8 by default.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")] = 64,
     draft_tokens: Annotated[int | None, typer.Option("--draft-tokens", min=1, help="Most tokens of a draft; transformers' 20 by default.", show_default=False)] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds, of which the median counts.")] = 3,
@@ -80,13 +81,15 @@ def draft(
     Acceptance: of the drafted tokens, the share that the target keeps. Tokens a second: new tokens by the time of whole answers, in turns without and with
     the draft.
     """
+    if count is not None and prompts is None:
+        raise ArgumentError("--count is of the documents of --prompts, and no --prompts was given; name a text file, or leave it out")
     from cbd_hub.chain import Chain
     from cbd_hub.drafting import draft_table
     from cbd_hub.speed.stopwatch import named_device
     from cbd_hub.texts import read_texts
     hush_bars()
     opened = Chain.from_pretrained(chain, revision=revision)
-    texts = None if prompts is None else read_texts(prompts, column)[:count]
+    texts = None if prompts is None else read_texts(prompts, column)[: count or 8]
     with reported() as report:
         table = draft_table(
             opened, target, sizes_of_text(sizes), texts, max_new_tokens=max_new_tokens, num_assistant_tokens=draft_tokens, rounds=rounds, dtype=dtype,

@@ -12,6 +12,7 @@ from conftest import recipe as make_recipe
 from typer.testing import CliRunner
 
 from cbd_hub import CBDModel, Chain, distill_chain
+from cbd_hub.cards import example_size
 from cbd_hub.cli import app
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.schema import Recipe
@@ -19,6 +20,7 @@ from cbd_hub.distill.stages import read_parts
 from cbd_hub.errors import ArgumentError, RecipeError, SizeError, VocabularyMismatchError
 from cbd_hub.evaluation import Documents, byte_losses, common_texts, document_losses
 from cbd_hub.interpolation.live import ModelRunner
+from cbd_hub.sizes import format_size
 
 
 BRIDGE = {"bridge": "span+vocab", "ce_weight": 0.5, "block_size": 24}
@@ -43,6 +45,12 @@ def plain(tmp_path_factory):
 def bridged(plain):
     folder, made = plain
     return distill_chain(made, folder / "chain")
+
+
+def test_its_card_and_its_next_step_name_sizes_that_there_are(bridged):
+    first, second, third, fourth = (format_size(anchor.parameters) for anchor in bridged.anchors)
+    assert f"any size from {fourth} to {third} and any size from {second} to {first}" in (bridged.files.root / "README.md").read_text()
+    bridged.plan(example_size(bridged.manifest), tolerance=0.5)  # so small, sizes come in wide steps
 
 
 def test_the_chain_goes_on_beyond_the_bridge(bridged, plain):

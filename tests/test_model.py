@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from cbd_hub import CBDModel, Chain, assemble_chain
+from cbd_hub.cards import chain_call
 from cbd_hub.errors import ArgumentError, IntegrityError, ManifestError, SizeError, StorageError, WeightsError
+from cbd_hub.shapes import shape_of
 
 
 def anchors(chain):
@@ -126,6 +128,17 @@ def test_materialize_leaves_nothing_behind_when_the_disk_is_full(chain, tmp_path
     with pytest.raises(StorageError, match="No space left"):
         CBDModel.materialize(chain, "min", output_dir=tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_call_that_a_card_states_makes_the_same_model(chain):
+    """Of an adapter that was trained on a model: also where alpha or the shape were given, or the smaller neighbour is padded."""
+    large, small = anchors(chain)[0], anchors(chain)[1]
+    middle = (large.parameters + small.parameters) // 2
+    for wish in ({"size": "max"}, {"size": middle}, {"size": middle, "strategy": "blend"}, {"size": middle, "alpha": 0.2}, {"shape": CBDModel.plan(chain, middle).shape, "alpha": 0.9}):
+        model = CBDModel.from_chain(chain, **wish)
+        again = eval(chain_call(str(chain), model.config.cbd, shape_of(model.config)), {"CBDModel": CBDModel})
+        assert tiny.same(model, again), wish
+        assert again.config.cbd["strategy"] == model.config.cbd["strategy"], wish
 
 
 def test_auto_takes_what_measured_best(chain):
