@@ -98,7 +98,8 @@ def read_config(folder: Path) -> Any:
     """
     try:
         import transformers
-        raw = {"model_type": MODEL_TYPE} if (folder / FILE_NAME).is_file() else json.loads((folder / "config.json").read_bytes())
+        path = folder / "config.json"
+        raw = {"model_type": MODEL_TYPE} if (folder / FILE_NAME).is_file() and not path.is_file() else json.loads(path.read_bytes())
         if raw.get("model_type") == MODEL_TYPE:
             raise WeightsError(f"{folder} is a chain, not a model; name one of its anchors, or take a size of it by CBDModel.from_chain or cbd make")
         if "auto_map" in raw or not isinstance(raw.get("model_type"), str):

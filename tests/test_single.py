@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ONE_FAMILY
+from conftest import ONE_FAMILY, assembled
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
-from cbd_hub import CBDModel
+from cbd_hub import CBDModel, Chain
 from cbd_hub.cut import measure_importance, mixes
-from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError
+from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError, WeightsError
 from cbd_hub.evaluation import Documents
 from cbd_hub.shapes import count, parameter_count, shape_of
 from cbd_hub.single import OWN_TEXT, cut_single
@@ -97,6 +97,15 @@ def test_loader_arguments_pass_through(source):
     assert info["plan"].shape.layers == 4
     with pytest.raises(ArgumentError, match="did you mean device_map"):
         CBDModel.from_pretrained(source, shape={"layers": 4}, device_mop="cpu")
+
+
+def test_a_chain_is_no_model(hub, tmp_path):
+    """Who names one where a model should stand is told so, of a folder and of a repo."""
+    folder = assembled(tmp_path, 4, 2)
+    Chain.from_pretrained(folder).push_to_hub("org/tiny")
+    for name in (folder, "org/tiny"):
+        with pytest.raises(WeightsError, match="is a chain, not a model"):
+            CBDModel.from_pretrained(name, size="min", calibration=TEXTS)
 
 
 @ONE_FAMILY
