@@ -95,7 +95,7 @@ def _rows(builder: str, names: list[str], column: str) -> list[str]:
 
 def _read(name: str) -> str:
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:

@@ -2,12 +2,13 @@
 
 import json
 import os
+from contextlib import suppress
 
 import tiny
 import torch
 from datasets import IterableDataset
 from test_distill import rows, student_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
@@ -84,3 +85,39 @@ def train(folder, mode):
 def main(folder):
     for mode in MODES:
         train(folder, mode)
+
+
+def trainer_of(folder, count, **options):
+    """A trainer of these two processes on so many rows."""
+    teacher = tiny.llama()
+    student, kept = student_of(teacher)
+    config = ChainDistillerConfig(
+        str(folder), max_steps=4, per_device_train_batch_size=4, bf16=False, disable_tqdm=True, save_strategy="steps", save_steps=1, logging_steps=1, ddp_backend="gloo", **options
+    )
+    return ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=rows(count), eval_dataset=rows(6, seed=5), processing_class=tiny.tokenizer(), kept=kept)
+
+
+def best_weights(folder):
+    """At the end every process has the best weights, not the last ones."""
+    trainer = trainer_of(folder, 32, learning_rate=8.0, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, hidden_weight=1.0)
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    assert abs(trainer.evaluate()["eval_loss"] - trainer.state.best_metric) < 1e-4
+
+
+def gone_on_with(folder):
+    """Killed in an epoch whose last batches are evened out, and gone on with: the same weights as never killed."""
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise tiny.Killed
+
+    whole = trainer_of(folder / "whole", 23, learning_rate=1e-2)
+    whole.train()
+    killed = trainer_of(folder / "killed", 23, learning_rate=1e-2)
+    killed.add_callback(Kill())
+    with suppress(tiny.Killed):
+        killed.train()
+    again = trainer_of(folder / "killed", 23, learning_rate=1e-2)
+    again.train(resume_from_checkpoint=True)
+    for (name, tensor), other in zip(whole.model.named_parameters(), again.model.parameters()):
+        assert torch.equal(tensor, other), name

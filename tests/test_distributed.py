@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from processes import launched
-from run_distributed import MODES, main
+from run_distributed import MODES, best_weights, gone_on_with, main
 from safetensors.torch import load_file
 
 
@@ -41,6 +41,12 @@ def test_an_evaluation_by_two_processes_counts_no_row_twice(runs, mode):
     alone, together = (json.loads((folder / f"{mode}.json").read_text())["evaluations"] for folder in runs)
     assert len({*alone}) >= 3
     assert alone == pytest.approx(together, rel=1e-4)
+
+
+@pytest.mark.parametrize("work", [best_weights, gone_on_with])
+def test_two_processes_end_with_the_same_weights(tmp_path, work):
+    """The best ones where these are wanted, and those of a run that was never killed."""
+    launched(2, work, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])

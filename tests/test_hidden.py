@@ -174,3 +174,11 @@ def test_a_resume_with_other_layers_is_refused(tmp_path):
     trainer_of("llama", tmp_path, hidden_layers=[0], save_strategy="steps", save_steps=1).train()
     with pytest.raises(ArgumentError, match="matched the layers 0 to 1 and these are 0 to 1, 1 to 3"):
         trainer_of("llama", tmp_path, max_steps=3, hidden_layers=[0, 1]).train(resume_from_checkpoint=True)
+
+
+def test_a_student_in_bf16_is_projected_in_the_projectors_own_precision(tmp_path):
+    """transformers loads a checkpoint in the dtype that it is stored in."""
+    trainer = trainer_of("llama", tmp_path, max_steps=1)
+    trainer.model.to(torch.bfloat16)
+    trainer.train()
+    assert np.isfinite(trainer.state.log_history[0]["loss"])

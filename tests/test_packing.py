@@ -114,6 +114,18 @@ def test_rows_without_an_answer_are_left_out_and_long_ones_cut():
         packed_dataset([{"text": "short"}], tok, 32)
 
 
+def test_plain_text_and_prompts_are_not_mixed():
+    """Joined end to end with text, the tokens of a prompt would be learned."""
+    with pytest.raises(DataError, match="of one kind"):
+        packed_dataset([*({"text": text} for text in tiny.texts(9)), {"prompt": "secret", "completion": "answer"}], tokenizer(), 16)
+
+
+def test_a_chat_that_cannot_be_rendered_is_named():
+    for messages in ([], [{"role": "assistant", "content": "hello"}]):
+        with pytest.raises(DataError, match="row 1: .*chat template refuses"):
+            list(packed_dataset([{"messages": CHATS[0]}, {"messages": messages}], tokenizer(), 96))
+
+
 def stream(seed):
     source = Dataset.from_list([{"text": text} for text in tiny.texts(60, seed)])
     return source.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=16)

@@ -49,11 +49,11 @@ def test_conversations_train_calibrate_and_are_split(tmp_path, kind, stage):
     assert CBDModel.from_chain(tmp_path / "chain", "max") is not None
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "json"])
 def test_files_of_every_format_may_hold_prompts_and_a_text_column_goes_first(tmp_path, suffix):
     pairs = Dataset.from_list([{"prompt": text[:20], "completion": text[20:60]} for text in tiny.texts(10)])
     both = pairs.add_column("text", tiny.texts(10))
-    write = {"parquet": Dataset.to_parquet, "csv": Dataset.to_csv, "jsonl": Dataset.to_json}[suffix]
+    write = {"parquet": Dataset.to_parquet, "csv": Dataset.to_csv, "jsonl": Dataset.to_json, "json": Dataset.to_json}[suffix]
     for name, dataset in (("pairs", pairs), ("both", both)):
         write(dataset, tmp_path / f"{name}.{suffix}")
     assert read_rows(str(tmp_path / f"pairs.{suffix}")) == list(pairs) == list(open_stream(str(tmp_path / f"pairs.{suffix}"), None, "train", "text"))
@@ -161,3 +161,8 @@ def test_the_papers_recipe_is_ready(tmp_path):
     assert (args.teacher_mix, args.ratio_clip, args.length_normalised, args.text_weight, args.learning_rate) == (0.2, 0.2, True, 1.0, 5e-6)
     assert args.train_batch_size * args.gradient_accumulation_steps == 64
     assert all(text is not None for _, text in rows.values())
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "bom.txt").write_text("one\n\ntwo", encoding="utf-8-sig")
+    assert read_rows(str(tmp_path / "bom.txt")) == [{"text": "one"}, {"text": "two"}]

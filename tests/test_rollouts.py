@@ -200,6 +200,7 @@ def test_prompts_of_packed_pairs_and_chats():
     found = [prompt for block in pairs for prompt in prompts_of(block, 9, 0.5)]
     assert [text_of(prompt.ids) for prompt in found] == [f"ask {index}" for index in range(5)]
     assert {prompt.room for prompt in found} == {9}
+    assert [prompt for block in pairs.with_format("torch") for prompt in prompts_of(block, 9, 0.5)] == found
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = CHAT
     turns = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]

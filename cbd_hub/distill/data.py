@@ -76,7 +76,7 @@ def read_rows(path: str, column: str = "text") -> list[dict[str, Any]]:
     rows: list[tuple[str, dict[str, Any]]] = []
     if kinds == {"jsonl"}:
         rows = [(f"{name} line {number}", row) for name in names for number, row in json_rows(name)]
-    elif kinds in ({"csv"}, {"parquet"}):
+    elif kinds in ({"csv"}, {"parquet"}, {"json"}):
         loaded = _loaded(str(kinds.pop()), data_files=names, split="train")
         if column not in loaded.column_names and is_conversation(loaded.column_names):
             rows = [(f"{path} row {number:,}", row) for number, row in enumerate(loaded)]

@@ -45,10 +45,14 @@ class EvaluatingTrainer(AnchorTrainer):
 
     def _without_repeats(self, batch: Any) -> Any:
         """A batch in which rows that come again do not count: they even out the last batches of several processes."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        state, processes, rows = self.accelerator.gradient_state, self.accelerator.num_processes, len(batch["labels"])
+        if processes == 1 or not state.end_of_dataloader:
             return batch
-        return without_rows(batch, max(0, state.remainder - self.accelerator.process_index * len(batch["labels"])))
+        left = state.remainder
+        if left < 0:  # unknown to accelerate in an epoch that is gone on with
+            loader = state.active_dataloader
+            left = 0 if isinstance(loader.dataset, IterableDataset) or self.args.dataloader_drop_last else len(loader.dataset) % (rows * processes)
+        return without_rows(batch, max(0, left - self.accelerator.process_index * rows)) if left > 0 else batch
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """Batches; of a stream every process reads all and takes its rows, so that they may differ in length. One to train on has no end, unless its end is waited for."""

@@ -52,7 +52,7 @@ _OWN = {
     "path_fraction": "the model is itself one on the path", "eval_strategy": "eval_steps says when", "save_strategy": "eval_steps says when", "save_steps": "eval_steps says when",
     "load_best_model_at_end": "the best weights are always kept", "metric_for_best_model": "it is the held-out loss", "greater_is_better": "it is the held-out loss",
     "push_to_hub": "push the folder with `cbd push`", "save_only_model": "a heal that is stopped goes on from its checkpoint, which needs the optimiser too",
-    "include_num_input_tokens_seen": "tokens are counted for the model's record",
+    "include_num_input_tokens_seen": "tokens are counted for the model's record", "enable_jit_checkpoint": "a heal that is stopped goes on from its last checkpoint",
 }
 
 

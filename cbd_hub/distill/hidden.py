@@ -128,7 +128,7 @@ class HiddenTerm:
         assert target.states is not None
         ours = [output.states[layer] for layer, _ in self.pairs]
         if self.projectors:
-            ours = [projector(state) for projector, state in zip(self.projectors, ours)]
+            ours = [projector(state.to(projector.weight.dtype)) for projector, state in zip(self.projectors, ours)]
         return hidden_loss(ours, [target.states[end] for _, end in self.pairs], keep, kind=self.kind, num_items=num_items)
 
     def note(self, other: Tensor, hidden: Tensor) -> None:

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from cbd_hub.distill.rows import RESPONSES, check_row
-from cbd_hub.errors import DataError
+from cbd_hub.errors import DataError, one_line
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import prefix_of
 
@@ -86,8 +86,8 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, first: int = 0)
     def rendered(count: int, prompt: bool) -> list[int]:
         try:
             return list(tokenizer.apply_chat_template(list(messages[:count]), add_generation_prompt=prompt, tokenize=True, return_dict=False))
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses the messages ({error}); give them as it wants them, or prompt and completion") from error
+        except (TemplateError, ValueError, TypeError) as error:
+            raise DataError(f"the chat template refuses the messages ({one_line(error)}); give them as it wants them, or prompt and completion") from error
 
     whole = rendered(len(messages), False)
     labels = [IGNORED] * len(whole)
@@ -158,15 +158,21 @@ def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, pre
         prefix: What each block of plain text begins with; by default what the tokenizer puts before a text.
     """
     first, rows = _peek(iter(rows))
-    tokens = tokenised(rows, tokenizer)
     if first is None or not is_joined(first):
-        return segment_blocks(tokens, block_size)
+        return segment_blocks(tokenised(rows, tokenizer), block_size)
+    tokens = tokenised(map(_joined, rows), tokenizer)
     return joined_blocks(tokens, block_size, prefix_of(tokenizer) if prefix is None else prefix)
 
 
 def is_joined(row: Mapping[str, Any]) -> bool:
     """Whether a row is plain text, which is joined end to end."""
     return "text" in row and "messages" not in row and "prompt" not in row
+
+
+def _joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not is_joined(row):
+        raise DataError("the data has rows of plain text, and rows with a prompt whose tokens would be joined and learned like text; give files or columns of one kind")
+    return row
 
 
 def _peek(rows: Iterator[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, Iterator[Mapping[str, Any]]]:

@@ -81,8 +81,9 @@ def prompts_of(row: Mapping[str, Sequence[int]], max_new_tokens: int, prompt_sha
         >>> prompts_of({"input_ids": [5, 6, 7, 8, 9]}, 16, 0.4)
         [Prompt(ids=[5, 6], room=3)]
     """
-    real = [index for index, there in enumerate(row.get("attention_mask") or [1] * len(row["input_ids"])) if there]
-    ids, labels = ([values[index] for index in real] for values in (row["input_ids"], row.get("labels") or row["input_ids"]))
+    mask, answers = row.get("attention_mask"), row.get("labels")
+    real = [index for index in range(len(row["input_ids"])) if mask is None or mask[index]]
+    ids, labels = ([int(values[index]) for index in real] for values in (row["input_ids"], row["input_ids"] if answers is None else answers))
     positions = row.get("position_ids")
     starts = [0, *(place for place, index in enumerate(real) if place and positions is not None and positions[index] == 0)]
     prompts = []

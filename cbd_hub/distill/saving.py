@@ -127,10 +127,12 @@ class AnchorTrainer(Trainer):
             self._saving = False
         self.save_beside(staging / name)
         self.accelerator.wait_for_everyone()
+        final = run_dir / name
+        best = self.state.best_model_checkpoint is not None and Path(self.state.best_model_checkpoint) == staging / name
+        if best:  # on every process: each loads it at the end
+            self.state.best_model_checkpoint = str(final)
         if self.args.should_save:
-            final = run_dir / name
-            if self.state.best_model_checkpoint is not None and Path(self.state.best_model_checkpoint) == staging / name:
-                self.state.best_model_checkpoint = str(final)
+            if best:
                 self.state.save_to_json(str(staging / name / "trainer_state.json"))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(staging / name, final)

@@ -37,6 +37,7 @@ _REFUSED = {
     "num_train_epochs": "a stage has max_steps, 100 by default, and ends there; give max_steps",
     "save_only_model": "a stage that is killed goes on from its checkpoint, which needs the optimiser too; leave it out, or raise save_steps for fewer of them",
     "include_num_input_tokens_seen": "tokens are counted for the chain's record; leave it out",
+    "enable_jit_checkpoint": "a stage that is stopped goes on from its last checkpoint; leave it out, or lower save_steps for more of them",
 }
 
 
