@@ -519,6 +519,7 @@ def test_evaluation_is_a_mean_per_kept_token(tmp_path):
     batch = trainer.data_collator([held[index] for index in range(11)])
     expected = float(dense_loss(trainer.model.eval(), trainer.teacher, batch, 1.0, 1.0, 0.0))
     assert trainer.evaluate(held)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.predict(held).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
     found = trainer.evaluate({"a": held, "b": Dataset.from_dict({"text": tiny.texts(9)})})
     assert found["eval_a_loss"] == pytest.approx(expected, rel=1e-5)
     assert found["eval_b_loss"] > 0
@@ -552,7 +553,7 @@ def test_rows_beyond_the_models_positions_are_refused(family, tmp_path):
 
 
 def test_what_would_never_be_called_is_refused(tmp_path):
-    for name in ("compute_loss_func", "compute_metrics"):
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         with pytest.raises(ArgumentError, match=f"{name} would never be called"):
             ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows(), **{name: len})
 

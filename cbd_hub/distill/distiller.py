@@ -107,7 +107,10 @@ class ChainDistiller(SamplingTrainer):
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
-        for name, why in (("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", "logits are never formed")):
+        no_logits = "logits are never formed"
+        for name, why in (
+            ("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", no_logits), ("preprocess_logits_for_metrics", no_logits),
+        ):
             if kwargs.get(name) is not None:
                 raise ArgumentError(f"{name} would never be called: {why}; leave it out")
         with unadapted_on_failure(model) if peft_config is not None else nullcontext():

@@ -32,6 +32,10 @@ class EvaluatingTrainer(AnchorTrainer):
             eval_dataset = with_tokens(eval_dataset, self.processing_class, self.args, self._student)
         return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Batches of a set to predict, packed likewise."""
+        return super().get_test_dataloader(with_tokens(test_dataset, self.processing_class, self.args, self._student))
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

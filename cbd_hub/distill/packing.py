@@ -160,8 +160,7 @@ def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, pre
     first, rows = _peek(iter(rows))
     if first is None or not is_joined(first):
         return segment_blocks(tokenised(rows, tokenizer), block_size)
-    tokens = tokenised(map(_joined, rows), tokenizer)
-    return joined_blocks(tokens, block_size, prefix_of(tokenizer) if prefix is None else prefix)
+    return joined_blocks(_texts_alone(rows, tokenizer), block_size, prefix_of(tokenizer) if prefix is None else prefix)
 
 
 def is_joined(row: Mapping[str, Any]) -> bool:
@@ -169,10 +168,13 @@ def is_joined(row: Mapping[str, Any]) -> bool:
     return "text" in row and "messages" not in row and "prompt" not in row
 
 
-def _joined(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not is_joined(row):
-        raise DataError("the data has rows of plain text, and rows with a prompt whose tokens would be joined and learned like text; give files or columns of one kind")
-    return row
+def _texts_alone(rows: Iterator[Mapping[str, Any]], tokenizer: Any) -> Iterator[Tokens]:
+    """The tokens of rows of plain text."""
+    rows, again = itertools.tee(rows)
+    for number, (row, tokens) in enumerate(zip(again, tokenised(rows, tokenizer))):
+        if not is_joined(row):
+            raise DataError(f"row {number:,} has a prompt, whose tokens would be learned with the plain text of the rows before it; give rows of one kind")
+        yield tokens
 
 
 def _peek(rows: Iterator[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, Iterator[Mapping[str, Any]]]:
