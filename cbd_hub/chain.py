@@ -343,7 +343,7 @@ def assemble_chain(
     for (large, large_folder, large_config), (small, small_folder, small_config) in zip(found, found[1:]):
         check_pair(large, large_folder, large_config, small, small_folder, small_config)
     calibrated = None if texts is None else calibration_of(texts, found[0][1], [config for *_, config in found])
-    target = Path(output_dir)
+    target = Path(output_dir).expanduser()
     with staged_folder(target) as root:
         builder = ChainBuilder(root, chain_name(target))
         anchors: list[Anchor] = []

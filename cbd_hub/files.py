@@ -41,7 +41,7 @@ def check_absent(target: Path) -> None:
     Raises:
         StorageError: If it is in the way.
     """
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(target.expanduser()))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
 
@@ -56,7 +56,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: If the target is in the way, or the disk is full or refuses.
     """
-    target = Path(os.path.realpath(target))
+    target = Path(os.path.realpath(target.expanduser()))
     check_absent(target)
     staging: Path | None = None
     try:

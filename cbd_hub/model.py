@@ -415,13 +415,14 @@ def _load_plan(
     plain_class = model_class(config, name)
     want_info = arguments.pop("output_loading_info", False)
     dtype = weight_dtype(arguments.pop("dtype", None), dtype)
-    if arguments.get("generation_config") is None:
-        arguments["generation_config"] = generation()
+    own = generation() if arguments.get("generation_config") is None else None
     state = lazy_state_dict(plan, read, stored_shapes(config), dtype, mapped=not arguments.pop("disable_mmap", False))
     with LOADING:
         model, info = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **arguments)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise WeightsError(f"{name}: loading {format_size(plan.parameters)} left {what} {sorted(map(str, info[what]))[:3]}; report this")
+    if own is not None:  # the loader's copy of it would count as changed, and be refused by save_pretrained where the file has settings that do not agree
+        model.generation_config = own
     model.config._name_or_path = model.name_or_path = name
     return (model, {**info, "plan": plan}) if want_info else model

@@ -103,7 +103,7 @@ def retokenize(
     """
     if (keep is None) == (tokenizer is None):
         raise ArgumentError("give either keep (a number of tokens of the model's own vocabulary) or tokenizer (another one's folder or Hub id)")
-    target = Path(output_dir)
+    target = Path(output_dir).expanduser()
     check_absent(target)
     source = resolve_checkpoint(model, revision)
     config, old = read_config(source), load_tokenizer(source)

@@ -168,3 +168,12 @@ def test_what_takes_long_is_reported_and_the_alignment_s_error_shown(tmp_path, c
     assert f"a logit moves by up to {error:.1e}" in (tmp_path / "chain/README.md").read_text()
     size = chain.anchors[1].parameters + 1000
     assert "come in steps" in chain.plan(size, tolerance=0.5).note
+
+
+def test_a_tilde_is_the_home_folder_where_a_chain_is_made_too(tmp_path, monkeypatch):
+    models = [tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / f"m{layers}") for layers in (4, 2)]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert len(assemble_chain(models, "~/chain", align=False).anchors) == 2
+    assert (tmp_path / "home/chain/chain.json").is_file()
+    assert not (tmp_path / "~").exists()

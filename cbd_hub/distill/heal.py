@@ -128,7 +128,7 @@ def heal(
         "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
         **training, "max_steps": args.max_steps, "processes": args.world_size,
     }
-    target, first = None if output_dir is None else Path(output_dir), args.process_index == 0
+    target, first = None if output_dir is None else Path(output_dir).expanduser(), args.process_index == 0
     dtype = model.dtype
     before = {} if peft_config is not None else {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     with _workplace(target, asked, args) as work:

@@ -82,7 +82,7 @@ def retokenize_and_train(
         raise ArgumentError(f"bridge={bridge!r} is not known here; choose one of {', '.join(_BRIDGES)}")
     if steps < 1:
         raise ArgumentError(f"steps={steps} trains nothing; give 1 or more, or use retokenize")
-    target, say = Path(output_dir), progress or (lambda line: None)
+    target, say = Path(output_dir).expanduser(), progress or (lambda line: None)
     check_absent(target)
     parts = split_documents(text, heldout, 0.0, seed)
     asked = {

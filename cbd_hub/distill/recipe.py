@@ -87,7 +87,7 @@ def distill_chain(
         )
     if not isinstance(recipe, Recipe):
         recipe = Recipe.parse(recipe) if isinstance(recipe, Mapping) else Recipe.read(recipe)
-    target = Path(output_dir)
+    target = Path(output_dir).expanduser()
     chain = Chain.from_pretrained(target) if (target / "chain.json").is_file() else None
     if chain is not None and made_by(chain, recipe):
         _forget(target / _WORK, chain)
