@@ -68,18 +68,17 @@ def evaluate_sizes(
     plans = [chain.plan(size, **wish) for size in wishes]
     questions = {name: Question.read(name) for name in tasks}
     rows = None if text is None else read_rows(text, column)
-    tokenizers = {chain.neighbours(plan.parameters)[0].tokenizer_sha256: plan.parameters for plan in plans}  # several across a bridge
-    sides = {vocabulary: chain.tokenizer(size) for vocabulary, size in tokenizers.items()}
+    vocabularies = [chain.neighbours(plan.parameters)[0].tokenizer_sha256 for plan in plans]  # several across a bridge
+    sides = {vocabulary: chain.tokenizer(plan.parameters) for vocabulary, plan in dict(zip(vocabularies, plans)).items()}
     texts = {} if rows is None else {vocabulary: _documents(rows, tokenizer, block_size, max_tokens, str(text)) for vocabulary, tokenizer in sides.items()}
     same = None if rows is None else _same_bytes(chain, rows, sides, block_size, max_tokens)
     results: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     counts = {"documents": len(documents.ids), "tokens": documents.tokens} if (documents := next(iter(texts.values()), None)) is not None else {}
-    for place, (size, plan) in enumerate(zip(wishes, plans)):
+    for place, (size, plan, vocabulary) in enumerate(zip(wishes, plans, vocabularies)):
         facts = {"size": format_size(plan.parameters), "parameters": plan.parameters}
         if report is not None:
             report(f"measuring {facts['size']}", place, len(plans))
-        vocabulary = chain.neighbours(plan.parameters)[0].tokenizer_sha256
         runner = ModelRunner(chain.model(size, **wish).to(best_device()))
         answers += [{**facts, "task": name, **choice_accuracy(runner, asked, sides[vocabulary])} for name, asked in questions.items()]
         if rows is None:

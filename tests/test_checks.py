@@ -45,6 +45,7 @@ def line_of(path, word):
     ({"eval_on_start": True}, "eval_on_start=True needs an evaluation set"),
     ({"num_train_epochs": 1.0}, "num_train_epochs is no setting of a recipe: a stage has max_steps"),
     ({"save_only_model": True}, "save_only_model is no setting of a recipe"), ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint is no setting of a recipe"),
+    ({"seed": 1}, "seed is no setting of a recipe: a recipe has one"), ({"output_dir": "x"}, "output_dir is no setting of a recipe"),
     ({"include_num_input_tokens_seen": False}, "include_num_input_tokens_seen is no setting of a recipe"),
     ({"save_strategy": "best"}, "metric_for_best_model"),
     ({"teacher_cache": "/no/cache"}, "is no teacher cache"),

@@ -34,6 +34,8 @@ _STAGE_FIELDS = {
 
 _REFUSED = {
     "hub_token": "a recipe is kept and published with its chain, and a token must not be; log in with `hf auth login` and leave it out",
+    "output_dir": "where the chain goes is said when it is made, by --out or output_dir=; leave it out",
+    "seed": "a recipe has one, beside stage; set it there",
     "num_train_epochs": "a stage has max_steps, 100 by default, and ends there; give max_steps",
     "save_only_model": "a stage that is killed goes on from its checkpoint, which needs the optimiser too; leave it out, or raise save_steps for fewer of them",
     "include_num_input_tokens_seen": "tokens are counted for the chain's record; leave it out",
