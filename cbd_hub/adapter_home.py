@@ -193,9 +193,11 @@ def _by_shapes(files: ChainFiles, adapter: Adapter) -> Stand:
     anchors = files.manifest.anchors
     homes = [(anchor.shape, anchor.name) for anchor in anchors if misfit_of(adapter, anchor_config(files, anchor)) is None]
     for small, large in zip(anchors[1:], anchors):
-        if files.manifest.link(small, large).kind == "segment":
-            config = anchor_config(files, large)
-            homes += [(shape, f"{shape.layers} layers ({format_size(count(shape, config))}) between {small.name} and {large.name}") for shape in _between(adapter, small, large, config)]
+        link = files.manifest.link(small, large)
+        if link.kind == "segment":
+            config, blend = anchor_config(files, large), link.strategies.blend
+            found = _between(adapter, small, large, config, aligned=blend is not None and blend.align is not None)
+            homes += [(shape, f"{shape.layers} layers ({format_size(count(shape, config))}) between {small.name} and {large.name}") for shape in found]
     if len(homes) == 1:
         plan = plan_in(files, shape=homes[0][0])
         sized = plan_in(files, plan.parameters)
@@ -214,8 +216,12 @@ def _shown(adapter: Adapter) -> str:
     return f"{len(adapter.modules)} modules, {first.path[:80]} {first.a.shape[1]} x {first.b.shape[0]}, base model {str(base)[:120]}"
 
 
-def _between(adapter: Adapter, small: Anchor, large: Anchor, config: Any) -> list[Shape]:
-    """The shapes between two anchors that an adapter fits, one for each number of layers."""
+def _between(adapter: Adapter, small: Anchor, large: Anchor, config: Any, aligned: bool) -> list[Shape]:
+    """The shapes between two anchors that an adapter fits, one for each number of layers.
+
+    With an anchor's own layers a size in between differs from it in widths only. Where no module shows them, it counts if the anchors were aligned: its
+    units then stand in coordinates that are not the anchor's.
+    """
     family = family_of(config)
     known = _axes(family, adapter, family.sizes(config))
     ends = small.shape.model_dump(), large.shape.model_dump()
@@ -223,8 +229,14 @@ def _between(adapter: Adapter, small: Anchor, large: Anchor, config: Any) -> lis
         return []
     highest = max((layer for module in adapter.modules if (layer := _layer(family, module.path)) is not None), default=None)
     depths = [{}] if highest is None else [{"layers": layers} for layers in range(max(highest + 1, small.shape.layers), large.shape.layers + 1)]
-    found = (_completed({**known, **depth}, small.shape, large.shape, config) for depth in depths)
-    return [shape for shape in found if shape not in (None, small.shape, large.shape) and misfit_of(adapter, config_for(shape, config)) is None]
+    found = []
+    for depth in depths:
+        shape = _completed({**known, **depth}, small.shape, large.shape, config)
+        if aligned and shape in (small.shape, large.shape):
+            shape = _completed({**known, **depth}, small.shape, large.shape, config, share=0.5)
+        if shape is not None and shape not in (small.shape, large.shape) and misfit_of(adapter, config_for(shape, config)) is None:
+            found.append(shape)
+    return found
 
 
 def _axes(family: Family, adapter: Adapter, sizes: Mapping[str, int]) -> dict[str, int] | None:
@@ -242,11 +254,12 @@ def _axes(family: Family, adapter: Adapter, sizes: Mapping[str, int]) -> dict[st
     return known
 
 
-def _completed(known: Mapping[str, int], small: Shape, large: Shape, config: Any) -> Shape | None:
-    """A shape between two from some of its axes: the others go as far from the smaller one as these; None where there is none."""
+def _completed(known: Mapping[str, int], small: Shape, large: Shape, config: Any, share: float | None = None) -> Shape | None:
+    """A shape between two from some of its axes: the others go as far from the smaller one as these, or as said; None where there is none."""
     ends = small.model_dump(), large.model_dump()
-    shares = [(value - ends[0][name]) / (ends[1][name] - ends[0][name]) for name, value in known.items() if ends[0][name] != ends[1][name]]
-    share = sum(shares) / len(shares) if shares else 0.5
+    if share is None:
+        shares = [(value - ends[0][name]) / (ends[1][name] - ends[0][name]) for name, value in known.items() if ends[0][name] != ends[1][name]]
+        share = sum(shares) / len(shares) if shares else 0.5
     guessed = {name: round(ends[0][name] + share * (ends[1][name] - ends[0][name])) for name in ("layers", "ffn", "hidden") if name not in known}
     if not {"heads", "kv_heads"} & known.keys() and not family_of(config).hidden_is_heads:
         guessed["kv_heads"] = round(ends[0]["kv_heads"] + share * (ends[1]["kv_heads"] - ends[0]["kv_heads"]))

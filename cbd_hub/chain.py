@@ -44,7 +44,7 @@ from cbd_hub.publish import NEVER, push_chain
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
 from cbd_hub.upload import Publication
-from cbd_hub.weights import Checkpoint, load_tokenizer, weight_files
+from cbd_hub.weights import Checkpoint, load_tokenizer, vocabulary_sha256, weight_files
 
 
 class Chain:
@@ -248,7 +248,7 @@ class ChainBuilder:
         chunks = {path.name: chunk_hashes(path) for path in paths if path.suffix == ".safetensors"}
         return Anchor(
             name=name, parameters=shapes.parameter_count(config), shape=shapes.shape_of(config), family=family_of(config).name,
-            tokenizer_sha256=files["tokenizer.json"].sha256 if "tokenizer.json" in files else None,
+            tokenizer_sha256=vocabulary_sha256(folder),
             location=Location(repo_id=".", subfolder=f"anchors/{name}"), files=files,
             chunks=self.save_chunks(name, chunks), parent=parent, origin=origin, maps=maps,
             training=training, evaluations=list(evaluations), license=license,
@@ -381,7 +381,7 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
     if family_of(large_config) is not family_of(small_config):
         raise ArchitectureError(f"{pair} are a {large_config.model_type} and a {small_config.model_type}; a segment needs one architecture")
     big, little = shapes.shape_of(large_config), shapes.shape_of(small_config)
-    if big.vocab != little.vocab or _tokenizer_hash(large_folder) != _tokenizer_hash(small_folder):
+    if big.vocab != little.vocab or vocabulary_sha256(large_folder) != vocabulary_sha256(small_folder):
         raise VocabularyMismatchError(
             f"{pair} have different tokenizers (vocabularies of {big.vocab:,} and {little.vocab:,} rows); a segment needs one vocabulary"
         )
@@ -395,8 +395,3 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
         if ours > theirs:
             raise ArchitectureError(f"{pair}: the smaller one has more {name} ({ours} against {theirs}); that is not supported")
     Kept.even(little, big, layer_types(small_config, large_config))
-
-
-def _tokenizer_hash(folder: Path) -> str | None:
-    path = folder / "tokenizer.json"
-    return sha256(path) if path.is_file() else None

@@ -89,6 +89,24 @@ class StoredConfig:
         write_text(folder / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
+def class_name(config: Any, source: str) -> str:
+    """Name of the class that runs an architecture as a causal language model; what a config that names none means.
+
+    Raises:
+        WeightsError: If the config names another, such as a classifier or a model without its head.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named = config.architectures if isinstance(config.architectures, list) else []
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, *named[:1])
+    if not isinstance(name, str) or (named and name not in named):
+        raise WeightsError(
+            f"{source} names the architecture {str(config.architectures)[:80]}; the causal language model of {config.model_type} in transformers "
+            f"{transformers.__version__} is {name}: save the model as that"
+        )
+    return name
+
+
 def read_config(folder: Path) -> Any:
     """The transformers config of a model folder, freed of anything that would run code.
 
@@ -112,6 +130,7 @@ def read_config(folder: Path) -> Any:
         raise WeightsError(f"{folder} has no config.json that can be used ({one_line(error)}); it is no transformers model folder") from error
     if getattr(config, "quantization_config", None) is not None:
         raise WeightsError(f"{folder} holds quantised weights; interpolate before quantising")
+    config.architectures = [class_name(config, str(folder))]
     config._attn_implementation = None
     if hasattr(config, "_model_name_or_path"):
         del config._model_name_or_path  # left behind by conversions

@@ -36,13 +36,13 @@ def disk_error(error: BaseException) -> bool:
 
 
 def check_absent(target: Path) -> None:
-    """Refuse a folder to make that is there and not empty.
+    """Refuse a folder to make that is there and not empty, but for what a process that was killed wrote aside.
 
     Raises:
         StorageError: If it is in the way.
     """
     target = Path(os.path.realpath(target.expanduser()))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(not path.name.endswith(ASIDE) for path in target.iterdir())):
         raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
 
 

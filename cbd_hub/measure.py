@@ -170,6 +170,17 @@ def fit_road(segment: Segment, loss: Callable[[Plan], float], size: int) -> Road
     return point
 
 
+def settled(segment: Segment, point: RoadPoint) -> RoadPoint:
+    """A point of the road with a shape's own numbers, which give that shape when they are asked for again."""
+    for _ in range(8):
+        shape = shape_at(segment, point)
+        own = point.model_copy(update={"size": count(shape, segment.config), "layers": shape.layers, "hidden": shape.hidden})
+        if own == point:
+            break
+        point = own
+    return point
+
+
 def _depths(segment: Segment, point: RoadPoint) -> list[int]:
     """Numbers of layers, rising, at which the widths can bring the point's size within 0.2%."""
     depths = []
@@ -230,10 +241,7 @@ def measure_segment(
     for number, size in enumerate(sizes):
         if report is not None:
             report("fitting shape and mix", number, len(sizes))
-        point = fit_road(segment, loss, size)
-        shape = shape_at(segment, point)
-        # The shape's own numbers: asked for again, they give it again.
-        road.append(point.model_copy(update={"size": count(shape, segment.config), "layers": shape.layers, "hidden": shape.hidden}))
+        road.append(settled(segment, fit_road(segment, loss, size)))
     unique = {point.size: point for point in road if low < point.size < high}
     segment = dataclasses.replace(segment, blend=Blend(road=[unique[size] for size in sorted(unique)], replicate=kept is None, align=aligned))
     curve = []

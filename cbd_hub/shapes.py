@@ -297,7 +297,7 @@ def check_cut(shape: Shape, whole: Shape, config: Any) -> None:
 def fill_ffn(size: int, shape: Shape, config: Any, within: float = 0.001) -> int:
     """The FFN width, at least 1, that brings a shape nearest to a size.
 
-    A multiple of 8, which tensor cores want, where that costs at most ``within`` of the size.
+    A multiple of 8, which tensor cores want, where that costs at most ``within`` of the size and no width gives the size exactly.
     """
     return int(_fill(size, shape.model_dump(), config, within))
 
@@ -307,7 +307,8 @@ def _fill(size: int, sizes: Mapping[str, Any], config: Any, within: float) -> An
     step = _count_like(config, {**sizes, "ffn": 1}) - fixed
     exact = (size - fixed) / step
     width = 8 * np.rint(exact / 8)
-    width = np.where(np.abs(width - exact) * step > within * size, np.rint(exact), width)
+    given = (exact == np.rint(exact)) | (np.abs(width - exact) * step > within * size)
+    width = np.where(given, np.rint(exact), width)
     return np.maximum(width, 1).astype(np.int64)
 
 
@@ -317,7 +318,7 @@ def _count_like(config: Any, sizes: Mapping[str, Any]) -> Any:
 
 
 def shape_between(
-    size: int, small: Shape, large: Shape, config: Any, layers: int | None = None, tolerance: float = 0.002, hidden: int | None = None
+    size: int, small: Shape, large: Shape, config: Any, layers: int | None = None, tolerance: float = 0.02, hidden: int | None = None
 ) -> Shape:
     """The shape of a size between two neighbours.
 

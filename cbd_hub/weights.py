@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cbd_hub.configs import read_config
+from cbd_hub.configs import class_name, read_config
 from cbd_hub.errors import IntegrityError, StorageError, WeightsError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.files import CheckedFile
@@ -57,16 +57,16 @@ def stored_dtype(headers: Iterable[Mapping[str, Any]], config: Any) -> torch.dty
 
 
 def model_class(config: Any, source: str) -> Any:
-    """The plain class of an architecture.
+    """The class that runs an architecture as a causal language model.
 
     Raises:
-        WeightsError: If the config names none, or one of another architecture.
+        WeightsError: If the config names another, or this transformers has none.
     """
     import transformers
-    names = config.architectures
-    found = getattr(transformers, str(names[0]), None) if names and isinstance(names, list) else None
+    name = class_name(config, source)
+    found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and getattr(found, "config_class", None) is type(config)):
-        raise WeightsError(f"{source} names the architecture {str(names)[:80]}, which is not one of {config.model_type} in transformers {transformers.__version__}")
+        raise WeightsError(f"{source} names the architecture {name[:80]}, which is not one of {config.model_type} in transformers {transformers.__version__}")
     return found
 
 
@@ -341,8 +341,31 @@ def weights_sha256(model: Any) -> str:
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Fingerprint of what a tokenizer makes of a text or a chat."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    facts = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
-    for state in ("truncation", "padding"):  # of the last call
-        facts.pop(state, None)
+    facts = {"vocab": tokenizer.get_vocab()} if backend is None else _without_state(backend)
     facts["cbd"] = [tokenizer.eos_token_id, tokenizer.chat_template]
+    return _facts_sha256(facts)
+
+
+def vocabulary_sha256(folder: Path) -> str | None:
+    """Fingerprint of a folder's tokenizer.json by what it makes of a text, whatever version wrote it; None without one.
+
+    Raises:
+        WeightsError: If it cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer
+        return _facts_sha256(_without_state(Tokenizer.from_file(str(path))))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise WeightsError(f"{path} is no tokenizer that can be read ({one_line(error)}); save it again with save_pretrained") from error
+
+
+def _without_state(backend: Any) -> dict[str, Any]:
+    """A tokenizer's own facts, without the truncation and padding of its last call."""
+    return {name: value for name, value in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
+
+
+def _facts_sha256(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

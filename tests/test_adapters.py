@@ -388,6 +388,21 @@ def test_a_home_that_cannot_be_told_is_asked_for(chain, tmp_path):
         carry_adapter(other, chain, "min")
 
 
+def test_of_aligned_anchors_a_width_that_nothing_shows_is_asked_for(tmp_path):
+    """A size with an anchor's layers and another FFN has its units in other places: that of an attention adapter is not guessed."""
+    paths = [tiny.save(tiny.llama(layers=layers, ffn=ffn, seed=layers), tmp_path / f"m{layers}") for layers, ffn in ((4, 96), (2, 48))]
+    chain = assemble_chain(paths, tmp_path / "chain", align=True)
+    for layers, ffn in ((4, 80), (2, 64)):
+        shape = {"layers": layers, "ffn": ffn}
+        size = chain.plan(shape=shape).parameters
+        adapter = lora(CBDModel.from_chain(tmp_path / "chain", shape=shape), tmp_path / f"lora{layers}", ["q_proj", "v_proj"])
+        with pytest.raises(ArgumentError, match=rf"fits .*, {layers} layers .* alike .*say by adapter_size="):
+            carry_adapter(adapter, tmp_path / "chain", "max")
+        assert carry_adapter(adapter, tmp_path / "chain", "max", adapter_size=size).plan.adapter["home"]["parameters"] == size
+    whole = lora(CBDModel.from_chain(tmp_path / "chain", shape={"layers": 4, "ffn": 80}), tmp_path / "whole")
+    assert carry_adapter(whole, tmp_path / "chain", "max").plan.adapter["home"]["found_by"] == "shapes"
+
+
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
     """Llamas of 6 layers and of 4, the middle of 5: an adapter on some layers may be of several of them."""

@@ -312,6 +312,26 @@ def test_rows_and_whole_tensors_are_turned_alike(name, tmp_path):
         torch.testing.assert_close(made[key], combine(terms, live), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("around", ["default dtype", "autocast"])
+def test_what_the_caller_computes_in_is_of_no_account(around, tmp_path):
+    """A script that sets bf16 for its own model gets the size that everybody gets, and makes the chain that everybody makes."""
+    small, large = two("llama", tied=False)
+    chain = chain_of(tmp_path, small, large, align=True)
+    shape = {"layers": 4, "hidden": 36, "heads": 4, "kv_heads": 2, "ffn": 60}
+    plain = chain.model(shape=shape, alpha=0.4).state_dict()
+    if around == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            made = chain.model(shape=shape, alpha=0.4).state_dict()
+    else:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            (tmp_path / "again").mkdir()
+            made = chain_of(tmp_path / "again", small, large, align=True).model(shape=shape, alpha=0.4).state_dict()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(made[key], tensor) for key, tensor in plain.items())
+
+
 @pytest.mark.parametrize(("name", "shape"), [
     ("llama", {"layers": 4, "hidden": 36, "heads": 4, "kv_heads": 2, "ffn": 60}), ("gpt2", {"layers": 4, "hidden": 40, "heads": 5, "kv_heads": 5, "ffn": 60}),
 ])

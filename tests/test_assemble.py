@@ -1,5 +1,6 @@
 """Chains from ready checkpoints, random ones too: every other feature works on them."""
 
+import json
 import logging
 
 import pytest
@@ -75,7 +76,7 @@ def test_anchors_of_few_positions_are_measured_on_shorter_blocks(tmp_path, monke
     assert all(anchor.evaluations for anchor in chain.manifest.anchors)
 
 
-@pytest.mark.parametrize("case", ["one", "equal", "family", "hidden", "heads", "vocabulary", "tied", "deeper", "align", "untabled", "pickle", "absent"])
+@pytest.mark.parametrize("case", ["one", "equal", "family", "hidden", "heads", "vocabulary", "tied", "deeper", "align", "untabled", "headless", "pickle", "absent"])
 def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, case):
     base = tiny.save(tiny.llama(layers=4), tmp_path / "base")
     other, error, message = {
@@ -89,6 +90,7 @@ def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, 
         "deeper": (tiny.llama(layers=5, ffn=8), ArchitectureError, "more layers"),
         "align": (tiny.llama(layers=2), ArgumentError, "align='yes'"),
         "untabled": (AutoModelForCausalLM.from_config(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=260, is_decoder=True)), ArchitectureError, "no axis table"),
+        "headless": (tiny.llama(layers=2), WeightsError, r"LlamaModel.*the causal language model of llama .* is LlamaForCausalLM: save"),
         "pickle": (None, WeightsError, "no .safetensors file"),
         "absent": (None, StorageError, "neither a model folder nor a Hub id"),
     }[case]
@@ -98,6 +100,9 @@ def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, 
     if case == "vocabulary":
         path = tmp_path / "other" / "tokenizer.json"
         path.write_text(path.read_text().replace("<unk>", "<UNK>"))
+    if case == "headless":
+        path = tmp_path / "other" / "config.json"
+        path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaModel"))
     if case == "pickle":
         folder = tmp_path / "other"
         folder.mkdir()
@@ -110,6 +115,42 @@ def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, 
         assemble_chain(checkpoints, tmp_path / "chain", align="yes" if case == "align" else "auto")
     assert not (tmp_path / "chain").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_how_a_tokenizer_was_last_called_and_saved_is_no_difference(tmp_path):
+    """Truncation and padding of the last call are saved with it, and versions write the same tokenizer in other words."""
+    checkpoints = three("llama", tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer(["a longer text", "two"], truncation=True, max_length=3, padding=True)
+    tokenizer.save_pretrained(checkpoints[1])
+    path = checkpoints[2] / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert len({path.read_bytes() for path in (folder / "tokenizer.json" for folder in checkpoints)}) == 3
+    assert len({anchor.tokenizer_sha256 for anchor in assemble_chain(checkpoints, tmp_path / "chain").anchors}) == 1
+    (checkpoints[2] / "tokenizer.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"tokenizer.json is no tokenizer that can be read .*save it again"):
+        assemble_chain(checkpoints, tmp_path / "other")
+
+
+def test_a_config_that_names_no_architecture_is_a_causal_language_model(tmp_path):
+    checkpoints = three("llama", tmp_path)
+    for folder in checkpoints:
+        config = json.loads((folder / "config.json").read_text())
+        del config["architectures"]
+        (folder / "config.json").write_text(json.dumps(config))
+    chain = assemble_chain(checkpoints, tmp_path / "chain")
+    size = chain.anchors[0].parameters - 100
+    CBDModel.materialize(tmp_path / "chain", size, output_dir=tmp_path / "made")
+    made, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "made"), torch.tensor([[7, 8, 9]])
+    assert torch.equal(made(ids).logits, CBDModel.from_chain(tmp_path / "chain", size)(ids).logits)
+
+
+def test_what_a_kill_left_in_an_empty_folder_is_not_in_the_way(tmp_path):
+    checkpoints, target = three("llama", tmp_path), tmp_path / "chain"
+    (target / ".chain.x1y2z3a4.cbd-part").mkdir(parents=True)
+    assert assemble_chain(checkpoints, target).plan("max").parameters
+    with pytest.raises(StorageError, match="already exists"):
+        assemble_chain(checkpoints, target)
 
 
 def test_code_and_pickles_are_not_taken_over(tmp_path):

@@ -60,6 +60,7 @@ def test_an_anchor_inside_a_segment_of_a_local_chain(hub, measured, tmp_path):
     add_anchor(before, added, "third/four")
     chain = Chain.from_pretrained(tmp_path / "local")
     check_split(chain, before)
+    assert len({anchor.tokenizer_sha256 for anchor in chain.anchors}) == 1
     text = (tmp_path / "local/README.md").read_text()
     assert chain.anchors[1].name in text
     assert "Hand-written." in text

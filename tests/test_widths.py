@@ -19,8 +19,9 @@ from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, materialise
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.interpolation.plan import Kept, Segment
-from cbd_hub.interpolation.planner import segment_plan
-from cbd_hub.manifest import Blend, Mix, Shape
+from cbd_hub.interpolation.planner import segment_plan, shape_at
+from cbd_hub.manifest import Blend, Mix, RoadPoint, Shape
+from cbd_hub.measure import settled
 from cbd_hub.shapes import check_legal, complete_shape, count, shape_between, shape_of
 
 
@@ -498,6 +499,22 @@ def test_every_size_is_realised_on_the_path(family, share, moves):
         assert error <= 0.01
     assert shape_between(low, small, large, config) == small
     assert shape_between(high, small, large, config) == large
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1), layers=st.integers(0, 3))
+def test_a_size_that_came_out_comes_out_again(family, share, layers):
+    """Where the FFN fills the rest, the size of a shape is the shape's; a point of the road keeps its shape whatever moves."""
+    small, large, config = big(family)
+    point = RoadPoint(size=round(count(small, config) + share * (count(large, config) - count(small, config))), layers=small.layers + layers, hidden=large.hidden, alpha=0.5)
+    segment = Segment("s", "l", small, large, tiny.random_kept(small, large, 0), [], config)
+    own = settled(segment, point)
+    assert own.size == count(shape_at(segment, own), config)
+    assert abs(own.size - point.size) <= 0.02 * point.size
+    narrow = large.model_copy(update={"ffn": small.ffn})
+    size = round(count(narrow, config) + share * (count(large, config) - count(narrow, config)))
+    shape = shape_between(size, narrow, large, config)
+    assert shape_between(count(shape, config), narrow, large, config) == shape
 
 
 def test_along_the_path_no_axis_goes_back_more_than_a_step(family):

@@ -69,11 +69,11 @@ class Fit:
         self.kept = Kept(layers, self._by_norm("ffn"), heads, None)
         self.group = group
         size, kv = self.small.head_size, self.small.kv_heads
-        same = torch.eye(size).repeat(self.small.layers, kv, 1, 1)
+        same = torch.eye(size, dtype=torch.float32).repeat(self.small.layers, kv, 1, 1)
         self.queries, self.values = same.clone(), same.clone()
-        self.neurons = torch.ones(self.small.layers, self.small.ffn)
+        self.neurons = torch.ones(self.small.layers, self.small.ffn, dtype=torch.float32)
         device = next(iter(self.weights[0].values())).device
-        self.stream = torch.zeros(self.large.hidden, self.small.hidden, device=device)
+        self.stream = torch.zeros(self.large.hidden, self.small.hidden, dtype=torch.float32, device=device)
         # Similarity of what tensors make of the norms' outputs, and of activations themselves; no map changes them.
         self.read: dict[tuple[str, str, int], Tensor] = {}
         self.products: dict[tuple[str, int], Tensor] = {}
@@ -201,7 +201,7 @@ class Fit:
         return self.products[name, place]
 
     def _fit_neurons(self, place: int, layer: int) -> None:
-        plain = torch.zeros(self.small.ffn, self.large.ffn, device=self.stream.device)
+        plain = torch.zeros(self.small.ffn, self.large.ffn, dtype=torch.float32, device=self.stream.device)
         signed = plain.clone()
         for spec, _, ours, theirs, norm in self._pairs("ffn", place, layer):
             target = signed if linear_half(self.family, spec) else plain
@@ -256,7 +256,7 @@ class Fit:
         """For each role the similarity of all channels of the smaller one's heads (rows) to the larger one's, unmapped."""
         size = self.small.head_size
         widths = {role: [(shape.heads if role in "qo" else shape.kv_heads) * size for shape in (self.small, self.large)] for role in "qkvo"}
-        found = {role: torch.zeros(*width, device=self.stream.device) for role, width in widths.items()}
+        found = {role: torch.zeros(*width, dtype=torch.float32, device=self.stream.device) for role, width in widths.items()}
         for spec, dim, ours, theirs, norm in self._pairs("heads", place, layer):
             axes = spec.dims[dim]
             assert isinstance(axes, tuple)
@@ -279,7 +279,7 @@ class Fit:
 
     def _stream_cross(self, *, first: bool = False) -> Tensor:
         """Similarity of the larger one's channels (rows) to the smaller one's, by all that reads or writes them and the states themselves."""
-        total = torch.zeros(self.large.hidden, self.small.hidden, device=self.stream.device)
+        total = torch.zeros(self.large.hidden, self.small.hidden, dtype=torch.float32, device=self.stream.device)
         for place, layer in [(-1, -1), *([] if first else enumerate(self.kept.layers.tolist()))]:
             for _, _, ours, theirs, _ in self._pairs("hidden", place, layer):
                 total += theirs @ ours.T / (ours.norm() * theirs.norm()).clamp(min=1e-30)

@@ -167,8 +167,9 @@ class Maps:
 
 def _orthogonal(maps: Tensor) -> bool:
     """Whether square maps are orthogonal, tried on one vector: of a wide residual stream a whole product would take longer than the plan."""
-    probe = torch.randn(maps.shape[-1], 1, generator=torch.Generator().manual_seed(0))
-    return torch.allclose(maps.mT @ (maps @ probe), probe, atol=1e-2)
+    array = maps.detach().float().cpu().numpy()  # whose products no autocast rounds
+    probe = np.random.default_rng(0).standard_normal((array.shape[-1], 1)).astype(array.dtype)
+    return np.allclose(array.swapaxes(-1, -2) @ (array @ probe), probe, rtol=1e-5, atol=1e-2)
 
 
 def norms(family: Family, layers: int) -> Iterator[tuple[str, TensorSpec]]:
@@ -234,7 +235,7 @@ def head_blocks(
     at = next(index for index, part in enumerate(axes) if part in ("heads", "kv_heads"))
     heads = entries[at] * shape.kv_heads // lengths[at]
     roles = np.array(list("qkv"))[entries[axes.index(3)]] if role == "qkv" else np.full(len(heads), role)
-    same = torch.eye(shape.head_size).expand(shape.kv_heads, -1, -1)
+    same = torch.eye(shape.head_size, dtype=torch.float32).expand(shape.kv_heads, -1, -1)
     ours = [same if maps is None else maps for maps in (queries, values)]
     return torch.cat(ours)[torch.from_numpy(heads + shape.kv_heads * np.isin(roles, list("vo")))]
 

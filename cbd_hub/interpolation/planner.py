@@ -45,7 +45,7 @@ def road_at(segment: Segment, size: int) -> RoadPoint:
     return RoadPoint(size=size, layers=round(at("layers")), hidden=round(at("hidden")), **{name: at(name) for name in Mix.model_fields})
 
 
-def shape_at(segment: Segment, point: RoadPoint, size: int | None = None, tolerance: float = 0.002) -> Shape:
+def shape_at(segment: Segment, point: RoadPoint, size: int | None = None, tolerance: float = 0.02) -> Shape:
     """The shape of a size, by default the point's own, at a point of the road."""
     small, large = segment.small_shape, segment.large_shape
     return shape_between(point.size if size is None else size, small, large, segment.config, point.layers, tolerance, point.hidden)
