@@ -41,6 +41,7 @@ def line_of(path, word):
 @pytest.mark.parametrize(("own", "message"), [
     ({"hidden_layers": [5], "hidden_weight": 1.0}, "hidden_layers names layer 5, and the student has layers 0 to 1"),
     ({"rollout_batch": 7, "objective": "minillm"}, "rollout_batch=7 is no multiple of the 4 responses"),
+    ({"auto_find_batch_size": True, "objective": "minillm"}, "auto_find_batch_size changes the responses of a step"),
     ({"eval_strategy": "steps"}, "eval_strategy=steps needs an evaluation set"),
     ({"eval_on_start": True}, "eval_on_start=True needs an evaluation set"),
     ({"num_train_epochs": 1.0}, "num_train_epochs is no setting of a recipe: a stage has max_steps"),

@@ -553,9 +553,15 @@ def test_rows_beyond_the_models_positions_are_refused(family, tmp_path):
 
 
 def test_what_would_never_be_called_is_refused(tmp_path):
-    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init"):
         with pytest.raises(ArgumentError, match=f"{name} would never be called"):
             ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows(), **{name: len})
+
+
+def test_a_student_that_is_no_model_is_refused(tmp_path):
+    for model in (None, "org/student"):
+        with pytest.raises(ArgumentError, match=rf"model is a {type(model).__name__}; pass a loaded student"):
+            ChainDistiller(model=model, teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows())
 
 
 def test_without_a_checkpoint_a_resume_starts_anew(tmp_path, caplog):

@@ -110,6 +110,14 @@ def test_stopped_and_resumed_equals_never_stopped(family, tmp_path, balance):
     assert log == same
 
 
+def test_an_optimizer_that_would_leave_projectors_out_is_refused(tmp_path):
+    student, teacher = tiny.llama(layers=2, hidden=24, heads=3, kv_heads=3, seed=3), tiny.llama()
+    given = {"model": student, "teacher": teacher, "args": ChainDistillerConfig(str(tmp_path), hidden_weight=1.0, bf16=False), "train_dataset": [{"input_ids": [5, 6, 7]}]}
+    with pytest.raises(ArgumentError, match="does not hold the projectors .* pass optimizer_cls_and_kwargs="):
+        ChainDistiller(**given, optimizers=(torch.optim.SGD(student.parameters(), lr=0.1), None))
+    assert ChainDistiller(**given, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1})).hidden.projectors
+
+
 def test_adapters_train_with_projectors(tmp_path):
     trainer = trainer_of("llama", tmp_path, peft_config=lora(target_modules=["q_proj"]))
     before = weights(trainer)

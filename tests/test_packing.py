@@ -8,6 +8,7 @@ from test_every_family import pair
 from tokenizers import processors
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
+from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.bridge_rows import BridgeRows
 from cbd_hub.distill.packing import collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import Prompt, batch_prompts
@@ -58,6 +59,36 @@ def test_of_a_chat_only_the_assistants_turns_count():
     assert counted(tokenise({"messages": CHATS[0]}, tok), tok) == "hello<eos>so long<eos>"
     assert counted(tokenise({"messages": CHATS[1]}, tok), tok) == "4<eos>"
     assert counted(tokenise({"prompt": CHATS[0][:3], "completion": CHATS[0][3:]}, tok), tok) == "so long<eos>", "examples in a prompt are no answers"
+
+
+def test_tools_and_options_go_to_the_chat_template():
+    """As in TRL's data sets; rows that a data set filled with None are rows without."""
+    tok = tokenizer()
+    tok.chat_template = "{% if tools %}<{{ tools[0]['name'] }}>{% endif %}{% if loud %}!{% endif %}" + tok.chat_template
+    plain = tokenise({"messages": CHATS[1]}, tok)
+    tools = [{"name": "add"}]
+    for said in (tools, '[{"name": "add"}]'):
+        tokens = tokenise({"messages": CHATS[1], "tools": said, "chat_template_kwargs": {"loud": True}}, tok)
+        assert tok.decode(tokens.ids) == "<add>!" + tok.decode(plain.ids)
+        assert counted(tokens, tok) == "4<eos>"
+    assert tok.decode(tokenise({"prompt": CHATS[1][:2], "completion": CHATS[1][2:], "tools": tools}, tok).ids).startswith("<add>[system]")
+    assert tokenise({"messages": CHATS[1], "tools": None, "chat_template_kwargs": {"loud": None}}, tok) == plain
+    made = BridgeRows(ChainDistillerConfig("out", block_size=64, bridge="span"), tok, tok)._answered({"messages": CHATS[1], "tools": tools})
+    assert [tok.decode(side.ids)[:5] for side in made] == ["<add>", "<add>"]
+    answered = answered_rows([{"messages": CHATS[1], "tools": tools, "chat_template_kwargs": {"loud": True}}], ["5"], [""])
+    assert tok.decode(tokenise(answered[0], tok).ids) == "<add>!" + tok.decode(plain.ids).replace("4", "5")
+    for wrong, message in (({"tools": "[add"}, "tools cannot be read as json"), ({"tools": 5}, "tools is no list but int"), ({"chat_template_kwargs": "x"}, "chat_template_kwargs is str")):
+        with pytest.raises(DataError, match=message):
+            tokenise({"messages": CHATS[1], **wrong}, tok)
+
+
+def test_tokens_that_count_are_told_by_labels_alone(tmp_path):
+    """A mask of TRL's that was passed over would have every token learned."""
+    row = {"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}
+    for given in (Dataset.from_list([row]), [row]):
+        with pytest.raises(DataError, match="completion_mask but no labels.*give labels: the ids, and -100 where completion_mask is 0"):
+            ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=given)
+    ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=[{**row, "labels": [-100, -100, 7]}])
 
 
 def test_chats_that_cannot_be_told_apart_are_refused():

@@ -100,6 +100,16 @@ def test_streams_train_and_set_documents_aside(tmp_path, kind):
     assert all((one[key] == two[key]).all() for one, two in zip(weights(tmp_path / "a"), weights(tmp_path / "b")) for key in one)
 
 
+def test_a_stream_reads_what_files_read(tmp_path):
+    """Rows without text are left out of both, and so is a byte order mark."""
+    mark, texts = b"\xef\xbb\xbf", ["one", None, "  ", "two"]
+    (tmp_path / "a.jsonl").write_bytes(mark + b"".join(json.dumps({"body": text}).encode() + b"\n" for text in texts))
+    (tmp_path / "a.txt").write_bytes(mark + b"one\n\n\n\ntwo\n")
+    for name in ("a.jsonl", "a.txt"):
+        path, column = str(tmp_path / name), "body" if name == "a.jsonl" else "text"
+        assert list(open_stream(path, None, "train", column)) == read_rows(path, column) == [{"text": "one"}, {"text": "two"}]
+
+
 def test_wrong_data_of_a_stage_is_said_before_work(tmp_path):
     plain = make_recipe(tmp_path, "llama", [SHAPE])
     with pytest.raises(RecipeError, match=r"stages.layers=2,ffn=24.data.colum: Extra"):

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from cbd_hub.distill.rollouts import Prompt, Sampling, generate
+from cbd_hub.distill.rows import TEMPLATE_COLUMNS
 from cbd_hub.errors import DataError, StorageError
 from cbd_hub.files import write_text
 from cbd_hub.weights import weights_sha256
@@ -117,7 +118,8 @@ def answered_rows(rows: Sequence[Mapping[str, Any]], answers: Sequence[str], pro
             messages = list(row["messages"] if "messages" in row else row["prompt"])
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
-            made.append({"messages": [*messages, {"role": "assistant", "content": answer.strip()}]})
+            beside = {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
+            made.append({**beside, "messages": [*messages, {"role": "assistant", "content": answer.strip()}]})
         else:
             made.append({"prompt": row.get("prompt", prompt), "completion": answer})
     if len(made) < len(rows):

@@ -17,7 +17,7 @@ from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import positions_of, prompts_of
-from cbd_hub.distill.rows import RESPONSES, check_row
+from cbd_hub.distill.rows import RESPONSES, check_row, template_options
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import byte_ends, check_faithful, check_rows, common_spans, prefix_of
@@ -234,7 +234,7 @@ class BridgeRows:
         if messages is None and response is not None and not isinstance(row["prompt"], str):
             messages = [*row["prompt"], *row[response]]
         if messages is not None:
-            return self._chat(messages)
+            return self._chat(messages, row)
         if response is None:
             raise DataError(f"a row has the columns {', '.join(row)}; give the prompt its completion")
         text, sides = row[response], (Side([], [], []), Side([], [], []))
@@ -248,15 +248,15 @@ class BridgeRows:
             side.add(end, len(counts) if all(ends) else -1)
         return sides
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Side, Side]:
+    def _chat(self, messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> tuple[Side, Side]:
         """Both templates' renderings; spans are of what the assistant says, and of the special token that ends a turn."""
         sides, ends, renderings = [], [], []
         for who, tokenizer in (("student", self.student), ("teacher", self.teacher)):
             try:
-                tokens = tokenise({"messages": messages}, tokenizer)
+                tokens = tokenise({**row, "messages": messages}, tokenizer)
             except DataError as error:
                 raise DataError(f"the {who}'s tokenizer: {error}") from error
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+            text = tokenizer.apply_chat_template(list(messages), **{**template_options(row), "tokenize": False})
             ids, border = byte_ends(text, tokenizer)
             if ids != tokens.ids:
                 raise DataError(f"the {who}'s tokenizer reads its own chat template's text otherwise than the chat; give prompt and completion")

@@ -13,6 +13,7 @@ from datasets import Features, List, Value
 from pydantic import Field, ValidationError
 
 from cbd_hub.distill.packing import is_joined, pack
+from cbd_hub.distill.rows import TEMPLATE_COLUMNS, check_ready
 from cbd_hub.distill.top_codec import BITS
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import IGNORED
@@ -24,7 +25,7 @@ FILE_NAME = "cache.json"
 COLUMNS = ("input_ids", "labels", "position_ids")
 TOP, TAIL = "teacher_top", "teacher_tail"
 TOKEN = "token_log_probs"
-_TEXT = ("text", "prompt", "completion", "response", "messages")
+_TEXT = ("text", "prompt", "completion", "response", "messages", *TEMPLATE_COLUMNS)
 _MAX_BYTES = 64 * 2**20
 
 
@@ -227,6 +228,7 @@ class IdentifiedBlocks:
         for row in drawn if self.packed else pack(drawn, self._tokenizer, self.block_size, self.prefix):
             block = {name: np.asarray(row[name], np.int32) for name in COLUMNS if row.get(name) is not None}
             ids = block["input_ids"]
+            check_ready(row)
             if len(self.prefix) == 1:  # what it says is known without, and is part of a cache all the same
                 block.setdefault("labels", np.append(np.int32(IGNORED), ids[1:]))
             if any(values.shape != (len(ids),) for values in block.values()) or not len(ids) or not all(row.get("attention_mask") or [1]):

@@ -117,15 +117,23 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
             raise DataError(f"a stream reads files of one kind, and {path} matches {', '.join(suffixes)}; give {', '.join(FORMATS)}")
         more = {"sample_by": "paragraph"} if builder == "text" else {}
         rows = _loaded(builder, data_files=names, split="train", streaming=True, **more)
+        if builder == "text":
+            rows = rows.map(lambda row: {"text": row["text"].removeprefix("\ufeff").strip("\n")})
     else:
         rows = _loaded(str(dataset), name, split=split, streaming=True)
     found = list(rows.column_names or next(iter(rows), {}))
     if column in found:
         chosen = rows.select_columns([column])
-        return chosen if column == "text" else chosen.rename_column(column, "text")
+        return (chosen if column == "text" else chosen.rename_column(column, "text")).filter(_filled)
     if is_conversation(found):
         return rows
     raise DataError(f'{path or dataset} has no column "{column}"; it has {", ".join(found) or "no rows"}: name the column that holds the text')
+
+
+def _filled(row: Mapping[str, Any]) -> bool:
+    """Whether a row's text holds anything; what is no text is refused where it is read."""
+    text = row["text"]
+    return bool(text.strip()) if isinstance(text, str) else text is not None
 
 
 def _loaded(source: str, *args: Any, **kwargs: Any) -> Any:

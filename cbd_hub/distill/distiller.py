@@ -107,9 +107,12 @@ class ChainDistiller(SamplingTrainer):
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
+        if not issubclass(type(model), torch.nn.Module):
+            raise ArgumentError(f"model is a {type(model).__name__}; pass a loaded student, such as one of AutoModelForCausalLM.from_pretrained")
         no_logits = "logits are never formed"
         for name, why in (
             ("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", no_logits), ("preprocess_logits_for_metrics", no_logits),
+            ("model_init", "model is the student"),
         ):
             if kwargs.get(name) is not None:
                 raise ArgumentError(f"{name} would never be called: {why}; leave it out")
@@ -144,6 +147,11 @@ class ChainDistiller(SamplingTrainer):
             self.hidden = HiddenTerm(student, teacher, kept, args) if args.hidden_weight else None
             if self.hidden is not None:
                 self.add_callback(_Settle(self))
+                if self.hidden.projectors and kwargs.get("optimizers", (None, None))[0] is not None:
+                    raise ArgumentError(
+                        "the optimizer of optimizers= does not hold the projectors between unlike hidden widths, which would not learn; "
+                        "pass optimizer_cls_and_kwargs= instead, or set hidden_weight to 0"
+                    )
             if args.path_fraction:
                 if shards(self.accelerator) or is_sharded(student) or is_sharded(teacher):
                     raise ArgumentError("path_fraction reads whole parameters of student and teacher, which are sharded here; set it to 0, or train with DDP")

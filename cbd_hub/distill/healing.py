@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from cbd_hub.distill.data import Parts, as_document, as_row, is_conversation, split_documents
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import tokenised
-from cbd_hub.distill.rows import check_row
+from cbd_hub.distill.rows import check_ready, check_row
 from cbd_hub.distill.wrapping import is_peft_model, shards
 from cbd_hub.errors import ArgumentError, DataError, one_line
 from cbd_hub.evaluation import IGNORED, Documents, Losses, document_losses
@@ -89,6 +89,7 @@ def _plain(row: Mapping[str, Any], where: str, vocab: float) -> dict[str, Any]:
     Raises:
         DataError: If it holds no ids of the model, or other labels than ids and -100 for each, or a mask of another length.
     """
+    check_ready(row)
     found = {name: value for name, value in row.items() if value is not None or name not in ("labels", "attention_mask")}
     for name in (name for name in ("input_ids", "labels") if name in found):
         try:

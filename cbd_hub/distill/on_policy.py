@@ -310,6 +310,8 @@ def check_sources(args: ChainDistillerConfig, dataset: Any, text: Any) -> None:
     for what, rows in ((objective, dataset), ("text_weight", text)):
         if what is not None and rows is not None and not hasattr(type(rows), "__len__"):
             raise DataError(f"{what} needs its rows more than once, and a stream has no length; give a data set that is there as a whole")
+    if args.is_minillm and args.auto_find_batch_size:
+        raise ArgumentError("auto_find_batch_size changes the responses of a step, which rollout_batch must be a multiple of; set per_device_train_batch_size, and leave it out")
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.is_minillm and args.rollout_batch % batch:
         raise ArgumentError(

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from torch import Tensor
 
-from cbd_hub.distill.rows import RESPONSES, check_row
+from cbd_hub.distill.rows import RESPONSES, check_row, template_options
 from cbd_hub.errors import DataError, one_line
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import prefix_of
@@ -40,7 +40,8 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
     """A row's tokens: of a ``text``, of a ``prompt`` and its ``completion`` (or ``response``), or of chat ``messages``.
 
     A text and a response end with the end-of-text token. Prompt and response are tokenised apart, so that where one ends is exact. Of a chat, the
-    assistant's turns count, each from the generation prompt to its end; of a prompt and completion that are chats, those of the completion.
+    assistant's turns count, each from the generation prompt to its end; of a prompt and completion that are chats, those of the completion. A chat's
+    ``tools`` and ``chat_template_kwargs`` go to the chat template.
 
     Raises:
         DataError: If the row has none of these columns, or a chat comes without a usable chat template.
@@ -48,11 +49,11 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
     check_row(row)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if "messages" in row:
-        return _chat(row["messages"], tokenizer)
+        return _chat(row["messages"], tokenizer, template_options(row))
     response = next((name for name in RESPONSES if name in row), None)
     if "prompt" in row and response is not None:
         if not isinstance(row["prompt"], str):
-            return _chat([*row["prompt"], *row[response]], tokenizer, first=len(row["prompt"]))
+            return _chat([*row["prompt"], *row[response]], tokenizer, template_options(row), first=len(row["prompt"]))
         prompt = list(tokenizer(row["prompt"], add_special_tokens=True)["input_ids"])
         if prompt and prompt[-1:] == end:
             prompt.pop()  # a tokenizer that ends every text would end the prompt too
@@ -78,14 +79,14 @@ def tokenised(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[Tok
         yield tokens
 
 
-def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, first: int = 0) -> Tokens:
+def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, options: Mapping[str, Any], first: int = 0) -> Tokens:
     """Tokens of a chat; the assistant's turns, from the ``first`` message on, are what each adds to the chat before it with its generation prompt."""
     if not tokenizer.chat_template:
         raise DataError("the data has chat messages but the tokenizer has no chat template; set tokenizer.chat_template, or give prompt and completion")
 
     def rendered(count: int, prompt: bool) -> list[int]:
         try:
-            return list(tokenizer.apply_chat_template(list(messages[:count]), add_generation_prompt=prompt, tokenize=True, return_dict=False))
+            return list(tokenizer.apply_chat_template(list(messages[:count]), **{**options, "add_generation_prompt": prompt, "tokenize": True, "return_dict": False}))
         except (TemplateError, ValueError, TypeError) as error:
             raise DataError(f"the chat template refuses the messages ({one_line(error)}); give them as it wants them, or prompt and completion") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from cbd_hub.texts import unicode_fault
 
 
 RESPONSES = ("completion", "response")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template takes beside messages
+_MASKS = ("completion_mask", "assistant_masks")  # of TRL's tokenised rows
 
 
 def check_row(row: Mapping[str, Any], where: str | None = None) -> None:
@@ -37,6 +40,41 @@ def check_row(row: Mapping[str, Any], where: str | None = None) -> None:
         found = next((fault for fault in faults if fault is not None), None)
     if found is not None:
         raise DataError(found if where is None else f"{where}: {found}")
+
+
+def check_ready(row: Mapping[str, Any]) -> None:
+    """Refuse a row with ``input_ids`` that says in another way than by ``labels`` which of them count.
+
+    Raises:
+        DataError: If it does, and has no labels.
+    """
+    mask = next((name for name in _MASKS if row.get(name) is not None), None)
+    if mask is not None and row.get("labels") is None:
+        raise DataError(f"rows have input_ids and {mask} but no labels, so that all of their tokens would count; give labels: the ids, and -100 where {mask} is 0")
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says to the chat template beside its messages: ``tools``, in a list or in JSON, and ``chat_template_kwargs``, as TRL reads them.
+
+    Raises:
+        DataError: If one is of another kind.
+
+    Example:
+        >>> template_options({"messages": [], "chat_template_kwargs": {"enable_thinking": False}})
+        {'enable_thinking': False}
+    """
+    more, tools = row.get("chat_template_kwargs"), row.get("tools")
+    if more is not None and not isinstance(more, Mapping):
+        raise DataError(f"chat_template_kwargs is {_kind(more)}; give an object with what the chat template takes")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"tools cannot be read as json ({error}); give a list of tools") from error
+    if tools is not None and not isinstance(tools, (list, tuple)):
+        raise DataError(f"tools is no list but {_kind(tools)}; give a list of tools")
+    # Data sets give each row the names that any has, with None where it has none.
+    return {**{name: value for name, value in (more or {}).items() if value is not None}, **({"tools": list(tools)} if tools else {})}
 
 
 def _text_fault(name: str, value: Any) -> str | None:
