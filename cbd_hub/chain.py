@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ from cbd_hub.manifest import (
 from cbd_hub.model import CBDModel
 from cbd_hub.plans import plan_in
 from cbd_hub.publish import NEVER, push_chain
+from cbd_hub.reporting import Progress, Report
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
 from cbd_hub.upload import Publication
@@ -163,7 +164,7 @@ class Chain:
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, gated: Literal["auto", "manual"] | None = None, token: str | None = None,
         create_pr: bool = False, commit_message: str | None = None, tag: str | None = None, collection: bool = True, dry_run: bool = False,
-        say: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
     ) -> Publication:
         """Publish the chain: one ordinary transformers repo per anchor (``org/NAME-138M``), one light index repo, one collection.
 
@@ -180,7 +181,7 @@ class Chain:
             tag: Tag of the index commit; by default the next of v1, v2, ...
             collection: Whether to put all repos into a collection.
             dry_run: Check what is here, send nothing and ask the Hub nothing, and say what would be sent.
-            say: Called with each line of progress.
+            progress: Called with a line for each step of the work.
 
         Returns:
             Repos, commits, bytes, tag and collection.
@@ -192,7 +193,7 @@ class Chain:
         """
         return push_chain(
             self.files, repo_id, private=private, gated=gated, token=token, create_pr=create_pr, commit_message=commit_message, tag=tag,
-            collection=collection, dry_run=dry_run, say=say,
+            collection=collection, dry_run=dry_run, progress=progress,
         )
 
     def __repr__(self) -> str:
@@ -297,7 +298,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 def assemble_chain(
     checkpoints: Sequence[str | os.PathLike[str]], output_dir: str | os.PathLike[str], *, align: str | bool = "auto",
-    calibration: Any = None, report: Callable[[str, int, int | None], None] | None = None,
+    calibration: Any = None, report: Report | None = None,
 ) -> Chain:
     """A chain from ready checkpoints, without training: the paper's way.
 

@@ -47,6 +47,7 @@ from cbd_hub.printing import (
     hush_bars,
     out,
     print_json,
+    printed,
     reported,
     show_chain,
     show_costs,
@@ -100,13 +101,13 @@ def distill(
         from cbd_hub.distill.stages import read_parts
         parts = read_parts(read)
         chain = Chain.from_pretrained(out_dir) if out_dir is not None and (out_dir / "chain.json").is_file() else None
-        costs = estimate(read, (lambda line: None) if as_json else lambda line: err.print(escape(line)), parts=parts, chain=chain)
+        costs = estimate(read, printed(as_json), parts=parts, chain=chain)
         show_costs(costs, parts, as_json)
         return
     if out_dir is None:
         raise typer.BadParameter("give --out, the chain's folder", param_hint="--out")
     try:
-        chain = distill_chain(read, out_dir, progress=None if as_json else lambda line: err.print(escape(line)))
+        chain = distill_chain(read, out_dir, progress=printed(as_json))
     except KeyboardInterrupt:
         err.print("\nstopped; run the same command again, it goes on from its last checkpoint")
         raise typer.Exit(130) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from cbd_hub.evaluation import BITS, Documents, bits_per_byte, document_losses
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.precision import best_device
 from cbd_hub.questions import Question, choice_accuracy
+from cbd_hub.reporting import Report
 from cbd_hub.sizes import format_size
 
 
@@ -38,7 +39,7 @@ class Evaluated:
 
 def evaluate_sizes(
     chain: Chain, sizes: Sequence[str | int] | None = None, *, text: str | None = None, tasks: Sequence[str] = (), column: str = "text",
-    block_size: int = 128, max_tokens: int = 8000, report: Callable[[str, int, int | None], None] | None = None, **wish: Any,
+    block_size: int = 128, max_tokens: int = 8000, report: Report | None = None, **wish: Any,
 ) -> Evaluated:
     """Held-out loss of sizes of a chain, and their accuracy on multiple-choice questions.
 

@@ -18,6 +18,7 @@ from cbd_hub.errors import ArgumentError, CBDError, SizeError, VocabularyMismatc
 from cbd_hub.manifest import Anchor
 from cbd_hub.plans import usual_sizes
 from cbd_hub.precision import best_device
+from cbd_hub.reporting import Report
 from cbd_hub.shapes import check_positions
 from cbd_hub.sizes import as_int, format_size
 from cbd_hub.speed.measuring import GREEDY
@@ -181,7 +182,7 @@ class _Target:
 def draft_table(
     chain: Chain | str | os.PathLike[str], target: str | int = "max", sizes: Sequence[str | int] | None = None, prompts: Sequence[str] | None = None, *,
     max_new_tokens: int = 64, prompt_tokens: int = 64, num_assistant_tokens: int | None = None, rounds: int = ROUNDS, dtype: Any = None, device: Any = None,
-    clock: Callable[[], float] = time.perf_counter, report: Callable[[str, int, int | None], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter, report: Report | None = None,
 ) -> DraftTable:
     """How much faster a size of a chain answers when a smaller size drafts for it (speculative decoding, transformers' ``assistant_model=``).
 

@@ -25,7 +25,8 @@ from cbd_hub.links import plain_link
 from cbd_hub.manifest import FILE_NAME, Anchor, Blend, FileRecord, Link, Location, Manifest, PathRecord
 from cbd_hub.plans import coordinates_of, stored_coordinates
 from cbd_hub.publish import commit_index, push_anchor
-from cbd_hub.upload import Publication, Say
+from cbd_hub.reporting import Progress
+from cbd_hub.upload import Publication
 from cbd_hub.weights import Checkpoint, vocabulary_sha256, weight_files
 
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def add_anchor(
     chain: Chain, checkpoint: str | Path, repo_id: str, *, token: str | None = None, private: bool | None = None, create_pr: bool = False,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Publication:
     """Push a checkpoint as an anchor of a chain to a repo of its own, and name it in the chain's index.
 
@@ -50,7 +51,7 @@ def add_anchor(
         token: Hub token; None for the stored one.
         private: Whether a repo made now is private.
         create_pr: Open a pull request on the index, where you may not write to it.
-        say: Called with each line of progress.
+        progress: Called with a line for each step of the work.
 
     Returns:
         The index's commit (None for a local chain) and the anchor's.
@@ -89,7 +90,7 @@ def add_anchor(
         )
     files = {path.name: path for path in (*weight_files(folder), *(folder / name for name in CHECKPOINT_FILES)) if path.is_file()}
     license = license_of(folder) or shared_license(chain.manifest, anchors)
-    commit = push_anchor(repo_id, files, chain, size, license=license, token=token, private=private, say=say)
+    commit = push_anchor(repo_id, files, chain, size, license=license, token=token, private=private, progress=progress)
     with tempfile.TemporaryDirectory() as temporary:
         builder = ChainBuilder(Path(temporary), chain.name)
         chunks = {path.name: chunk_hashes(path) for path in files.values() if path.suffix == ".safetensors"}
@@ -108,7 +109,7 @@ def add_anchor(
         if place == 0:  # the chain's tokenizer is the first anchor's
             beside |= {path: files[path] for path in TOKENIZER_FILES if path in files}
         if chain.files.revision is not None:
-            return commit_index(chain.files, manifest, beside, anchor, folder, token=token, create_pr=create_pr, say=say)
+            return commit_index(chain.files, manifest, beside, anchor, folder, token=token, create_pr=create_pr, progress=progress)
         root = chain.files.root
         if Manifest.read(root) != chain.manifest:
             raise StorageError(f"{chain.name} has changed since it was read; nothing was written to it, run the same command again")

@@ -23,7 +23,7 @@ from cbd_hub.options import (
     ToleranceOption,
     shape_of_text,
 )
-from cbd_hub.printing import err, hush_bars, out, print_json
+from cbd_hub.printing import err, hush_bars, out, print_json, printed
 from cbd_hub.sizes import with_error
 
 
@@ -70,7 +70,7 @@ def heal(
     try:
         healed = run(
             model, opened, rows, output_dir=out_dir, tokens=tokens, eval_dataset=held, heldout=heldout, patience=patience or None, peft_config=None if lora is None else _lora(lora),
-            merge=merge, teacher_cache=cache, progress=None if as_json else lambda line: err.print(escape(line)), per_device_train_batch_size=batch_size, seed=seed,
+            merge=merge, teacher_cache=cache, progress=printed(as_json), per_device_train_batch_size=batch_size, seed=seed,
             disable_tqdm=as_json, **{name: value for name, value in options.items() if value is not None},
         )
     except KeyboardInterrupt:

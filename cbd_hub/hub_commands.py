@@ -20,7 +20,7 @@ from cbd_hub.options import (
     PullRequestOption,
     RevisionOption,
 )
-from cbd_hub.printing import err, out, print_json, show_chain, table_of
+from cbd_hub.printing import out, print_json, printed, show_chain, table_of
 from cbd_hub.sizes import format_bytes
 
 
@@ -49,7 +49,7 @@ def push(
         raise ArgumentError(f"--gated {gated} is not known; choose auto or manual")
     how: dict[str, Any] = {
         "private": private, "gated": gated, "create_pr": create_pr, "commit_message": message, "dry_run": dry_run,
-        "say": None if as_json else lambda line: err.print(escape(line)),
+        "progress": printed(as_json),
     }
     if not folder.is_dir():
         raise StorageError(f"{folder} is no folder; give a chain's folder, or that of a model made by `cbd make`")
@@ -92,7 +92,7 @@ def add_anchor(
     from cbd_hub.chain import Chain
     from cbd_hub.extend import add_anchor as extend
     done = extend(
-        Chain.from_pretrained(chain), checkpoint, repo_id, private=private, create_pr=create_pr, say=None if as_json else lambda line: err.print(escape(line))
+        Chain.from_pretrained(chain), checkpoint, repo_id, private=private, create_pr=create_pr, progress=printed(as_json)
     )
     if as_json:
         print_json(dataclasses.asdict(done))

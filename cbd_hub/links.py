@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,12 +15,9 @@ from cbd_hub.interpolation.plan import Kept, layer_types
 from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Strategies
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
+from cbd_hub.reporting import Report
 from cbd_hub.shapes import block_size
 from cbd_hub.weights import load_model, load_tokenizer
-
-
-if TYPE_CHECKING:
-    from cbd_hub.interpolation.fitting import Report
 
 
 _TOKENS = 4096

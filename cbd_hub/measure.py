@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,11 +20,8 @@ from cbd_hub.interpolation.planner import road_at, shape_at
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Aligned, Blend, CurvePoint, Evaluation, Link, Mix, Patch, RoadPoint, Shape, Strategies
 from cbd_hub.precision import products
+from cbd_hub.reporting import Report
 from cbd_hub.shapes import count, shape_of
-
-
-if TYPE_CHECKING:
-    from cbd_hub.interpolation.fitting import Report
 
 
 SHARES = (0.25, 0.5, 0.75)  # where on a segment the curve is measured, in parameters

@@ -26,6 +26,7 @@ from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Anchor, Shape
 from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight_dtype
 from cbd_hub.remote import open_weights
+from cbd_hub.reporting import Report
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.stopwatch import Stopwatch
 from cbd_hub.weights import LOADING, Checkpoint, common_dtype, model_class, stored_shapes, write_safetensors
@@ -275,7 +276,7 @@ class CBDModel:
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, dtype: Any = None, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
-        report: Callable[[str, int, int | None], None] | None = None, **transformers_kwargs: Any,
+        report: Report | None = None, **transformers_kwargs: Any,
     ) -> Plan:
         """An ordinary checkpoint on disk, written tensor by tensor, with tokenizer, chat template and generation config.
 
@@ -385,7 +386,7 @@ class CBDModel:
         return _load_plan(cut.plan, cut.config, cut.read, cut.checkpoint.dtype, cut.source, cut.generation_config, arguments)
 
 
-def _told(tensors: Iterator[Tensor], total: int, report: Callable[[str, int, int | None], None] | None) -> Iterator[Tensor]:
+def _told(tensors: Iterator[Tensor], total: int, report: Report | None) -> Iterator[Tensor]:
     """Tensors as they come, each told of."""
     for done, tensor in enumerate(tensors):
         if report is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cbd_hub.errors import ArgumentError
 from cbd_hub.options import ColumnOption, JsonOption, ModelRevisionOption, OutOption, shape_of_text
-from cbd_hub.printing import cell, err, hush_bars, out, print_json
+from cbd_hub.printing import cell, hush_bars, out, print_json, printed
 from cbd_hub.sizes import with_error
 
 
@@ -40,7 +40,7 @@ def cut(
     check_absent(out_dir)
     made = cut_single(
         model, size, shape=shape_of_text(shape), calibration=text, column=column, revision=revision,
-        progress=None if as_json else lambda line: err.print(escape(line)),
+        progress=printed(as_json),
     )
     made.save_pretrained(out_dir)
     facts = made.summary()
@@ -88,7 +88,7 @@ def retokenize(
     if steps and texts is not None:
         made = retokenize_and_train(
             model, out_dir, texts, steps=steps, keep=keep, tokenizer=tokenizer, revision=revision, bridge=bridge, learning_rate=learning_rate, batch_size=batch_size,
-            block_size=block_size, quiet=as_json, progress=None if as_json else lambda line: err.print(escape(line)),
+            block_size=block_size, quiet=as_json, progress=printed(as_json),
         )
     else:
         made = move(model, out_dir, keep=keep, tokenizer=tokenizer, text=texts, revision=revision)

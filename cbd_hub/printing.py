@@ -6,15 +6,16 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cbd_hub.reporting import Progress, Report
 from cbd_hub.sizes import format_bytes, format_size, with_error
 
 
@@ -118,15 +119,20 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
+def printed(as_json: bool) -> Progress | None:
+    """What prints the lines of a command's progress; none beside JSON."""
+    return None if as_json else lambda line: err.print(escape(line))
+
+
 @contextmanager
-def reported() -> Iterator[Callable[[str, int, int | None], None]]:
+def reported() -> Iterator[Report]:
     """A bar on a terminal, and a line for each kind of work elsewhere; called with what is done, how much of it, and of how much where that is known.
 
     The bar begins with the first call: until then others may have theirs.
     """
     seen: set[str] = set()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    bar = bars.Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
     task = bar.add_task("", total=None)
 
     def report(what: str, done: int, total: int | None) -> None:

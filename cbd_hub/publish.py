@@ -30,8 +30,9 @@ from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
 from cbd_hub.manifest import FILE_NAME, MODEL_TYPE, Anchor, Location, Manifest, Preview, Shape, public
 from cbd_hub.plans import anchor_config
+from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_bytes, with_error
-from cbd_hub.upload import Content, Publication, Publisher, Repo, Say
+from cbd_hub.upload import Content, Publication, Publisher, Repo
 from cbd_hub.weights import Checkpoint, read_header
 
 
@@ -48,7 +49,7 @@ _MODEL_FILES = ("config.json", _ADAPTER, "generation_config.json", "model.safete
 def push_chain(
     files: ChainFiles, repo_id: str, *, private: bool | None = None, gated: Literal["auto", "manual"] | None = None, token: str | None = None,
     create_pr: bool = False, commit_message: str | None = None, tag: str | None = None, collection: bool = True, dry_run: bool = False,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Publication:
     """Publish a chain; see `Chain.push_to_hub`."""
     files = replace(files, manifest=_without_places(files.manifest))
@@ -57,7 +58,7 @@ def push_chain(
     repos = {anchor.name: f"{repo_id}-{anchor.name}" if anchor in own else anchor.location.repo_id for anchor in manifest.anchors}
     for name in (repo_id, *repos.values()):
         _check_repo_id(name)
-    publisher = Publisher(token, private, gated, create_pr, commit_message, say)
+    publisher = Publisher(token, private, gated, create_pr, commit_message, progress)
     recipe = _recipe(files)
     shared = _shareable(recipe)
     anchors = {anchor.name: _anchor_repo(files, anchor, repo_id, repos[anchor.name], recipe) for anchor in own}
@@ -78,10 +79,10 @@ def push_chain(
     for repo in (*anchors.values(), index):
         publisher.look(repo)
     for name, repo in anchors.items():
-        publisher.say(f"anchor {name}: {format_bytes(repo.bytes)} to {repo.id}")
+        publisher.progress(f"anchor {name}: {format_bytes(repo.bytes)} to {repo.id}")
         pinned[name] = publisher.put(repo)
     index.files = _index_files(files, _published(manifest, repos, pinned, previews), shared)
-    publisher.say(f"index: {format_bytes(index.bytes)} to {repo_id}")
+    publisher.progress(f"index: {format_bytes(index.bytes)} to {repo_id}")
     commit = publisher.put(index)
     made_tag = slug = None
     if not create_pr:
@@ -100,7 +101,7 @@ def push_chain(
 
 def push_model(
     folder: Path, repo_id: str, *, private: bool | None = None, gated: Literal["auto", "manual"] | None = None, token: str | None = None,
-    create_pr: bool = False, commit_message: str | None = None, dry_run: bool = False, say: Say | None = None,
+    create_pr: bool = False, commit_message: str | None = None, dry_run: bool = False, progress: Progress | None = None,
 ) -> Publication:
     """Publish a model that was made from a chain, healed or not, with a card that names both anchors and the plan.
 
@@ -113,7 +114,7 @@ def push_model(
         create_pr: Open a pull request.
         commit_message: Message of the commit.
         dry_run: Check what is here, send nothing and ask the Hub nothing.
-        say: Called with each line of progress.
+        progress: Called with a line for each step of the work.
 
     Raises:
         WeightsError: If the folder holds no such model.
@@ -161,7 +162,7 @@ def push_model(
     if adapter and (old is None or not is_ours(old)):
         old = None  # peft's form to fill in
     repo = Repo(repo_id, "Model made with cbd_hub", files, merge_card(old, card), _OLD_MODEL)
-    return _push_one(repo, Publisher(token, private, gated, create_pr, commit_message, say), dry_run)
+    return _push_one(repo, Publisher(token, private, gated, create_pr, commit_message, progress), dry_run)
 
 
 def _without_place(path: Path) -> bytes:
@@ -175,7 +176,7 @@ def _without_place(path: Path) -> bytes:
 
 def push_anchor(
     repo_id: str, files: Mapping[str, Path], chain: Any, parameters: int, *, license: str | None, token: str | None = None, private: bool | None = None,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Push a ready checkpoint as a further anchor of a chain, with its card; gives the commit."""
     _check_repo_id(repo_id)
@@ -185,15 +186,15 @@ def push_anchor(
         manifest=chain.manifest, distilled=False,
     )
     repo = Repo(repo_id, f"Anchor of {source}", dict(files), card, _OLD_MODEL)
-    publisher = Publisher(token, private, None, False, None, say)
+    publisher = Publisher(token, private, None, False, None, progress)
     publisher.look(repo)
-    publisher.say(f"{format_bytes(repo.bytes)} to {repo_id}")
+    publisher.progress(f"{format_bytes(repo.bytes)} to {repo_id}")
     return publisher.put(repo)
 
 
 def commit_index(
     files: ChainFiles, manifest: Manifest, beside: Mapping[str, Path], anchor: Anchor, folder: Path, *, token: str | None = None,
-    create_pr: bool = False, say: Say | None = None,
+    create_pr: bool = False, progress: Progress | None = None,
 ) -> Publication:
     """Commit an extended manifest, and the files of its new anchor that lie beside it, to a published chain's index."""
     headers = {name: _header_text(folder / name) for name in anchor.weight_files}
@@ -208,7 +209,7 @@ def commit_index(
         contents["curve.png"] = picture
     stale = ("curve.png", *(TOKENIZER_FILES if anchor.name == manifest.anchors[0].name else ()))  # the chain's tokenizer is the first anchor's
     repo = Repo(files.name, f"Anchor {anchor.name} in {anchor.location.repo_id}", contents, card, stale, index=True)
-    publisher = Publisher(token, None, None, create_pr, None, say)
+    publisher = Publisher(token, None, None, create_pr, None, progress)
     publisher.look(repo)
     if repo.main != files.revision:
         raise StorageError(f"{files.name} has changed since it was read; nothing was written, run the same command again")
@@ -228,7 +229,7 @@ def _push_one(repo: Repo, publisher: Publisher, dry_run: bool) -> Publication:
         check_card(repo.card, repo.id)
         return Publication(repo.id, None, bytes={repo.id: repo.bytes})
     publisher.look(repo)
-    publisher.say(f"{format_bytes(repo.bytes)} to {repo.id}")
+    publisher.progress(f"{format_bytes(repo.bytes)} to {repo.id}")
     return Publication(repo.id, publisher.put(repo), bytes={repo.id: repo.bytes}, pull_requests=publisher.pull_requests)
 
 

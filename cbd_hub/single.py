@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Shape, public
 from cbd_hub.precision import best_device
+from cbd_hub.reporting import Progress
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, named_fields, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.texts import texts_of
@@ -103,7 +104,7 @@ class Single:
 
 def cut_single(
     model: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, calibration: Any = None,
-    column: str = "text", revision: str | None = None, options: Mapping[str, Any] | None = None, progress: Callable[[str], None] | None = None,
+    column: str = "text", revision: str | None = None, options: Mapping[str, Any] | None = None, progress: Progress | None = None,
 ) -> Single:
     """The cut of a model that loses least at a size, untrained; see `CBDModel.from_pretrained`.
 

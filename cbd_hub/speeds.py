@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from cbd_hub.chain import Chain
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.plans import anchor_config, speed_of, stopwatch, usual_sizes
+from cbd_hub.reporting import Report
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.measuring import Speed, measure_in_turns, measure_speed
 from cbd_hub.speed.stopwatch import CLOSE
@@ -46,7 +47,7 @@ class SizeSpeed:
 
 def speed_table(
     chain: Chain | str | os.PathLike[str], sizes: Sequence[str | int] | None = None, *, dtype: Any = None, device_map: Any = None, attn_implementation: str | None = None,
-    check: bool = False, recalibrate: bool = False, runs: int = 5, report: Callable[[str, int, int | None], None] | None = None,
+    check: bool = False, recalibrate: bool = False, runs: int = 5, report: Report | None = None,
 ) -> list[SizeSpeed]:
     """The speed of a chain's sizes on this machine, as `Speed` says it; no weight of the chain is read.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,11 +19,11 @@ from cbd_hub.errors import ArgumentError, IntegrityError
 from cbd_hub.files import sha256
 from cbd_hub.hub import fetch
 from cbd_hub.manifest import FILE_NAME, MAX_BYTES
+from cbd_hub.reporting import Progress
 
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 Content = Path | bytes
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Publisher:
     """One push: the client, how to push, and what came of it."""
 
     def __init__(
-        self, token: str | None, private: bool | None, gated: Literal["auto", "manual"] | None, create_pr: bool, message: str | None, say: Say | None
+        self, token: str | None, private: bool | None, gated: Literal["auto", "manual"] | None, create_pr: bool, message: str | None, progress: Progress | None
     ) -> None:
         self.client: HfApi = api(token)
         self.token, self.private, self.gated, self.create_pr, self.message = token, private, gated, create_pr, message
-        self.say: Say = say or (lambda line: None)
+        self.progress: Progress = progress or (lambda line: None)
         self.pull_requests: list[str] = []
         self._account: str | None = None
 

@@ -36,7 +36,7 @@ def publish(chain_folder: str, repo: str, size: str, private: bool) -> None:
     """Push, then load as anybody would."""
     from cbd_hub import CBDModel, Chain
 
-    published = Chain.from_pretrained(chain_folder).push_to_hub(repo, private=private, say=print)
+    published = Chain.from_pretrained(chain_folder).push_to_hub(repo, private=private, progress=print)
     print(published)
     print(CBDModel.plan(repo, size=size))  # what would be downloaded
     model = CBDModel.from_chain(repo, size=size)  # only the bytes that are read

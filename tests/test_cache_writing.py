@@ -57,11 +57,11 @@ def test_killed_and_run_again_it_comes_out_the_same(cache, tmp_path, stop):
     """Killed in a shard, the run leaves no cache and goes on behind the last whole shard; the folder is the same, byte for byte."""
     folder = tmp_path / "c"
 
-    def dying(done, total):
+    def dying(what, done, total):
         if done > stop * 32 + 8:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(target=write, args=(folder,), kwargs={"progress": dying})
+    process = multiprocessing.get_context("fork").Process(target=write, args=(folder,), kwargs={"report": dying})
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -72,7 +72,7 @@ def test_killed_and_run_again_it_comes_out_the_same(cache, tmp_path, stop):
         shard = min(folder.glob("data/*.arrow"))
         shard.write_bytes(shard.read_bytes()[:-100])
     asked = []
-    write(folder, progress=lambda done, total: asked.append(done))
+    write(folder, report=lambda what, done, total: asked.append(done))
     assert asked[0] == (8 if stop != 1 else 32)
     assert files(folder) == files(cache)
     assert not (folder / ".work").exists()
@@ -81,12 +81,12 @@ def test_killed_and_run_again_it_comes_out_the_same(cache, tmp_path, stop):
 def test_only_what_a_killed_run_left_is_removed(cache, tmp_path):
     folder = tmp_path / "c"
 
-    def visited(done, total):
+    def visited(what, done, total):
         (folder / ".ipynb_checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / ".note").write_text("of the user")
         (folder / f".README.md.x{ASIDE}").write_text("half")
 
-    write(folder, progress=visited)
+    write(folder, report=visited)
     assert (folder / "cache.json").read_bytes() == (cache / "cache.json").read_bytes()
     assert {path.name for path in folder.glob(".*")} == {".ipynb_checkpoints", ".note"}
 

@@ -34,7 +34,7 @@ def middle(chain):
 def test_a_pushed_chain_is_the_chain(hub, llama, tmp_path):
     chain = Chain.from_pretrained(llama)
     said = []
-    done = chain.push_to_hub("org/tiny", say=said.append)
+    done = chain.push_to_hub("org/tiny", progress=said.append)
     assert set(hub.repos) == {"org/tiny", *(f"org/tiny-{anchor.name}" for anchor in chain.anchors)}
     assert len(said) == 4
     assert done.tag == "v1"

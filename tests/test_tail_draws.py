@@ -158,12 +158,12 @@ def test_stopped_and_gone_on_draws_the_same(tmp_path):
     options = {"tokenizer": tiny.tokenizer(), "block_size": 32, "top_k": 12, "shard_tokens": 256}
     whole = write_cache(teacher, rows, tmp_path / "a", **options)
 
-    def stop(done, total):
+    def stop(what, done, total):
         if done >= 16:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_cache(teacher, rows, tmp_path / "b", progress=stop, **options)
+        write_cache(teacher, rows, tmp_path / "b", report=stop, **options)
     again = write_cache(teacher, rows, tmp_path / "b", **options)
     assert whole.record.source.tail_draws == 1
     assert all(np.array_equal(whole[index]["tail_ids"], again[index]["tail_ids"]) for index in range(len(whole)))

@@ -78,13 +78,13 @@ def cache_text(
     began = time.monotonic()
     with tqdm(desc="cache", unit="block", disable=quiet) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def report(what: str, done: int, total: int | None) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         cache = write_cache(
             model, rows, out_dir, tokenizer=load_tokenizer(folder), block_size=block_size or 128, top_k=top_k, bits=bits, max_tokens=max_tokens,
-            batch_size=batch_size, dtype=compute, student=asked, bos=bos, tail_draws=tail_draws, progress=progress,
+            batch_size=batch_size, dtype=compute, student=asked, bos=bos, tail_draws=tail_draws, report=report,
         )
     facts: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
     if push is not None:

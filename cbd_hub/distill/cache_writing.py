@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.losses.alignment import prefix_of
 from cbd_hub.losses.head import Listed, distillation_loss
 from cbd_hub.losses.log_probs import top_log_probs
+from cbd_hub.reporting import Report
 from cbd_hub.shapes import check_positions, parameter_count
 from cbd_hub.weights import tokenizer_sha256, weights_sha256
 
@@ -140,7 +141,7 @@ class _Asker:
 def write_cache(
     teacher: Any, rows: Iterable[Mapping[str, Any]], folder: str | os.PathLike[str], *, tokenizer: Any = None, block_size: int = 128,
     top_k: int = 128, bits: int = 8, max_tokens: int | None = None, batch_size: int = 8, shard_tokens: int = SHARD_TOKENS,
-    dtype: torch.dtype | None = None, student: Any = None, bos: bool = True, tail_draws: int | None = None, progress: Callable[[int, int], None] | None = None,
+    dtype: torch.dtype | None = None, student: Any = None, bos: bool = True, tail_draws: int | None = None, report: Report | None = None,
 ) -> TeacherCache:
     """Run a teacher over a text once and keep its top-k log-probabilities, as a folder that ``datasets.load_dataset`` reads.
 
@@ -166,7 +167,7 @@ def write_cache(
         bos: Begin each block of joined text with what the tokenizer puts before a text, such as gemma's ``<bos>``, without which it is no good teacher; as training
             on the text does.
         tail_draws: Tokens drawn from those that are not listed at a position; by default a twelfth of ``top_k``, or 1; 0 for the sum alone.
-        progress: Called with the blocks done and the blocks in all.
+        report: Called with what is done, how much of it, and of how much.
 
     Returns:
         The cache.
@@ -221,7 +222,7 @@ def write_cache(
         teacher = copy.deepcopy(teacher).to(dtype)
     try:
         with frozen(teacher, *([] if student is None else [student])):
-            _write(target, source, blocks, (codec, tail), teacher, student, batch_size, progress or (lambda done, total: None))
+            _write(target, source, blocks, (codec, tail), teacher, student, batch_size, report or (lambda what, done, total: None))
     except OSError as error:
         if isinstance(error, CBDError) or not disk_error(error):
             raise
@@ -231,12 +232,12 @@ def write_cache(
 
 def _write(
     target: Path, source: Source, blocks: list[dict[str, np.ndarray]], codecs: tuple[TopCodec, TailCodec], teacher: Any, student: Any, batch_size: int,
-    progress: Callable[[int, int], None],
+    report: Report,
 ) -> None:
     work = target / _WORK
     if _begun(target, source):
         shutil.rmtree(work, ignore_errors=True)  # there if it was killed at its very end
-        progress(len(blocks), len(blocks))
+        report("blocks cached", len(blocks), len(blocks))
         return
     count = -(-len(blocks) // source.shard_blocks)
     total, shards = _Sums(), []
@@ -252,13 +253,13 @@ def _write(
                     part = blocks[start : min(start + batch_size, last)]
                     for block, found in zip(part, asker(part, start), strict=True):
                         writer.write({**block, **found})
-                    progress(start + len(part), len(blocks))
+                    report("blocks cached", start + len(part), len(blocks))
                 writer.finalize()
             facts = {"bytes": partial.stat().st_size, "sha256": sha256(partial), "sums": vars(asker.sums)}
             write_text(work / f"{index:05d}.json", json.dumps(facts))
             (target / name).parent.mkdir(exist_ok=True)
             os.replace(partial, target / name)
-        progress(last, len(blocks))
+        report("blocks cached", last, len(blocks))
         shards.append(ShardRecord(path=name, rows=last - first, bytes=facts["bytes"], sha256=facts["sha256"]))
         total.add(_Sums(**facts["sums"]))
     figures = Figures(

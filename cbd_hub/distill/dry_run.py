@@ -42,6 +42,7 @@ from cbd_hub.losses.blocks import block_bytes
 from cbd_hub.manifest import Shape
 from cbd_hub.measure import ORDER_TOKENS, ORDER_TRIALS, SHARES
 from cbd_hub.precision import best_device
+from cbd_hub.reporting import Progress
 from cbd_hub.weights import load_tokenizer, model_class
 
 
@@ -91,7 +92,7 @@ class StageCost:
         return self.training + self.measuring
 
 
-def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None, *, parts: Parts | None = None, chain: Chain | None = None) -> list[StageCost]:
+def dry_run(recipe: Recipe, progress: Progress | None = None, *, parts: Parts | None = None, chain: Chain | None = None) -> list[StageCost]:
     """Estimate every stage of a recipe without training.
 
     A step of the stage's own kind and batch is timed with models of its width, random weights and one or five layers, on this machine; time
@@ -121,7 +122,8 @@ def dry_run(recipe: Recipe, progress: Callable[[str], None] = lambda line: None,
     check_stages(recipe, stages, config, {stage.name: stage_rows(recipe, stage.anchor, split) for stage in stages}, tokenizers)
     costs = []
     for stage in stages:
-        progress(f"{stage.name}: timing steps on a few layers")
+        if progress is not None:
+            progress(f"{stage.name}: timing steps on a few layers")
         own = base = stage.base(config)
         if stage.checkpoint is None:
             assert stage.size is not None

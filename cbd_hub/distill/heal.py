@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.manifest import Anchor
+from cbd_hub.reporting import Progress
 from cbd_hub.shapes import check_positions, parameter_count, shape_of
 from cbd_hub.sizes import format_size, with_error
 from cbd_hub.weights import weights_sha256
@@ -59,7 +60,7 @@ _OWN = {
 def heal(
     model: Any, chain: Chain | str | os.PathLike[str], dataset: Any = None, *, output_dir: str | os.PathLike[str] | None = None, tokens: int | None = None,
     eval_dataset: Any = None, heldout: float = 0.05, heldout_tokens: int = 8192, patience: int | None = 2, peft_config: Any = None, merge: bool = True,
-    teacher_cache: TeacherCache | str | os.PathLike[str] | None = None, revision: str | None = None, progress: Callable[[str], None] | None = None, **training: Any,
+    teacher_cache: TeacherCache | str | os.PathLike[str] | None = None, revision: str | None = None, progress: Progress | None = None, **training: Any,
 ) -> Any:
     """Distil a model in between two anchors for a short while from the larger one, and give back the weights with the least held-out loss.
 
@@ -158,7 +159,7 @@ def heal(
     return healed
 
 
-def _train(healer: Healer, teacher: str, say: Callable[[str], None]) -> None:
+def _train(healer: Healer, teacher: str, say: Progress) -> None:
     """Let it learn, from its last checkpoint on where there is one.
 
     Raises:

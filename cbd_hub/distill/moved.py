@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from cbd_hub.evaluation import BITS, Losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.precision import best_device
+from cbd_hub.reporting import Progress
 from cbd_hub.retokenize import Retokenized, difference_of, measured, retokenize
 from cbd_hub.texts import utf8
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
@@ -41,7 +42,7 @@ def retokenize_and_train(
     model: str | os.PathLike[str], output_dir: str | os.PathLike[str], text: Sequence[str], *, steps: int, keep: int | str | None = None,
     tokenizer: str | os.PathLike[str] | None = None, revision: str | None = None, bridge: str = "span", ce_weight: float = 1.0, learning_rate: float = 1e-4,
     batch_size: int = 8, block_size: int = 128, bf16: bool = True, save_steps: int = 25, heldout: float = 0.05, seed: int = 0, quiet: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Retokenized:
     """Write a model with another vocabulary, as `cbd_hub.retokenize.retokenize` does, after a short distillation from the model itself.
 
@@ -103,7 +104,7 @@ def retokenize_and_train(
 
 
 def _trained(
-    work: Path, target: Path, source: Path, heldout: Sequence[str], rows: list[Any], asked: dict[str, Any], save_steps: int, quiet: bool, say: Callable[[str], None]
+    work: Path, target: Path, source: Path, heldout: Sequence[str], rows: list[Any], asked: dict[str, Any], save_steps: int, quiet: bool, say: Progress
 ) -> tuple[Retokenized, Path]:
     """What became of the model, and the folder of the trained one."""
     start, final = work / "start", work / "model"

@@ -47,6 +47,7 @@ from cbd_hub.interpolation.plan import Kept
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
+from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
 
@@ -56,7 +57,7 @@ _WORK = ".work"
 
 def distill_chain(
     recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], output_dir: str | os.PathLike[str], *,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Chain:
     """Carry out a recipe: every anchor cut from the one above it, distilled, and the segments between them measured.
 
@@ -122,7 +123,7 @@ class _Run:
         chain: The finished chain in the folder, where there is one, which the recipe is to make longer.
     """
 
-    def __init__(self, recipe: Recipe, target: Path, progress: Callable[[str], None], chain: Chain | None = None) -> None:
+    def __init__(self, recipe: Recipe, target: Path, progress: Progress, chain: Chain | None = None) -> None:
         self.recipe, self.target, self.progress = recipe, target, progress
         self.finished = None if chain is None else Finished(chain, recipe)
         self.work = target / _WORK

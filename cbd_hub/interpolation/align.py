@@ -16,12 +16,13 @@ from cbd_hub.errors import ArchitectureError, ArgumentError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, turned
-from cbd_hub.interpolation.fitting import Fit, Report, Residual, activations, unit_orders
+from cbd_hub.interpolation.fitting import Fit, Residual, activations, unit_orders
 from cbd_hub.interpolation.live import frozen
 from cbd_hub.interpolation.maps import Maps, places
 from cbd_hub.interpolation.plan import Kept, Segment, layer_types, small_eps
 from cbd_hub.interpolation.refine import middle_loss, refine
 from cbd_hub.manifest import Mix
+from cbd_hub.reporting import Report
 from cbd_hub.shapes import block_size, check_positions, other_differences, shape_of
 from cbd_hub.weights import LOADING, check_finite
 

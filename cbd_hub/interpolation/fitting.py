@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,12 +18,12 @@ from cbd_hub.interpolation.maps import Maps, head_role, linear_half, norms, plac
 from cbd_hub.interpolation.matching import assign, common_layers, kernel_alignment, orthogonal, rotary
 from cbd_hub.interpolation.plan import Kept, layer_types
 from cbd_hub.manifest import Shape
+from cbd_hub.reporting import Report
 from cbd_hub.shapes import shape_of
 
 
 Residual = Literal["rotation", "permutation"]
 Activations = dict[str, Tensor]
-Report = Callable[[str, int, int | None], None]  # what is done, how much of it, and of how much where that is known
 _ROUNDS = 4
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from cbd_hub.interpolation.blend import blend_plan
-from cbd_hub.interpolation.fitting import Report
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner, frozen
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.plan import Plan, Segment
 from cbd_hub.interpolation.planner import road_at, shape_at
 from cbd_hub.losses.head import distillation_loss
 from cbd_hub.manifest import Mix
+from cbd_hub.reporting import Report
 
 
 SHARES = (0.25, 0.5, 0.75)

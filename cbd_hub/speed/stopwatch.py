@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from cbd_hub.configs import whole_config
 from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.families import family_of
 from cbd_hub.files import write_text
+from cbd_hub.reporting import Report
 from cbd_hub.shapes import config_for, parameter_count, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.speed.measuring import Speed, measure_in_turns, measure_speed
@@ -69,7 +70,7 @@ class Stopwatch:
     device: torch.device
     attn_implementation: str | None = None
     again: bool = False
-    report: Callable[[str, int, int | None], None] | None = None
+    report: Report | None = None
     fresh: bool = False
     _known: dict[str, list[Probe]] = field(default_factory=dict)
 
