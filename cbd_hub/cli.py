@@ -38,6 +38,7 @@ from cbd_hub.options import (
     SizeOption,
     StrategyOption,
     ToleranceOption,
+    names_of_text,
     shape_of_text,
     sizes_of_text,
 )
@@ -285,6 +286,9 @@ def evaluate(
         str | None, typer.Option("--tasks", help="Multiple-choice questions: .jsonl files, with commas between them, of query, choices, answer.", show_default=False)
     ] = None,
     sizes: Annotated[str | None, typer.Option("--sizes", help='Sizes, such as "110M,120M"; the anchors by default.', show_default=False)] = None,
+    models: Annotated[
+        str | None, typer.Option("--models", help="Other models to measure beside them, with commas between: folders, such as that of a healed size, or Hub ids.", show_default=False)
+    ] = None,
     strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of text to use.")] = 8000,
     block_size: Annotated[int, typer.Option("--block-size", min=2, help="Longest document in tokens.")] = 128,
@@ -300,7 +304,7 @@ def evaluate(
     opened = Chain.from_pretrained(chain, revision=revision)
     with reported() as report:
         found = evaluate_sizes(
-            opened, sizes_of_text(sizes), text=text, tasks=[name.strip() for name in tasks.split(",")] if tasks else [], column=column,
+            opened, sizes_of_text(sizes), models=names_of_text(models), text=text, tasks=names_of_text(tasks), column=column,
             block_size=block_size, max_tokens=max_tokens, report=report, strategy=strategy, alpha=alpha, tolerance=tolerance,
         )
     if as_json:
@@ -309,7 +313,7 @@ def evaluate(
     if found.tasks:
         table_of(f"{opened.name}: share of right answers ± standard error; norm: by characters of the choice", [
             {
-                "size": row["size"], "task": row["task"], "questions": row["questions"], "accuracy": with_error(row["accuracy"], row["accuracy_stderr"]),
+                "size": row["size"], **_named(row, found.tasks), "task": row["task"], "questions": row["questions"], "accuracy": with_error(row["accuracy"], row["accuracy_stderr"]),
                 "norm": with_error(row["accuracy_norm"], row["accuracy_norm_stderr"]),
             }
             for row in found.tasks
@@ -322,12 +326,17 @@ def evaluate(
     )
     table_of(f"{opened.name} on {text}, {found.counts['documents']} documents: {what}", [
         {
-            "size": row["size"], "parameters": row["parameters"], "by": row["strategy"],
+            "size": row["size"], "parameters": row["parameters"], "by": row.get("strategy", row.get("model")),
             **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if found.one_vocabulary else {}),
             "bits/byte": with_error(row["bits_per_byte"], row["bits_per_byte_stderr"]) if "bits_per_byte_stderr" in row else row["bits_per_byte"],
         }
         for row in found.results
     ])
+
+
+def _named(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The column of other models' names, where there are any."""
+    return {"model": row.get("model", "")} if any("model" in row for row in rows) else {}
 
 
 def _quiet() -> None:

@@ -1,22 +1,28 @@
-"""Sizes of a chain beside each other: what they lose on held-out text, and how many questions they answer right."""
+"""Sizes of a chain beside each other and beside other models: what they lose on held-out text, and how many questions they answer right."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cbd_hub.chain import Chain
+from cbd_hub.configs import read_config
 from cbd_hub.distill.data import as_document, is_conversation, read_rows
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import BITS, Documents, bits_per_byte, document_losses
+from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.precision import best_device
 from cbd_hub.questions import Question, choice_accuracy
 from cbd_hub.reporting import Report
+from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import format_size
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, vocabulary_sha256
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,12 @@ class Evaluated:
 
     Attributes:
         results: One row per size, on the text: ``size``, ``parameters``, ``strategy``, ``loss`` (nats per token) with its ``stderr`` over documents,
-            ``perplexity`` and ``bits_per_byte``, in a chain of several vocabularies with its error, ``bits_per_byte_stderr``.
-        tasks: One row per size and file of questions: ``size``, ``parameters``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their errors.
+            ``perplexity`` and ``bits_per_byte``, with several vocabularies with its error, ``bits_per_byte_stderr``. One of another model has its name,
+            ``model``, in the place of the strategy.
+        tasks: One row per size and file of questions: ``size``, ``parameters``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their
+            errors; of another model with its name, ``model``.
         counts: How much text that was: ``documents`` and ``tokens``, or ``bytes``; empty without text.
-        one_vocabulary: Whether all these sizes have one; else bits per byte alone, of the same bytes, compare them.
+        one_vocabulary: Whether all of them have one; else bits per byte alone, of the same bytes, compare them.
     """
 
     results: list[dict[str, Any]]
@@ -37,15 +45,44 @@ class Evaluated:
     one_vocabulary: bool
 
 
+@dataclass(frozen=True)
+class _Contender:
+    """A size, or another model: what is said of it, its vocabulary, and what loads its tokenizer and itself."""
+
+    facts: dict[str, Any]
+    by: dict[str, str]
+    vocabulary: str | None
+    tokenizer: Callable[[], Any]
+    model: Callable[[], Any]
+
+    @classmethod
+    def size(cls, chain: Chain, size: str | int, wish: Mapping[str, Any]) -> _Contender:
+        """A size of a chain."""
+        plan = chain.plan(size, **wish)
+        vocabulary = chain.neighbours(plan.parameters)[0].tokenizer_sha256  # several across a bridge
+        facts = {"size": format_size(plan.parameters), "parameters": plan.parameters}
+        return cls(facts, {"strategy": plan.strategy}, vocabulary, partial(chain.tokenizer, plan.parameters), partial(chain.model, size, **wish))
+
+    @classmethod
+    def other(cls, name: str) -> _Contender:
+        """A model folder, or a Hub id."""
+        folder = resolve_checkpoint(name)
+        config = read_config(folder)
+        parameters = parameter_count(config)
+        facts = {"model": name, "size": format_size(parameters), "parameters": parameters}
+        return cls(facts, {}, vocabulary_sha256(folder) or name, partial(load_tokenizer, folder), partial(load_model, folder, Checkpoint(folder, config).dtype))
+
+
 def evaluate_sizes(
-    chain: Chain, sizes: Sequence[str | int] | None = None, *, text: str | None = None, tasks: Sequence[str] = (), column: str = "text",
+    chain: Chain, sizes: Sequence[str | int] | None = None, *, models: Sequence[str | os.PathLike[str]] = (), text: str | None = None, tasks: Sequence[str] = (), column: str = "text",
     block_size: int = 128, max_tokens: int = 8000, report: Report | None = None, **wish: Any,
 ) -> Evaluated:
-    """Held-out loss of sizes of a chain, and their accuracy on multiple-choice questions.
+    """Held-out loss of sizes of a chain, and their accuracy on multiple-choice questions; beside those of other models, where they are named.
 
     Args:
         chain: The chain.
         sizes: The sizes; None for the anchors.
+        models: Other models to measure: folders, such as that of a healed size, or Hub ids. One with a vocabulary of its own is compared in bits per byte.
         text: Held-out text: a file or a pattern. Of prompts with completions and of chats the answers count.
         tasks: Files of questions, as `Question.read` takes them.
         column: Column of the text, in files that have columns.
@@ -58,6 +95,8 @@ def evaluate_sizes(
         ArgumentError: If neither text nor tasks are given.
         DataError: If the text cannot be read or is too short.
         SizeError: If a size lies outside the chain.
+        StorageError: If a model is neither a folder nor on the Hub.
+        ArchitectureError: If its architecture has no axis table.
 
     Example:
         >>> evaluated = evaluate_sizes(Chain.from_pretrained("./chain"), ["117M", "max"], text="heldout.txt")  # doctest: +SKIP
@@ -66,21 +105,20 @@ def evaluate_sizes(
     if text is None and not tasks:
         raise ArgumentError("neither text nor tasks were given; name a text file, or a .jsonl file of questions")
     wishes = [anchor.parameters for anchor in chain.anchors] if sizes is None else list(sizes)
-    plans = [chain.plan(size, **wish) for size in wishes]
+    contenders = [*(_Contender.size(chain, size, wish) for size in wishes), *(_Contender.other(os.fspath(model)) for model in models)]
     questions = {name: Question.read(name) for name in tasks}
     rows = None if text is None else read_rows(text, column)
-    vocabularies = [chain.neighbours(plan.parameters)[0].tokenizer_sha256 for plan in plans]  # several across a bridge
-    sides = {vocabulary: chain.tokenizer(plan.parameters) for vocabulary, plan in dict(zip(vocabularies, plans)).items()}
+    sides = {vocabulary: found.tokenizer() for vocabulary, found in {contender.vocabulary: contender for contender in contenders}.items()}
     texts = {} if rows is None else {vocabulary: _documents(rows, tokenizer, block_size, max_tokens, str(text)) for vocabulary, tokenizer in sides.items()}
     same = None if rows is None else _same_bytes(chain, rows, sides, block_size, max_tokens)
     results: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     counts = {"documents": len(documents.ids), "tokens": documents.tokens} if (documents := next(iter(texts.values()), None)) is not None else {}
-    for place, (size, plan, vocabulary) in enumerate(zip(wishes, plans, vocabularies)):
-        facts = {"size": format_size(plan.parameters), "parameters": plan.parameters}
+    for place, contender in enumerate(contenders):
+        facts, vocabulary = contender.facts, contender.vocabulary
         if report is not None:
-            report(f"measuring {facts['size']}", place, len(plans))
-        runner = ModelRunner(chain.model(size, **wish).to(best_device()))
+            report(f"measuring {facts.get('model', facts['size'])}", place, len(contenders))
+        runner = ModelRunner(contender.model().to(best_device()))
         answers += [{**facts, "task": name, **choice_accuracy(runner, asked, sides[vocabulary])} for name, asked in questions.items()]
         if rows is None:
             continue
@@ -90,7 +128,7 @@ def evaluate_sizes(
             of_bytes = same.losses(runner, sides[vocabulary])
             bits = {"bits_per_byte": of_bytes.mean * BITS, "bits_per_byte_stderr": None if of_bytes.stderr is None else of_bytes.stderr * BITS}
             counts = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())} if len(sides) > 1 else counts
-        results.append({**facts, "strategy": plan.strategy, "loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, **bits})
+        results.append({**facts, **contender.by, "loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, **bits})
     return Evaluated(results, answers, counts, len(sides) == 1)
 
 

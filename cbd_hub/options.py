@@ -59,7 +59,12 @@ def sizes_of_text(text: str | None) -> list[str] | None:
     """Sizes from "110M,120M"."""
     if text is None:
         return None
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    found = names_of_text(text)
     if not found:
         raise ArgumentError(f'sizes "{text}" name none; write them as "110M,120M"')
     return found
+
+
+def names_of_text(text: str | None) -> list[str]:
+    """Names with commas between them; none of None."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

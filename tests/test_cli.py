@@ -12,6 +12,7 @@ import typer
 import yaml
 from conftest import ONE_FAMILY
 from conftest import recipe as make_recipe
+from tokenizers_for_bridge import byte_level
 from transformers import AutoModelForCausalLM
 
 from cbd_hub import Chain, cli
@@ -72,6 +73,33 @@ def test_tasks_are_answered(cbd, chain, tmp_path):
     assert code == 0
     assert "accuracy" in table
     assert cbd("eval", chain)[0] == 2
+
+
+@ONE_FAMILY
+def test_other_models_are_measured_beside_sizes(cbd, chain, text, tmp_path):
+    """One made from the chain loses what its size does; one with another vocabulary is compared on the same bytes, and the folder that is a chain is named."""
+    size = middle(chain)
+    assert cbd("make", chain, "--size", size, "--out", tmp_path / "made")[0] == 0
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": f"{n} and", "choices": [" one", " two"], "answer": n % 2}) + "\n" for n in range(6)))
+    words = ("eval", chain, "--text", text, "--tasks", tmp_path / "q.jsonl", "--sizes", size, "--models")
+    found = json.loads(cbd(*words, tmp_path / "made", "--json")[1])
+    ours, theirs = found["results"]
+    assert (theirs.pop("model"), ours.pop("strategy")) == (str(tmp_path / "made"), Chain.from_pretrained(chain).plan(size).strategy)
+    assert ours == theirs
+    assert found["tokens"]
+    assert [row.get("model") for row in found["tasks"]] == [None, str(tmp_path / "made")]
+    other = byte_level()
+    model = tiny.llama()
+    model.resize_token_embeddings(len(other))
+    model.save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    code, table, _ = cbd(*words, f"{tmp_path / 'made'}, {tmp_path / 'other'}")
+    assert code == 0
+    assert "the same for each vocabulary" in table
+    assert "other" in table
+    code, _, errors = cbd(*words, chain)
+    assert code == 1
+    assert "is a chain, not a model" in errors
 
 
 def test_generation_depends_on_the_seed_alone(cbd, chain):
