@@ -22,7 +22,7 @@ from cbd_hub.manifest import FILE_NAME, MODEL_TYPE
 
 
 GENERATION_CONFIG = "generation_config.json"
-_RECORD = 1  # of what is remembered
+_RECORD = 2  # of what is remembered: a change of it makes the old unread
 
 
 class StoredConfig:

@@ -213,11 +213,6 @@ class Checkpoint:
             self._handles[path] = safe_open(path, framework="pt")
         return self._handles[path].get_tensor(key)
 
-    def bytes_of(self, name: str) -> int:
-        """Stored bytes of a tensor."""
-        first, last = self._spans[name]
-        return last - first
-
     def remember(self) -> None:
         """Keep the verdicts of the checks for later processes."""
         for checked in self._checked.values():
