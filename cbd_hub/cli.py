@@ -329,6 +329,7 @@ def evaluate(
             "size": row["size"], "parameters": row["parameters"], "by": row.get("strategy", row.get("model")),
             **({"loss": with_error(row["loss"], row["stderr"]), "perplexity": row["perplexity"]} if found.one_vocabulary else {}),
             "bits/byte": with_error(row["bits_per_byte"], row["bits_per_byte_stderr"]) if "bits_per_byte_stderr" in row else row["bits_per_byte"],
+            **({"less the first, paired": with_error(row["difference"], row["difference_stderr"], "+.3f") if "difference" in row else ""} if len(found.results) > 1 else {}),
         }
         for row in found.results
     ])

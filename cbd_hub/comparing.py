@@ -14,7 +14,7 @@ from cbd_hub.distill.data import as_document, is_conversation, read_rows
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.errors import ArgumentError, DataError
-from cbd_hub.evaluation import BITS, Documents, bits_per_byte, document_losses
+from cbd_hub.evaluation import BITS, Documents, Losses, bits_per_byte, document_losses
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.precision import best_device
@@ -22,7 +22,7 @@ from cbd_hub.questions import Question, choice_accuracy
 from cbd_hub.reporting import Report
 from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, vocabulary_sha256
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, tokenizer_sha256
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Evaluated:
     Attributes:
         results: One row per size, on the text: ``size``, ``parameters``, ``strategy``, ``loss`` (nats per token) with its ``stderr`` over documents,
             ``perplexity`` and ``bits_per_byte``, with several vocabularies with its error, ``bits_per_byte_stderr``. One of another model has its name,
-            ``model``, in the place of the strategy.
+            ``model``, in the place of the strategy. From the second row on also ``difference``, what it loses more than the first one, paired over
+            documents, with ``difference_stderr``: in nats per token, and with several vocabularies in bits per byte.
         tasks: One row per size and file of questions: ``size``, ``parameters``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their
             errors; of another model with its name, ``model``.
         counts: How much text that was: ``documents`` and ``tokens``, or ``bytes``; empty without text.
@@ -47,11 +48,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class _Contender:
-    """A size, or another model: what is said of it, its vocabulary, and what loads its tokenizer and itself."""
+    """A size, or another model: what is said of it, what its tokenizer is the same as, and what loads its tokenizer and itself."""
 
     facts: dict[str, Any]
     by: dict[str, str]
-    vocabulary: str | None
+    source: str | None
     tokenizer: Callable[[], Any]
     model: Callable[[], Any]
 
@@ -59,9 +60,9 @@ class _Contender:
     def size(cls, chain: Chain, size: str | int, wish: Mapping[str, Any]) -> _Contender:
         """A size of a chain."""
         plan = chain.plan(size, **wish)
-        vocabulary = chain.neighbours(plan.parameters)[0].tokenizer_sha256  # several across a bridge
+        source = chain.neighbours(plan.parameters)[0].tokenizer_sha256  # several across a bridge
         facts = {"size": format_size(plan.parameters), "parameters": plan.parameters}
-        return cls(facts, {"strategy": plan.strategy}, vocabulary, partial(chain.tokenizer, plan.parameters), partial(chain.model, size, **wish))
+        return cls(facts, {"strategy": plan.strategy}, source, partial(chain.tokenizer, plan.parameters), partial(chain.model, size, **wish))
 
     @classmethod
     def other(cls, name: str) -> _Contender:
@@ -70,7 +71,7 @@ class _Contender:
         config = read_config(folder)
         parameters = parameter_count(config)
         facts = {"model": name, "size": format_size(parameters), "parameters": parameters}
-        return cls(facts, {}, vocabulary_sha256(folder) or name, partial(load_tokenizer, folder), partial(load_model, folder, Checkpoint(folder, config).dtype))
+        return cls(facts, {}, name, partial(load_tokenizer, folder), partial(load_model, folder, Checkpoint(folder, config).dtype))
 
 
 def evaluate_sizes(
@@ -108,27 +109,41 @@ def evaluate_sizes(
     contenders = [*(_Contender.size(chain, size, wish) for size in wishes), *(_Contender.other(os.fspath(model)) for model in models)]
     questions = {name: Question.read(name) for name in tasks}
     rows = None if text is None else read_rows(text, column)
-    sides = {vocabulary: found.tokenizer() for vocabulary, found in {contender.vocabulary: contender for contender in contenders}.items()}
+    tokenizers = {source: found.tokenizer() for source, found in {contender.source: contender for contender in contenders}.items()}
+    chats = rows is not None and is_conversation(rows[0])
+    vocabularies = {source: tokenizer_sha256(tokenizer, chats) for source, tokenizer in tokenizers.items()}
+    sides = {vocabularies[source]: tokenizer for source, tokenizer in tokenizers.items()}
     texts = {} if rows is None else {vocabulary: _documents(rows, tokenizer, block_size, max_tokens, str(text)) for vocabulary, tokenizer in sides.items()}
-    same = None if rows is None else _same_bytes(chain, rows, sides, block_size, max_tokens)
+    same = None
+    if rows is not None:
+        rest = {anchor.tokenizer_sha256: anchor.parameters for anchor in chain.anchors if anchor.tokenizer_sha256 not in tokenizers}
+        others = {tokenizer_sha256(tokenizer, chats): tokenizer for tokenizer in map(chain.tokenizer, rest.values())}
+        same = _same_bytes(rows, sides, {**others, **sides}, block_size, max_tokens)
+    first: Losses | None = None
     results: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     counts = {"documents": len(documents.ids), "tokens": documents.tokens} if (documents := next(iter(texts.values()), None)) is not None else {}
     for place, contender in enumerate(contenders):
-        facts, vocabulary = contender.facts, contender.vocabulary
+        facts, vocabulary = contender.facts, vocabularies[contender.source]
         if report is not None:
             report(f"measuring {facts.get('model', facts['size'])}", place, len(contenders))
         runner = ModelRunner(contender.model().to(best_device()))
         answers += [{**facts, "task": name, **choice_accuracy(runner, asked, sides[vocabulary])} for name, asked in questions.items()]
         if rows is None:
             continue
-        losses = document_losses(runner, texts[vocabulary])
+        losses = compared = document_losses(runner, texts[vocabulary])
         bits: dict[str, float | None] = {"bits_per_byte": bits_per_byte(losses, texts[vocabulary])}
         if same is not None:
             of_bytes = same.losses(runner, sides[vocabulary])
             bits = {"bits_per_byte": of_bytes.mean * BITS, "bits_per_byte_stderr": None if of_bytes.stderr is None else of_bytes.stderr * BITS}
-            counts = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())} if len(sides) > 1 else counts
+            if len(sides) > 1:
+                counts = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())}
+                compared = Losses(of_bytes.nats * BITS, of_bytes.tokens)
         results.append({**facts, **contender.by, "loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, **bits})
+        if first is None:
+            first = compared
+        else:
+            results[-1]["difference"], results[-1]["difference_stderr"] = compared.minus((1.0, first))
     return Evaluated(results, answers, counts, len(sides) == 1)
 
 
@@ -142,14 +157,13 @@ def _documents(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: in
     return found
 
 
-def _same_bytes(chain: Chain, rows: Sequence[Mapping[str, Any]], sides: Mapping[Any, Any], block_size: int, max_tokens: int) -> SameBytes | None:
-    """The text as all vocabularies of a chain read it, whatever sizes are asked for; None where it has one, or where nothing is left and one is asked for."""
-    others = {anchor.tokenizer_sha256: anchor.parameters for anchor in chain.anchors if anchor.tokenizer_sha256 not in sides}
-    if len(sides) + len(others) == 1:
+def _same_bytes(rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Any], known: Mapping[str, Any], block_size: int, max_tokens: int) -> SameBytes | None:
+    """The text as all known vocabularies read it, whatever sizes are asked for; None where there is one, or where nothing is left and one is asked for."""
+    if len(known) == 1:
         return None
     try:
-        return SameBytes([as_document(row) for row in rows], [*sides.values(), *map(chain.tokenizer, others.values())], block_size, max_tokens)
+        return SameBytes([as_document(row) for row in rows], list(known.values()), block_size, max_tokens)
     except DataError:
-        if len(sides) > 1:
+        if len(asked) > 1:
             raise
         return None

@@ -333,11 +333,11 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Fingerprint of what a tokenizer makes of a text or a chat."""
+def tokenizer_sha256(tokenizer: Any, chats: bool = True) -> str:
+    """Fingerprint of what a tokenizer makes of a text, and of a chat where those count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     facts = {"vocab": tokenizer.get_vocab()} if backend is None else _without_state(backend)
-    facts["cbd"] = [tokenizer.eos_token_id, tokenizer.chat_template]
+    facts["cbd"] = [tokenizer.eos_token_id, *([tokenizer.chat_template] if chats else [])]
     return _facts_sha256(facts)
 
 

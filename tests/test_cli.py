@@ -85,8 +85,12 @@ def test_other_models_are_measured_beside_sizes(cbd, chain, text, tmp_path):
     found = json.loads(cbd(*words, tmp_path / "made", "--json")[1])
     ours, theirs = found["results"]
     assert (theirs.pop("model"), ours.pop("strategy")) == (str(tmp_path / "made"), Chain.from_pretrained(chain).plan(size).strategy)
+    assert (theirs.pop("difference"), theirs.pop("difference_stderr")) == (0, 0)
     assert ours == theirs
     assert found["tokens"]
+    ours, theirs = json.loads(cbd("eval", chain, "--text", text, "--sizes", f"{size},min", "--json")[1])["results"]
+    assert theirs["difference"] == pytest.approx(theirs["loss"] - ours["loss"], abs=1e-6)
+    assert theirs["difference_stderr"] > 0
     assert [row.get("model") for row in found["tasks"]] == [None, str(tmp_path / "made")]
     other = byte_level()
     model = tiny.llama()
@@ -96,6 +100,7 @@ def test_other_models_are_measured_beside_sizes(cbd, chain, text, tmp_path):
     code, table, _ = cbd(*words, f"{tmp_path / 'made'}, {tmp_path / 'other'}")
     assert code == 0
     assert "the same for each vocabulary" in table
+    assert "less the first, paired" in table
     assert "other" in table
     code, _, errors = cbd(*words, chain)
     assert code == 1

@@ -3,7 +3,7 @@
     python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--share 0.5] [--free] [--seeds 3]
 
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
-as the least-loss cut chooses) and distilled alike, that of hidden width with a fifth of its steps on the path, as recipes do, and without, that of least loss without, as recipes do, and with; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
+as the least-loss cut chooses) and distilled alike, that of hidden width with a fifth of its steps on the path, as recipes do, and without, those of least loss and of FFN width without, as recipes do, and with; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
 after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, its student of its own and the improved boomerang, with other seeds.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
@@ -50,9 +50,10 @@ from rivals import collapsed, selected
 
 
 SEGMENTS: dict[str, dict[str, int] | int] = {
-    "least loss": 99_000_000, "least loss, path": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "hidden": {"hidden": 423}, "hidden, no path": {"hidden": 423},
+    "least loss": 99_000_000, "least loss, path": 99_000_000, "depth": {"layers": 20}, "ffn": {"ffn": 848}, "ffn, path": {"ffn": 848},
+    "hidden": {"hidden": 423}, "hidden, no path": {"hidden": 423},
 }
-PATH = {"hidden": HIDDEN_PATH, "least loss, path": HIDDEN_PATH}  # the share of the anchor's steps on the path: hidden width has it in recipes, the least-loss cut may
+PATH = dict.fromkeys(("hidden", "least loss, path", "ffn, path"), HIDDEN_PATH)  # the share of the anchor's steps on the path: recipes have it where hidden width moves
 HEAL = 0.05  # of a stage's steps
 LEAST_HEAL = 5  # steps; with fewer a schedule with warm-up has hardly begun
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
