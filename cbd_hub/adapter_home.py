@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from cbd_hub.adapter_files import Adapter, Module
 from cbd_hub.configs import read_config
-from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError, WeightsError
+from cbd_hub.errors import ArchitectureError, ArgumentError, IntegrityError, SizeError, WeightsError
 from cbd_hub.families import Family, family_of
 from cbd_hub.families.table import Dimension, dimension_size
+from cbd_hub.files import check_file
 from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.carrying import Place
 from cbd_hub.interpolation.plan import Plan
@@ -66,7 +67,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
     """Where an adapter was trained.
 
     As ``size`` says, made as the config.json below records it where that is of this size; else the config.json beside it or in its base model's folder, if cbd_hub
-    wrote it; else its base model's name, where that is an anchor's; else the one place that its modules and their shapes fit, as a chain makes it by its size.
+    wrote it; else its base model's name, where that is an anchor's, or a folder with the weights of one; else the one place that its modules and their shapes fit, as a chain makes it by its size.
     All are checked against the modules and the shapes.
 
     Args:
@@ -135,10 +136,26 @@ def _named(files: ChainFiles, base: str) -> Anchor | None:
                 return anchor
         elif not path.is_dir() and location.subfolder is None and base == remote[0]:
             return anchor
+    same = next((anchor for anchor in manifest.anchors if _holds(path, anchor)), None)
+    if same is not None:
+        return same
     first, teacher = manifest.anchors[0], manifest.teacher
     if teacher is not None and teacher.repo_id == base and first.origin == "source" and first.parameters == teacher.parameters:
         return first
     return None
+
+
+def _holds(folder: Path, anchor: Anchor) -> bool:
+    """Whether a folder is the checkpoint that an anchor was made of: its weights are the same, byte for byte."""
+    weights = {folder / name: record for name, record in anchor.files.items() if name.endswith(".safetensors")}
+    if not weights or not all(path.is_file() and path.stat().st_size == record.bytes for path, record in weights.items()):
+        return False
+    try:
+        for path, record in weights.items():
+            check_file(path, record.sha256, record.bytes)
+    except IntegrityError:
+        return False
+    return True
 
 
 def misfit_of(adapter: Adapter, config: Any) -> str | None:

@@ -384,7 +384,7 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
     big, little = shapes.shape_of(large_config), shapes.shape_of(small_config)
     if big.vocab != little.vocab or vocabulary_sha256(large_folder) != vocabulary_sha256(small_folder):
         raise VocabularyMismatchError(
-            f"{pair} have different tokenizers (vocabularies of {big.vocab:,} and {little.vocab:,} rows); a segment needs one vocabulary"
+            f"{pair} have different tokenizers (vocabularies of {big.vocab:,} and {little.vocab:,} rows); a segment needs one vocabulary. Where they should be one, copy the tokenizer's files of either folder to the other"
         )
     if big.head_size != little.head_size:
         raise ArchitectureError(f"{pair} have head_size {big.head_size} and {little.head_size}; anchors must agree in the size of their heads")

@@ -304,7 +304,7 @@ def evaluate(
     opened = Chain.from_pretrained(chain, revision=revision)
     with reported() as report:
         found = evaluate_sizes(
-            opened, sizes_of_text(sizes), models=names_of_text(models), text=text, tasks=names_of_text(tasks), column=column,
+            opened, sizes_of_text(sizes), models=names_of_text(models, "models", "./model,org/name"), text=text, tasks=names_of_text(tasks, "tasks", "a.jsonl,b.jsonl"), column=column,
             block_size=block_size, max_tokens=max_tokens, report=report, strategy=strategy, alpha=alpha, tolerance=tolerance,
         )
     if as_json:

@@ -17,10 +17,11 @@ from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import BITS, Documents, Losses, bits_per_byte, document_losses
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
+from cbd_hub.losses.alignment import rowless_tokens
 from cbd_hub.precision import best_device
 from cbd_hub.questions import Question, choice_accuracy
 from cbd_hub.reporting import Report
-from cbd_hub.shapes import parameter_count
+from cbd_hub.shapes import check_positions, parameter_count, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, tokenizer_sha256
 
@@ -34,7 +35,7 @@ class Evaluated:
             ``perplexity`` and ``bits_per_byte``, with several vocabularies with its error, ``bits_per_byte_stderr``. One of another model has its name,
             ``model``, in the place of the strategy. From the second row on also ``difference``, what it loses more than the first one, paired over
             documents, with ``difference_stderr``: in nats per token, and with several vocabularies in bits per byte.
-        tasks: One row per size and file of questions: ``size``, ``parameters``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their
+        tasks: One row per size and file of questions: ``size``, ``parameters``, ``strategy``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their
             errors; of another model with its name, ``model``.
         counts: How much text that was: ``documents`` and ``tokens``, or ``bytes``; empty without text.
         one_vocabulary: Whether all of them have one; else bits per byte alone, of the same bytes, compare them.
@@ -48,21 +49,32 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class _Contender:
-    """A size, or another model: what is said of it, what its tokenizer is the same as, and what loads its tokenizer and itself."""
+    """A size, or another model.
+
+    Attributes:
+        facts: What is said of it, as plain data.
+        name: What to call it.
+        source: A key of its tokenizer: contenders with one key share it.
+        tokenizer: Loads that.
+        model: Loads the model.
+        config: The config of another model; None of a size.
+    """
 
     facts: dict[str, Any]
-    by: dict[str, str]
+    name: str
     source: str | None
     tokenizer: Callable[[], Any]
     model: Callable[[], Any]
+    config: Any = None
 
     @classmethod
     def size(cls, chain: Chain, size: str | int, wish: Mapping[str, Any]) -> _Contender:
         """A size of a chain."""
         plan = chain.plan(size, **wish)
         source = chain.neighbours(plan.parameters)[0].tokenizer_sha256  # several across a bridge
-        facts = {"size": format_size(plan.parameters), "parameters": plan.parameters}
-        return cls(facts, {"strategy": plan.strategy}, source, partial(chain.tokenizer, plan.parameters), partial(chain.model, size, **wish))
+        name = format_size(plan.parameters)
+        facts = {"size": name, "parameters": plan.parameters, "strategy": plan.strategy}
+        return cls(facts, name, source, partial(chain.tokenizer, plan.parameters), partial(chain.model, size, **wish))
 
     @classmethod
     def other(cls, name: str) -> _Contender:
@@ -71,7 +83,24 @@ class _Contender:
         config = read_config(folder)
         parameters = parameter_count(config)
         facts = {"model": name, "size": format_size(parameters), "parameters": parameters}
-        return cls(facts, {}, name, partial(load_tokenizer, folder), partial(load_model, folder, Checkpoint(folder, config).dtype))
+        return cls(facts, name, name, partial(load_tokenizer, folder), partial(load_model, folder, Checkpoint(folder, config).dtype), config)
+
+    def check(self, tokenizer: Any, documents: Documents | None) -> None:
+        """Refuse another model that cannot read what is to be measured, before anything is.
+
+        Raises:
+            ArgumentError: If it has fewer positions than a document.
+            DataError: If it has no rows for some of its tokenizer's tokens.
+        """
+        if self.config is None:
+            return
+        rows = shape_of(self.config).vocab
+        beyond = {place for place in tokenizer.get_vocab().values() if place >= rows} - rowless_tokens(tokenizer, rows)
+        if beyond:
+            raise DataError(f"{self.name} has {rows:,} rows in its embedding, and its tokenizer tokens up to {max(beyond):,}; give it its own tokenizer")
+        if documents is not None:
+            longest = max(map(len, documents.ids))
+            check_positions(longest, self.config, f"{self.name} is to read {longest:,} tokens (block_size), which")
 
 
 def evaluate_sizes(
@@ -93,11 +122,12 @@ def evaluate_sizes(
         **wish: ``strategy``, ``alpha`` and ``tolerance``, as `CBDModel.from_chain` takes them.
 
     Raises:
-        ArgumentError: If neither text nor tasks are given.
-        DataError: If the text cannot be read or is too short.
+        ArgumentError: If neither text nor tasks are given, or a model has fewer positions than a document.
+        DataError: If the text cannot be read or is too short, or a tokenizer has tokens that its model has not.
         SizeError: If a size lies outside the chain.
         StorageError: If a model is neither a folder nor on the Hub.
         ArchitectureError: If its architecture has no axis table.
+        WeightsError: If it is no causal language model, or has no tokenizer.
 
     Example:
         >>> evaluated = evaluate_sizes(Chain.from_pretrained("./chain"), ["117M", "max"], text="heldout.txt")  # doctest: +SKIP
@@ -105,15 +135,26 @@ def evaluate_sizes(
     """
     if text is None and not tasks:
         raise ArgumentError("neither text nor tasks were given; name a text file, or a .jsonl file of questions")
-    wishes = [anchor.parameters for anchor in chain.anchors] if sizes is None else list(sizes)
-    contenders = [*(_Contender.size(chain, size, wish) for size in wishes), *(_Contender.other(os.fspath(model)) for model in models)]
+    if isinstance(models, str):
+        raise ArgumentError(f"models is the text {models!r}; give a list of folders and Hub ids")
     questions = {name: Question.read(name) for name in tasks}
     rows = None if text is None else read_rows(text, column)
-    tokenizers = {source: found.tokenizer() for source, found in {contender.source: contender for contender in contenders}.items()}
+    wishes = [anchor.parameters for anchor in chain.anchors] if sizes is None else list(sizes)
+    contenders = [*(_Contender.size(chain, size, wish) for size in wishes), *(_Contender.other(os.fspath(model)) for model in models)]
+    by_source = {contender.source: contender for contender in contenders}
+    tokenizers = {source: contender.tokenizer() for source, contender in by_source.items()}
     chats = rows is not None and is_conversation(rows[0])
     vocabularies = {source: tokenizer_sha256(tokenizer, chats) for source, tokenizer in tokenizers.items()}
-    sides = {vocabularies[source]: tokenizer for source, tokenizer in tokenizers.items()}
-    texts = {} if rows is None else {vocabulary: _documents(rows, tokenizer, block_size, max_tokens, str(text)) for vocabulary, tokenizer in sides.items()}
+    sides = {vocabularies[source]: tokenizers[source] for source in reversed(tokenizers)}  # of several that are alike the first one's
+    texts: dict[str, Documents] = {}
+    for source, vocabulary in vocabularies.items():
+        try:
+            if rows is not None and vocabulary not in texts:
+                texts[vocabulary] = _documents(rows, sides[vocabulary], block_size, max_tokens, str(text))
+        except DataError as error:
+            raise DataError(f"{by_source[source].name}: {error}") from error
+    for contender in contenders:
+        contender.check(tokenizers[contender.source], texts.get(vocabularies[contender.source]))
     same = None
     if rows is not None:
         rest = {anchor.tokenizer_sha256: anchor.parameters for anchor in chain.anchors if anchor.tokenizer_sha256 not in tokenizers}
@@ -126,7 +167,7 @@ def evaluate_sizes(
     for place, contender in enumerate(contenders):
         facts, vocabulary = contender.facts, vocabularies[contender.source]
         if report is not None:
-            report(f"measuring {facts.get('model', facts['size'])}", place, len(contenders))
+            report(f"measuring {contender.name}", place, len(contenders))
         runner = ModelRunner(contender.model().to(best_device()))
         answers += [{**facts, "task": name, **choice_accuracy(runner, asked, sides[vocabulary])} for name, asked in questions.items()]
         if rows is None:
@@ -139,7 +180,7 @@ def evaluate_sizes(
             if len(sides) > 1:
                 counts = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())}
                 compared = Losses(of_bytes.nats * BITS, of_bytes.tokens)
-        results.append({**facts, **contender.by, "loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, **bits})
+        results.append({**facts, "loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, **bits})
         if first is None:
             first = compared
         else:

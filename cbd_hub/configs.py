@@ -22,7 +22,7 @@ from cbd_hub.manifest import FILE_NAME, MODEL_TYPE
 
 
 GENERATION_CONFIG = "generation_config.json"
-_RECORD = 2  # of what is remembered: a change of it makes the old unread
+_RECORD = 2  # raised where something else is remembered
 
 
 class StoredConfig:
@@ -97,9 +97,11 @@ def class_name(config: Any, source: str) -> str:
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    named = config.architectures if isinstance(config.architectures, list) else []
+    named = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, *named[:1])
-    if not isinstance(name, str) or (named and name not in named):
+    if not isinstance(name, str):
+        raise WeightsError(f"{source} names no architecture, and transformers {transformers.__version__} has no causal language model of {config.model_type}; name its class")
+    if named and name not in named:
         raise WeightsError(
             f"{source} names the architecture {str(config.architectures)[:80]}; the causal language model of {config.model_type} in transformers "
             f"{transformers.__version__} is {name}: save the model as that"
@@ -117,6 +119,8 @@ def read_config(folder: Path) -> Any:
     try:
         import transformers
         path = folder / "config.json"
+        if (folder / "adapter_config.json").is_file() and not path.is_file():
+            raise WeightsError(f"{folder} is an adapter, not a model; merge it into its base model, or carry it to a size by cbd make --adapter or cbd carry")
         raw = {"model_type": MODEL_TYPE} if (folder / FILE_NAME).is_file() and not path.is_file() else json.loads(path.read_bytes())
         if raw.get("model_type") == MODEL_TYPE:
             raise WeightsError(f"{folder} is a chain, not a model; name one of its anchors, or take a size of it by CBDModel.from_chain or cbd make")

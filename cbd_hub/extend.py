@@ -27,7 +27,7 @@ from cbd_hub.plans import coordinates_of, stored_coordinates
 from cbd_hub.publish import commit_index, push_anchor
 from cbd_hub.reporting import Progress
 from cbd_hub.upload import Publication
-from cbd_hub.weights import Checkpoint, vocabulary_sha256, weight_files
+from cbd_hub.weights import Checkpoint, weight_files
 
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def add_anchor(
     for other, larger in ((above, True), (below, False)):
         if other is not None:
             path = chain.files.checked(other, "config.json").parent
-            if "tokenizer.json" in other.files:
-                chain.files.checked(other, "tokenizer.json")
+            for part in (part for part in TOKENIZER_FILES if part in other.files):
+                chain.files.checked(other, part)
             configs[other.name] = read_config(path)
             ends = [(size, folder, config), (other.parameters, path, configs[other.name])]
             (large, large_folder, large_config), small = ends[::-1] if larger else ends
@@ -96,7 +96,9 @@ def add_anchor(
         chunks = {path.name: chunk_hashes(path) for path in files.values() if path.suffix == ".safetensors"}
         record = builder.save_chunks(name, chunks)
         maps = None if held is None else builder.save_kept(name, held.kept)
-        anchor = _record(folder, name, size, config, files, record, Location(repo_id=repo_id, revision=commit), license)
+        anchor = _record(name, size, config, files, record, Location(repo_id=repo_id, revision=commit), license)
+        # Its neighbour's tokenizer is the same, whatever version of cbd_hub recorded it.
+        anchor = anchor.model_copy(update={"tokenizer_sha256": next(other.tokenizer_sha256 for other in (above, below) if other is not None)})
         anchor = anchor if held is None else anchor.model_copy(update={"parent": held.parent, "maps": maps})
         manifest = chain.manifest.model_copy(update={"anchors": [*anchors[:place], anchor, *anchors[place:]]})
         links = {(link.small, link.large): link for link in chain.manifest.links}
@@ -173,9 +175,9 @@ def _link(small: Anchor, large: Anchor, configs: dict[str, Any]) -> Link:
     return plain_link(small, large, kept.dropped[::-1], Blend(replicate=True))
 
 
-def _record(folder: Path, name: str, size: int, config: Any, files: dict[str, Path], chunks: PathRecord, location: Location, license: str | None) -> Anchor:
+def _record(name: str, size: int, config: Any, files: dict[str, Path], chunks: PathRecord, location: Location, license: str | None) -> Anchor:
     records = {path: FileRecord(sha256=sha256(found), bytes=found.stat().st_size) for path, found in files.items()}
     return Anchor(
         name=name, parameters=size, shape=shapes.shape_of(config), family=family_of(config).name,
-        tokenizer_sha256=vocabulary_sha256(folder), location=location, files=records, chunks=chunks, origin="published", license=license,
+        location=location, files=records, chunks=chunks, origin="published", license=license,
     )

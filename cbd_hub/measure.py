@@ -169,13 +169,14 @@ def fit_road(segment: Segment, loss: Callable[[Plan], float], size: int) -> Road
 
 def settled(segment: Segment, point: RoadPoint) -> RoadPoint:
     """A point of the road with a shape's own numbers, which give that shape when they are asked for again."""
-    for _ in range(8):
-        shape = shape_at(segment, point)
-        own = point.model_copy(update={"size": count(shape, segment.config), "layers": shape.layers, "hidden": shape.hidden})
-        if own == point:
-            break
-        point = own
-    return point
+    for nudge in (0, 1, -1, 2, -2):  # between two shapes that are equally good it goes back and forth; a thousandth of the size decides
+        own = point.model_copy(update={"size": round(point.size * (1 + nudge / 1000))})
+        for _ in range(8):
+            before, shape = own, shape_at(segment, own)
+            own = own.model_copy(update={"size": count(shape, segment.config), "layers": shape.layers, "hidden": shape.hidden})
+            if own == before:
+                return own
+    return own
 
 
 def _depths(segment: Segment, point: RoadPoint) -> list[int]:

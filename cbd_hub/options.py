@@ -59,12 +59,23 @@ def sizes_of_text(text: str | None) -> list[str] | None:
     """Sizes from "110M,120M"."""
     if text is None:
         return None
-    found = names_of_text(text)
+    return names_of_text(text, "sizes", "110M,120M")
+
+
+def names_of_text(text: str | None, what: str, example: str) -> list[str]:
+    """Names with commas between them; none of None.
+
+    Args:
+        text: The names.
+        what: What to call them.
+        example: How they are written.
+
+    Raises:
+        ArgumentError: If a text names none.
+    """
+    if text is None:
+        return []
+    found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
-        raise ArgumentError(f'sizes "{text}" name none; write them as "110M,120M"')
+        raise ArgumentError(f'{what} "{text}" name none; write them as "{example}"')
     return found
-
-
-def names_of_text(text: str | None) -> list[str]:
-    """Names with commas between them; none of None."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]

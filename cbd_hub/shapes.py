@@ -307,8 +307,8 @@ def _fill(size: int, sizes: Mapping[str, Any], config: Any, within: float) -> An
     step = _count_like(config, {**sizes, "ffn": 1}) - fixed
     exact = (size - fixed) / step
     width = 8 * np.rint(exact / 8)
-    given = (exact == np.rint(exact)) | (np.abs(width - exact) * step > within * size)
-    width = np.where(given, np.rint(exact), width)
+    keep = (exact == np.rint(exact)) | (np.abs(width - exact) * step > within * size)
+    width = np.where(keep, np.rint(exact), width)
     return np.maximum(width, 1).astype(np.int64)
 
 
@@ -347,7 +347,13 @@ def shape_between(
     nearest: tuple[tuple[float, float], Shape] | None = None
     candidates = _Candidates(small, large, config)
     off = candidates.distance(share, hidden)
-    for depth in sorted(_span(small.layers, large.layers), key=lambda depth: (abs(depth - wish), depth)):
+    depths = sorted(_span(small.layers, large.layers), key=lambda depth: (abs(depth - wish), depth))
+    if small.ffn == large.ffn:  # sizes come in steps, and one that is asked for again is its shape's
+        for depth in depths:
+            ffn, sizes = candidates.at(size, depth, 0.0)
+            if (sizes == size).any():
+                return candidates.shape(int(np.lexsort((off, sizes != size))[0]), depth, ffn)
+    for depth in depths:
         ffn, sizes = candidates.at(size, depth, accept / 2)
         errors = np.abs(sizes - size)
         fitting = errors <= accept * size

@@ -79,9 +79,7 @@ def _rows(builder: str, names: list[str], column: str) -> list[str]:
     if builder == "text":
         paragraphs: list[str] = []
         for name in names:
-            lines = _read(name).split("\n")
-            groups = itertools.groupby(lines, key=lambda line: bool(line.strip()))
-            paragraphs += ["\n".join(group) for filled, group in groups if filled]
+            paragraphs += paragraphs_of(_read(name))
         return paragraphs
     if builder == "jsonl":
         return [text for name in names for text in _json_lines(name, column)]
@@ -91,6 +89,17 @@ def _rows(builder: str, names: list[str], column: str) -> list[str]:
     except Exception as error:  # datasets raises many kinds for a broken file
         raise DataError(f"{names[0]} cannot be read as {builder} ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
     return column_of(rows, column, names[0])
+
+
+def paragraphs_of(text: str) -> list[str]:
+    r"""The parts of a text between blank lines.
+
+    Example:
+        >>> paragraphs_of("one\n  \ntwo\nlines\n")
+        ['one', 'two\nlines']
+    """
+    groups = itertools.groupby(text.split("\n"), key=lambda line: bool(line.strip()))
+    return ["\n".join(group) for filled, group in groups if filled]
 
 
 def _read(name: str) -> str:

@@ -97,6 +97,9 @@ def check_finite(model: Any, source: str) -> None:
             raise WeightsError(f"{source}: {name} holds values that are no finite numbers; fetch or make the model again")
 
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is in every folder that has a tokenizer
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder.
 
@@ -334,33 +337,22 @@ def weights_sha256(model: Any) -> str:
 
 
 def tokenizer_sha256(tokenizer: Any, chats: bool = True) -> str:
-    """Fingerprint of what a tokenizer makes of a text, and of a chat where those count."""
+    """Fingerprint of what a tokenizer makes of a text, and of a chat or a prompt with its answer where those count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    facts = {"vocab": tokenizer.get_vocab()} if backend is None else _without_state(backend)
-    facts["cbd"] = [tokenizer.eos_token_id, *([tokenizer.chat_template] if chats else [])]
-    return _facts_sha256(facts)
+    facts = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    for state in ("truncation", "padding"):  # of the last call
+        facts.pop(state, None)
+    if chats:
+        facts["cbd"] = [tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def vocabulary_sha256(folder: Path) -> str | None:
-    """Fingerprint of a folder's tokenizer.json by what it makes of a text, whatever version wrote it; None without one.
+    """Fingerprint of what a folder's tokenizer makes of a text, as transformers reads it, whatever version wrote it; None where there is none.
 
     Raises:
         WeightsError: If it cannot be read.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
         return None
-    try:
-        from tokenizers import Tokenizer
-        return _facts_sha256(_without_state(Tokenizer.from_file(str(path))))
-    except Exception as error:  # tokenizers raises Exception itself
-        raise WeightsError(f"{path} is no tokenizer that can be read ({one_line(error)}); save it again with save_pretrained") from error
-
-
-def _without_state(backend: Any) -> dict[str, Any]:
-    """A tokenizer's own facts, without the truncation and padding of its last call."""
-    return {name: value for name, value in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
-
-
-def _facts_sha256(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return tokenizer_sha256(load_tokenizer(folder), chats=False)

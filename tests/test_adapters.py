@@ -30,6 +30,7 @@ from cbd_hub.interpolation.plan import Take, Term
 from cbd_hub.interpolation.planner import PADDING
 from cbd_hub.manifest import Blend, Link, Manifest, Mix
 from cbd_hub.publish import push_model
+from cbd_hub.sizes import format_size
 
 
 MIX = Mix(alpha=0.3, layer_gain=0.5, neuron_gain=0.7, head_gain=0.6, channel_gain=0.4)
@@ -399,6 +400,11 @@ def test_of_aligned_anchors_a_width_that_nothing_shows_is_asked_for(tmp_path):
         with pytest.raises(ArgumentError, match=rf"fits .*, {layers} layers .* alike .*say by adapter_size="):
             carry_adapter(adapter, tmp_path / "chain", "max")
         assert carry_adapter(adapter, tmp_path / "chain", "max", adapter_size=size).plan.adapter["home"]["parameters"] == size
+    for path, model in zip(paths, chain.anchors):  # on the very checkpoint that the chain was made of it is known
+        adapter = lora(AutoModelForCausalLM.from_pretrained(path), tmp_path / f"on{path.name}", ["q_proj", "v_proj"])
+        assert carry_adapter(adapter, tmp_path / "chain", "max").plan.adapter["home"] == {
+            "found_by": "base_model_name_or_path", "parameters": model.parameters, "shape": model.shape.text, "size": format_size(model.parameters),
+        }
     whole = lora(CBDModel.from_chain(tmp_path / "chain", shape={"layers": 4, "ffn": 80}), tmp_path / "whole")
     assert carry_adapter(whole, tmp_path / "chain", "max").plan.adapter["home"]["found_by"] == "shapes"
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from conftest import ONE_FAMILY
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Tokenizer
 
 from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub import chain as chain_room
@@ -127,9 +127,32 @@ def test_how_a_tokenizer_was_last_called_and_saved_is_no_difference(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
     assert len({path.read_bytes() for path in (folder / "tokenizer.json" for folder in checkpoints)}) == 3
     assert len({anchor.tokenizer_sha256 for anchor in assemble_chain(checkpoints, tmp_path / "chain").anchors}) == 1
+    config = checkpoints[0] / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token": "<unk>"}))
+    assert assemble_chain(checkpoints, tmp_path / "again").anchors
     (checkpoints[2] / "tokenizer.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"tokenizer.json is no tokenizer that can be read .*save it again"):
+    with pytest.raises(WeightsError, match=r"m2 has no tokenizer that can be used .*save one there"):
         assemble_chain(checkpoints, tmp_path / "other")
+
+
+@pytest.mark.parametrize("change", ["prefix space", "slow"])
+def test_tokenizers_that_read_a_text_otherwise_are_two(tmp_path, change):
+    """Whether a file says so, the config beside it, or the two files of a tokenizer of old."""
+    checkpoints = three("gpt2", tmp_path)[:2]
+    for place, folder in enumerate(checkpoints):
+        made = GPT2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1 + place * (change == "slow"), "b": 2 - place * (change == "slow"), "\u0120": 3}, merges=[])
+        if change == "slow":
+            (folder / "tokenizer.json").unlink()
+            for name in ("tokenizer_config.json", "special_tokens_map.json"):
+                (folder / name).unlink(missing_ok=True)
+            (folder / "vocab.json").write_text(json.dumps(made.get_vocab()))
+            (folder / "merges.txt").write_text("#version: 0.2\n")
+        else:
+            made.save_pretrained(folder)
+            config = json.loads((folder / "tokenizer_config.json").read_text())
+            (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_prefix_space": bool(place)}))
+    with pytest.raises(VocabularyMismatchError, match="different tokenizers .*copy the tokenizer's files"):
+        assemble_chain(checkpoints, tmp_path / "chain")
 
 
 def test_a_config_that_names_no_architecture_is_a_causal_language_model(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,7 +16,8 @@ from conftest import recipe as make_recipe
 from tokenizers_for_bridge import byte_level
 from transformers import AutoModelForCausalLM
 
-from cbd_hub import Chain, cli
+from cbd_hub import Chain, cli, evaluate_sizes
+from cbd_hub.errors import ArgumentError
 
 
 @pytest.fixture
@@ -105,6 +107,42 @@ def test_other_models_are_measured_beside_sizes(cbd, chain, text, tmp_path):
     code, _, errors = cbd(*words, chain)
     assert code == 1
     assert "is a chain, not a model" in errors
+
+
+@ONE_FAMILY
+def test_other_models_change_nothing_of_the_sizes(cbd, chain, text, tmp_path):
+    """One vocabulary is one, whatever ends its texts and however its chats look; what cannot be measured is said by its name, before anything is measured."""
+    words = ("eval", chain, "--text", text, "--sizes", "max", "--json")
+    alone = json.loads(cbd(*words)[1])
+    anchor = Chain.from_pretrained(chain)
+    copied = tmp_path / "copied"
+    anchor.model("max").save_pretrained(copied)
+    tokenizer = anchor.tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = "<unk>", "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(copied)
+    beside = json.loads(cbd(*words, "--models", copied)[1])
+    assert beside["results"][0] == alone["results"][0]
+    assert beside["tokens"] == alone["tokens"]
+    assert beside["results"][1]["difference"] == 0
+    short = tiny.gpt2()
+    short.config.n_positions = 16
+    type(short)(short.config).save_pretrained(tmp_path / "short")
+    anchor.tokenizer().save_pretrained(tmp_path / "short")
+    anchor.model("max").save_pretrained(tmp_path / "rows")
+    byte_level().save_pretrained(tmp_path / "rows")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    for models, code, message in (
+        (tmp_path / "short", 2, r"short is to read \d+ tokens \(block_size\), which is more than the model's 16 positions; give 16 or less"),
+        (tmp_path / "rows", 1, "rows has 260 rows in its embedding, and its tokenizer tokens up to 399; give it its own"), (",", 2, 'models "," name none'),
+        (tmp_path / "lora", 1, "lora is an adapter, not a model; merge it"),
+    ):
+        found, _, errors = cbd(*words, "--models", models)
+        assert found == code
+        assert re.search(message, errors), errors
+        assert "measuring" not in errors
+    with pytest.raises(ArgumentError, match="models is the text './model'"):
+        evaluate_sizes(anchor, models="./model", text=str(text))
 
 
 def test_generation_depends_on_the_seed_alone(cbd, chain):

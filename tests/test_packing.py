@@ -12,6 +12,7 @@ from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.bridge_rows import BridgeRows
 from cbd_hub.distill.packing import collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import Prompt, batch_prompts
+from cbd_hub.distill.rows import template_options
 from cbd_hub.distill.sharing import Endless
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import IGNORED
@@ -73,11 +74,15 @@ def test_tools_and_options_go_to_the_chat_template():
         assert counted(tokens, tok) == "4<eos>"
     assert tok.decode(tokenise({"prompt": CHATS[1][:2], "completion": CHATS[1][2:], "tools": tools}, tok).ids).startswith("<add>[system]")
     assert tokenise({"messages": CHATS[1], "tools": None, "chat_template_kwargs": {"loud": None}}, tok) == plain
+    rows = Dataset.from_list([{"messages": CHATS[1], "tools": [{"name": "add", "x": {"y": 1}}, {"name": "b"}]}, {"messages": CHATS[1], "tools": [{"name": "c", "z": "w"}]}])
+    assert [template_options(row)["tools"] for row in rows] == [[{"name": "add", "x": {"y": 1}}, {"name": "b"}], [{"name": "c", "z": "w"}]]
     made = BridgeRows(ChainDistillerConfig("out", block_size=64, bridge="span"), tok, tok)._answered({"messages": CHATS[1], "tools": tools})
     assert [tok.decode(side.ids)[:5] for side in made] == ["<add>", "<add>"]
     answered = answered_rows([{"messages": CHATS[1], "tools": tools, "chat_template_kwargs": {"loud": True}}], ["5"], [""])
     assert tok.decode(tokenise(answered[0], tok).ids) == "<add>!" + tok.decode(plain.ids).replace("4", "5")
-    for wrong, message in (({"tools": "[add"}, "tools cannot be read as json"), ({"tools": 5}, "tools is no list but int"), ({"chat_template_kwargs": "x"}, "chat_template_kwargs is str")):
+    for wrong, message in (({"tools": "[add"}, "tools cannot be read as json"), ({"tools": 5}, "tools is no list but int"), ({"chat_template_kwargs": "x"}, "chat_template_kwargs is str"), (
+        {"chat_template_kwargs": {"truncation": True}}, "chat_template_kwargs has truncation, which is no option of a chat template"),
+    ):
         with pytest.raises(DataError, match=message):
             tokenise({"messages": CHATS[1], **wrong}, tok)
 

@@ -104,7 +104,7 @@ def test_a_stream_reads_what_files_read(tmp_path):
     """Rows without text are left out of both, and so is a byte order mark."""
     mark, texts = b"\xef\xbb\xbf", ["one", None, "  ", "two"]
     (tmp_path / "a.jsonl").write_bytes(mark + b"".join(json.dumps({"body": text}).encode() + b"\n" for text in texts))
-    (tmp_path / "a.txt").write_bytes(mark + b"one\n\n\n\ntwo\n")
+    (tmp_path / "a.txt").write_bytes(mark + b"one\n\n  \n\ntwo\n")
     for name in ("a.jsonl", "a.txt"):
         path, column = str(tmp_path / name), "body" if name == "a.jsonl" else "text"
         assert list(open_stream(path, None, "train", column)) == read_rows(path, column) == [{"text": "one"}, {"text": "two"}]

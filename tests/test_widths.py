@@ -515,6 +515,20 @@ def test_a_size_that_came_out_comes_out_again(family, share, layers):
     size = round(count(narrow, config) + share * (count(large, config) - count(narrow, config)))
     shape = shape_between(size, narrow, large, config)
     assert shape_between(count(shape, config), narrow, large, config) == shape
+    plain = small.model_copy(update={"ffn": large.ffn})
+    size = round(count(plain, config) + share * (count(large, config) - count(plain, config)))
+    shape = shape_between(size, plain, large, config)
+    assert shape_between(count(shape, config), plain, large, config) == shape
+
+
+def test_a_point_between_two_shapes_that_are_equally_good_is_one_of_them():
+    small, large, config = big("llama")
+    small = large.model_copy(update={"hidden": small.hidden, "heads": small.heads, "kv_heads": small.kv_heads, "ffn": 768})
+    segment = Segment("s", "l", small, large, tiny.random_kept(small, large, 0), [], config)
+    low, high = segment.sizes
+    for size in range(low + 1, high, (high - low) // 200):
+        own = settled(segment, RoadPoint(size=size, layers=30, hidden=520, alpha=0.5))
+        assert own.size == count(shape_at(segment, own), config)
 
 
 def test_along_the_path_no_axis_goes_back_more_than_a_step(family):

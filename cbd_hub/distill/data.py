@@ -14,7 +14,7 @@ from datasets import load_dataset
 
 from cbd_hub.distill.rows import RESPONSES, check_row
 from cbd_hub.errors import DataError
-from cbd_hub.texts import FORMATS, column_of, files_of, json_rows, nonempty, read_texts
+from cbd_hub.texts import FORMATS, column_of, files_of, json_rows, nonempty, paragraphs_of, read_texts
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
         more = {"sample_by": "paragraph"} if builder == "text" else {}
         rows = _loaded(builder, data_files=names, split="train", streaming=True, **more)
         if builder == "text":
-            rows = rows.map(lambda row: {"text": row["text"].removeprefix("\ufeff").strip("\n")})
+            rows = rows.map(_paragraphs, batched=True)
     else:
         rows = _loaded(str(dataset), name, split=split, streaming=True)
     found = list(rows.column_names or next(iter(rows), {}))
@@ -128,6 +128,11 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
     if is_conversation(found):
         return rows
     raise DataError(f'{path or dataset} has no column "{column}"; it has {", ".join(found) or "no rows"}: name the column that holds the text')
+
+
+def _paragraphs(rows: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Texts between empty lines parted at blank ones too, as files are."""
+    return {"text": [part for text in rows["text"] for part in paragraphs_of(text.removeprefix("\ufeff"))]}
 
 
 def _filled(row: Mapping[str, Any]) -> bool:

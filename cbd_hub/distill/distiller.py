@@ -107,7 +107,7 @@ class ChainDistiller(SamplingTrainer):
     ) -> None:
         if not isinstance(args, ChainDistillerConfig):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
-        if not issubclass(type(model), torch.nn.Module):
+        if not issubclass(type(model), torch.nn.Module):  # isinstance would have mypy know less of it further down
             raise ArgumentError(f"model is a {type(model).__name__}; pass a loaded student, such as one of AutoModelForCausalLM.from_pretrained")
         no_logits = "logits are never formed"
         for name, why in (

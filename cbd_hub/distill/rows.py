@@ -12,6 +12,10 @@ from cbd_hub.texts import unicode_fault
 
 RESPONSES = ("completion", "response")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template takes beside messages
+_RENDERING = frozenset({  # arguments of apply_chat_template
+    "conversation", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+})
 _MASKS = ("completion_mask", "assistant_masks")  # of TRL's tokenised rows
 
 
@@ -63,18 +67,27 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
         >>> template_options({"messages": [], "chat_template_kwargs": {"enable_thinking": False}})
         {'enable_thinking': False}
     """
-    more, tools = row.get("chat_template_kwargs"), row.get("tools")
-    if more is not None and not isinstance(more, Mapping):
+    more, tools = row.get("chat_template_kwargs") or {}, row.get("tools") or None
+    if not isinstance(more, Mapping):
         raise DataError(f"chat_template_kwargs is {_kind(more)}; give an object with what the chat template takes")
+    own = next((name for name in more if name in _RENDERING), None)
+    if own is not None:
+        raise DataError(f"chat_template_kwargs has {own}, which is no option of a chat template but says how one is rendered; leave it out")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"tools cannot be read as json ({error}); give a list of tools") from error
     if tools is not None and not isinstance(tools, (list, tuple)):
         raise DataError(f"tools is no list but {_kind(tools)}; give a list of tools")
-    # Data sets give each row the names that any has, with None where it has none.
-    return {**{name: value for name, value in (more or {}).items() if value is not None}, **({"tools": list(tools)} if tools else {})}
+    return {**_without_none(more), **({"tools": _without_none(tools)} if tools else {})}
+
+
+def _without_none(value: Any) -> Any:
+    """A value without the names that hold None: data sets give each row, and each tool in it, the names that any other has."""
+    if isinstance(value, Mapping):
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _text_fault(name: str, value: Any) -> str | None:

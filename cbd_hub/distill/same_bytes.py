@@ -49,7 +49,7 @@ class SameBytes:
             if totals.max() >= max_tokens:
                 break
         if not self.documents:
-            raise DataError(f"no row is read whole in {block_size:,} tokens by every tokenizer of the chain, so that bits per byte cannot be compared; give shorter rows, or a larger block_size")
+            raise DataError(f"no row is read whole in {block_size:,} tokens by every tokenizer, so that bits per byte cannot be compared; give shorter rows, or a larger block_size")
 
     def losses(self, runner: Runner, tokenizer: Any) -> Losses:
         """Nats of each document, and bytes in the place of tokens."""
