@@ -141,70 +141,97 @@ def evaluate_sizes(
     rows = None if text is None else read_rows(text, column)
     wishes = [anchor.parameters for anchor in chain.anchors] if sizes is None else list(sizes)
     contenders = [*(_Contender.size(chain, size, wish) for size in wishes), *(_Contender.other(os.fspath(model)) for model in models)]
-    by_source = {contender.source: contender for contender in contenders}
-    tokenizers = {source: contender.tokenizer() for source, contender in by_source.items()}
-    chats = rows is not None and is_conversation(rows[0])
-    vocabularies = {source: tokenizer_sha256(tokenizer, chats) for source, tokenizer in tokenizers.items()}
-    sides = {vocabularies[source]: tokenizers[source] for source in reversed(tokenizers)}  # of several that are alike the first one's
-    texts: dict[str, Documents] = {}
-    for source, vocabulary in vocabularies.items():
-        try:
-            if rows is not None and vocabulary not in texts:
-                texts[vocabulary] = _documents(rows, sides[vocabulary], block_size, max_tokens, str(text))
-        except DataError as error:
-            raise DataError(f"{by_source[source].name}: {error}") from error
+    tokenizers = {contender.source: contender.tokenizer() for contender in {contender.source: contender for contender in contenders}.values()}
+    texts = None if rows is None else _Texts(chain, contenders, tokenizers, rows, block_size, max_tokens)
     for contender in contenders:
-        contender.check(tokenizers[contender.source], texts.get(vocabularies[contender.source]))
-    same = None
-    if rows is not None:
-        rest = {anchor.tokenizer_sha256: anchor.parameters for anchor in chain.anchors if anchor.tokenizer_sha256 not in tokenizers}
-        others = {tokenizer_sha256(tokenizer, chats): tokenizer for tokenizer in map(chain.tokenizer, rest.values())}
-        same = _same_bytes(rows, sides, {**others, **sides}, block_size, max_tokens)
-    first: Losses | None = None
+        contender.check(tokenizers[contender.source], None if texts is None else texts.of(contender))
     results: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
-    counts = {"documents": len(documents.ids), "tokens": documents.tokens} if (documents := next(iter(texts.values()), None)) is not None else {}
+    first: Losses | None = None
     for place, contender in enumerate(contenders):
-        facts, vocabulary = contender.facts, vocabularies[contender.source]
         if report is not None:
             report(f"measuring {contender.name}", place, len(contenders))
         runner = ModelRunner(contender.model().to(best_device()))
-        answers += [{**facts, "task": name, **choice_accuracy(runner, asked, sides[vocabulary])} for name, asked in questions.items()]
-        if rows is None:
+        answers += [{**contender.facts, "task": name, **choice_accuracy(runner, asked, tokenizers[contender.source])} for name, asked in questions.items()]
+        if texts is None:
             continue
-        losses = compared = document_losses(runner, texts[vocabulary])
-        bits: dict[str, float | None] = {"bits_per_byte": bits_per_byte(losses, texts[vocabulary])}
-        if same is not None:
-            of_bytes = same.losses(runner, sides[vocabulary])
-            bits = {"bits_per_byte": of_bytes.mean * BITS, "bits_per_byte_stderr": None if of_bytes.stderr is None else of_bytes.stderr * BITS}
-            if len(sides) > 1:
-                counts = {"documents": len(of_bytes.tokens), "bytes": int(of_bytes.tokens.sum())}
-                compared = Losses(of_bytes.nats * BITS, of_bytes.tokens)
-        results.append({**facts, "loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, **bits})
-        if first is None:
-            first = compared
-        else:
-            results[-1]["difference"], results[-1]["difference_stderr"] = compared.minus((1.0, first))
-    return Evaluated(results, answers, counts, len(sides) == 1)
+        measured, compared = texts.measured(runner, contender)
+        difference = {} if first is None else dict(zip(("difference", "difference_stderr"), compared.minus((1.0, first))))
+        results.append({**contender.facts, **measured, **difference})
+        first = first or compared
+    return Evaluated(results, answers, {} if texts is None else texts.counts, texts is None or texts.one_vocabulary)
 
 
-def _documents(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: int, max_tokens: int, source: str) -> Documents:
-    if is_conversation(rows[0]):
-        found = Documents.answered(((row.ids, row.labels) for row in tokenised(rows, tokenizer)), tokenizer, block_size, max_tokens)
-    else:
-        found = Documents.read([row["text"] for row in rows], tokenizer, block_size, max_tokens)
-    if found.tokens < 2:
-        raise DataError(f"{source} has {found.tokens} token to predict; give a longer text")
-    return found
+class _Texts:
+    """Held-out text as the tokenizer of each of several models reads it; where they are several, also the bytes that all of them read.
 
+    Args:
+        chain: The chain: a text that not all of its vocabularies read counts for none, whatever sizes are asked for.
+        contenders: What is measured.
+        tokenizers: Their tokenizers, by key.
+        rows: The text, or prompts with completions, or chats.
+        block_size: Longest document in tokens.
+        max_tokens: Tokens of text to use.
 
-def _same_bytes(rows: Sequence[Mapping[str, Any]], asked: Mapping[str, Any], known: Mapping[str, Any], block_size: int, max_tokens: int) -> SameBytes | None:
-    """The text as all known vocabularies read it, whatever sizes are asked for; None where there is one, or where nothing is left and one is asked for."""
-    if len(known) == 1:
-        return None
-    try:
-        return SameBytes([as_document(row) for row in rows], list(known.values()), block_size, max_tokens)
-    except DataError:
-        if len(asked) > 1:
+    Raises:
+        DataError: If a tokenizer cannot read it, naming whose that is, or it is too short.
+    """
+
+    def __init__(
+        self, chain: Chain, contenders: Sequence[_Contender], tokenizers: Mapping[str | None, Any], rows: Sequence[Mapping[str, Any]], block_size: int, max_tokens: int
+    ) -> None:
+        chats = is_conversation(rows[0])
+        self._vocabularies = {source: tokenizer_sha256(tokenizer, chats) for source, tokenizer in tokenizers.items()}
+        self._tokenizers: dict[str, Any] = {}
+        self._documents: dict[str, Documents] = {}
+        for contender in contenders:
+            vocabulary, tokenizer = self._vocabularies[contender.source], tokenizers[contender.source]
+            if vocabulary not in self._documents:
+                self._tokenizers[vocabulary] = tokenizer
+                self._documents[vocabulary] = _documents(rows, tokenizer, block_size, max_tokens, contender.name)
+        self.one_vocabulary = len(self._documents) == 1
+        rest = {anchor.tokenizer_sha256: anchor.parameters for anchor in chain.anchors if anchor.tokenizer_sha256 not in tokenizers}
+        known = {tokenizer_sha256(tokenizer, chats): tokenizer for tokenizer in map(chain.tokenizer, rest.values())} | self._tokenizers
+        self._same = None if len(known) == 1 else self._same_bytes(rows, list(known.values()), block_size, max_tokens)
+        documents = next(iter(self._documents.values()))
+        self.counts = {"documents": len(documents.ids), "tokens": documents.tokens}
+
+    def _same_bytes(self, rows: Sequence[Mapping[str, Any]], tokenizers: Sequence[Any], block_size: int, max_tokens: int) -> SameBytes | None:
+        try:
+            return SameBytes([as_document(row) for row in rows], tokenizers, block_size, max_tokens)
+        except DataError:
+            if self.one_vocabulary:
+                return None
             raise
-        return None
+
+    def of(self, contender: _Contender) -> Documents:
+        """The text as a contender reads it."""
+        return self._documents[self._vocabularies[contender.source]]
+
+    def measured(self, runner: ModelRunner, contender: _Contender) -> tuple[dict[str, Any], Losses]:
+        """What a contender loses, as plain data, and the losses that compare it with others: in nats per token, or in bits of the same bytes."""
+        documents = self.of(contender)
+        losses = document_losses(runner, documents)
+        facts = {"loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents)}
+        if self._same is None:
+            return facts, losses
+        found = self._same.losses(runner, self._tokenizers[self._vocabularies[contender.source]])
+        bits = Losses(found.nats * BITS, found.tokens)
+        facts |= {"bits_per_byte": bits.mean, "bits_per_byte_stderr": bits.stderr}
+        if self.one_vocabulary:
+            return facts, losses
+        self.counts = {"documents": len(bits.tokens), "bytes": int(bits.tokens.sum())}
+        return facts, bits
+
+
+def _documents(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: int, max_tokens: int, whose: str) -> Documents:
+    try:
+        if is_conversation(rows[0]):
+            found = Documents.answered(((row.ids, row.labels) for row in tokenised(rows, tokenizer)), tokenizer, block_size, max_tokens)
+        else:
+            found = Documents.read([row["text"] for row in rows], tokenizer, block_size, max_tokens)
+    except DataError as error:
+        raise DataError(f"{whose}: {error}") from error
+    if found.tokens < 2:
+        raise DataError(f"the text has {found.tokens} token to predict; give a longer text")
+    return found
