@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -212,6 +212,7 @@ class ChainBuilder:
 
     root: Path
     name: str
+    _tokenizers: dict[str | None, str] = field(default_factory=dict, repr=False)  # what reads texts alike -> hash of the first tokenizer.json that does
 
     def anchor_folder(self, name: str) -> Path:
         """Where an anchor's files go."""
@@ -232,6 +233,10 @@ class ChainBuilder:
         write_text(listing, json.dumps({"chunk_bytes": CHUNK_BYTES, "files": chunks}))
         return PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing))
 
+    def _tokenizer(self, folder: Path, found: str) -> str:
+        """The hash of a folder's tokenizer.json, or of an earlier anchor's that reads texts alike."""
+        return found if found in self._tokenizers.values() else self._tokenizers.setdefault(vocabulary_sha256(folder), found)
+
     def record(
         self, name: str, *, origin: Literal["source", "cut", "published", "random"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
         evaluations: Sequence[Evaluation] = (), license: str | None = None,
@@ -249,7 +254,7 @@ class ChainBuilder:
         chunks = {path.name: chunk_hashes(path) for path in paths if path.suffix == ".safetensors"}
         return Anchor(
             name=name, parameters=shapes.parameter_count(config), shape=shapes.shape_of(config), family=family_of(config).name,
-            tokenizer_sha256=vocabulary_sha256(folder),
+            tokenizer_sha256=self._tokenizer(folder, files["tokenizer.json"].sha256) if "tokenizer.json" in files else None,
             location=Location(repo_id=".", subfolder=f"anchors/{name}"), files=files,
             chunks=self.save_chunks(name, chunks), parent=parent, origin=origin, maps=maps,
             training=training, evaluations=list(evaluations), license=license,
