@@ -189,16 +189,19 @@ def quality_rivals(data: dict[str, Any]) -> str:
             return f"{min(map(abs, found)):.2f} to {max(map(abs, found)):.2f} {words[0].split()[1]}"
         return f"from {words[0]} to {words[1]}"
 
+    def spread(found: list[float]) -> str:
+        return f"{statistics.mean(found):+.3f} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}"
+
+    improved: dict[str, list[float]] = {}
+    for row in data["rows"]:
+        if "healed" not in row["by"] and "boomerang, improved" in row["rivals"]:
+            improved.setdefault(f"`{row['segment']}`", []).append(row["rivals"]["boomerang, improved"]["minus"][0])
+    seeds = {segment: found for segment, found in improved.items() if len(found) > 1}
+    names = ", ".join(f"`{row['segment']}`" for row in rows)
     return (
-        f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({', '.join(row['segment'] for row in rows)}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
+        f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({names}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
         f"{reach('distilled alone')}; boomerang as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
-        + "".join(
-            f" Over {len(found)} seeds in {segment}: that boomerang {statistics.mean(found):+.3f} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}."
-            for segment in dict.fromkeys(row["segment"] for row in rows)
-            if len(found := [
-                row["rivals"]["boomerang, improved"]["minus"][0] for row in data["rows"] if row["segment"] == segment and "healed" not in row["by"] and "boomerang, improved" in row["rivals"]
-            ]) > 1
-        )
+        + (f" Over {max(map(len, seeds.values()))} seeds that boomerang stands at {'; '.join(f'{spread(found)} in {segment}' for segment, found in seeds.items())}." if seeds else "")
     )
 
 
