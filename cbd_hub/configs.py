@@ -90,22 +90,17 @@ class StoredConfig:
 
 
 def class_name(config: Any, source: str) -> str:
-    """Name of the class that runs an architecture as a causal language model; what a config that names none means.
+    """Name of the class that runs an architecture as a causal language model, whatever its config names: as ``AutoModelForCausalLM`` reads it.
 
     Raises:
-        WeightsError: If the config names another, such as a classifier or a model without its head.
+        WeightsError: If there is none.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    named = [config.architectures] if isinstance(config.architectures, str) else config.architectures or []
+    named = config.architectures if isinstance(config.architectures, list) else []
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, *named[:1])
     if not isinstance(name, str):
         raise WeightsError(f"{source} names no architecture, and transformers {transformers.__version__} has no causal language model of {config.model_type}; name its class")
-    if named and name not in named:
-        raise WeightsError(
-            f"{source} names the architecture {str(config.architectures)[:80]}; the causal language model of {config.model_type} in transformers "
-            f"{transformers.__version__} is {name}: save the model as that"
-        )
     return name
 
 

@@ -60,7 +60,7 @@ def model_class(config: Any, source: str) -> Any:
     """The class that runs an architecture as a causal language model.
 
     Raises:
-        WeightsError: If the config names another, or this transformers has none.
+        WeightsError: If this transformers has none.
     """
     import transformers
     name = class_name(config, source)

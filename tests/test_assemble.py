@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from conftest import ONE_FAMILY
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Tokenizer
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Tokenizer, LlamaForSequenceClassification
 
 from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub import chain as chain_room
@@ -77,7 +77,7 @@ def test_anchors_of_few_positions_are_measured_on_shorter_blocks(tmp_path, monke
     assert all(anchor.evaluations for anchor in chain.manifest.anchors)
 
 
-@pytest.mark.parametrize("case", ["one", "equal", "family", "hidden", "heads", "vocabulary", "tied", "deeper", "align", "untabled", "headless", "pickle", "absent"])
+@pytest.mark.parametrize("case", ["one", "equal", "family", "hidden", "heads", "vocabulary", "tied", "deeper", "align", "untabled", "classifier", "pickle", "absent"])
 def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, case):
     base = tiny.save(tiny.llama(layers=4), tmp_path / "base")
     other, error, message = {
@@ -91,7 +91,7 @@ def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, 
         "deeper": (tiny.llama(layers=5, ffn=8), ArchitectureError, "more layers"),
         "align": (tiny.llama(layers=2), ArgumentError, "align='yes'"),
         "untabled": (AutoModelForCausalLM.from_config(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=260, is_decoder=True)), ArchitectureError, "no axis table"),
-        "headless": (tiny.llama(layers=2), WeightsError, r"LlamaModel.*the causal language model of llama .* is LlamaForCausalLM: save"),
+        "classifier": (LlamaForSequenceClassification(tiny.llama(layers=2).config), WeightsError, r"unexpected tensors model.score.weight"),
         "pickle": (None, WeightsError, "no .safetensors file"),
         "absent": (None, StorageError, "neither a model folder nor a Hub id"),
     }[case]
@@ -101,9 +101,6 @@ def test_what_cannot_be_a_chain_is_refused_and_nothing_is_left_behind(tmp_path, 
     if case == "vocabulary":
         path = tmp_path / "other" / "tokenizer.json"
         path.write_text(path.read_text().replace("<unk>", "<UNK>"))
-    if case == "headless":
-        path = tmp_path / "other" / "config.json"
-        path.write_text(path.read_text().replace("LlamaForCausalLM", "LlamaModel"))
     if case == "pickle":
         folder = tmp_path / "other"
         folder.mkdir()
@@ -156,12 +153,13 @@ def test_tokenizers_that_read_a_text_otherwise_are_two(tmp_path, change):
         assemble_chain(checkpoints, tmp_path / "chain")
 
 
-def test_a_config_that_names_no_architecture_is_a_causal_language_model(tmp_path):
+@pytest.mark.parametrize("named", [None, ["LlamaModel"], ["LLaMAForCausalLM"], "LlamaForCausalLM"])
+def test_whatever_architecture_a_config_names_it_is_a_causal_language_model(tmp_path, named):
+    """As AutoModelForCausalLM reads it: published checkpoints name none, their base model, or a class of old."""
     checkpoints = three("llama", tmp_path)
     for folder in checkpoints:
         config = json.loads((folder / "config.json").read_text())
-        del config["architectures"]
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": named}))
     chain = assemble_chain(checkpoints, tmp_path / "chain")
     size = chain.anchors[0].parameters - 100
     CBDModel.materialize(tmp_path / "chain", size, output_dir=tmp_path / "made")
