@@ -123,13 +123,13 @@ def draw() -> None:
     """Pictures of the results that are curves."""
     quality = read("quality")
     if quality is not None:
-        figure, axes = plt.subplots(figsize=(7, 4))
+        figure, axes = plt.subplots(figsize=(8, 4))
         for segment in dict.fromkeys(row["segment"] for row in quality["rows"]):
             rows = sorted((row for row in quality["rows"] if row["segment"] == segment and row.get("to_chord")), key=lambda row: row["share"])
             axes.errorbar([row["share"] for row in rows], [row["to_chord"][0] for row in rows], [row["to_chord"][1] for row in rows], marker="o", capsize=3, label=segment)
         axes.axhline(0, color="0.5", linewidth=1)
         axes.set(xlabel="share of the way from the smaller anchor", ylabel="loss less the chord, nats per token", xticks=[0.25, 0.5, 0.75])
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         save(figure, "quality")
     alpha = read("alpha")
     if alpha is not None:
