@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
     """
     files = replace(files, glance=True)
     base = adapter.config.get("base_model_name_or_path")
-    folders = {"config.json": adapter.folder, **({"base_model_name_or_path": Path(base).expanduser()} if isinstance(base, str) and base else {})}
+    folders = {"config.json": adapter.folder, **({"base_model_name_or_path": _path(base)} if isinstance(base, str) and base else {})}
     recorded = next((found for by, folder in folders.items() if (found := _recorded(files, adapter, folder, by)) is not None), None)
     if size is not None:
         said = Stand.of(files, plan_in(files, size), "adapter_size")
@@ -106,7 +107,7 @@ def _check(files: ChainFiles, adapter: Adapter, found: Stand, said: str) -> None
 
 def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Stand | None:
     """The place that a folder's config.json says, where it is one of this chain that the adapter fits."""
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         return None
     try:
         config = read_config(folder)
@@ -128,13 +129,13 @@ def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Sta
 def _named(files: ChainFiles, base: str) -> Anchor | None:
     """The anchor that a model's name or folder means."""
     manifest = files.manifest
-    path = Path(base).expanduser()
+    path = _path(base)
     for anchor in manifest.anchors:
         remote, location = files.remote(anchor), anchor.location
         if remote is None:
-            if path.is_dir() and path.resolve() == (files.root / (location.subfolder or "")).resolve():
+            if os.path.isdir(path) and path.resolve() == (files.root / (location.subfolder or "")).resolve():
                 return anchor
-        elif not path.is_dir() and location.subfolder is None and base == remote[0]:
+        elif not os.path.isdir(path) and location.subfolder is None and base == remote[0]:
             return anchor
     same = next((anchor for anchor in manifest.anchors if _holds(path, anchor)), None)
     if same is not None:
@@ -145,10 +146,15 @@ def _named(files: ChainFiles, base: str) -> Anchor | None:
     return None
 
 
+def _path(name: str) -> Path:
+    """A name as a folder; one that can be none is no folder."""
+    return Path(os.path.expanduser(name))
+
+
 def _holds(folder: Path, anchor: Anchor) -> bool:
     """Whether a folder is the checkpoint that an anchor was made of: its weights are the same, byte for byte."""
     weights = {folder / name: record for name, record in anchor.files.items() if name.endswith(".safetensors")}
-    if not weights or not all(path.is_file() and path.stat().st_size == record.bytes for path, record in weights.items()):
+    if not weights or not all(os.path.isfile(path) and path.stat().st_size == record.bytes for path, record in weights.items()):
         return False
     try:
         for path, record in weights.items():

@@ -45,7 +45,7 @@ from cbd_hub.reporting import Progress, Report
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
 from cbd_hub.upload import Publication
-from cbd_hub.weights import Checkpoint, load_tokenizer, vocabulary_sha256, weight_files
+from cbd_hub.weights import Checkpoint, load_tokenizer, same_vocabulary, tokenizer_file, weight_files
 
 
 class Chain:
@@ -212,7 +212,7 @@ class ChainBuilder:
 
     root: Path
     name: str
-    _tokenizers: dict[str | None, str] = field(default_factory=dict, repr=False)  # what reads texts alike -> hash of the first tokenizer.json that does
+    _tokenizers: dict[str, Path] = field(default_factory=dict, repr=False)  # hash -> the first folder that has it, of each vocabulary
 
     def anchor_folder(self, name: str) -> Path:
         """Where an anchor's files go."""
@@ -233,9 +233,18 @@ class ChainBuilder:
         write_text(listing, json.dumps({"chunk_bytes": CHUNK_BYTES, "files": chunks}))
         return PathRecord(path=f"chunks/{name}.json", sha256=sha256(listing))
 
-    def _tokenizer(self, folder: Path, found: str) -> str:
-        """The hash of a folder's tokenizer.json, or of an earlier anchor's that reads texts alike."""
-        return found if found in self._tokenizers.values() else self._tokenizers.setdefault(vocabulary_sha256(folder), found)
+    def _tokenizer(self, folder: Path, files: Mapping[str, FileRecord]) -> str | None:
+        """The hash of a folder's tokenizer, or of an earlier anchor's that reads texts alike."""
+        path = tokenizer_file(folder)
+        if path is None:
+            return None
+        found = files[path.name].sha256
+        if found not in self._tokenizers:
+            alike = next((known for known, other in self._tokenizers.items() if same_vocabulary(folder, other)), None)
+            if alike is not None:
+                return alike
+            self._tokenizers[found] = folder
+        return found
 
     def record(
         self, name: str, *, origin: Literal["source", "cut", "published", "random"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
@@ -254,7 +263,7 @@ class ChainBuilder:
         chunks = {path.name: chunk_hashes(path) for path in paths if path.suffix == ".safetensors"}
         return Anchor(
             name=name, parameters=shapes.parameter_count(config), shape=shapes.shape_of(config), family=family_of(config).name,
-            tokenizer_sha256=self._tokenizer(folder, files["tokenizer.json"].sha256) if "tokenizer.json" in files else None,
+            tokenizer_sha256=self._tokenizer(folder, files),
             location=Location(repo_id=".", subfolder=f"anchors/{name}"), files=files,
             chunks=self.save_chunks(name, chunks), parent=parent, origin=origin, maps=maps,
             training=training, evaluations=list(evaluations), license=license,
@@ -387,7 +396,7 @@ def check_pair(large: int, large_folder: Path, large_config: Any, small: int, sm
     if family_of(large_config) is not family_of(small_config):
         raise ArchitectureError(f"{pair} are a {large_config.model_type} and a {small_config.model_type}; a segment needs one architecture")
     big, little = shapes.shape_of(large_config), shapes.shape_of(small_config)
-    if big.vocab != little.vocab or vocabulary_sha256(large_folder) != vocabulary_sha256(small_folder):
+    if big.vocab != little.vocab or not same_vocabulary(large_folder, small_folder):
         raise VocabularyMismatchError(
             f"{pair} have different tokenizers (vocabularies of {big.vocab:,} and {little.vocab:,} rows); a segment needs one vocabulary. Where they should be one, copy the tokenizer's files of either folder to the other"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from cbd_hub.chain import Chain
 from cbd_hub.configs import read_config
-from cbd_hub.distill.data import as_document, is_conversation, read_rows
+from cbd_hub.distill.data import as_document, as_row, is_conversation, read_rows
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.errors import ArgumentError, DataError
@@ -38,7 +38,7 @@ class Evaluated:
         tasks: One row per size and file of questions: ``size``, ``parameters``, ``strategy``, ``task``, ``questions``, ``accuracy`` and ``accuracy_norm`` with their
             errors; of another model with its name, ``model``.
         counts: How much text that was: ``documents`` and ``tokens``, or ``bytes``; empty without text.
-        one_vocabulary: Whether all of them have one; else bits per byte alone, of the same bytes, compare them.
+        one_vocabulary: Whether all of them read the text with one; else bits per byte alone, of the same bytes, compare them.
     """
 
     results: list[dict[str, Any]]
@@ -85,8 +85,8 @@ class _Contender:
         facts = {"model": name, "size": format_size(parameters), "parameters": parameters}
         return cls(facts, name, name, partial(load_tokenizer, folder), partial(load_model, folder, Checkpoint(folder, config).dtype), config)
 
-    def check(self, tokenizer: Any, documents: Documents | None) -> None:
-        """Refuse another model that cannot read what is to be measured, before anything is.
+    def check(self, tokenizer: Any, longest: int) -> None:
+        """Refuse another model that cannot read what is to be measured, before anything is: documents of up to ``longest`` tokens.
 
         Raises:
             ArgumentError: If it has fewer positions than a document.
@@ -98,8 +98,7 @@ class _Contender:
         beyond = {place for place in tokenizer.get_vocab().values() if place >= rows} - rowless_tokens(tokenizer, rows)
         if beyond:
             raise DataError(f"{self.name} has {rows:,} rows in its embedding, and its tokenizer tokens up to {max(beyond):,}; give it its own tokenizer")
-        if documents is not None:
-            longest = max(map(len, documents.ids))
+        if longest:
             check_positions(longest, self.config, f"{self.name} is to read {longest:,} tokens (block_size), which")
 
 
@@ -125,7 +124,7 @@ def evaluate_sizes(
         ArgumentError: If neither text nor tasks are given, or a model has fewer positions than a document.
         DataError: If the text cannot be read or is too short, or a tokenizer has tokens that its model has not.
         SizeError: If a size lies outside the chain.
-        StorageError: If a model is neither a folder nor on the Hub.
+        StorageError, ManifestError: If a model is neither a folder nor on the Hub.
         ArchitectureError: If its architecture has no axis table.
         WeightsError: If it is no causal language model, or has no tokenizer.
 
@@ -141,10 +140,12 @@ def evaluate_sizes(
     rows = None if text is None else read_rows(text, column)
     wishes = [anchor.parameters for anchor in chain.anchors] if sizes is None else list(sizes)
     contenders = [*(_Contender.size(chain, size, wish) for size in wishes), *(_Contender.other(os.fspath(model)) for model in models)]
+    if not contenders:
+        raise ArgumentError("sizes and models name none; leave sizes out for the anchors")
     tokenizers = {contender.source: contender.tokenizer() for contender in {contender.source: contender for contender in contenders}.values()}
     texts = None if rows is None else _Texts(chain, contenders, tokenizers, rows, block_size, max_tokens)
     for contender in contenders:
-        contender.check(tokenizers[contender.source], None if texts is None else texts.of(contender))
+        contender.check(tokenizers[contender.source], 0 if texts is None else texts.longest(contender))
     results: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     first: Losses | None = None
@@ -204,13 +205,15 @@ class _Texts:
                 return None
             raise
 
-    def of(self, contender: _Contender) -> Documents:
-        """The text as a contender reads it."""
-        return self._documents[self._vocabularies[contender.source]]
+    def longest(self, contender: _Contender) -> int:
+        """Tokens of the longest document that a contender reads."""
+        vocabulary = self._vocabularies[contender.source]
+        same = [] if self._same is None else tokenised(map(as_row, self._same.documents), self._tokenizers[vocabulary])
+        return max(*map(len, self._documents[vocabulary].ids), *(len(tokens.ids) for tokens in same), 0)
 
     def measured(self, runner: ModelRunner, contender: _Contender) -> tuple[dict[str, Any], Losses]:
         """What a contender loses, as plain data, and the losses that compare it with others: in nats per token, or in bits of the same bytes."""
-        documents = self.of(contender)
+        documents = self._documents[self._vocabularies[contender.source]]
         losses = document_losses(runner, documents)
         facts = {"loss": losses.mean, "stderr": losses.stderr, "perplexity": losses.perplexity, "bits_per_byte": bits_per_byte(losses, documents)}
         if self._same is None:

@@ -172,7 +172,8 @@ class Preview(Data):
 class Anchor(Data):
     """One complete model of the chain; its licence is the teacher's where it has none of its own.
 
-    ``tokenizer_sha256`` is the hash of its tokenizer.json, or of that of an earlier anchor which reads texts alike: anchors with one value have one vocabulary.
+    ``tokenizer_sha256`` is the hash of its tokenizer.json (without one of its tokenizer.model or vocab.json), or of that of another anchor which reads texts
+    alike: anchors with one value have one vocabulary.
     """
 
     name: Name

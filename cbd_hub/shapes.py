@@ -348,11 +348,8 @@ def shape_between(
     candidates = _Candidates(small, large, config)
     off = candidates.distance(share, hidden)
     depths = sorted(_span(small.layers, large.layers), key=lambda depth: (abs(depth - wish), depth))
-    if small.ffn == large.ffn:  # sizes come in steps, and one that is asked for again is its shape's
-        for depth in depths:
-            ffn, sizes = candidates.at(size, depth, 0.0)
-            if (sizes == size).any():
-                return candidates.shape(int(np.lexsort((off, sizes != size))[0]), depth, ffn)
+    if small.ffn == large.ffn and (found := candidates.exact(size, wish, off)) is not None:
+        return found  # sizes come in steps, and one that is asked for again is its shape's
     for depth in depths:
         ffn, sizes = candidates.at(size, depth, accept / 2)
         errors = np.abs(sizes - size)
@@ -403,6 +400,18 @@ class _Candidates:
         narrow, wide = sorted((self.small.ffn, self.large.ffn))
         ffn = np.clip(_fill(size, sizes, self.config, within), narrow, wide)
         return ffn, _count_like(self.config, {**sizes, "ffn": ffn})
+
+    def exact(self, size: int, wish: float, off: np.ndarray) -> Shape | None:
+        """The shape with exactly this size and the FFN width of both ends that is nearest to a wished number of layers, and ``off`` the path by least; None without one."""
+        depths = _span(self.small.layers, self.large.layers)
+        ffn, least = self.at(size, depths[0], 0.0)
+        layer = self.at(size, depths[0] + 1, 0.0)[1] - least  # sizes rise evenly with layers
+        more, rest = np.divmod(size - least, layer)
+        hits = (rest == 0) & (more >= 0) & (more < len(depths))
+        if not hits.any():
+            return None
+        row = int(np.lexsort((off, np.abs(depths[0] + more - wish), ~hits))[0])
+        return self.shape(row, depths[0] + int(more[row]), ffn)
 
     def shape(self, row: int, depth: int, ffn: np.ndarray) -> Shape:
         """The shape of a row."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from cbd_hub.configs import class_name, read_config
 from cbd_hub.errors import IntegrityError, StorageError, WeightsError, one_line
 from cbd_hub.families import family_of
-from cbd_hub.files import CheckedFile
+from cbd_hub.files import CheckedFile, sha256
 from cbd_hub.manifest import FileRecord
 
 
@@ -95,9 +95,6 @@ def check_finite(model: Any, source: str) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):
             raise WeightsError(f"{source}: {name} holds values that are no finite numbers; fetch or make the model again")
-
-
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is in every folder that has a tokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -347,12 +344,33 @@ def tokenizer_sha256(tokenizer: Any, chats: bool = True) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def vocabulary_sha256(folder: Path) -> str | None:
-    """Fingerprint of what a folder's tokenizer makes of a text, as transformers reads it, whatever version wrote it; None where there is none.
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file of a folder that says most of its tokenizer; None where it has none."""
+    return next((folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()), None)
+
+
+def same_vocabulary(first: Path, second: Path) -> bool:
+    """Whether the tokenizers of two folders make the same of a text, whatever version wrote them; folders without one have the same.
+
+    Files that are the same are not read; others are compared as transformers reads them.
 
     Raises:
-        WeightsError: If it cannot be read.
+        WeightsError: If one cannot be read.
     """
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        return None
-    return tokenizer_sha256(load_tokenizer(folder), chats=False)
+    files = tokenizer_file(first), tokenizer_file(second)
+    if files[0] is None or files[1] is None:
+        return files == (None, None)
+    if _text_facts(first) == _text_facts(second):
+        return True
+    return len({tokenizer_sha256(load_tokenizer(folder), chats=False) for folder in (first, second)}) == 1
+
+
+def _text_facts(folder: Path) -> list[Any]:
+    """What of a tokenizer's files decides how a text is read: all but its config, of which one field does."""
+    config = folder / "tokenizer_config.json"
+    try:
+        prefix = json.loads(config.read_bytes()).get("add_prefix_space") if config.is_file() else None
+    except (ValueError, AttributeError):
+        prefix = None  # of no use, as whoever reads it says
+    names = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+    return [prefix, *(sha256(folder / name) if (folder / name).is_file() else None for name in names)]

@@ -133,6 +133,27 @@ def test_how_a_tokenizer_was_last_called_and_saved_is_no_difference(tmp_path):
         assemble_chain(checkpoints, tmp_path / "other")
 
 
+def test_equal_tokenizer_files_are_not_read(tmp_path, monkeypatch):
+    """Reading a large one takes seconds, and a padding token that a config adds is in no text."""
+    checkpoints = three("llama", tmp_path)
+    config = checkpoints[1] / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "<another>"}))
+    monkeypatch.setattr("cbd_hub.weights.load_tokenizer", lambda folder: pytest.fail(f"{folder} was read"))
+    assert len({anchor.tokenizer_sha256 for anchor in assemble_chain(checkpoints, tmp_path / "chain").anchors}) == 1
+
+
+def test_a_tokenizer_in_the_files_of_old_is_the_same_as_in_one(tmp_path):
+    checkpoints = three("gpt2", tmp_path)[:2]
+    made = GPT2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1, "b": 2, "\u0120": 3}, merges=[])
+    for folder in checkpoints:
+        made.save_pretrained(folder)
+    path = checkpoints[1] / "tokenizer.json"
+    path.unlink()
+    (checkpoints[1] / "vocab.json").write_text(json.dumps(made.get_vocab()))
+    (checkpoints[1] / "merges.txt").write_text("#version: 0.2\n")
+    assert {anchor.tokenizer_sha256 for anchor in assemble_chain(checkpoints, tmp_path / "chain").anchors} == {sha256(checkpoints[0] / "tokenizer.json")}
+
+
 @pytest.mark.parametrize("change", ["prefix space", "slow"])
 def test_tokenizers_that_read_a_text_otherwise_are_two(tmp_path, change):
     """Whether a file says so, the config beside it, or the two files of a tokenizer of old."""

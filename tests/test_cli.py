@@ -141,6 +141,8 @@ def test_other_models_change_nothing_of_the_sizes(cbd, chain, text, tmp_path):
         assert found == code
         assert re.search(message, errors), errors
         assert "measuring" not in errors
+    with pytest.raises(ArgumentError, match="sizes and models name none"):
+        evaluate_sizes(anchor, [], text=str(text))
     with pytest.raises(ArgumentError, match="models is the text './model'"):
         evaluate_sizes(anchor, models="./model", text=str(text))
 

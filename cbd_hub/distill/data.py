@@ -121,7 +121,12 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
             rows = rows.map(_paragraphs, batched=True)
     else:
         rows = _loaded(str(dataset), name, split=split, streaming=True)
-    found = list(rows.column_names or next(iter(rows), {}))
+    try:
+        found = list(rows.column_names or next(iter(rows), {}))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    if not found:
+        raise DataError(f"{path or dataset} holds no rows; give some with text, messages, or prompt and completion")
     if column in found:
         chosen = rows.select_columns([column])
         return (chosen if column == "text" else chosen.rename_column(column, "text")).filter(_filled)

@@ -78,9 +78,11 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
             raise DataError(f"tools cannot be read as json ({error}); give a list of tools") from error
+    else:
+        tools = _without_none(tools)
     if tools is not None and not isinstance(tools, (list, tuple)):
         raise DataError(f"tools is no list but {_kind(tools)}; give a list of tools")
-    return {**_without_none(more), **({"tools": _without_none(tools)} if tools else {})}
+    return {**_without_none(more), **({"tools": list(tools)} if tools else {})}
 
 
 def _without_none(value: Any) -> Any:
