@@ -147,7 +147,7 @@ def _named(files: ChainFiles, base: str) -> Anchor | None:
 
 
 def _path(name: str) -> Path:
-    """A name as a folder; one that can be none is no folder."""
+    """A name as a path: also one that no folder can have."""
     return Path(os.path.expanduser(name))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from cbd_hub.chain import Chain
 from cbd_hub.configs import read_config
 from cbd_hub.distill.data import as_document, as_row, is_conversation, read_rows
-from cbd_hub.distill.packing import tokenised
+from cbd_hub.distill.packing import row_documents, tokenised
 from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import BITS, Documents, Losses, bits_per_byte, document_losses
@@ -86,14 +86,12 @@ class _Contender:
         return cls(facts, name, name, partial(load_tokenizer, folder), partial(load_model, folder, Checkpoint(folder, config).dtype), config)
 
     def check(self, tokenizer: Any, longest: int) -> None:
-        """Refuse another model that cannot read what is to be measured, before anything is: documents of up to ``longest`` tokens.
+        """Refuse another model that cannot read documents of up to ``longest`` tokens, before anything is measured.
 
         Raises:
             ArgumentError: If it has fewer positions than a document.
             DataError: If it has no rows for some of its tokenizer's tokens.
         """
-        if self.config is None:
-            return
         rows = shape_of(self.config).vocab
         beyond = {place for place in tokenizer.get_vocab().values() if place >= rows} - rowless_tokens(tokenizer, rows)
         if beyond:
@@ -145,7 +143,8 @@ def evaluate_sizes(
     tokenizers = {contender.source: contender.tokenizer() for contender in {contender.source: contender for contender in contenders}.values()}
     texts = None if rows is None else _Texts(chain, contenders, tokenizers, rows, block_size, max_tokens)
     for contender in contenders:
-        contender.check(tokenizers[contender.source], 0 if texts is None else texts.longest(contender))
+        if contender.config is not None:
+            contender.check(tokenizers[contender.source], 0 if texts is None else texts.longest(contender))
     results: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     first: Losses | None = None
@@ -229,10 +228,7 @@ class _Texts:
 
 def _documents(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: int, max_tokens: int, whose: str) -> Documents:
     try:
-        if is_conversation(rows[0]):
-            found = Documents.answered(((row.ids, row.labels) for row in tokenised(rows, tokenizer)), tokenizer, block_size, max_tokens)
-        else:
-            found = Documents.read([row["text"] for row in rows], tokenizer, block_size, max_tokens)
+        found = row_documents(rows, tokenizer, block_size, max_tokens)
     except DataError as error:
         raise DataError(f"{whose}: {error}") from error
     if found.tokens < 2:

@@ -168,7 +168,7 @@ def fit_road(segment: Segment, loss: Callable[[Plan], float], size: int) -> Road
 
 
 def settled(segment: Segment, point: RoadPoint) -> RoadPoint:
-    """A point of the road with a shape's own numbers, which give that shape when they are asked for again."""
+    """A point of the road with a shape's own numbers, which give that shape when they are asked for again; the nearest tried, where none was found that do."""
     for nudge in (0, 1, -1, 2, -2):  # between two shapes that are equally good it goes back and forth; a thousandth of the size decides
         own = point.model_copy(update={"size": round(point.size * (1 + nudge / 1000))})
         for _ in range(8):

@@ -325,7 +325,8 @@ def shape_between(
     The path: layers, hidden width, kv heads and query heads per kv head each go linearly with size (or as given) to the nearest that the
     architecture can have, and the FFN fills the rest within the neighbours' range. Where it cannot, the next nearest number of layers is
     taken, and at each the nearest widths that can. So a size comes out within 0.2% where the FFN moves and 1% where hidden width does and the FFN does
-    not, unless all else moves in steps that the FFN's range does not bridge: layers alone, or whole heads with the hidden width.
+    not, unless all else moves in steps that the FFN's range does not bridge: layers alone, or whole heads with the hidden width. Where the FFN does not
+    move, a size that is a shape's own is that shape's: what came out comes out again.
 
     Args:
         size: Parameters wanted.

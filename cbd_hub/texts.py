@@ -77,10 +77,7 @@ def files_of(path: str) -> list[str]:
 
 def _rows(builder: str, names: list[str], column: str) -> list[str]:
     if builder == "text":
-        paragraphs: list[str] = []
-        for name in names:
-            paragraphs += paragraphs_of(_read(name))
-        return paragraphs
+        return [paragraph for name in names for paragraph in paragraphs_of(_read(name))]
     if builder == "jsonl":
         return [text for name in names for text in _json_lines(name, column)]
     from datasets import load_dataset

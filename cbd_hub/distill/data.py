@@ -132,7 +132,7 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
         return (chosen if column == "text" else chosen.rename_column(column, "text")).filter(_filled)
     if is_conversation(found):
         return rows
-    raise DataError(f'{path or dataset} has no column "{column}"; it has {", ".join(found) or "no rows"}: name the column that holds the text')
+    raise DataError(f'{path or dataset} has no column "{column}"; it has {", ".join(found)}: name the column that holds the text')
 
 
 def _paragraphs(rows: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from cbd_hub.distill.data import Parts, as_document, as_row, is_conversation, split_documents
 from cbd_hub.distill.distiller import ChainDistiller
-from cbd_hub.distill.packing import tokenised
+from cbd_hub.distill.packing import row_documents
 from cbd_hub.distill.rows import check_ready, check_row
 from cbd_hub.distill.wrapping import is_peft_model, shards
 from cbd_hub.errors import ArgumentError, DataError, one_line
@@ -111,18 +111,16 @@ def _plain(row: Mapping[str, Any], where: str, vocab: float) -> dict[str, Any]:
 
 
 def documents_of(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: int, max_tokens: int) -> Documents:
-    """Rows one by one, as `cbd eval` reads them: of prompts and chats the answers count alone.
+    """Rows one by one, as `row_documents` reads them, and ready ``input_ids`` too.
 
     Raises:
-        DataError: If no token counts.
+        DataError: If no token counts, or a prompt has no answer.
     """
     if _kind(rows[0]) == "a prompt alone":
         raise DataError("the rows to measure on have a prompt and no answer; give each its completion, or pass eval_dataset with rows that have one")
     if "input_ids" in rows[0]:
         return Documents.answered((_unpadded(row) for row in rows), tokenizer, block_size, max_tokens)
-    if is_conversation(rows[0]):
-        return Documents.answered(((row.ids, row.labels) for row in tokenised(rows, tokenizer)), tokenizer, block_size, max_tokens)
-    return Documents.read([row["text"] for row in rows], tokenizer, block_size, max_tokens)
+    return row_documents(rows, tokenizer, block_size, max_tokens)
 
 
 def _unpadded(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -17,9 +17,10 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from torch import Tensor
 
+from cbd_hub.distill.data import is_conversation
 from cbd_hub.distill.rows import RESPONSES, check_row, template_options
 from cbd_hub.errors import DataError, one_line
-from cbd_hub.evaluation import IGNORED
+from cbd_hub.evaluation import IGNORED, Documents
 from cbd_hub.losses.alignment import prefix_of
 
 
@@ -77,6 +78,17 @@ def tokenised(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[Tok
         except DataError as error:
             raise DataError(f"row {number:,}: {error}") from error
         yield tokens
+
+
+def row_documents(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size: int, max_tokens: int) -> Documents:
+    """Rows one by one, as `cbd eval` reads them: texts, or of prompts and chats the answers alone.
+
+    Raises:
+        DataError: If a row cannot be read, or no token counts.
+    """
+    if is_conversation(rows[0]):
+        return Documents.answered(((row.ids, row.labels) for row in tokenised(rows, tokenizer)), tokenizer, block_size, max_tokens)
+    return Documents.read([row["text"] for row in rows], tokenizer, block_size, max_tokens)
 
 
 def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, options: Mapping[str, Any], first: int = 0) -> Tokens:

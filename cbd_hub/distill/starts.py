@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import transformers
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 from transformers import AutoConfig
 
 from cbd_hub import shapes
-from cbd_hub.configs import read_config
+from cbd_hub.configs import class_name, read_config
 from cbd_hub.errors import ArgumentError, CBDError, RecipeError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.hub import resolve_checkpoint
@@ -166,9 +165,9 @@ def _random(data: StartData) -> Start:
         made = shapes.config_for(shape, config, [layer % whole.layers for layer in range(shape.layers)])
         for role in ("bos", "eos", "pad"):
             setattr(made, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
-        made.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(made)].__name__]
+        made.architectures = [class_name(made, "the recipe")]
         family_of(made)
-    except (CBDError, KeyError) as error:
+    except CBDError as error:
         raise RecipeError(f"{data.axes or 'the shape'} of {config.model_type}: {one_line(error)}") from error
     return Start("random", made, None, folder, shapes.parameter_count(made), shape)
 
