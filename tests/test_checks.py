@@ -53,6 +53,7 @@ def line_of(path, word):
     ({"kd_weight": 0.0, "ce_weight": 0.0}, "kd_weight and ce_weight are both 0"),
     ({"block_size": 300}, "block_size=300 is more than the model's 256 positions"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not part"),
+    ({"neftune_noise_alpha": 5.0, "path_fraction": 0.5}, "neftune_noise_alpha=5.0 is added to the student's own embedding"),
 ])
 def test_a_later_stages_mistake_is_said_before_the_first_one_trains(tmp_path, own, message):
     path = written(tmp_path, {**make_recipe(tmp_path, "llama", ANCHORS), "stages": {LAST: own}})

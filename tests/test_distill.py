@@ -421,6 +421,16 @@ def test_metrics_are_written_line_by_line_also_after_a_resume(tmp_path):
     assert all({"loss", "learning_rate", "grad_norm"} <= line.keys() for line in lines)
 
 
+@pytest.mark.parametrize("options", [{"save_strategy": "epoch", "logging_steps": 3}, {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "logging_steps": 5}])
+def test_metrics_are_the_same_after_a_resume_wherever_checkpoints_are_made(tmp_path, options):
+    """Also where the end of an epoch or an evaluation decides on them, between two log lines."""
+    for name, stop in (("a", 0), ("b", 5)):
+        resumed("llama", tmp_path / name, stop, per_device_train_batch_size=8, eval_dataset=rows(8, seed=1), **options)
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text() for name in "ab")
+    assert first == second
+    assert json.loads(first.splitlines()[0])["step"] == 2
+
+
 def lora(**more):
     from peft import LoraConfig
     return LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **more)
@@ -556,6 +566,12 @@ def test_what_would_never_be_called_is_refused(tmp_path):
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init"):
         with pytest.raises(ArgumentError, match=f"{name} would never be called"):
             ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows(), **{name: len})
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_a_push_of_the_optimiser_is_refused(tmp_path, strategy):
+    with pytest.raises(ArgumentError, match=f"hub_strategy={strategy} would push the optimiser's state"):
+        ChainDistillerConfig(str(tmp_path), push_to_hub=True, hub_strategy=strategy)
 
 
 def test_a_student_that_is_no_model_is_refused(tmp_path):

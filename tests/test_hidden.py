@@ -10,7 +10,7 @@ import torch
 from conftest import ONE_FAMILY
 from safetensors.torch import load_file
 from test_distill import lora, rows, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
@@ -94,6 +94,19 @@ def test_balance_weighs_the_terms_alike(tmp_path):
         other = line["loss"] / 2
         assert line["hidden_loss"] * line["hidden_scale"] == pytest.approx(other, rel=0.2)
     assert trainer.hidden.scale != logs[0]["hidden_scale"]
+
+
+@pytest.mark.parametrize("collator", [DataCollatorForSeq2Seq(tiny.tokenizer()), DataCollatorWithFlattening(return_flash_attn_kwargs=True)])
+def test_the_start_is_measured_on_what_the_steps_read(tmp_path, collator):
+    """Columns that no step reads reach no collator, and what a collator makes beside tensors is let be."""
+    scales = []
+    for own in (None, collator):
+        trainer = trainer_of("llama", tmp_path, hidden_balance=True)
+        trainer.train_dataset = [{**row, "attention_mask": [1] * len(row["input_ids"]), "source": "a file"} for row in rows()]
+        trainer.data_collator = own or trainer.data_collator
+        trainer._start_hidden()
+        scales.append(trainer.hidden.scale)
+    assert scales[1] == pytest.approx(scales[0], rel=1e-4)
 
 
 @ONE_FAMILY

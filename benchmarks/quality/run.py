@@ -1,11 +1,12 @@
 """How good the sizes in between are: four segments under one teacher, against everything else that gives such a model.
 
-    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--share 0.5] [--free] [--seeds 3]
+    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--share 0.5] [--free] [--seeds 3] [--scratch 10]
 
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
 as the least-loss cut chooses) and distilled alike, that of hidden width with a fifth of its steps on the path, as recipes do, and without, those of least loss and of FFN width without, as recipes do, and with; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
-after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, its student of its own and the improved boomerang, with other seeds.
+after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--scratch`` adds a model of that
+shape from random weights, by cross-entropy on so many times a stage's tokens. ``--seeds`` repeats the middle of each segment, its student of its own and the improved boomerang, with other seeds.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
 Writes benchmarks/results/quality.json after each segment; segments of earlier runs stay in it.
 """
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,8 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
@@ -40,6 +44,7 @@ from cbd_hub.interpolation.plan import Kept, Plan, Segment
 from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.manifest import Link, Shape
 from cbd_hub.measure import SHARES, best_order, measure_segment
+from cbd_hub.precision import has_bf16
 from cbd_hub.shapes import count, shape_of
 from cbd_hub.weights import load_model
 
@@ -55,6 +60,7 @@ SEGMENTS: dict[str, dict[str, int] | int] = {
 }
 PATH = dict.fromkeys(("hidden", "least loss, path", "ffn, path"), HIDDEN_PATH)  # the share of the anchor's steps on the path: recipes have it where hidden width moves
 HEAL = 0.05  # of a stage's steps
+SCRATCH_RATE = 1e-3  # of AdamW, as in headline.py; not searched
 LEAST_HEAL = 5  # steps; with fewer a schedule with warm-up has hardly begun
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
 console = Console(width=150)
@@ -66,10 +72,10 @@ class Bench:
     def __init__(self, demo: Path, work: Path, steps: int, heldout_tokens: int) -> None:
         chain = Chain.from_pretrained(demo / "chain")
         self.recipe, self.work, self.steps = Recipe.read(demo / "chain" / "recipe.yaml"), work, steps
-        parts, self.tokenizer = read_parts(self.recipe), chain.tokenizer()
-        self.rows, block = parts.rows(), self.recipe.data.block_size
-        self.heldout = Documents.read(parts.heldout, self.tokenizer, block, heldout_tokens)
-        self.calibration = Calibration.read(parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
+        self.parts, self.tokenizer = read_parts(self.recipe), chain.tokenizer()
+        self.rows, block = self.parts.rows(), self.recipe.data.block_size
+        self.heldout = Documents.read(self.parts.heldout, self.tokenizer, block, heldout_tokens)
+        self.calibration = Calibration.read(self.parts.calibration, self.tokenizer, block, CALIBRATION_TOKENS)
         self.teacher = chain.model("max", dtype=torch.float32)
         self.whole = shape_of(self.teacher.config)
         for folder in ("models", "losses", "segments"):
@@ -79,6 +85,11 @@ class Bench:
     def heal_steps(self) -> int:
         """Steps of a heal."""
         return round(HEAL * self.steps)
+
+    @functools.cached_property
+    def blocks(self) -> Documents:
+        """The training text, packed."""
+        return Documents.packed(self.parts.train, self.tokenizer, self.recipe.data.block_size, 10**9)
 
     @functools.cached_property
     def importance(self) -> Any:
@@ -139,6 +150,29 @@ class Bench:
         """A student distilled for the middle of a segment alone, and how to make it."""
         named = f"{_kind(name)}/0.5/alone{_suffix(seed)}"
         made = functools.partial(self.trained, named, cut, seed=seed)
+        return self.losses(named, made), made
+
+    def scratch(self, name: str, plan: Plan, times: int) -> tuple[Losses, Callable[[], Any]]:
+        """A model of the middle's shape from random weights, by cross-entropy on so many times a stage's tokens, and how to make it."""
+        named = f"{_kind(name)}, 0.5, scratch, {times}x"
+        folder, training = self.work / "models" / named, self.work / "training" / named
+
+        def made() -> Any:
+            if not folder.is_dir():
+                transformers.set_seed(0)
+                model = type(self.teacher)(plan.config(self.teacher.config))
+                arguments = TrainingArguments(
+                    str(training), max_steps=times * self.steps, per_device_train_batch_size=8, learning_rate=SCRATCH_RATE, lr_scheduler_type="cosine", warmup_steps=times * self.steps // 20,
+                    bf16=has_bf16(self.teacher.device.type), save_steps=100, save_total_limit=1, report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+                )
+                console.print(f"{named}: {arguments.max_steps} steps")
+                rows = [{"input_ids": block, "labels": block} for block in self.blocks.ids]
+                Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=get_last_checkpoint(training) if training.is_dir() else None)
+                with staged_folder(folder) as staging:
+                    model.save_pretrained(staging)
+                shutil.rmtree(training)
+            return load_model(folder, torch.float32)
+
         return self.losses(named, made), made
 
     def healed(self, name: str, start: Callable[[], Any]) -> Losses:
@@ -211,7 +245,7 @@ def _suffix(seed: int) -> str:
     return f"/seed {seed}" if seed else ""
 
 
-def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds: int) -> Iterator[dict[str, Any]]:
+def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds: int, scratch: int) -> Iterator[dict[str, Any]]:
     """The rows of one segment's table: each rival's loss, and its paired difference from the chain's model."""
     small = bench.anchor(name)
     segment = bench.segment(name, small)
@@ -240,6 +274,8 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds:
             rivals["boomerang, improved"] = bench.boomerang(depth, low, improved=True)
             if share == 0.5:
                 rivals["distilled alone"] = bench.alone(name, cut)
+                if scratch:
+                    rivals[f"from scratch, {scratch}x"] = bench.scratch(name, plan, scratch)
         weight = math.log(high / size) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
         yield {**row(name, size, plan.strategy, shape, ours, {rival: losses for rival, (losses, _) in rivals.items()}), "share": share, "to_chord": chord}
@@ -284,11 +320,12 @@ def main() -> None:
     parser.add_argument("--heldout-tokens", type=int, default=16000)
     parser.add_argument("--free", action="store_true", help="only rivals that need no training")
     parser.add_argument("--seeds", type=int, default=1, help="the middle of each segment again with other seeds")
+    parser.add_argument("--scratch", type=int, default=0, metavar="TIMES", help="the middle also from random weights, on so many times a stage's tokens")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     options = parser.parse_args()
     bench = Bench(options.demo, options.work, options.steps, options.heldout_tokens)
     for name in options.only or SEGMENTS:
-        found = sorted(rows_of(bench, name, options.share or SHARES, options.free, options.seeds), key=lambda entry: entry["parameters"])
+        found = sorted(rows_of(bench, name, options.share or SHARES, options.free, options.seeds, options.scratch), key=lambda entry: entry["parameters"])
         table = Table("segment", "size", "by", "loss", "to chord", "rivals (their loss minus the chain's)", title_justify="left")
         for entry in found:
             rivals = ", ".join(f"{name} {rival['minus'][0]:+.3f} ± {rival['minus'][1]:.3f}" for name, rival in entry["rivals"].items())

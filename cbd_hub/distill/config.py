@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from cbd_hub.distill.sampling import SamplingArguments, check_sampling
 from cbd_hub.errors import ArgumentError
@@ -104,6 +105,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
             raise ArgumentError("kd_weight and ce_weight are both 0, so there is nothing to learn from; set one of them")
         if not 0.0 <= self.path_fraction <= 1.0:
             raise ArgumentError(f"path_fraction={self.path_fraction} is outside 0 to 1; it is a share of the steps")
+        if self.path_fraction and self.neftune_noise_alpha:
+            raise ArgumentError(f"neftune_noise_alpha={self.neftune_noise_alpha} is added to the student's own embedding, which steps on the path do not read; set it or path_fraction to 0")
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ArgumentError(f"hidden_loss={self.hidden_loss!r} is not known; choose one of {', '.join(HIDDEN_LOSSES)}")
         layers = self.hidden_layers
@@ -119,6 +122,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if self.teacher_cache is not None:
             self.check_cached()
         super().__post_init__()
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ArgumentError(f"hub_strategy={self.hub_strategy.value} would push the optimiser's state, and a push holds the model alone; choose every_save or end, and keep output_dir for resuming")
         if self.n_gpu > 1:  # the Trainer would split each batch over them by DataParallel, whose parts of a loss have no common count of tokens
             logger.warning("one process was started and %d accelerators are there: it trains on the first; for all of them use torchrun or accelerate launch", self.n_gpu)
             self._n_gpu = 1

@@ -274,9 +274,9 @@ class ChainDistiller(SamplingTrainer):
         assert self.hidden is not None
 
         def batches() -> Iterator[Batch]:
-            rows = iter(self.train_dataset)
+            rows, batched = iter(self.train_dataset), self._get_collator_with_removed_columns(self.data_collator)
             while taken := list(itertools.islice(rows, self.args.train_batch_size)):
-                inputs = {name: value.to(self.args.device) for name, value in self.data_collator(taken).items()}
+                inputs = self._prepare_input(dict(batched(taken)))
                 labels = next_tokens(inputs["labels"])
 
                 def batch(student: Any, target: Output | None, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:

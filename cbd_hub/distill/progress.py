@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from cbd_hub.files import write_text
 
@@ -41,8 +42,11 @@ class MetricsFile(TrainerCallback):
             write_text(path, "".join(f"{line}\n" for line in lines) if state.global_step else "")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log where a checkpoint is made: it keeps no part of a mean, and a run that goes on from it would write another one."""
-        control.should_log = control.should_log or control.should_save
+        """Log where a checkpoint is made, or may be after an evaluation: it keeps no part of a mean, and a run that goes on from it would write another one."""
+        saves = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
+        control.should_log = control.should_log or saves
+
+    on_epoch_end = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write a line."""
