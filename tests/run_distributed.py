@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import IterableDataset
 from test_distill import rows, student_of
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
@@ -19,7 +19,7 @@ from cbd_hub.distill.wrapping import whole
 MODES = {
     "plain": {}, "path": {"path_fraction": 0.7}, "hidden": {"hidden_weight": 1.0}, "on_policy": {"on_policy_fraction": 1.0, "max_new_tokens": 6},
     "minillm": {"objective": "minillm", "rollout_batch": 16, "inner_epochs": 1, "max_new_tokens": 6, "text_weight": 0.5},
-    "answers": {"teacher_answers": True, "max_new_tokens": 6}, "cached": {}, "stream": {},
+    "answers": {"teacher_answers": True, "max_new_tokens": 6}, "cached": {}, "stream": {}, "flattened": {},
     "bridge": {"bridge": "span+vocab", "ce_weight": 0.5, "block_size": 24}, "bridge_hidden": {"bridge": "span", "hidden_weight": 1.0, "block_size": 24},
     "sharded": {}, "sharded_untied": {}, "sharded_hidden": {"hidden_weight": 1.0, "hidden_balance": True},
 }
@@ -68,6 +68,7 @@ def train(folder, mode):
     trainer = ChainDistiller(
         model=student, teacher=teacher, args=config, train_dataset=data, processing_class=tiny.tokenizer(), kept=kept, teacher_processing_class=tiny.tokenizer(),
         text_dataset=rows(16) if config.text_weight else None, teacher_cache=cache,
+        **({"data_collator": DataCollatorWithFlattening()} if mode == "flattened" else {}),
     )
     trainer.train()
     evaluations = [trainer.evaluate(held)["eval_loss"] for held in held_out(mode, teacher, folder)]

@@ -15,7 +15,7 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import next_tokens, packed_dataset
 from cbd_hub.distill.rows import check_ready
 from cbd_hub.distill.saving import AnchorTrainer
-from cbd_hub.distill.sharing import Endless, Filled, without_rows
+from cbd_hub.distill.sharing import Endless, Filled, rows_in, without_rows
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.shapes import check_positions
@@ -41,23 +41,23 @@ class EvaluatingTrainer(AnchorTrainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of a batch; logits are never formed."""
-        inputs = self._without_repeats(inputs)
+        inputs = self._without_repeats(inputs, self.args.eval_batch_size)
         kept = int((next_tokens(inputs["labels"]) != IGNORED).sum())
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=1)
         self._summed = self._summed[0] + float(loss), self._summed[1] + kept
         return loss / max(kept, 1), None, None
 
-    def _without_repeats(self, batch: Any) -> Any:
-        """A batch in which rows that come again do not count: they even out the last batches of several processes."""
-        state, processes, rows = self.accelerator.gradient_state, self.accelerator.num_processes, len(batch["labels"])
+    def _without_repeats(self, batch: Any, size: int) -> Any:
+        """A batch, of so many rows, in which those that come again do not count: they even out the last batches of several processes."""
+        state, processes, rows = self.accelerator.gradient_state, self.accelerator.num_processes, rows_in(batch, size)
         if processes == 1 or not state.end_of_dataloader:
             return batch
         left = state.remainder
         if left < 0:  # unknown to accelerate in an epoch that is gone on with
             loader = state.active_dataloader
             left = 0 if isinstance(loader.dataset, IterableDataset) or self.args.dataloader_drop_last else len(loader.dataset) % (rows * processes)
-        return without_rows(batch, max(0, left - self.accelerator.process_index * rows)) if left > 0 else batch
+        return without_rows(batch, max(0, left - self.accelerator.process_index * rows), rows) if left > 0 else batch
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """Batches; of a stream every process reads all and takes its rows, so that they may differ in length. One to train on has no end, unless its end is waited for."""

@@ -152,7 +152,7 @@ class SamplingTrainer(EvaluatingTrainer):
         """The batches of an optimiser step, sampled where it is that step's turn, and the number of their kept tokens."""
         args: ChainDistillerConfig = self.args
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        batches[-1:] = [self._without_repeats(batch) for batch in batches[-1:]]
+        batches[-1:] = [self._without_repeats(batch, self._train_batch_size) for batch in batches[-1:]]
         if args.is_minillm:
             batches = self._policy_batches(len(batches), device)
         elif args.on_policy_fraction and random.Random(f"{args.seed} on-policy {self.state.global_step}").random() < args.on_policy_fraction:

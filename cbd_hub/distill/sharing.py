@@ -16,15 +16,23 @@ from cbd_hub.evaluation import IGNORED
 _COUNTS = {"labels": IGNORED, "spans": -1, "teacher_spans": -1}  # what says that tokens count, and the value that says they do not
 
 
-def without_rows(batch: Mapping[str, Any], first: int) -> dict[str, Any]:
-    """A batch in which the rows from ``first`` on do not count.
+def rows_in(batch: Mapping[str, Any], size: int) -> int:
+    """How many rows a batch has: ``size`` where a collator has joined them into one, each with positions from 0."""
+    return size if len(batch["labels"]) == 1 and "position_ids" in batch else len(batch["labels"])
+
+
+def without_rows(batch: Mapping[str, Any], first: int, rows: int) -> dict[str, Any]:
+    """A batch of so many rows in which those from ``first`` on do not count.
 
     Example:
-        >>> without_rows({"input_ids": torch.tensor([[5], [6]]), "labels": torch.tensor([[5], [6]])}, 1)["labels"].tolist()
+        >>> without_rows({"input_ids": torch.tensor([[5], [6]]), "labels": torch.tensor([[5], [6]])}, 1, 2)["labels"].tolist()
         [[5], [-100]]
+        >>> without_rows({"position_ids": torch.tensor([[0, 1, 0]]), "labels": torch.tensor([[5, 6, 7]])}, 1, 2)["labels"].tolist()
+        [[5, 6, -100]]
     """
-    found = {name: torch.cat([batch[name][:first], torch.full_like(batch[name][first:], value)]) for name, value in _COUNTS.items() if name in batch}
-    return {**batch, **found}
+    joined = len(batch["labels"]) < rows
+    place = (batch["position_ids"] == 0).cumsum(-1) - 1 if joined else torch.arange(rows, device=batch["labels"].device).unsqueeze(-1)
+    return {**batch, **{name: batch[name].masked_fill(place >= first, value) for name, value in _COUNTS.items() if name in batch}}
 
 
 class Endless(IterableDataset[dict[str, Any]]):
