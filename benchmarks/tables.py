@@ -236,8 +236,8 @@ def quality_rivals(data: dict[str, Any]) -> str:
         """A rival's line, each segment's mean over its seeds with the mean's standard error."""
         cells = []
         for found in seeds.values():
-            values = [row["rivals"][name]["minus"][0] for row in found] if name else [row["loss"] for row in found]
-            cells.append(with_error(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)), "+.3f" if name else ".3f"))
+            values = [row["rivals"][name]["minus"][0] for row in found if name in row["rivals"]] if name else [row["loss"] for row in found]
+            cells.append("" if len(values) < len(found) else with_error(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)), "+.3f" if name else ".3f"))
         return [name or "the chain's", *cells]
 
     healed = [row for row in data["rows"] if "healed" in row["by"]]

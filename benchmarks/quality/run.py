@@ -1,14 +1,14 @@
 """How good the sizes in between are: four segments under one teacher, against everything else that gives such a model.
 
-    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--share 0.5] [--free] [--seeds 3] [--scratch 10]
+    python benchmarks/quality/run.py --demo demo --work quality [--only depth --only "least loss"] [--steps 195] [--share 0.5] [--free] [--seeds 3 | --seed 2 | --scratch 10]
 
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
 as the least-loss cut chooses) and distilled alike, that of hidden width with a fifth of its steps on the path, as recipes do, and without, those of least loss and of FFN width without, as recipes do, and with; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
-after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--scratch`` adds a model of that
-shape from random weights, by cross-entropy on so many times a stage's tokens. ``--seeds`` repeats the middle of each segment, its student of its own and the improved boomerang, with other seeds.
+after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, its student of its own and, but for hidden width, where it has no goal to meet, the improved boomerang, with other seeds;
+``--seed`` does so alone. ``--scratch`` compares the middle, before and after that heal, with a model of its shape from random weights and nothing else: cross-entropy on so many times a stage's tokens.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
-Writes benchmarks/results/quality.json after each segment; segments of earlier runs stay in it.
+Writes benchmarks/results/quality.json after each segment; rows of earlier runs stay in it.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def _suffix(seed: int) -> str:
     return f"/seed {seed}" if seed else ""
 
 
-def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds: int, scratch: int) -> Iterator[dict[str, Any]]:
+def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool) -> Iterator[dict[str, Any]]:
     """The rows of one segment's table: each rival's loss, and its paired difference from the chain's model."""
     small = bench.anchor(name)
     segment = bench.segment(name, small)
@@ -274,8 +274,6 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds:
             rivals["boomerang, improved"] = bench.boomerang(depth, low, improved=True)
             if share == 0.5:
                 rivals["distilled alone"] = bench.alone(name, cut)
-                if scratch:
-                    rivals[f"from scratch, {scratch}x"] = bench.scratch(name, plan, scratch)
         weight = math.log(high / size) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
         yield {**row(name, size, plan.strategy, shape, ours, {rival: losses for rival, (losses, _) in rivals.items()}), "share": share, "to_chord": chord}
@@ -284,21 +282,42 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool, seeds:
         healed = bench.healed(f"{name}/{share}/chain", functools.partial(bench.built, between, plan))
         after = {rival: bench.healed(f"{name}/{share}/{rival}", make) for rival, (_, make) in rivals.items()}
         yield {**row(name, size, f"{plan.strategy}, healed", shape, healed, after), "share": share}
-    for seed in range(1, seeds):
-        again = bench.anchor(name, seed)
-        segment = bench.segment(name, again, seed)
-        plan = segment_plan(segment, round(low + 0.5 * (high - low)))
-        between = Between({"small": again, "large": bench.teacher})
-        ours = bench.losses(f"{name}/0.5/chain{_suffix(seed)}", functools.partial(between.run, plan))
-        anchor = bench.losses(f"{name}/anchor{_suffix(seed)}", functools.partial(bench.anchor, name, seed))
-        weight = math.log(high / plan.parameters) / math.log(high / low)
-        chord = ours.minus((weight, anchor), (1 - weight, teacher))
-        others = {"smaller neighbour": anchor}
-        if not free:
-            cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", plan.shape, bench.teacher, bench.importance.kept(plan.shape)))
-            others["distilled alone"], _ = bench.alone(name, cut, seed)
+
+
+def again(bench: Bench, name: str, seed: int, free: bool) -> dict[str, Any]:
+    """The middle of a segment with another seed."""
+    small, teacher = bench.anchor(name, seed), bench.losses("teacher", lambda: bench.teacher)
+    segment = bench.segment(name, small, seed)
+    low, high = segment.sizes
+    plan = segment_plan(segment, round(low + 0.5 * (high - low)))
+    between = Between({"small": small, "large": bench.teacher})
+    ours = bench.losses(f"{name}/0.5/chain{_suffix(seed)}", functools.partial(between.run, plan))
+    anchor = bench.losses(f"{name}/anchor{_suffix(seed)}", lambda: small)
+    weight = math.log(high / plan.parameters) / math.log(high / low)
+    chord = ours.minus((weight, anchor), (1 - weight, teacher))
+    others = {"smaller neighbour": anchor}
+    if not free:
+        cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", plan.shape, bench.teacher, bench.importance.kept(plan.shape)))
+        others["distilled alone"], _ = bench.alone(name, cut, seed)
+        if _kind(name) != "hidden":
             others["boomerang, improved"], _ = bench.boomerang(bench.nearest_depth(plan.parameters), low, improved=True, seed=seed)
-        yield {**row(name, plan.parameters, f"{plan.strategy}, seed {seed}", plan.shape, ours, others), "share": 0.5, "to_chord": chord}
+    return {**row(name, plan.parameters, f"{plan.strategy}, seed {seed}", plan.shape, ours, others), "share": 0.5, "to_chord": chord}
+
+
+def from_scratch(bench: Bench, name: str, times: int) -> Iterator[dict[str, Any]]:
+    """The middle of a segment against training from scratch, before and after a heal of both."""
+    small = bench.anchor(name)
+    segment = bench.segment(name, small)
+    low, high = segment.sizes
+    plan, rival = segment_plan(segment, round(low + 0.5 * (high - low))), f"from scratch, {times}x"
+    between = Between({"small": small, "large": bench.teacher})
+    losses, make = bench.scratch(name, plan, times)
+    ours = bench.losses(f"{name}/0.5/chain", functools.partial(between.run, plan))
+    yield {**row(name, plan.parameters, plan.strategy, plan.shape, ours, {rival: losses}), "share": 0.5}
+    if bench.heal_steps >= LEAST_HEAL:
+        healed = bench.healed(f"{name}/0.5/chain", functools.partial(bench.built, between, plan))
+        after = {rival: bench.healed(f"{name}/0.5/{rival}", make)}
+        yield {**row(name, plan.parameters, f"{plan.strategy}, healed", plan.shape, healed, after), "share": 0.5}
 
 
 def row(segment: str, size: int, by: str, shape: Shape, ours: Losses, rivals: dict[str, Losses]) -> dict[str, Any]:
@@ -319,13 +338,21 @@ def main() -> None:
     parser.add_argument("--share", action="append", type=float, choices=SHARES, help="of the way up a segment; a quarter, half and three quarters by default")
     parser.add_argument("--heldout-tokens", type=int, default=16000)
     parser.add_argument("--free", action="store_true", help="only rivals that need no training")
-    parser.add_argument("--seeds", type=int, default=1, help="the middle of each segment again with other seeds")
-    parser.add_argument("--scratch", type=int, default=0, metavar="TIMES", help="the middle also from random weights, on so many times a stage's tokens")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--seeds", type=int, default=1, help="the middle of each segment again with other seeds")
+    alone.add_argument("--seed", type=int, help="only the middle of each segment, again with this seed")
+    alone.add_argument("--scratch", type=int, default=0, metavar="TIMES", help="only the middle, against training from random weights on so many times a stage's tokens")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     options = parser.parse_args()
     bench = Bench(options.demo, options.work, options.steps, options.heldout_tokens)
     for name in options.only or SEGMENTS:
-        found = sorted(rows_of(bench, name, options.share or SHARES, options.free, options.seeds, options.scratch), key=lambda entry: entry["parameters"])
+        if options.scratch:
+            made = list(from_scratch(bench, name, options.scratch))
+        elif options.seed:
+            made = [again(bench, name, options.seed, options.free)]
+        else:
+            made = [*rows_of(bench, name, options.share or SHARES, options.free), *(again(bench, name, seed, options.free) for seed in range(1, options.seeds))]
+        found = sorted(made, key=lambda entry: entry["parameters"])
         table = Table("segment", "size", "by", "loss", "to chord", "rivals (their loss minus the chain's)", title_justify="left")
         for entry in found:
             rivals = ", ".join(f"{name} {rival['minus'][0]:+.3f} ± {rival['minus'][1]:.3f}" for name, rival in entry["rivals"].items())
@@ -333,7 +360,9 @@ def main() -> None:
             table.add_row(entry["segment"], f"{entry['parameters']:,}", entry["by"], f"{entry['loss']:.3f} ± {entry['stderr']:.3f}", chord, rivals)
         console.print(table)
         rows = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
-        rows = sorted([row for row in rows if row["segment"] != name] + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
+        new = {(entry["segment"], entry["parameters"], entry["by"]) for entry in found}
+        kept = [entry for entry in rows if (entry["segment"], entry["parameters"], entry["by"]) not in new]
+        rows = sorted(kept + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
         write(options.out, {
             "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
         })
