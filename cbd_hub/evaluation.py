@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cbd_hub.errors import DataError
 from cbd_hub.interpolation.live import Runner
-from cbd_hub.losses.alignment import byte_counter, check_rows, prefix_of, rowless_tokens
+from cbd_hub.losses.alignment import byte_counter, check_rows, end_of, prefix_of, rowless_tokens
 from cbd_hub.losses.log_probs import token_losses
 from cbd_hub.precision import has_bf16, products
 from cbd_hub.texts import utf8
@@ -32,6 +32,33 @@ _BATCH_TOKENS = 2048
 _CHARACTERS = 16  # looked at for a token of a block
 IGNORED = -100
 BITS = 1 / math.log(2)  # in a nat
+
+
+def joined_blocks(rows: Iterable[Sequence[int]], block_size: int, prefix: Sequence[int] = ()) -> Iterator[list[int]]:
+    """Rows of token ids joined end to end and cut into full blocks; the last, unfilled one is left out.
+
+    Args:
+        rows: Token ids.
+        block_size: Tokens in a block.
+        prefix: Tokens that each block begins with.
+
+    Raises:
+        DataError: If the prefix leaves no room in a block.
+
+    Example:
+        >>> list(joined_blocks([[1, 2, 3], [4, 5]], 3, [0]))
+        [[0, 1, 2], [0, 3, 4]]
+    """
+    room = block_size - len(prefix)
+    if room < 1:
+        raise DataError(f"a block of {block_size} tokens has no room beside the {len(prefix)} that it begins with; give a larger block_size")
+    ids: list[int] = []
+    for row in rows:
+        ids += row
+        whole = len(ids) // room * room
+        for start in range(0, whole, room):
+            yield [*prefix, *ids[start : start + room]]
+        del ids[:whole]
 
 
 @dataclass(frozen=True)
@@ -130,7 +157,7 @@ class Documents:
         Raises:
             DataError: If the texts do not fill one block.
         """
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        end = end_of(tokenizer)
         return cls.joined(([*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts), tokenizer, block_size, max_tokens)
 
     @classmethod
@@ -140,23 +167,15 @@ class Documents:
         Raises:
             DataError: If they do not fill one block, or it has no room for them.
         """
-        stream: list[int] = []
         before = prefix_of(tokenizer)
-        room = block_size - len(before)
-        if room < 1:
-            raise DataError(f"a block of {block_size} tokens has no room beside the {len(before)} that it begins with; give a larger block_size")
-        for row in rows:
-            stream += row
-            if max_tokens is not None and len(stream) >= max_tokens:
-                break
-        blocks = len(stream) // room if max_tokens is None else min(len(stream) // room, max(max_tokens, block_size) // block_size)
-        if not blocks:
-            raise DataError(f"the calibration text has {len(stream):,} tokens, less than one block of {room:,}; give a longer text or a smaller block_size")
-        if blocks * block_size < min(ENOUGH, max_tokens or ENOUGH):
+        most = None if max_tokens is None else max(max_tokens, block_size) // block_size
+        ids = [torch.tensor(block) for block in itertools.islice(joined_blocks(rows, block_size, before), most)]
+        if not ids:
+            raise DataError(f"the calibration text does not fill one block of {block_size:,} tokens; give a longer text or a smaller block_size")
+        if len(ids) * block_size < min(ENOUGH, max_tokens or ENOUGH):
             logger.warning(
-                "the calibration text has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", blocks * block_size, ENOUGH
+                "the calibration text has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", len(ids) * block_size, ENOUGH
             )
-        ids = [torch.tensor([*before, *stream[start * room : (start + 1) * room]]) for start in range(blocks)]
         counted = max(1, len(before))  # the first that can
         labels = tuple(torch.cat([block.new_full((counted,), IGNORED), block[counted:]]) for block in ids) if counted > 1 else None
         count = byte_counter(tokenizer)

@@ -188,10 +188,12 @@ def test_streams_and_evaluation_sets_are_read_by_both(tmp_path):
     loss = trainer.evaluate(Dataset.from_list(TEXTS[:10]))["eval_loss"]
     assert loss > 0
     assert trainer.evaluate(Dataset.from_list(TEXTS[:10]))["eval_loss"] == loss
+    assert trainer.predict(Dataset.from_list(TEXTS[:10])).metrics["test_loss"] == loss
 
 
 def test_text_trains_on_the_teachers_answers(tmp_path):
-    for number, rows in enumerate((TEXTS, ANSWERS, CHATS)):
+    asked = [{"prompt": chat["messages"][:1]} for chat in CHATS]
+    for number, rows in enumerate((TEXTS, ANSWERS, CHATS, asked)):
         trainer = trainer_for(tmp_path / str(number), rows, bridge="text", max_new_tokens=5)
         trainer.train()
         assert (tmp_path / str(number) / "answers" / "answers-00000.jsonl").is_file()

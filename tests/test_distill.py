@@ -10,7 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import ONE_FAMILY
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -566,6 +566,23 @@ def test_what_would_never_be_called_is_refused(tmp_path):
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "model_init"):
         with pytest.raises(ArgumentError, match=f"{name} would never be called"):
             ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=rows(), **{name: len})
+
+
+def test_teachers_that_cannot_be_one_are_said(tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+    student, teacher = tiny.llama(layers=2, seed=3), tiny.llama()
+    for pair, message in (
+        ((student, get_peft_model(tiny.llama(), lora())), "teacher has an adapter.*merge_and_unload"), ((teacher, teacher), "student and teacher are one model"),
+        ((get_peft_model(teacher, lora()), teacher), "student and teacher are one model"),
+        ((get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), tiny.llama()), "prompt learning changes the sequence"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            ChainDistiller(model=pair[0], teacher=pair[1], args=ChainDistillerConfig(str(tmp_path), max_steps=1), train_dataset=rows())
+
+
+def test_splits_are_no_data_to_train_on(tmp_path):
+    with pytest.raises(ArgumentError, match=r"has the splits train, test; pass one of them, such as train_dataset\["):
+        ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=DatasetDict(train=rows(), test=rows()))
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

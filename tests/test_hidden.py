@@ -96,6 +96,29 @@ def test_balance_weighs_the_terms_alike(tmp_path):
     assert trainer.hidden.scale != logs[0]["hidden_scale"]
 
 
+def test_evaluations_of_a_balanced_run_are_of_one_kind(tmp_path):
+    """Nothing is learned here, so that every evaluation finds the same loss, also those before training and after a resume."""
+    options = {"hidden_balance": True, "learning_rate": 0.0, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    trainer = trainer_of("llama", tmp_path, eval_dataset=rows(8, seed=1), **options)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.hidden.scale != trainer.hidden.first_scale
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    again = trainer_of("llama", tmp_path, eval_dataset=rows(8, seed=1), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [*losses, again.evaluate()["eval_loss"]] == pytest.approx([before] * 4, rel=1e-6)
+
+
+def test_hidden_states_alone_are_learned_from(tmp_path):
+    trainer = trainer_of("llama", tmp_path, kd_weight=0.0, max_steps=20, learning_rate=1e-3, optim="adamw_torch")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    for options in ({"hidden_balance": True}, {"path_fraction": 0.5}):
+        with pytest.raises(ArgumentError, match=f"both 0, so that {next(iter(options))} has no other term"):
+            trainer_of("llama", tmp_path, kd_weight=0.0, **options)
+
+
 @pytest.mark.parametrize("collator", [DataCollatorForSeq2Seq(tiny.tokenizer()), DataCollatorWithFlattening(return_flash_attn_kwargs=True)])
 def test_the_start_is_measured_on_what_the_steps_read(tmp_path, collator):
     """Columns that no step reads reach no collator, and what a collator makes beside tensors is let be."""
@@ -154,10 +177,13 @@ def test_wrong_options_are_named(tmp_path):
         trainer_of("llama", tmp_path, hidden_weight=0.0, hidden_balance=True)
 
 
-def test_evaluation_before_training_leaves_the_term_out(tmp_path):
-    """Projectors that have had no start say nothing."""
+def test_evaluation_before_training_has_the_term(tmp_path):
+    """Projectors take their start from the training text then, the one that training would give them."""
     trainer, plain = trainer_of("llama", tmp_path / "a"), trainer_of("llama", tmp_path / "b", hidden_weight=0.0)
-    assert trainer.evaluate(rows(4))["eval_loss"] == plain.evaluate(rows(4))["eval_loss"]
+    loss = trainer.evaluate(rows(4))["eval_loss"]
+    again = trainer_of("llama", tmp_path / "c")
+    again._start_hidden()
+    assert loss == again.evaluate(rows(4))["eval_loss"] > plain.evaluate(rows(4))["eval_loss"]
 
 
 def test_paths_and_epochs_resume_right(tmp_path, monkeypatch):

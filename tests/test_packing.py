@@ -15,7 +15,7 @@ from cbd_hub.distill.rollouts import Prompt, batch_prompts
 from cbd_hub.distill.rows import template_options
 from cbd_hub.distill.sharing import Endless
 from cbd_hub.errors import DataError
-from cbd_hub.evaluation import IGNORED
+from cbd_hub.evaluation import IGNORED, joined_blocks
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.live import Between, ModelRunner
 from cbd_hub.manifest import Mix
@@ -150,6 +150,39 @@ def test_rows_without_an_answer_are_left_out_and_long_ones_cut():
         packed_dataset([{"text": "short"}], tok, 32)
 
 
+def test_prompts_that_fill_a_block_are_said(caplog):
+    rows = [{"prompt": "x" * 40, "completion": "never seen"}, {"prompt": "a", "completion": "b"}]
+    assert len(packed_dataset(rows, tokenizer(), 16)) == 1
+    assert "1 rows have no answer within block_size=16 and were left out" in caplog.text
+    with pytest.raises(DataError, match="no row has an answer within its first 16 tokens"):
+        packed_dataset(rows[:1], tokenizer(), 16)
+
+
+def test_long_and_short_documents_are_joined_alike():
+    documents = [list(range(low, high)) for low, high in ((0, 100), (100, 101), (101, 101), (101, 130))]
+    for prefix in ([], [7, 8]):
+        room = 12 - len(prefix)
+        assert list(joined_blocks(documents, 12, prefix)) == [[*prefix, *range(at, at + room)] for at in range(0, 130 - room + 1, room)]
+
+
+def test_padding_in_rows_with_positions_counts_for_nothing():
+    """A row padded on the left beside one that is packed: the padding is neither read nor predicted, nor what is behind it."""
+    padded = {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1], "position_ids": [0, 0, 0, 1, 2]}
+    packed = {"input_ids": [5, 6, 7, 8, 9], "attention_mask": [1] * 5, "position_ids": [0, 1, 2, 0, 1]}
+    batch = collate([padded, packed])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100], [5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
+    assert "attention_mask" not in batch
+
+
+def test_rows_packed_by_trl_are_refused_without_positions(tmp_path):
+    given = [{"input_ids": [5, 6, 7, 8], "seq_lengths": [2, 2]}]
+    with pytest.raises(DataError, match="seq_lengths but no position_ids"):
+        weights_after(tmp_path, given)
+    weights_after(tmp_path, [{**given[0], "position_ids": [0, 1, 0, 1]}], steps=1)
+
+
 def test_plain_text_and_prompts_are_not_mixed():
     """Joined end to end with text, the tokens of a prompt would be learned."""
     with pytest.raises(DataError, match="of one kind"):
@@ -167,10 +200,10 @@ def stream(seed):
     return source.to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=16)
 
 
-def weights_after(folder, dataset, stop=0, steps=6):
+def weights_after(folder, dataset, stop=0, steps=6, **options):
     def make():
         config = ChainDistillerConfig(
-            str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, bf16=False, disable_tqdm=True, block_size=24, logging_steps=1
+            str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, bf16=False, disable_tqdm=True, block_size=24, logging_steps=1, **options
         )
         return ChainDistiller(model=tiny.llama(layers=2, seed=5), teacher=tiny.llama(), args=config, train_dataset=dataset, processing_class=tokenizer())
 
@@ -181,6 +214,21 @@ def weights_after(folder, dataset, stop=0, steps=6):
 def test_the_order_is_the_same_after_resuming(tmp_path, kind):
     dataset = stream(1) if kind == "stream" else Dataset.from_list(rows())
     whole, again = weights_after(tmp_path / "a", dataset), weights_after(tmp_path / "b", dataset, stop=3)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_workers_read_all_of_a_stream(tmp_path):
+    """Its shards are packed together, as one process reads them."""
+    sharded = Dataset.from_list([{"text": text} for text in tiny.texts(60)]).to_iterable_dataset(num_shards=2)
+    alone, shared = (weights_after(tmp_path / str(workers), sharded, steps=100, dataloader_num_workers=workers) for workers in (0, 2))
+    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_rows_of_like_length_come_in_the_same_order_after_resuming(tmp_path, stop):
+    """Killed in the first epoch, and in the second."""
+    given = Dataset.from_list([{"input_ids": list(range(4, 8 + number % 5))} for number in range(8)])
+    whole, again = (weights_after(tmp_path / str(at), given, stop=at, steps=8, train_sampling_strategy="group_by_length") for at in (0, stop))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 

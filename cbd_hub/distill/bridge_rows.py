@@ -15,12 +15,12 @@ from torch import Tensor
 
 from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.config import ChainDistillerConfig
-from cbd_hub.distill.packing import collate, packed_dataset, tokenise
+from cbd_hub.distill.packing import collate, no_block, packed_dataset, say_short, tokenise
 from cbd_hub.distill.rollouts import positions_of, prompts_of
-from cbd_hub.distill.rows import RESPONSES, check_row, template_options
+from cbd_hub.distill.rows import RESPONSES, check_row, template_options, with_answer
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import IGNORED
-from cbd_hub.losses.alignment import byte_ends, check_faithful, check_rows, common_spans, prefix_of
+from cbd_hub.losses.alignment import byte_ends, check_faithful, check_rows, common_spans, end_of, prefix_of
 from cbd_hub.shapes import check_positions
 from cbd_hub.texts import utf8
 
@@ -106,7 +106,7 @@ class BridgeRows:
             return IterableDataset.from_generator(lambda: self.blocks(dataset, room))
         blocks = list(self.blocks(dataset, room))
         if not blocks:
-            raise DataError(f"the text does not fill one block of {self.args.block_size:,} tokens; give more text or a smaller block_size")
+            raise no_block(self.args.block_size, joined=is_plain(dataset))
         return Dataset.from_list(blocks)
 
     def prompts(self, dataset: Any, model: Any) -> Any:
@@ -127,7 +127,7 @@ class BridgeRows:
             read = []
             for number, row in enumerate(rows):
                 try:
-                    tokens = tokenise(row if {"messages", *RESPONSES} & set(row) else {**row, "completion": ""}, self.teacher)
+                    tokens = tokenise(with_answer(row), self.teacher)
                 except DataError as error:
                     raise DataError(f"row {number:,}: the teacher's tokenizer: {error}") from error
                 read.append(({"input_ids": tokens.ids, "labels": tokens.labels}, row))
@@ -164,7 +164,7 @@ class BridgeRows:
         Raises:
             DataError: If a row cannot be read; the message has its number, from 0.
         """
-        short = 0
+        short = unanswered = 0
         for number, row in enumerate(rows):
             try:
                 check_row(row)
@@ -172,16 +172,18 @@ class BridgeRows:
                 self._check_rows(pair[0].ids, pair[1].ids)
             except DataError as error:
                 raise DataError(f"row {number:,}: {error}") from error
+            long = False
             for side, limit in zip(pair, (room, teacher_room)):
-                short += len(side.ids) > limit
+                long |= len(side.ids) > limit
                 side.cut(limit)
+            short += long
+            unanswered += long and all(label == IGNORED for label in pair[0].labels[1:])
             yield pair
-        if short:
-            logger.info("%d rows were longer than their block and were cut short", short)
+        say_short(short, unanswered, self.args.block_size)
 
     def pieces(self, rows: Any) -> Iterator[tuple[list[int], list[int], bool]]:
         """Spans of texts, one after the other: tokens of both, and whether they stand for the same. Each text ends with the end-of-text tokens."""
-        ends = [[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] for tokenizer in (self.student, self.teacher)]
+        ends = [end_of(tokenizer) for tokenizer in (self.student, self.teacher)]
         for number, row in enumerate(rows):
             text = _text_of(row, number)
             (ours, our_ends), (theirs, their_ends) = byte_ends(text, self.student), byte_ends(text, self.teacher)
@@ -240,7 +242,7 @@ class BridgeRows:
         text, sides = row[response], (Side([], [], []), Side([], [], []))
         found = [byte_ends(text, tokenizer) for tokenizer in (self.student, self.teacher)]
         stops = common_spans(found[0][1], found[1][1], len(utf8(text)))[1:]
-        ends = [[] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id] for tokenizer in (self.student, self.teacher)]
+        ends = [end_of(tokenizer) for tokenizer in (self.student, self.teacher)]
         for side, tokenizer, (ids, _), counts, end in zip(sides, (self.student, self.teacher), found, stops, ends):
             whole = tokenise({"prompt": row["prompt"], "completion": ""}, tokenizer).ids
             side.add(whole[: len(whole) - len(end)], -1, counts=False)

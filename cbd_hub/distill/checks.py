@@ -15,9 +15,9 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import is_conversation
 from cbd_hub.distill.hidden import check_layers
 from cbd_hub.distill.on_policy import check_sources
-from cbd_hub.distill.packing import pack
+from cbd_hub.distill.packing import is_joined, no_block, pack
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, one_line
+from cbd_hub.errors import ArgumentError, CBDError, RecipeError, one_line
 from cbd_hub.shapes import check_positions, shape_of
 
 
@@ -101,4 +101,4 @@ def _check_text(args: ChainDistillerConfig, rows: Any, tokenizer: Any) -> None:
     if args.teacher_cache is not None:
         TeacherCache.open(args.teacher_cache).check(tokenizer=tokenizer, rows=rows, block_size=args.block_size)
     elif not ((args.is_minillm or args.teacher_answers) and is_conversation(next(iter(rows), {}))) and next(pack(rows, tokenizer, args.block_size), None) is None:
-        raise DataError(f"the training text does not fill one block of {args.block_size:,} tokens; give more text or a smaller block_size")
+        raise no_block(args.block_size, joined=is_joined(next(iter(rows), {"text": ""})))

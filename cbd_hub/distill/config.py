@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from cbd_hub.precision import has_bf16, say_fp32
 logger = logging.getLogger(__name__)
 
 BRIDGES = ("text", "span", "vocab", "span+vocab", "hidden")
+_NUMBERS = ("temperature", "beta", "skew", "kd_weight", "ce_weight", "hidden_weight", "path_fraction", "span_temperature")
 
 
 @dataclass
@@ -95,14 +97,25 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if self.bf16 and self.use_cpu and not has_bf16("cpu"):
             self.bf16 = False
             say_fp32()
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ArgumentError(f"{name}={value!r} is no finite number; give one such as 1.0")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ArgumentError(f"seed={self.seed!r} is no whole number; give one such as 0")
+        if not isinstance(self.optim_args, (str, type(None))):
+            raise ArgumentError(f"optim_args={self.optim_args!r} is no text; write its options as 'name=value, name=value'")
         check_options(self.divergence, self.temperature, self.beta, self.skew)
         if self.bridge is not None:
             self._set_bridge()
         for name in ("kd_weight", "ce_weight", "hidden_weight"):
             if not getattr(self, name) >= 0:
                 raise ArgumentError(f"{name}={getattr(self, name)} is negative; give 0 or more")
-        if not self.kd_weight and not self.ce_weight:
-            raise ArgumentError("kd_weight and ce_weight are both 0, so there is nothing to learn from; set one of them")
+        if not (self.kd_weight or self.ce_weight or self.hidden_weight):
+            raise ArgumentError("kd_weight, ce_weight and hidden_weight are all 0, so there is nothing to learn from; set one of them")
+        if not (self.kd_weight or self.ce_weight) and (self.path_fraction or self.hidden_balance):
+            name = "hidden_balance" if self.hidden_balance else "path_fraction"
+            raise ArgumentError(f"kd_weight and ce_weight are both 0, so that {name} has no other term than that of the hidden states; set one of them, or leave {name} out")
         if not 0.0 <= self.path_fraction <= 1.0:
             raise ArgumentError(f"path_fraction={self.path_fraction} is outside 0 to 1; it is a share of the steps")
         if self.path_fraction and self.neftune_noise_alpha:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from cbd_hub.distill.bridge_rows import COLUMNS
 from cbd_hub.distill.config import ChainDistillerConfig
@@ -109,6 +109,8 @@ class ChainDistiller(SamplingTrainer):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
         if not issubclass(type(model), torch.nn.Module):  # isinstance would have mypy know less of it further down
             raise ArgumentError(f"model is a {type(model).__name__}; pass a loaded student, such as one of AutoModelForCausalLM.from_pretrained")
+        if isinstance(train_dataset, Mapping):
+            raise ArgumentError(f"train_dataset has the splits {', '.join(train_dataset)}; pass one of them, such as train_dataset[\"{next(iter(train_dataset), 'train')}\"]")
         no_logits = "logits are never formed"
         for name, why in (
             ("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", no_logits), ("preprocess_logits_for_metrics", no_logits),
@@ -173,9 +175,17 @@ class ChainDistiller(SamplingTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of an evaluation set, read by both tokenizers where the teacher has its own."""
-        if self.bridge is not None and self.args.bridge != "text" and eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self.bridge.rows.with_tokens(eval_dataset, self._student, self.accelerator.unwrap_model(self.teacher))
-        return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset if isinstance(eval_dataset, str) else self._read_by_both(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Batches of a set to predict, read likewise."""
+        return super().get_test_dataloader(self._read_by_both(test_dataset))
+
+    def _read_by_both(self, dataset: Any) -> Any:
+        """Rows read by both tokenizers where the teacher has its own."""
+        if self.bridge is None or self.args.bridge == "text":
+            return dataset
+        return self.bridge.rows.with_tokens(dataset, self._student, self.accelerator.unwrap_model(self.teacher))
 
     # -- the loss ------------------------------------------------------------------------------------------------------------
 
@@ -227,7 +237,7 @@ class ChainDistiller(SamplingTrainer):
         if num_items is None:
             num_items = keep.sum().clamp(min=1)
         runner = ModelRunner(student) if plan is None else self._between.run(plan)
-        whole_head = training and plan is None and self.bridge is None and not args.torch_compile
+        whole_head = training and plan is None and self.bridge is None and not args.torch_compile and bool(args.kd_weight or args.ce_weight)
         with sparse_rows(student) if whole_head else nullcontext():
             output = runner(*_batch(inputs), states=hidden is not None)
         loss = self._head_loss(output, target, labels, num_items, 0.0 if "own" in inputs else args.ce_weight, inputs)
@@ -236,7 +246,7 @@ class ChainDistiller(SamplingTrainer):
             term = hidden.loss(*matched, num_items=num_items)
             if training:
                 hidden.note(loss, term)
-            loss = loss + hidden.scale * term
+            loss = loss + (hidden.scale if training else hidden.first_scale) * term
         elif training and self.hidden is not None and self.hidden.projectors:
             loss = loss + self.hidden.untouched()
         if output.router_logits is not None and training:
@@ -250,6 +260,8 @@ class ChainDistiller(SamplingTrainer):
     ) -> Tensor:
         args: ChainDistillerConfig = self.args
         ours = output.head
+        if not (args.kd_weight or ce_weight):
+            return output.hidden.new_zeros(())  # the hidden-state term is all
         bridged = None
         if self.bridge is not None and (target is not None or "teacher_log_probs" in inputs):
             bridged = args.kd_weight * self.bridge.loss(output, target, inputs, num_items) if args.kd_weight else None
@@ -268,6 +280,13 @@ class ChainDistiller(SamplingTrainer):
         return loss if bridged is None else loss + bridged
 
     # -- the hidden term -----------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate, with the hidden-state term also before training, for which it takes its start now."""
+        if self.hidden is not None and self.hidden.begins and self.train_dataset is not None:
+            self._draw_answers()
+            self._start_hidden()
+        return super().evaluation_loop(*args, **kwargs)
 
     def _start_hidden(self) -> None:
         """Closed-form start of projectors and balance, on the first rows of the training text: the same on every process."""

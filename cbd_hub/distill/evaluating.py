@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import next_tokens, packed_dataset
 from cbd_hub.distill.rows import check_ready
 from cbd_hub.distill.saving import AnchorTrainer
-from cbd_hub.distill.sharing import Endless, Filled, rows_in, without_rows
+from cbd_hub.distill.sharing import Endless, Filled, Grouped, rows_in, without_rows
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.shapes import check_positions
@@ -61,12 +63,24 @@ class EvaluatingTrainer(AnchorTrainer):
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """Batches; of a stream every process reads all and takes its rows, so that they may differ in length. One to train on has no end, unless its end is waited for."""
+        shards = dataset.num_shards if isinstance(dataset, datasets.IterableDataset) else self.args.dataloader_num_workers
         waited = "epoch" in (self.args.eval_strategy, self.args.save_strategy, self.args.logging_strategy)
         if isinstance(dataset, IterableDataset) and description == "Training" and not waited:
             dataset = Endless(dataset)
         elif self.args.world_size > 1 and isinstance(dataset, IterableDataset):
             dataset = Filled(dataset, batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        workers, self.args.dataloader_num_workers = self.args.dataloader_num_workers, min(self.args.dataloader_num_workers, shards)
+        try:  # a worker without a shard has nothing to do, and rows that are packed as they come are one shard: were there two workers, the first would read its share alone
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        finally:
+            self.args.dataloader_num_workers = workers
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the rows: of seed and epoch alone, those of like length together too, so that a run that is gone on with takes the same."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return Grouped(sampler.batch_size, sampler.lengths, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate.

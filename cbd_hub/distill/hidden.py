@@ -81,6 +81,7 @@ class HiddenTerm:
         self.balanced = args.hidden_balance
         self.ready = False
         self._balance = (1.0, 1.0)  # running means of the other terms and of this one
+        self._first = self._balance  # before the first step
         self._step: list[Tensor] = []
         self._seen: list[float] = []
         if ours.hidden_size != theirs.hidden_size:
@@ -92,8 +93,18 @@ class HiddenTerm:
 
     @property
     def scale(self) -> float:
-        """Factor on the hidden loss."""
+        """Factor on the hidden loss in training."""
         return self.weight * self._balance[0] / self._balance[1] if self.balanced else self.weight
+
+    @property
+    def first_scale(self) -> float:
+        """Factor on the hidden loss in evaluation, that of the first step: the losses of two steps are of one kind."""
+        return self.weight * self._first[0] / self._first[1] if self.balanced else self.weight
+
+    @property
+    def begins(self) -> bool:
+        """Whether the term waits for a start from the training text."""
+        return not self.ready and bool(self.projectors or self.balanced)
 
     @property
     def usable(self) -> bool:
@@ -166,7 +177,7 @@ class HiddenTerm:
         Args:
             batches: Called for some training text, once for each of the two.
         """
-        if self.ready or not (self.projectors or self.balanced):
+        if not self.begins:
             return
         if self.projectors:
             fits = [LeastSquares(projector.in_features, projector.out_features) for projector in self.projectors]
@@ -186,13 +197,14 @@ class HiddenTerm:
             ]
             tokens = sum(count for *_, count in sums) or 1
             self._balance = (sum(other for other, *_ in sums) / tokens or 1.0, sum(hidden for _, hidden, _ in sums) / tokens or 1.0)
+            self._first = self._balance
         self.ready = True
 
     # -- beside a checkpoint ---------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, write: bool) -> None:
         """Write projectors and balance; every process calls, those with ``write`` write."""
-        tensors = {"balance": torch.tensor(self._balance, dtype=torch.float64)}
+        tensors = {"balance": torch.tensor(self._balance, dtype=torch.float64), "first_balance": torch.tensor(self._first, dtype=torch.float64)}
         tensors.update({name: whole(parameter) for name, parameter in self._parameters().items()})
         if write:
             save_file(tensors, folder / FILE, metadata={"layers": self._layers})
@@ -212,6 +224,7 @@ class HiddenTerm:
         if found != self._layers:
             raise ArgumentError(f"{folder} matched the layers {found} and these are {self._layers}; resume with the same hidden_layers and teacher, or start anew")
         self._balance = tuple(tensors.pop("balance").tolist())
+        self._first = tuple(tensors.pop("first_balance").tolist())
         for name, parameter in self._parameters().items():
             fill(parameter, tensors[name])
         self.ready = True

@@ -20,8 +20,8 @@ from torch import Tensor
 from cbd_hub.distill.data import is_conversation
 from cbd_hub.distill.rows import RESPONSES, check_row, template_options
 from cbd_hub.errors import DataError, one_line
-from cbd_hub.evaluation import IGNORED, Documents
-from cbd_hub.losses.alignment import prefix_of
+from cbd_hub.evaluation import IGNORED, Documents, joined_blocks
+from cbd_hub.losses.alignment import end_of, prefix_of
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
         DataError: If the row has none of these columns, or a chat comes without a usable chat template.
     """
     check_row(row)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = end_of(tokenizer)
     if "messages" in row:
         return _chat(row["messages"], tokenizer, template_options(row))
     response = next((name for name in RESPONSES if name in row), None)
@@ -114,7 +114,7 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, options: Mappin
     return Tokens(whole, labels)
 
 
-def joined_blocks(rows: Iterable[Tokens], block_size: int, prefix: Sequence[int] = ()) -> Iterator[dict[str, list[int]]]:
+def text_blocks(rows: Iterable[Tokens], block_size: int, prefix: Sequence[int] = ()) -> Iterator[dict[str, list[int]]]:
     """Rows joined end to end and cut into full blocks; attention crosses their borders. The last, unfilled block is left out.
 
     Args:
@@ -125,29 +125,24 @@ def joined_blocks(rows: Iterable[Tokens], block_size: int, prefix: Sequence[int]
     Raises:
         DataError: If the prefix leaves no room in a block.
     """
-    ids: list[int] = []
-    room = block_size - len(prefix)
-    if room < 1:
-        raise DataError(f"a block of {block_size} tokens has no room beside the {len(prefix)} that it begins with; give a larger block_size")
-    for row in rows:
-        ids += row.ids
-        while len(ids) >= room:
-            yield {"input_ids": [*prefix, *ids[:room]], **({"labels": [IGNORED] * len(prefix) + ids[:room]} if len(prefix) > 1 else {})}
-            ids = ids[room:]
+    for ids in joined_blocks((row.ids for row in rows), block_size, prefix):
+        yield {"input_ids": ids, **({"labels": [IGNORED] * len(prefix) + ids[len(prefix) :]} if len(prefix) > 1 else {})}
 
 
 def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str, list[int]]]:
     """Whole rows packed into blocks with exact borders, in order.
 
     Positions start anew in each row, which is how the rows of a block are told apart, so that attention never crosses a border; a
-    row's first token counts for nothing, as nothing in the row comes before it. A row longer than a block is cut short.
+    row's first token counts for nothing, as nothing in the row comes before it. A row longer than a block is cut short; one that has no answer
+    before that is left out.
     """
     block: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    short = 0
+    short = unanswered = 0
     for row in rows:
         ids, labels = row.ids[:block_size], row.labels[:block_size]
         short += len(row.ids) > block_size
         if all(label == IGNORED for label in labels[1:]):
+            unanswered += len(row.ids) > block_size
             continue  # nothing to learn
         if len(block["input_ids"]) + len(ids) > block_size:
             yield block
@@ -155,10 +150,24 @@ def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str
         block["input_ids"] += ids
         block["labels"] += [IGNORED, *labels[1:]]
         block["position_ids"] += range(len(ids))
-    if short:
-        logger.info("%d rows were longer than block_size=%d and were cut short", short, block_size)
+    say_short(short, unanswered, block_size)
     if block["input_ids"]:
         yield block
+
+
+def say_short(short: int, unanswered: int, block_size: int) -> None:
+    """Say how many rows were cut short, and how many of them lost all that was to be learned."""
+    if short:
+        logger.info("%d rows were longer than block_size=%d and were cut short", short, block_size)
+    if unanswered:
+        logger.warning("%d rows have no answer within block_size=%d and were left out; give a larger block_size, or shorter prompts", unanswered, block_size)
+
+
+def no_block(block_size: int, *, joined: bool) -> DataError:
+    """What to say of rows of which no block came."""
+    if joined:
+        return DataError(f"the training text does not fill one block of {block_size:,} tokens; give more text or a smaller block_size")
+    return DataError(f"no row has an answer within its first {block_size:,} tokens; give rows with answers, or a larger block_size")
 
 
 def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, prefix: Sequence[int] | None = None) -> Iterator[dict[str, list[int]]]:
@@ -173,7 +182,7 @@ def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, pre
     first, rows = _peek(iter(rows))
     if first is None or not is_joined(first):
         return segment_blocks(tokenised(rows, tokenizer), block_size)
-    return joined_blocks(_texts_alone(rows, tokenizer), block_size, prefix_of(tokenizer) if prefix is None else prefix)
+    return text_blocks(_texts_alone(rows, tokenizer), block_size, prefix_of(tokenizer) if prefix is None else prefix)
 
 
 def is_joined(row: Mapping[str, Any]) -> bool:
@@ -210,7 +219,7 @@ def packed_dataset(dataset: Any, tokenizer: Any, block_size: int) -> Any:
         return IterableDataset.from_generator(lambda: pack(dataset, tokenizer, block_size))
     blocks = list(pack(dataset, tokenizer, block_size))
     if not blocks:
-        raise DataError(f"the training text does not fill one block of {block_size:,} tokens; give more text or a smaller block_size")
+        raise no_block(block_size, joined=is_joined(next(iter(dataset), {"text": ""})))
     return Dataset.from_list(blocks)
 
 
@@ -228,8 +237,9 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tens
     """A batch: ids, labels and what else the rows have, padded to the longest row.
 
     Labels are the ids where a row has none and -100 in the padding, be it made here or given by the row's ``attention_mask``. Rows with positions are told
-    apart by them and need no mask: their padding is a row of its own.
+    apart by them and need no mask: what it says is padding is left out, and the padding made here is a row of its own.
     """
+    rows = [_unpadded(row) if "position_ids" in row else row for row in rows]
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: Sequence[int], fill: int) -> list[int]:
@@ -249,6 +259,15 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tens
         for name in (name for name in CACHED if name in rows[0]):  # shape (length, k), or of the draws (length, s)
             batch[name] = torch.stack([F.pad(torch.as_tensor(row[name]), (0, 0, 0, longest - len(row[name]))) for row in rows])
     return batch
+
+
+def _unpadded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with positions without the tokens that its mask says are padding."""
+    there = [place for place, kept in enumerate(_mask(row)) if kept]
+    if len(there) == len(row["input_ids"]):
+        return dict(row)
+    found = {**row, "labels": row["labels"] if "labels" in row else _labels(row)}
+    return {name: [values[place] for place in there] for name, values in found.items() if name in ("input_ids", "labels", "position_ids", *CACHED)}
 
 
 def _labels(row: Mapping[str, Any]) -> list[int]:

@@ -47,14 +47,28 @@ def check_row(row: Mapping[str, Any], where: str | None = None) -> None:
 
 
 def check_ready(row: Mapping[str, Any]) -> None:
-    """Refuse a row with ``input_ids`` that says in another way than by ``labels`` which of them count.
+    """Refuse a row with ``input_ids`` that says in another way than by ``labels`` which of them count, or than by ``position_ids`` where documents begin.
 
     Raises:
-        DataError: If it does, and has no labels.
+        DataError: If it does, and has none of these.
     """
+    if row.get("seq_lengths") is not None and row.get("position_ids") is None:
+        raise DataError("rows have input_ids and seq_lengths but no position_ids, so that attention would cross the documents' borders; give position_ids that begin at 0 in each document, or rows of text")
     mask = next((name for name in _MASKS if row.get(name) is not None), None)
     if mask is not None and row.get("labels") is None:
         raise DataError(f"rows have input_ids and {mask} but no labels, so that all of their tokens would count; give labels: the ids, and -100 where {mask} is 0")
+
+
+def with_answer(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with an answer: its own, or an empty one behind a prompt that has none.
+
+    Example:
+        >>> with_answer({"prompt": "2 + 2 ="})
+        {'prompt': '2 + 2 =', 'completion': ''}
+    """
+    if {"messages", *RESPONSES} & set(row):
+        return row
+    return {**row, "completion": "" if isinstance(row.get("prompt"), (str, type(None))) else [{"role": "assistant", "content": ""}]}
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:

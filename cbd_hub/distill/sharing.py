@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import IGNORED
@@ -84,3 +85,22 @@ class Filled(IterableDataset[dict[str, Any]]):
         """Tell the stream which epoch comes."""
         if hasattr(self._stream, "set_epoch"):
             self._stream.set_epoch(epoch)
+
+
+class Grouped(LengthGroupedSampler):
+    """Rows of like length together, in an order that seed and epoch alone decide.
+
+    Args:
+        batch_size: Rows of one optimiser step.
+        lengths: Tokens of each row.
+        seed: Of the order.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch."""
+        self.generator.manual_seed(self._seed + epoch)

@@ -26,6 +26,8 @@ from cbd_hub.interpolation.plan import Kept
 
 logger = logging.getLogger(__name__)
 
+_PROMPT_LEARNING = "prompt learning changes the sequence, which this loss cannot follow; use LoRA"
+
 
 @dataclass
 class Wiring:
@@ -79,6 +81,10 @@ def wired(
         teacher = kept = None
     elif not isinstance(teacher, torch.nn.Module):
         raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model, or a teacher_cache")
+    elif is_peft_model(teacher):
+        raise ArgumentError("the teacher has an adapter, beside whose layers a loss cannot read it; pass teacher.merge_and_unload()")
+    elif (student.get_base_model() if is_peft_model(student) else student) is teacher:
+        raise ArgumentError("student and teacher are one model, which would be frozen as the teacher; load it twice, or pass a cut of it as the student")
     bridge = vocab_size = None
     if args.bridge is not None:
         bridge = Bridge(args, *tokenizers)
@@ -173,7 +179,7 @@ def check_adapter(model: Any, peft_config: Any) -> None:
     if is_peft_model(model):
         raise ArgumentError("the student already has an adapter; pass the plain model with peft_config, or the adapted one without")
     if peft_config.is_prompt_learning:
-        raise ArgumentError("prompt learning changes the sequence, which this loss cannot follow; use LoRA")
+        raise ArgumentError(_PROMPT_LEARNING)
     config, embedding, head = peft_config.to_dict(), model.get_input_embeddings(), model.get_output_embeddings()
     for path, module in model.named_modules():
         if module is not head and not (module is embedding and embedding.weight is head.weight):
@@ -192,6 +198,8 @@ def _check_adapted(student: Any, args: ChainDistillerConfig) -> None:
     Raises:
         ArgumentError: If it is on the output head, or on an embedding that the head shares, or whole models are to be trained.
     """
+    if student.active_peft_config.is_prompt_learning:
+        raise ArgumentError(_PROMPT_LEARNING)
     layer = import_module("peft.tuners.tuners_utils").BaseTunerLayer
     base = student.get_base_model()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()

@@ -289,6 +289,11 @@ def _ends_by_offsets(text: str, data: bytes, reader: _Reader, ids: Sequence[int]
     return found
 
 
+def end_of(tokenizer: Any) -> list[int]:
+    """The token that ends a text, where a tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
 def prefix_of(tokenizer: Any) -> list[int]:
     """The tokens that a tokenizer puts before every text, such as gemma's ``<bos>``."""
     plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
