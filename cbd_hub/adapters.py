@@ -168,6 +168,16 @@ def carry_adapter(
     return made
 
 
+def check_home(adapter: str | os.PathLike[str] | None, adapter_size: str | int | None) -> None:
+    """Refuse a size at which an adapter was trained where no adapter came.
+
+    Raises:
+        ArgumentError: If so.
+    """
+    if adapter is None and adapter_size is not None:
+        raise ArgumentError(f"adapter_size={adapter_size!r} is the size at which an adapter was trained, and no adapter came; name it, or leave adapter_size out")
+
+
 def carried_to(
     files: ChainFiles, plan: Plan, adapter: str | os.PathLike[str], size: str | int | None = None, base_model: str | None = None, *, weights: bool = True,
 ) -> CarriedAdapter:

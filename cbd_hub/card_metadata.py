@@ -17,6 +17,7 @@ from cbd_hub.manifest import Anchor, Manifest
 
 _BEGIN, _END = "<!-- cbd_hub:begin", "<!-- cbd_hub:end -->"
 _METADATA = "<!-- cbd_hub:metadata "  # begins the line of the block that repeats what was generated of the metadata: the rest is a person's
+CHAIN_TAG = "cbd-chain:"
 _LICENCE = ("license", "license_name", "license_link")
 # The ids that the Hub's metadata may hold.
 _LICENSES = """
@@ -116,6 +117,12 @@ def read_card(path: Path, name: str | None = None) -> str | None:
 def is_ours(card: str) -> bool:
     """Whether a README has a block that cbd_hub writes, and of a model that it wrote too."""
     return _BEGIN in card and not _generated(card).get("theirs")
+
+
+def chains_of(card: str) -> list[str]:
+    """The chains on the Hub that a model's README says it belongs to."""
+    tags = _texts(RepoCard(card, ignore_metadata_errors=True).data.to_dict().get("tags"))
+    return [tag.removeprefix(CHAIN_TAG) for tag in tags if isinstance(tag, str) and tag.startswith(CHAIN_TAG)]
 
 
 def as_theirs(card: str) -> str:

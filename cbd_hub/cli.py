@@ -39,6 +39,7 @@ from cbd_hub.options import (
     StrategyOption,
     ToleranceOption,
     names_of_text,
+    refuse_given,
     shape_of_text,
     sizes_of_text,
 )
@@ -50,6 +51,7 @@ from cbd_hub.printing import (
     print_json,
     printed,
     reported,
+    resumable,
     show_chain,
     show_costs,
     table_of,
@@ -107,11 +109,8 @@ def distill(
         return
     if out_dir is None:
         raise typer.BadParameter("give --out, the chain's folder", param_hint="--out")
-    try:
+    with resumable():
         chain = distill_chain(read, out_dir, progress=printed(as_json))
-    except KeyboardInterrupt:
-        err.print("\nstopped; run the same command again, it goes on from its last checkpoint")
-        raise typer.Exit(130) from None
     if as_json:
         print_json(json.loads(chain.manifest.to_json()))
         return
@@ -163,9 +162,10 @@ def plan(
     """Say what a size would be made of, and what would be fetched, without touching a weight."""
     from dataclasses import replace
 
-    from cbd_hub.adapters import carried_to
+    from cbd_hub.adapters import carried_to, check_home
     from cbd_hub.hub import open_chain
     from cbd_hub.plans import plan_costs, plan_in
+    check_home(adapter, adapter_size)
     files = replace(open_chain(chain, revision=revision), glance=True)
     planned = plan_in(
         files, size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, dtype=dtype, shape=shape_of_text(shape), strategy=strategy, alpha=alpha,
@@ -235,7 +235,7 @@ def make(
 
 @app.command()
 def generate(
-    chain: ChainArgument, prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
+    context: typer.Context, chain: ChainArgument, prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
     shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
@@ -253,6 +253,8 @@ def generate(
     hush_bars()
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
+    if not temperature:
+        refuse_given(context, ("top_p", "seed"), "is of sampling, and --temperature 0 takes the likeliest token each time; give a --temperature such as 0.8")
     opened = Chain.from_pretrained(chain, revision=revision)
     model = opened.model(
         size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance,
@@ -280,6 +282,7 @@ def generate(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     chain: ChainArgument,
     text: Annotated[str | None, typer.Option("--text", help="Held-out text: a file or a pattern; of prompts with completions and of chats the answers count.", show_default=False)] = None,
     tasks: Annotated[
@@ -298,6 +301,8 @@ def evaluate(
     """Measure held-out loss, perplexity and bits per byte of sizes, or the accuracy of tasks, with standard errors."""
     if text is None and tasks is None:
         raise ArgumentError("neither --text nor --tasks was given; name a text file, or a .jsonl file of questions")
+    if text is None:
+        refuse_given(context, ("max_tokens", "column"), "is of --text, and none was given; leave it out")
     from cbd_hub.chain import Chain
     from cbd_hub.comparing import evaluate_sizes
     hush_bars()

@@ -101,7 +101,7 @@ class _Contender:
 
 
 def evaluate_sizes(
-    chain: Chain, sizes: Sequence[str | int] | None = None, *, models: Sequence[str | os.PathLike[str]] = (), text: str | None = None, tasks: Sequence[str] = (), column: str = "text",
+    chain: Chain, sizes: Sequence[str | int] | None = None, *, models: Sequence[str | os.PathLike[str]] = (), text: str | os.PathLike[str] | None = None, tasks: Sequence[str | os.PathLike[str]] = (), column: str = "text",
     block_size: int = 128, max_tokens: int = 8000, report: Report | None = None, **wish: Any,
 ) -> Evaluated:
     """Held-out loss of sizes of a chain, and their accuracy on multiple-choice questions; beside those of other models, where they are named.
@@ -119,7 +119,7 @@ def evaluate_sizes(
         **wish: ``strategy``, ``alpha`` and ``tolerance``, as `CBDModel.from_chain` takes them.
 
     Raises:
-        ArgumentError: If neither text nor tasks are given, or a model has fewer positions than a document.
+        ArgumentError: If neither text nor tasks are given, one stands where a list is wanted, or a model has fewer positions than a document.
         DataError: If the text cannot be read or is too short, or a tokenizer has tokens that its model has not.
         SizeError: If a size lies outside the chain.
         StorageError, ManifestError: If a model is neither a folder nor on the Hub.
@@ -132,10 +132,13 @@ def evaluate_sizes(
     """
     if text is None and not tasks:
         raise ArgumentError("neither text nor tasks were given; name a text file, or a .jsonl file of questions")
-    if isinstance(models, str):
-        raise ArgumentError(f"models is the text {models!r}; give a list of folders and Hub ids")
-    questions = {name: Question.read(name) for name in tasks}
-    rows = None if text is None else read_rows(text, column)
+    for name, given, what in (("sizes", sizes, "sizes"), ("models", models, "folders and Hub ids"), ("tasks", tasks, "files of questions")):
+        if isinstance(given, (str, int, os.PathLike)):
+            raise ArgumentError(f"{name} is {given!r} alone; give a list of {what}")
+    if text is not None and not isinstance(text, (str, os.PathLike)):
+        raise ArgumentError(f"text is a {type(text).__name__}; give a file or a pattern")
+    questions = {os.fspath(name): Question.read(name) for name in tasks}
+    rows = None if text is None else read_rows(os.fspath(text), column)
     wishes = [anchor.parameters for anchor in chain.anchors] if sizes is None else list(sizes)
     contenders = [*(_Contender.size(chain, size, wish) for size in wishes), *(_Contender.other(os.fspath(model)) for model in models)]
     if not contenders:

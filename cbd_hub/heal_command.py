@@ -21,9 +21,10 @@ from cbd_hub.options import (
     SizeOption,
     StrategyOption,
     ToleranceOption,
+    refuse_given,
     shape_of_text,
 )
-from cbd_hub.printing import err, hush_bars, out, print_json, printed
+from cbd_hub.printing import hush_bars, out, print_json, printed, resumable
 from cbd_hub.sizes import with_error
 
 
@@ -32,6 +33,7 @@ commands = typer.Typer()
 
 @commands.command()
 def heal(
+    context: typer.Context,
     chain: ChainArgument, out_dir: OutOption, size: SizeOption = None, shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None,
     tolerance: ToleranceOption = 0.02, budget: BudgetOption = None, dtype: DtypeOption = None,
     text: Annotated[str | None, typer.Option("--text", help="Text to learn from, a part of it held out: a file or a pattern; .jsonl rows may be prompts with completions or chats.", show_default=False)] = None,
@@ -62,20 +64,23 @@ def heal(
         raise ArgumentError("neither --text nor --cache was given; name text to learn from, or a teacher cache")
     if not merge and lora is None:
         raise ArgumentError("--no-merge writes the adapter of --lora alone, and no --lora was given; give its rank, such as --lora 16")
+    if heldout_text is not None:
+        refuse_given(context, ("heldout",), "is the share of --text that is held out, and --heldout-text was given; leave one of them out")
+    if text is None and heldout_text is None:
+        raise ArgumentError("--cache holds what is trained on, and nothing to measure on came; give --heldout-text too")
+    if steps is not None and tokens is not None:
+        raise ArgumentError(f"--tokens {tokens} came with --steps {steps}; give one of them")
     check_absent(out_dir)
     rows, held = (None if name is None else read_rows(name, column) for name in (text, heldout_text))
     options: dict[str, Any] = {"max_steps": steps, "learning_rate": learning_rate, "block_size": block_size}
     opened = Chain.from_pretrained(chain, revision=revision)
     model = opened.model(size, memory_budget=budget, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance, dtype=dtype)
-    try:
+    with resumable():
         healed = run(
             model, opened, rows, output_dir=out_dir, tokens=tokens, eval_dataset=held, heldout=heldout, patience=patience or None, peft_config=None if lora is None else _lora(lora),
             merge=merge, teacher_cache=cache, progress=printed(as_json), per_device_train_batch_size=batch_size, seed=seed,
             disable_tqdm=as_json, **{name: value for name, value in options.items() if value is not None},
         )
-    except KeyboardInterrupt:
-        err.print("\nstopped; run the same command again, it goes on from its last checkpoint")
-        raise typer.Exit(130) from None
     if not _first():
         return
     made = healed.config.cbd

@@ -19,6 +19,7 @@ from cbd_hub.options import (
     PrivateOption,
     PullRequestOption,
     RevisionOption,
+    refuse_given,
 )
 from cbd_hub.printing import out, print_json, printed, show_chain, table_of
 from cbd_hub.sizes import format_bytes
@@ -29,6 +30,7 @@ commands = typer.Typer()
 
 @commands.command()
 def push(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A chain, or a model made from one.", show_default=False)],
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repo: of a chain its index, beside which each anchor gets one.", show_default=False)],
     private: PrivateOption = None, gated: GatedOption = None, create_pr: PullRequestOption = False, message: MessageOption = None,
@@ -56,6 +58,7 @@ def push(
     if (folder / FILE_NAME).is_file():
         done = Chain.from_pretrained(folder).push_to_hub(repo_id, tag=tag, collection=collection, **how)
     else:
+        refuse_given(context, ("tag", "collection"), "is of a chain's index, and this folder holds a model; leave it out")
         done = push_model(folder, repo_id, **how)
     if as_json:
         print_json(dataclasses.asdict(done))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cbd_hub.adapter_files import lora_config
-from cbd_hub.adapters import carried_to
+from cbd_hub.adapters import carried_to, check_home
 from cbd_hub.configs import GENERATION_CONFIG, StoredConfig, read_generation_config, stored_generation_config, whole_config
 from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.files import staged_folder, write_text
@@ -193,6 +193,7 @@ class CBDModel:
             ArgumentError: If an option is unknown or out of its range.
         """
         arguments = _check_loader_arguments(transformers_kwargs, CBDModel.plan)
+        check_home(adapter, adapter_size)
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
@@ -248,6 +249,7 @@ class CBDModel:
             ArgumentError: If an argument is unknown or out of its range.
         """
         arguments = _check_loader_arguments(transformers_kwargs, CBDModel.from_chain)
+        check_home(adapter, adapter_size)
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download
         )
@@ -313,6 +315,7 @@ class CBDModel:
             CBDError: As `from_chain`.
         """
         arguments = _check_loader_arguments({"dtype": dtype, **transformers_kwargs}, CBDModel.materialize)
+        check_home(adapter, adapter_size)
         dtype = arguments.get("dtype")
         files = open_chain(
             chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download

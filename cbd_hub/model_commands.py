@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cbd_hub.errors import ArgumentError
-from cbd_hub.options import ColumnOption, JsonOption, ModelRevisionOption, OutOption, shape_of_text
-from cbd_hub.printing import cell, hush_bars, out, print_json, printed
+from cbd_hub.options import ColumnOption, JsonOption, ModelRevisionOption, OutOption, refuse_given, shape_of_text
+from cbd_hub.printing import cell, hush_bars, out, print_json, printed, resumable
 from cbd_hub.sizes import with_error
 
 
@@ -57,6 +57,7 @@ def cut(
 
 @commands.command()
 def retokenize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or an anchor: local folder or Hub id.", show_default=False)],
     out_dir: OutOption,
     keep: Annotated[str | None, typer.Option("--keep", help='Trim the vocabulary to so many tokens: "16K".', show_default=False)] = None,
@@ -84,12 +85,15 @@ def retokenize(
     hush_bars()
     if steps and text is None:
         raise ArgumentError("--steps trains on text, and none came; give --text too")
+    if not steps:
+        refuse_given(context, ("bridge", "learning_rate", "batch_size", "block_size"), "is of a training, which --steps asks for; give --steps such as 100, or leave it out")
     texts = None if text is None else read_texts(text, column)
     if steps and texts is not None:
-        made = retokenize_and_train(
-            model, out_dir, texts, steps=steps, keep=keep, tokenizer=tokenizer, revision=revision, bridge=bridge, learning_rate=learning_rate, batch_size=batch_size,
-            block_size=block_size, quiet=as_json, progress=printed(as_json),
-        )
+        with resumable():
+            made = retokenize_and_train(
+                model, out_dir, texts, steps=steps, keep=keep, tokenizer=tokenizer, revision=revision, bridge=bridge, learning_rate=learning_rate, batch_size=batch_size,
+                block_size=block_size, quiet=as_json, progress=printed(as_json),
+            )
     else:
         made = move(model, out_dir, keep=keep, tokenizer=tokenizer, text=texts, revision=revision)
     if as_json:
@@ -106,6 +110,7 @@ def retokenize(
 
 @commands.command("cache-teacher")
 def cache_teacher(
+    context: typer.Context,
     teacher: Annotated[str, typer.Argument(metavar="MODEL", help="The teacher: local folder or Hub id.", show_default=False)],
     out_dir: OutOption,
     text: Annotated[str | None, typer.Option("--text", help="A file or a pattern: text, or .jsonl rows of prompt and completion or of messages.", show_default=False)] = None,
@@ -132,10 +137,13 @@ def cache_teacher(
     """
     from cbd_hub.distill.cache_command import cache_text
     hush_bars()
-    cache, facts = cache_text(
-        teacher, out_dir, text=text, recipe=recipe, column=column, block_size=block_size, max_tokens=tokens, top_k=top_k, bits=bits,
-        student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor, bos=bos, tail_draws=tail_draws,
-    )
+    if recipe is not None:
+        refuse_given(context, ("column",), "is of --text, and a --recipe says its own; leave it out")
+    with resumable("its last whole shard"):
+        cache, facts = cache_text(
+            teacher, out_dir, text=text, recipe=recipe, column=column, block_size=block_size, max_tokens=tokens, top_k=top_k, bits=bits,
+            student=student, batch_size=batch_size, dtype=dtype, push=push, quiet=as_json, anchor=anchor, bos=bos, tail_draws=tail_draws,
+        )
     if as_json:
         print_json({**cache.record.model_dump(), **facts, "output_dir": str(out_dir)})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,17 +43,36 @@ ColumnOption = Annotated[str, typer.Option("--column", help="Column of .jsonl, .
 ModelRevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the Hub.", show_default=False)]
 
 
+def refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse options that would change nothing.
+
+    Args:
+        context: The call.
+        names: The options, by the names of their parameters.
+        why: What to say behind the name of the first that was given.
+
+    Raises:
+        ArgumentError: If one was given.
+    """
+    for parameter in context.command.params:
+        source = None if parameter.name is None else context.get_parameter_source(parameter.name)
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ArgumentError(f"{parameter.opts[0]} {why}")
+
+
 def shape_of_text(text: str | None) -> dict[str, int] | None:
     """A shape from "layers=24,ffn=1192"."""
     if text is None:
         return None
     try:
         pairs = [(name.strip(), int(value)) for name, value in (part.split("=") for part in text.split(","))]
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a field is given twice")
-        return dict(pairs)
     except ValueError as error:
         raise ArgumentError(f'shape "{text}" cannot be read; write it as "layers=24,ffn=1192"') from error
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ArgumentError(f'shape "{text}" gives {twice} twice; give each field once')
+    return dict(pairs)
 
 
 def sizes_of_text(text: str | None) -> list[str] | None:

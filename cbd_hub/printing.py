@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
@@ -146,6 +147,16 @@ def reported() -> Iterator[Report]:
         yield report
     finally:
         bar.stop()
+
+
+@contextmanager
+def resumable(place: str = "its last checkpoint") -> Iterator[None]:
+    """Stopped by Ctrl-C, say that the same command goes on, and exit with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"\nstopped; run the same command again, it goes on from {place}")
+        raise typer.Exit(130) from None
 
 
 def hush_bars() -> None:

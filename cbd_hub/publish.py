@@ -24,7 +24,7 @@ from cbd_hub.card_metadata import check_card, is_ours, license_of, merge_card, r
 from cbd_hub.cards import Healed, anchor_card, chain_call, chain_card, curve_picture, cut_card, interpolant_card
 from cbd_hub.client import TOKEN, reason
 from cbd_hub.configs import read_config
-from cbd_hub.errors import ArgumentError, StorageError, WeightsError
+from cbd_hub.errors import ArgumentError, CBDError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
@@ -32,18 +32,17 @@ from cbd_hub.manifest import FILE_NAME, MODEL_TYPE, Anchor, Location, Manifest, 
 from cbd_hub.plans import anchor_config
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_bytes, with_error
-from cbd_hub.upload import Content, Publication, Publisher, Repo
+from cbd_hub.upload import ADAPTER, Content, Publication, Publisher, Repo
 from cbd_hub.weights import Checkpoint, read_header
 
 
 logger = logging.getLogger(__name__)
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
-_ADAPTER = "adapter_config.json"
 # What goes when a repo gets another model; all else there is a person's.
 _OLD_MODEL = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", _ADAPTER, "adapter_model.safetensors", *TOKENIZER_FILES
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER, "adapter_model.safetensors", *TOKENIZER_FILES
 )
-_MODEL_FILES = ("config.json", _ADAPTER, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+_MODEL_FILES = ("config.json", ADAPTER, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def push_chain(
@@ -78,6 +77,7 @@ def push_chain(
         )
     for repo in (*anchors.values(), index):
         publisher.look(repo)
+    _say_dropped(index, repos, token)
     for name, repo in anchors.items():
         publisher.progress(f"anchor {name}: {format_bytes(repo.bytes)} to {repo.id}")
         pinned[name] = publisher.put(repo)
@@ -128,7 +128,7 @@ def push_model(
     made = getattr(config, "cbd", None)
     if not isinstance(made, dict) or not isinstance(made.get("parameters"), int):
         raise WeightsError(f"{folder} is neither a chain nor a model made from one (its config.json has no cbd); make one with `cbd make`")
-    adapter = (folder / _ADAPTER).is_file()
+    adapter = (folder / ADAPTER).is_file()
     if not adapter:
         Checkpoint(folder, config)
     try:
@@ -155,7 +155,7 @@ def push_model(
         base=chain_call(str(made.get("chain")), made, shapes.shape_of(config)) if adapter else None,
     )
     if adapter:
-        files[_ADAPTER] = _without_place(folder / _ADAPTER)
+        files[ADAPTER] = _without_place(folder / ADAPTER)
     elif made.get("strategy") == "cut" and "difference" in made:  # which the first versions did not write
         card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, license=license)
     old = read_card(folder / "README.md")
@@ -250,7 +250,7 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
         facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=anchor.origin in ("cut", "random"),
         datasets=_datasets(recipe) if anchor.training is not None and anchor.training.tokens else (),
     )
-    return Repo(repo_id, f"Anchor {anchor.name} of {chain}", contents, card, _OLD_MODEL)
+    return Repo(repo_id, f"Anchor {anchor.name} of {chain}", contents, card, _OLD_MODEL, chain=chain)
 
 
 def _anchor_facts(anchor: Anchor, recipe: dict[str, Any] | None) -> dict[str, str]:
@@ -317,6 +317,20 @@ def _preview(files: ChainFiles, anchor: Anchor) -> Preview:
     headers = {name: _header_text(files.path(anchor, name)) for name in anchor.weight_files}
     config = json.dumps(json.loads(files.path(anchor, "config.json").read_bytes()), separators=(",", ":"))
     return Preview(config=config, headers=headers)
+
+
+def _say_dropped(index: Repo, repos: Mapping[str, str], token: str | None) -> None:
+    """Say which anchors of the chain that is there lie in repos of their own, as others add them, and are none of this one's."""
+    if FILE_NAME not in index.there:
+        return
+    try:
+        held = open_chain(index.id, revision=index.head, token=token).manifest.anchors
+    except CBDError:
+        return  # of a newer version, or broken: it is replaced
+    for anchor in held:
+        repo = anchor.location.repo_id
+        if repo not in repos.values() and repo != f"{index.id}-{anchor.name}":
+            logger.warning("%s has an anchor %s in %s, which this chain has not: it is no part of %s any more; `cbd add-anchor %s %s --repo %s` brings it back", index.id, anchor.name, repo, index.id, index.id, repo, repo)
 
 
 def _published(manifest: Manifest, repos: Mapping[str, str], pinned: Mapping[str, str | None], previews: Mapping[str, Preview]) -> Manifest:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch import Tensor
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import IGNORED, Documents, batch_losses
 from cbd_hub.interpolation.live import Runner
+from cbd_hub.texts import json_rows
 
 
 _BATCH_ROWS = 16
@@ -48,23 +47,18 @@ class Question:
         Raises:
             DataError: If the file cannot be read, or a row is no question; the message names the line.
         """
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")  # not the other ends of lines, which may stand in a string
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); give a .jsonl file of questions") from error
         found = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, row in json_rows(os.fspath(path)):
             try:
-                row = json.loads(line)
-                query, choices = row["query"], tuple(str(choice) for choice in row["choices"])
-                question = cls(tuple(map(str, query)) if isinstance(query, list) else str(query), choices, int(row["answer"]))
-                if len(choices) < 2 or not 0 <= question.answer < len(choices) or not all(choices):
+                query, choices, answer = row["query"], row["choices"], row["answer"]
+                if not isinstance(choices, list) or isinstance(answer, bool) or not isinstance(answer, int):
+                    raise TypeError("choices are a list, and answer is a whole number")
+                question = cls(tuple(map(str, query)) if isinstance(query, list) else str(query), tuple(map(str, choices)), answer)
+                if len(question.choices) < 2 or not 0 <= answer < len(choices) or not all(question.choices):
                     raise ValueError("needs two choices or more, none empty, and the index of one as answer")
                 if len(question.contexts) != len(choices):
                     raise ValueError(f"has {len(question.contexts)} queries for {len(choices)} choices; give one text, or one for each")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path} line {number} is no question with query, choices and answer ({error})") from error
             found.append(question)
         if not found:

@@ -219,6 +219,8 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
     """
     values = named_fields(wish)
     if (name := outside(values, small, large)) is not None:
+        if isinstance(values[name], bool) or not isinstance(values[name], int):
+            raise ArgumentError(f"shape {name}={values[name]!r} is no whole number; give one")
         low, high = sorted((getattr(small, name), getattr(large, name)))
         raise ArgumentError(f"shape {name}={values[name]!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
     if small.heads * large.kv_heads == large.heads * small.kv_heads:

@@ -13,15 +13,16 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussio
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from cbd_hub.card_metadata import as_theirs, check_card, is_ours, merge_card, read_card
+from cbd_hub.card_metadata import as_theirs, chains_of, check_card, is_ours, merge_card, read_card
 from cbd_hub.client import api, explained
-from cbd_hub.errors import ArgumentError, IntegrityError
+from cbd_hub.errors import ArgumentError, CBDError, IntegrityError
 from cbd_hub.files import sha256
-from cbd_hub.hub import fetch
+from cbd_hub.hub import fetch, open_chain
 from cbd_hub.manifest import FILE_NAME, MAX_BYTES
 from cbd_hub.reporting import Progress
 
 
+ADAPTER = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 Content = Path | bytes
 
@@ -59,6 +60,7 @@ class Repo:
     card: str
     stale: tuple[str, ...] = ()  # patterns of files that go when they are not among the new ones
     index: bool = False  # whether it is a chain's index, and not a model's repo
+    chain: str | None = None  # whose anchor it is to hold
     main: str | None = None
     head: str | None = None
     request: Discussion | None = None
@@ -87,8 +89,8 @@ class Publisher:
     def look(self, repo: Repo) -> None:
         """What is there, without writing: head, files and hand-written card; the new card is merged with it and validated.
 
-        A chain never takes the place of a model, nor a model that of a chain, nor one of ours that of a model that cbd_hub did not write, unless its weights are these very ones: then all that
-        lies beside them stays. With ``create_pr`` an open pull request of the same account and title is what is there: a push that was killed goes on with its own.
+        A chain never takes the place of a model, nor a model that of a chain, of an adapter or of another chain's anchor, nor one of ours that of a model that cbd_hub did not write, unless its weights
+        are these very ones: then all that lies beside them stays. With ``create_pr`` an open pull request of the same account and title is what is there: a push that was killed goes on with its own.
 
         Raises:
             ArgumentError: If the card would be refused, the repo holds something else, it is public and was asked to be private, or a pull request was asked to gate it.
@@ -115,12 +117,34 @@ class Publisher:
             if self.create_pr and self.gated and repo.gated != self.gated:
                 raise ArgumentError(f"{repo.id} is not gated, and a pull request cannot gate it; leave gated out, or gate it in its settings")
             old = read_card(fetch(repo.id, "README.md", repo.head, {"token": self.token}, MAX_BYTES), repo.id) if "README.md" in repo.there else None
-            if model and not repo.index and not (old is not None and is_ours(old)):
-                if not self._same_weights(repo):
-                    raise ArgumentError(f"{repo.id} holds a model that cbd_hub did not write, and another would take its place; push to another name")
-                repo.stale, repo.card = (), as_theirs(repo.card)
+            if model and not repo.index:
+                self._check_place(repo, old)
             repo.card = merge_card(old, repo.card)
         check_card(repo.card, repo.id)
+
+    def _check_place(self, repo: Repo, old: str | None) -> None:
+        """Refuse to take the place of a model that is not to be replaced; the card of one that somebody else wrote stays theirs.
+
+        Raises:
+            ArgumentError: If it would.
+        """
+        whole = any(fnmatchcase(path, "model*.safetensors") for path in repo.there)
+        if (ADAPTER in repo.files) if whole else (ADAPTER in repo.there and ADAPTER not in repo.files):
+            held, new = ("a model", "an adapter") if whole else ("an adapter", "a model")
+            raise ArgumentError(f"{repo.id} holds {held}, and {new} would take its place; push to another name")
+        if old is None or not is_ours(old):
+            if not self._same_weights(repo):
+                raise ArgumentError(f"{repo.id} holds a model that cbd_hub did not write, and another would take its place; push to another name")
+            repo.stale, repo.card = (), as_theirs(repo.card)
+            return
+        for chain in chains_of(old):
+            try:
+                held_by = [] if chain == repo.chain else open_chain(chain, token=self.token).manifest.anchors
+            except CBDError:
+                continue  # it is gone, or was never published
+            anchor = next((anchor for anchor in held_by if anchor.location.repo_id == repo.id), None)
+            if anchor is not None and not self._same_weights(repo):
+                raise ArgumentError(f"{repo.id} holds anchor {anchor.name} of the chain {chain}, and another model would take its place; push to another name")
 
     def _own_request(self, repo: Repo) -> Discussion | None:
         """The open pull request that this account has opened under the push's message."""

@@ -85,7 +85,7 @@ def stranger() -> str:
 
 @functools.cache
 def chain() -> str:
-    """A folder with a chain of two anchors, 243K and 130K, that were not trained."""
+    """A folder with a chain of two anchors, 243K and 145K, that were not trained."""
     path = folder() / "chain"
     assemble_chain([model(), model(layers=4, ffn=96, seed=1)], path, align=False)
     return str(path)

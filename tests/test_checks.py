@@ -52,6 +52,7 @@ def line_of(path, word):
     ({"teacher_cache": "/no/cache"}, "is no teacher cache"),
     ({"kd_weight": 0.0, "ce_weight": 0.0}, "kd_weight, ce_weight and hidden_weight are all 0"),
     ({"kd_weight": float("inf")}, "kd_weight=inf is no finite number"), ({"temperature": "2"}, "temperature='2' is no number"),
+    ({"optim": "magic"}, "optim='magic' is refused: .*magic"), ({"lr_scheduler_type": "sideways"}, "lr_scheduler_type='sideways' is refused"), ({"logging_steps": 0}, "logging_steps=0 is refused"),
     ({"optim_args": {"foreach": True}}, "optim_args=.* is no text"),
     ({"block_size": 300}, "block_size=300 is more than the model's 256 positions"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is not part"),

@@ -143,8 +143,16 @@ def test_other_models_change_nothing_of_the_sizes(cbd, chain, text, tmp_path):
         assert "measuring" not in errors
     with pytest.raises(ArgumentError, match="sizes and models name none"):
         evaluate_sizes(anchor, [], text=str(text))
-    with pytest.raises(ArgumentError, match="models is the text './model'"):
+    with pytest.raises(ArgumentError, match="models is './model' alone"):
         evaluate_sizes(anchor, models="./model", text=str(text))
+
+
+def test_lists_and_files_are_what_sizes_are_measured_by(chain, text):
+    opened = Chain.from_pretrained(chain)
+    for wrong, message in (({"sizes": "min"}, "sizes is 'min' alone; give a list of sizes"), ({"tasks": "a.jsonl"}, "tasks is 'a.jsonl' alone"), ({"text": ["one"]}, "text is a list; give a file")):
+        with pytest.raises(ArgumentError, match=message):
+            evaluate_sizes(opened, **{"text": text, **wrong})
+    assert evaluate_sizes(opened, ["min"], text=text).results, "a path is a file too"
 
 
 def test_generation_depends_on_the_seed_alone(cbd, chain):
@@ -185,10 +193,20 @@ def test_distil_and_assemble(cbd, tmp_path):
     (["plan", "CHAIN", "--size", "min", "--dtype", "int8"], 2, "no dtype that weights"),
     (["distill", "/no/such.yaml", "--out", "x"], 1, "cannot be read"),
     (["assemble", "CHAIN", "--out", "x"], 2, "two checkpoints or more"),
+    (["plan", "CHAIN", "--shape", "layers=5,layers=6"], 2, "gives layers twice"),
+    (["plan", "CHAIN", "--size", "min", "--adapter-size", "max"], 2, "no adapter came"), (["make", "CHAIN", "--size", "min", "--adapter-size", "max", "--out", "x"], 2, "no adapter came"),
+    (["generate", "CHAIN", "one", "--size", "min", "--top-p", "0.5"], 2, "--top-p is of sampling"), (["generate", "CHAIN", "one", "--size", "min", "--seed", "1"], 2, "--seed is of sampling"),
+    (["eval", "CHAIN", "--tasks", "x.jsonl", "--column", "body"], 2, "--column is of --text"),
+    (["heal", "CHAIN", "--size", "min", "--text", "a", "--heldout-text", "b", "--heldout", "0.1", "--out", "x"], 2, "--heldout is the share"),
+    (["heal", "CHAIN", "--size", "min", "--cache", "a", "--out", "x"], 2, "give --heldout-text too"),
+    (["heal", "CHAIN", "--size", "min", "--text", "a", "--steps", "3", "--tokens", "9", "--out", "x"], 2, "--tokens 9 came with --steps 3"),
+    (["retokenize", "CHAIN", "--keep", "300", "--bridge", "span", "--out", "x"], 2, "--bridge is of a training"),
+    (["cache-teacher", "CHAIN", "--recipe", "r.yaml", "--column", "body", "--out", "x"], 2, "--column is of --text"),
+    (["push", "CHAIN/anchors", "org/model", "--tag", "v1"], 2, "--tag is of a chain's index"),
 ])
 def test_errors_are_one_line_with_the_way_out(cbd, chain, arguments, code, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    got, printed, said = cbd(*(str(chain) if argument == "CHAIN" else argument for argument in arguments))
+    got, printed, said = cbd(*(argument.replace("CHAIN", str(chain)) for argument in arguments))
     assert got == code
     assert message in said
     assert said.startswith("error: ")

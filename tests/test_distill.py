@@ -580,6 +580,11 @@ def test_teachers_that_cannot_be_one_are_said(tmp_path):
             ChainDistiller(model=pair[0], teacher=pair[1], args=ChainDistillerConfig(str(tmp_path), max_steps=1), train_dataset=rows())
 
 
+def test_bare_texts_are_no_rows(tmp_path):
+    with pytest.raises(DataError, match="rows are no mappings but str; give some such as"):
+        ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=tiny.texts(3), processing_class=tiny.tokenizer())
+
+
 def test_splits_are_no_data_to_train_on(tmp_path):
     with pytest.raises(ArgumentError, match=r"has the splits train, test; pass one of them, such as train_dataset\["):
         ChainDistiller(model=tiny.llama(), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=DatasetDict(train=rows(), test=rows()))

@@ -7,6 +7,7 @@ import tiny
 import yaml
 from conftest import recipe
 from huggingface_hub import HfApi, ModelCard
+from transformers import AutoModelForCausalLM
 
 from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
 from cbd_hub.distill.schema import Recipe
@@ -254,6 +255,44 @@ def test_a_model_that_cbd_hub_did_not_write_is_not_replaced(hub, llama, tmp_path
     assert "adapter_config.json" in hub.repos["org/own"].at("main")[1], "and at the second push too"
     with pytest.raises(ArgumentError, match="holds a model that cbd_hub did not write"):
         push_model(tmp_path / "made", "org/own")
+
+
+def test_an_anchors_place_is_its_chains(hub, llama, tmp_path, caplog):
+    """No other model takes it, neither by a push nor as a further anchor; a chain that is pushed again says which anchors of others it leaves out."""
+    chain = Chain.from_pretrained(llama)
+    chain.push_to_hub("org/tiny")
+    CBDModel.materialize("org/tiny", middle(llama), output_dir=tmp_path / "made")
+    taken = f"org/tiny-{chain.anchors[1].name}"
+    small = tiny.save(tiny.llama(layers=1, ffn=24), tmp_path / "small")
+    before = {repo_id: repo.at("main")[0] for repo_id, repo in hub.repos.items()}
+    with pytest.raises(ArgumentError, match=rf"{taken} holds anchor {chain.anchors[1].name} of the chain org/tiny"):
+        push_model(tmp_path / "made", taken)
+    with pytest.raises(ArgumentError, match=rf"{taken} holds anchor {chain.anchors[1].name} of this chain"):
+        add_anchor(Chain.from_pretrained("org/tiny"), small, taken)
+    assert before == {repo_id: repo.at("main")[0] for repo_id, repo in hub.repos.items()}, "nothing was sent anywhere"
+    add_anchor(Chain.from_pretrained("org/tiny"), small, "third/small")
+    with pytest.raises(ArgumentError, match="third/small holds anchor .* of the chain org/tiny"):
+        push_model(tmp_path / "made", "third/small")
+    caplog.clear()
+    chain.push_to_hub("org/tiny")
+    assert "in third/small, which this chain has not" in caplog.text
+    push_model(tmp_path / "made", "third/small")
+
+
+def test_adapters_and_models_keep_their_places(hub, llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from cbd_hub import carry_adapter
+    CBDModel.materialize(llama, middle(llama), output_dir=tmp_path / "made")
+    get_peft_model(CBDModel.from_chain(llama, "max"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    carry_adapter(tmp_path / "lora", llama, middle(llama), adapter_size="max", output_dir=tmp_path / "carried")
+    push_model(tmp_path / "made", "org/made")
+    push_model(tmp_path / "carried", "org/lora")
+    for folder, repo_id, held in (("carried", "org/made", "a model, and an adapter"), ("made", "org/lora", "an adapter, and a model")):
+        with pytest.raises(ArgumentError, match=f"{repo_id} holds {held} would take its place"):
+            push_model(tmp_path / folder, repo_id)
+    push_model(tmp_path / "carried", "org/lora")
+    assert tiny.same(AutoModelForCausalLM.from_pretrained("org/made"), AutoModelForCausalLM.from_pretrained(tmp_path / "made"))
 
 
 def test_what_was_generated_goes_with_the_chain_that_it_was_of(hub, llama, tmp_path):

@@ -17,7 +17,7 @@ from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import collate, no_block, packed_dataset, say_short, tokenise
 from cbd_hub.distill.rollouts import positions_of, prompts_of
-from cbd_hub.distill.rows import RESPONSES, check_row, template_options, with_answer
+from cbd_hub.distill.rows import RESPONSES, check_row, first_row, template_options, with_answer
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import byte_ends, check_faithful, check_rows, common_spans, end_of, prefix_of
@@ -94,7 +94,7 @@ class BridgeRows:
         """
         if isinstance(dataset, Mapping):
             return {name: self.with_tokens(rows, model, teacher) for name, rows in dataset.items()}
-        first = None if dataset is None else next(iter(dataset), None)
+        first = first_row(dataset)
         if first is None or "teacher_input_ids" in first:
             return dataset
         if "input_ids" in first:

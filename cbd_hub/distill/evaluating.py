@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import next_tokens, packed_dataset
-from cbd_hub.distill.rows import check_ready
+from cbd_hub.distill.rows import check_ready, first_row
 from cbd_hub.distill.saving import AnchorTrainer
 from cbd_hub.distill.sharing import Endless, Filled, Grouped, rows_in, without_rows
 from cbd_hub.errors import DataError
@@ -112,7 +112,7 @@ def with_tokens(dataset: Any, tokenizer: Any, args: ChainDistillerConfig, model:
     """
     if isinstance(dataset, Mapping):
         return {name: with_tokens(rows, tokenizer, args, model) for name, rows in dataset.items()}
-    first = None if dataset is None else next(iter(dataset), None)
+    first = first_row(dataset)
     if first is None:
         return dataset
     if "input_ids" in first:

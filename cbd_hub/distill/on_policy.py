@@ -38,7 +38,7 @@ from cbd_hub.distill.rollouts import (
     rollout_tensors,
     rollouts_from,
 )
-from cbd_hub.distill.rows import with_answer
+from cbd_hub.distill.rows import first_row, with_answer
 from cbd_hub.errors import ArgumentError, DataError, StorageError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.interpolation.live import ModelRunner, Output
@@ -328,7 +328,7 @@ def unpacked(dataset: Any, tokenizer: Any, args: ChainDistillerConfig) -> Any:
     Raises:
         DataError: If a row cannot be read.
     """
-    first = None if dataset is None or not hasattr(type(dataset), "__len__") else next(iter(dataset), None)
+    first = first_row(dataset) if hasattr(type(dataset), "__len__") else None
     if not (args.is_minillm or args.teacher_answers) or tokenizer is None or first is None or "input_ids" in first or not {"prompt", "messages"} & set(first):
         return dataset
     return Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in tokenised(map(with_answer, dataset), tokenizer)])

@@ -46,6 +46,18 @@ def check_row(row: Mapping[str, Any], where: str | None = None) -> None:
         raise DataError(found if where is None else f"{where}: {found}")
 
 
+def first_row(dataset: Any) -> Mapping[str, Any] | None:
+    """The first row of a data set; None where there is none.
+
+    Raises:
+        DataError: If it is no row.
+    """
+    first = None if dataset is None else next(iter(dataset), None)
+    if first is not None and not isinstance(first, Mapping):
+        raise DataError(f'rows are no mappings but {_kind(first)}; give some such as {{"text": "..."}}')
+    return first
+
+
 def check_ready(row: Mapping[str, Any]) -> None:
     """Refuse a row with ``input_ids`` that says in another way than by ``labels`` which of them count, or than by ``position_ids`` where documents begin.
 

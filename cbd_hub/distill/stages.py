@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from cbd_hub.weights import Checkpoint, load_tokenizer
 
 CALIBRATION_TOKENS = 4096
 HIDDEN_PATH = 0.2  # path_fraction of an anchor of another hidden width, where the stage names none: without it the sizes in between sag (benchmarks/quality/README.md)
+_REFUSALS = (TypeError, ValueError, KeyError)  # of training arguments, transformers' and our own
 NO_PATH = ("bridge", "teacher_cache", "on_policy_fraction", "fsdp", "deepspeed")  # what path training does not go with
 
 
@@ -95,10 +97,21 @@ class Stage:
             RecipeError: If a value cannot be used.
         """
         defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, self.arguments["max_steps"])}
+
+        def made(arguments: dict[str, Any]) -> ChainDistillerConfig:
+            return ChainDistillerConfig(output_dir=output_dir, seed=seed, **{**defaults, **arguments})
+
         try:
-            return ChainDistillerConfig(output_dir=output_dir, seed=seed, **{**defaults, **self.arguments})
-        except (TypeError, ValueError, KeyError) as error:  # transformers' and our own
-            raise RecipeError(f"{one_line(error)} (stage of anchor {self.wish})") from error
+            return made(self.arguments)
+        except _REFUSALS as error:
+            said = one_line(error)
+            if not said.startswith(tuple(self.arguments)):  # transformers' own, which may not name what it is of
+                for name, value in self.arguments.items():
+                    with suppress(*_REFUSALS):
+                        made({other: kept for other, kept in self.arguments.items() if other != name})
+                        said = f"{name}={value!r} is refused: {said}"
+                        break
+            raise RecipeError(f"{said} (stage of anchor {self.wish})") from error
 
 
 def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any, made: Sequence[Path] = ()) -> list[Stage]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def space_files(
     """
     if chain.files.revision is None:
         raise ArgumentError(
-            f"a Space cannot read the local folder {chain.files.name}; publish the chain with `cbd push {chain.files.name} org/NAME`, then `cbd space org/NAME --push {repo_id}`"
+            f"a Space cannot read the local folder {chain.files.name}; publish the chain with `cbd push {shlex.quote(str(chain.files.name))} org/NAME`, then `cbd space org/NAME --push {repo_id}`"
         )
     folder = package_files("cbd_hub.spaces").joinpath("size_picker")
     app, readme, requirements = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("app.py", "README.md", "requirements.txt"))
