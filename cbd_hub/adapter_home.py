@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
     Raises:
         ArgumentError: If it fits nothing, or more than one thing.
     """
-    files = replace(files, glance=True)
+    files = files.glanced
     base = adapter.config.get("base_model_name_or_path")
     folders = {"config.json": adapter.folder, **({"base_model_name_or_path": _path(base)} if isinstance(base, str) and base else {})}
     recorded = next((found for by, folder in folders.items() if (found := _recorded(files, adapter, folder, by)) is not None), None)

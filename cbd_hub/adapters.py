@@ -161,7 +161,7 @@ def carry_adapter(
     if output_dir is not None:
         check_absent(Path(output_dir))
     files = open_chain(chain, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, force_download=force_download)
-    plan = plan_in(replace(files, glance=True), size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
+    plan = plan_in(files.glanced, size, shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance)
     made = carried_to(files, plan, adapter, adapter_size, base_model)
     if output_dir is not None:
         made.save(output_dir)
@@ -191,7 +191,7 @@ def carried_to(
         base_model: What to name as its base model.
         weights: Whether copies of weights that it holds are compared with the chain's.
     """
-    source, glance = read_adapter(adapter, files.options), replace(files, glance=True)
+    source, glance = read_adapter(adapter, files.options), files.glanced
     home, target = home_of(glance, source, size), Stand.of(glance, plan)
     steps = route(glance, home, target)
     family, anchors = family_of(home.config), files.manifest.anchors

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -104,13 +104,13 @@ class Chain:
     ) -> Plan:
         """The plan of a size, a shape, a budget or a speed, as `CBDModel.plan` gives it."""
         return plan_in(
-            replace(self.files, glance=True), size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=dtype,
+            self.files.glanced, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=dtype,
             shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance,
         )
 
     def model(self, size: str | int | None = None, **options: Any) -> Any:
         """A model of a size, as `CBDModel.from_chain` gives it."""
-        return CBDModel.from_chain(self.files.name, size, **{**self.files.options, "revision": self.files.revision, **options})
+        return CBDModel.from_chain(self.files, size, **options)
 
     def tokenizer(self, size: str | int | None = None) -> Any:
         """The chain's tokenizer; across a bridge that of a size's own side.

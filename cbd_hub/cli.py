@@ -160,13 +160,11 @@ def plan(
     adapter_size: AdapterSizeOption = None, dtype: DtypeOption = None, revision: RevisionOption = None, as_json: JsonOption = False,
 ) -> None:
     """Say what a size would be made of, and what would be fetched, without touching a weight."""
-    from dataclasses import replace
-
     from cbd_hub.adapters import carried_to, check_home
     from cbd_hub.hub import open_chain
     from cbd_hub.plans import plan_costs, plan_in
     check_home(adapter, adapter_size)
-    files = replace(open_chain(chain, revision=revision), glance=True)
+    files = open_chain(chain, revision=revision).glanced
     planned = plan_in(
         files, size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, dtype=dtype, shape=shape_of_text(shape), strategy=strategy, alpha=alpha,
         tolerance=tolerance,

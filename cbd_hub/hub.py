@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class ChainFiles:
     glance: bool = False
     _here: dict[tuple[str, str, str], Path] = field(default_factory=dict, init=False, repr=False, compare=False)
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @functools.cached_property
+    def glanced(self) -> ChainFiles:
+        """The same chain at a glance."""
+        return self if self.glance else replace(self, glance=True)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for this opened chain; not to be changed by who gets it."""
@@ -227,13 +232,13 @@ class ChainFiles:
 
 
 def open_chain(
-    chain: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None,
+    chain: str | os.PathLike[str] | ChainFiles, *, revision: str | None = None, token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
 ) -> ChainFiles:
     """The files of a chain: a local folder, or a Hub repo, of which chain.json is fetched.
 
     Args:
-        chain: Folder or repo id.
+        chain: Folder or repo id; one that is open is given back.
         revision: Branch, tag or commit of the index repo.
         token: Hub token; None for the stored one.
         cache_dir: Another place for the Hub's cache.
@@ -244,6 +249,8 @@ def open_chain(
         ManifestError: If there is no such chain, or its chain.json is refused.
         StorageError: If the Hub cannot be reached or refuses.
     """
+    if isinstance(chain, ChainFiles):
+        return chain
     name = os.fspath(chain)
     options = {
         "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download,

@@ -199,14 +199,14 @@ class CBDModel:
         )
         watch = _watch(files, arguments, min_tokens_per_second, max_latency)
         plan = plan_in(
-            replace(files, glance=True), size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency,
+            files.glanced, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency,
             dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
         )
         return plan if adapter is None else carried_to(files, plan, adapter, adapter_size, weights=False).plan
 
     @staticmethod
     def from_chain(
-        chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        chain: str | os.PathLike[str] | ChainFiles, size: str | int | None = None, *, memory_budget: str | int | None = None,
         min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
@@ -220,7 +220,7 @@ class CBDModel:
         where it came from. Arguments up to ``force_download`` are those of `plan`.
 
         Args:
-            chain: A local folder or a Hub id.
+            chain: A local folder or a Hub id; or the files of one that is open (``Chain.files``), which is what `Chain.model` gives.
             size: Unique parameters wanted.
             memory_budget: Bytes for the weights in the chosen dtype instead.
             min_tokens_per_second: Speed that it must reach instead, on the device of ``device_map``, else on the best one, where the model then is.

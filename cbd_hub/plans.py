@@ -140,7 +140,7 @@ def plan_in(
         raise ArgumentError(f"{'=, '.join(must)}= came with size= or shape=; give {'one of them' if len(must) == 1 else 'either these or one of those'}")
     if must:
         check_options(strategy, alpha)
-    glance = replace(files, glance=True)
+    glance = files.glanced
     if memory_budget is not None:
         size = _size_that_fits(glance, parse_bytes(memory_budget), dtype, strategy, alpha)
     if wish is None:
@@ -157,7 +157,7 @@ def stopwatch(files: ChainFiles, dtype: Any = None, device_map: Any = None, attn
     Raises:
         ArgumentError: If they name no dtype, or not one device.
     """
-    return Stopwatch(_dtype_of(replace(files, glance=True), files.manifest.anchors, dtype), one_device(device_map, best_device()), attn_implementation, **options)
+    return Stopwatch(_dtype_of(files.glanced, files.manifest.anchors, dtype), one_device(device_map, best_device()), attn_implementation, **options)
 
 
 def speed_of(files: ChainFiles, plan: Plan, watch: Stopwatch) -> Speed:

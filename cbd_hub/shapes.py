@@ -197,6 +197,27 @@ def named_fields(wish: Shape | Mapping[str, int]) -> dict[str, Any]:
     return {name: as_int(value) for name, value in wish.items()}
 
 
+def named_shape(wish: Shape | Mapping[str, int], whole: Shape, config: Any) -> Shape:
+    """A whole shape in which the named axes, and what follows from them, are as wished.
+
+    Args:
+        wish: The axes.
+        whole: The shape that has the others.
+        config: A transformers config of the architecture.
+
+    Raises:
+        ArgumentError: If a field is unknown, or no shape has such a value.
+    """
+    values = named_fields(wish)
+    try:
+        named = Shape.model_validate({**whole.model_dump(), **values}, strict=True).model_dump(include=set(values))
+        return Shape.model_validate({**whole.model_dump(), **follow(named, whole, config)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{first['loc'][0]}={first['input']!r}" if first["loc"] else str(values)
+        raise ArgumentError(f"shape {where}: {first['msg'].removeprefix('Value error, ').lower()}") from error
+
+
 def outside(values: Mapping[str, Any], small: Shape, large: Shape) -> str | None:
     """The first field of a partial shape that is no number between the neighbours'; None where all are."""
     for name, value in values.items():

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from pydantic import ValidationError
 from torch import Tensor
 
 from cbd_hub.card_metadata import license_of
@@ -29,7 +28,7 @@ from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Shape, public
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Progress
-from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, follow, named_fields, parameter_count, shape_of
+from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, named_fields, named_shape, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.texts import texts_of
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, stored_shapes, write_safetensors
@@ -164,15 +163,8 @@ def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | 
         assert wanted is not None
         mixes(wanted, config)  # refused before the work, not after it
         return wanted, None
-    values = named_fields(shape)
-    try:
-        named = Shape.model_validate({**above.model_dump(), **values}, strict=True).model_dump(include=set(values))
-        found = Shape.model_validate({**above.model_dump(), **follow(named, above, config)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = f"{first['loc'][0]}={first['input']!r}" if first["loc"] else str(values)
-        raise ArgumentError(f"shape {where}: {first['msg'].removeprefix('Value error, ').lower()}") from error
-    if wanted is not None and "ffn" not in values:
+    found = named_shape(shape, above, config)
+    if wanted is not None and "ffn" not in named_fields(shape):
         found = found.model_copy(update={"ffn": min(fill_ffn(wanted, found, config), above.ffn)})
     check_cut(found, above, config)
     size_found = count(found, config)

@@ -110,6 +110,7 @@ def test_random_weights_follow_the_seed(other):
     ("{origin: random, config: {model_type: gpt9}, tokenizer: WHOLE}", "gpt9", 3),
     ("{origin: random, config: {model_type: gpt2, n_embed: 9}, tokenizer: WHOLE}", "n_embed is no field of a gpt2 config; did you mean n_embd", 3),
     ("{origin: random, config: WHOLE, layers: 300}", "falling size", 3),
+    ("{origin: cut, checkpoint: WHOLE, layers: 4096, ffn: 1048576}", "4,096 layers of 1,048,576 neurons", 3), ("{origin: random, config: WHOLE, layers: 4096, ffn: 1048576}", "4,096 layers of 1,048,576 neurons", 3),
 ])
 def test_what_is_refused_with_its_line(anchor, said, line, other, tmp_path):
     text = anchor.replace("WHOLE", str(other / "whole"))

@@ -67,6 +67,13 @@ def test_it_is_an_ordinary_model(chain, family, tmp_path):
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 5)
 
 
+def test_an_open_chain_makes_models_wherever_one_stands(chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain.parent)
+    opened = Chain.from_pretrained(chain.name)
+    monkeypatch.chdir(tmp_path)
+    assert tiny.same(opened.model("min"), CBDModel.from_chain(chain, "min"))
+
+
 def test_loading_writes_nothing_into_the_chain(chain):
     """The model owns its memory: changing it changes no anchor."""
     name = anchors(chain)[0].name

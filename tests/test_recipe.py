@@ -508,6 +508,8 @@ def test_anchors_must_fall_in_size(tmp_path):
         distill_chain(plain, tmp_path / "chain")
     with pytest.raises(RecipeError, match="falling size"):
         distill_chain({**plain, "anchors": ["900M"]}, tmp_path / "other")
+    with pytest.raises(RecipeError, match="4,096 layers of 1,048,576 neurons"):
+        distill_chain({**plain, "anchors": [{"layers": 4096, "ffn": 1048576}]}, tmp_path / "other")
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "holds no text"), ("\n \n\t\n", "holds no text"), ("one line", "1 different documents"), ("a\n\nb\n\nc", "fill one block|less than one block")])

@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from cbd_hub import shapes
 from cbd_hub.chain import check_pair, unique_name
 from cbd_hub.configs import read_config
@@ -218,12 +216,8 @@ def _wished_shape(wish: Mapping[str, Any], above: Shape, exact: bool, teacher_co
     if not exact and not {"layers", "ffn"} <= set(wish):
         raise RecipeError(f"anchor {dict(wish)} comes after a size, whose layers and ffn are chosen by measuring; name both layers and ffn")
     try:
-        named = Shape.model_validate({**above.model_dump(), **wish}, strict=True).model_dump(include=set(wish))
-        shape = Shape.model_validate({**above.model_dump(), **shapes.follow(named, above, teacher_config)})
+        shape = shapes.named_shape(wish, above, teacher_config)
         shapes.check_cut(shape, above, teacher_config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(f"anchor {dict(wish)}: {first['loc'][0]}: {first['msg'].lower()}") from error
     except CBDError as error:
         raise RecipeError(f"anchor {dict(wish)}: {error}") from error
     return shape

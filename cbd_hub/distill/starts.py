@@ -130,8 +130,8 @@ class Start:
         if data.size is not None:
             return cls("cut", config, folder, folder, parse_size(data.size), None)
         whole = shapes.shape_of(config)
-        shape = _shape(data, whole, config)
         try:
+            shape = shapes.named_shape(data.axes, whole, config)
             shapes.check_cut(shape, whole, config)
         except CBDError as error:
             raise RecipeError(f"{data.axes} of {data.checkpoint}: {error}") from error
@@ -140,11 +140,6 @@ class Start:
     def random_model(self) -> Any:
         """A model of its shape with random weights, in fp32."""
         return model_class(self.config, "the recipe")(copy.deepcopy(self.config))
-
-
-def _shape(data: StartData, whole: Shape, config: Any) -> Shape:
-    """The axes that are named, with what follows from them, in a whole shape."""
-    return Shape.model_validate({**whole.model_dump(), **shapes.follow(data.axes, whole, config)})
 
 
 def _random(data: StartData) -> Start:
@@ -159,7 +154,7 @@ def _random(data: StartData) -> Start:
     rows = max(tokenizer.get_vocab().values(), default=-1) + 1
     whole = shapes.shape_of(config).model_copy(update={"vocab": rows})
     try:
-        shape = _shape(data, whole, config)
+        shape = shapes.named_shape(data.axes, whole, config)
         if shape.vocab < rows:
             raise ArgumentError(f"vocab={shape.vocab:,} is less than the {rows:,} tokens of {place}; leave it out, or name {rows:,} or more")
         made = shapes.config_for(shape, config, [layer % whole.layers for layer in range(shape.layers)])

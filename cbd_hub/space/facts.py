@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -130,7 +130,7 @@ class Picker:
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
         self.manifest = chain.manifest
-        self.files = replace(chain.files, glance=True)
+        self.files = chain.files.glanced
         self.smallest, self.largest = self.manifest.anchors[-1].parameters, self.manifest.anchors[0].parameters
         self.scale = Scale.of(self.smallest, self.largest)
         self._facts = functools.lru_cache(512)(self._made)
