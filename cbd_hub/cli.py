@@ -171,7 +171,7 @@ def plan(
     )
     if adapter is not None:
         planned = carried_to(files, planned, adapter, adapter_size, weights=False).plan
-    costs = plan_costs(files, planned)
+    costs = plan_costs(files, planned, dtype)
     if as_json:
         print_json({**planned.summary(), **costs})
         return
@@ -233,7 +233,9 @@ def make(
 
 @app.command()
 def generate(
-    context: typer.Context, chain: ChainArgument, prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
+    context: typer.Context,
+    chain: Annotated[str, typer.Argument(metavar="CHAIN", help="A chain: local folder or Hub id; or a model folder, such as that of cbd make.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)], size: SizeOption = None,
     shape: ShapeOption = None, strategy: StrategyOption = "auto", alpha: AlphaOption = None, tolerance: ToleranceOption = 0.02,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
@@ -242,24 +244,30 @@ def generate(
     budget: BudgetOption = None, rate: RateOption = None, latency: LatencyOption = None, dtype: DtypeOption = None, revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt with a model of a size."""
+    """Continue a prompt with a model of a size, or with one that was made."""
     import torch
     from transformers import TextStreamer
 
     from cbd_hub.chain import Chain
+    from cbd_hub.manifest import FILE_NAME
     from cbd_hub.precision import best_device
     hush_bars()
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
     if not temperature:
         refuse_given(context, ("top_p", "seed"), "is of sampling, and --temperature 0 takes the likeliest token each time; give a --temperature such as 0.8")
-    opened = Chain.from_pretrained(chain, revision=revision)
-    model = opened.model(
-        size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance,
-        dtype=dtype,
-    )
+    folder = Path(chain).expanduser()
+    if (folder / "config.json").is_file() and not (folder / FILE_NAME).is_file():
+        refuse_given(context, _WISHES, f"is of a chain, and {chain} is a model; leave it out, or name the chain")
+        model, tokenizer = _made(folder, dtype)
+    else:
+        opened = Chain.from_pretrained(chain, revision=revision)
+        model = opened.model(
+            size, memory_budget=budget, min_tokens_per_second=rate, max_latency=latency, shape=shape_of_text(shape), strategy=strategy, alpha=alpha, tolerance=tolerance,
+            dtype=dtype,
+        )
+        tokenizer = opened.tokenizer(model.config.cbd["parameters"])
     model.to(best_device())
-    tokenizer = opened.tokenizer(model.config.cbd["parameters"])
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     room = getattr(model.config, "max_position_embeddings", None)
     wanted = inputs["input_ids"].shape[1] + max_new_tokens
@@ -275,7 +283,18 @@ def generate(
     )
     if as_json:
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
-        print_json({"prompt": prompt, "text": text, "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1], **model.config.cbd})
+        print_json({"prompt": prompt, "text": text, "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1], **getattr(model.config, "cbd", {})})
+
+
+_WISHES = ("size", "shape", "strategy", "alpha", "tolerance", "budget", "rate", "latency", "revision")  # what is asked of a chain
+
+
+def _made(folder: Path, dtype: str | None) -> tuple[Any, Any]:
+    """The model of a folder, in a dtype, and its tokenizer."""
+    from cbd_hub.configs import read_config
+    from cbd_hub.plans import weight_dtype
+    from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
+    return load_model(folder, weight_dtype(dtype, Checkpoint(folder, read_config(folder)).dtype)), load_tokenizer(folder)
 
 
 @app.command("eval")

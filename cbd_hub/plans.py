@@ -306,8 +306,8 @@ def _fast_between(
     return real if small.parameters <= real <= large.parameters and meets(real) else found
 
 
-def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
-    """What a plan costs, from shapes and headers alone: bytes read and, on the Hub, fetched of each anchor; bytes of the model in memory by dtype."""
+def plan_costs(files: ChainFiles, plan: Plan, dtype: Any = None) -> dict[str, Any]:
+    """What a plan costs, from shapes and headers alone: bytes read and, on the Hub, fetched of each anchor; bytes of the model in memory in ``dtype``, else in fp32 and bf16."""
     read: dict[str, int] = {}
     for name, tensors in sorted(plan.sources().items()):
         config = anchor_config(files, files.manifest.anchor(name))
@@ -321,9 +321,9 @@ def plan_costs(files: ChainFiles, plan: Plan) -> dict[str, Any]:
         name: bytes_to_fetch(files, files.manifest.anchor(name), anchor_config(files, files.manifest.anchor(name)), rows)
         for name, rows in sorted(plan.rows().items())
     }
-    return {
-        "bytes_read": read, **({} if files.revision is None else {"bytes_to_fetch": fetched}), "bytes_in_memory": {"float32": 4 * plan.parameters, "bfloat16": 2 * plan.parameters},
-    }
+    kept = [torch.float32, torch.bfloat16] if dtype in (None, "auto") else [weight_dtype(dtype, torch.float32)]
+    memory = {str(kind).removeprefix("torch."): kind.itemsize * plan.parameters for kind in kept}
+    return {"bytes_read": read, **({} if files.revision is None else {"bytes_to_fetch": fetched}), "bytes_in_memory": memory}
 
 
 def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int | None) -> tuple[Anchor, Anchor, int]:

@@ -47,6 +47,8 @@ def test_show_plan_make_generate_eval(cbd, chain, text, tmp_path):
     code, generated, _ = cbd("generate", chain, "a small", "--size", size, "--max-new-tokens", 4)
     assert code == 0
     assert generated.startswith("a small")
+    assert cbd("generate", tmp_path / "m", "a small", "--max-new-tokens", 4)[:2] == cbd("generate", chain, "a small", "--size", size, "--max-new-tokens", 4, "--dtype", "bfloat16")[:2], "what was made goes on as the size does"
+    assert "--size is of a chain" in cbd("generate", tmp_path / "m", "a small", "--size", size)[2]
     code, table, _ = cbd("eval", chain, "--text", text, "--sizes", f"{size},min")
     assert code == 0
     assert "perplexity" in table

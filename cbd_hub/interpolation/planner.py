@@ -17,6 +17,7 @@ from cbd_hub.interpolation.patch import patch_plan
 from cbd_hub.interpolation.plan import Kept, Plan, Segment, anchor_plan, layer_types, small_eps
 from cbd_hub.manifest import Anchor, Blend, Link, Manifest, Mix, RoadPoint, Shape
 from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, shape_between
+from cbd_hub.sizes import format_size
 
 
 STRATEGIES = ("auto", "blend", "patch")
@@ -114,7 +115,7 @@ def segment_plan(
     expected = None if alpha is not None or shape is not None else expected_loss(segment, made, chosen, ends)
     trough = Chord(segment.small, segment.large, segment.sizes, ends).trough(made, expected)
     if strategy == "auto" and expected is not None and ends[0] is not None and expected > ends[0]:
-        trough = f"{trough}; this is {segment.small} padded, which is no better than {segment.small}"
+        trough = f"a mix of {format_size(made)} is expected to lose {expected:.3f} nats per token, more than the smaller {segment.small}; this is {segment.small} padded, and no better than it"
         return replace(mixed_plan(segment, found, PADDING, chain=chain, asked=size, expected=ends[0]), trough=trough)
     if chosen == "patch":
         return replace(patch_plan(segment, found, chain=chain, asked=size, expected=expected), trough=trough)

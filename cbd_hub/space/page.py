@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from gradio.components.plot import PlotData
 
-from cbd_hub.errors import CBDError
+from cbd_hub.errors import ArgumentError, CBDError, one_line
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space import render
 from cbd_hub.space.archives import Archives
@@ -323,9 +323,15 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
         mcp: Whether programs may use it as an MCP server.
         block: Whether to wait until it is stopped.
         **more: What Gradio's ``launch`` takes.
+
+    Raises:
+        ArgumentError: If the port, or the address, cannot be listened on.
     """
-    return page.launch(
-        server_name=host, server_port=port, mcp_server=mcp, prevent_thread_lock=not block, theme=gr.themes.Default(primary_hue="indigo").set(**_CONTRAST),
-        css=files("cbd_hub.space").joinpath("page.css").read_text(), head=_HEAD, ssr_mode=False, max_file_size="1kb", show_error=False, enable_monitoring=False,
-        footer_links=["api", "settings"], quiet=True, **more,
-    )
+    try:
+        return page.launch(
+            server_name=host, server_port=port, mcp_server=mcp, prevent_thread_lock=not block, theme=gr.themes.Default(primary_hue="indigo").set(**_CONTRAST),
+            css=files("cbd_hub.space").joinpath("page.css").read_text(), head=_HEAD, ssr_mode=False, max_file_size="1kb", show_error=False, enable_monitoring=False,
+            footer_links=["api", "settings"], quiet=True, **more,
+        )
+    except OSError as error:
+        raise ArgumentError(f"{host or '127.0.0.1'} has no port to listen on ({one_line(error)}); choose another --port or --host") from error
