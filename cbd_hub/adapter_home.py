@@ -22,8 +22,9 @@ from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.planner import mixed_plan
 from cbd_hub.manifest import Anchor, Mix, Shape
 from cbd_hub.plans import anchor_config, plan_in, segment_between
-from cbd_hub.shapes import complete_shape, config_for, count, shape_of
+from cbd_hub.shapes import config_for, count, shape_of
 from cbd_hub.sizes import format_size
+from cbd_hub.wishes import complete_shape
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from cbd_hub import shapes
+from cbd_hub import shapes, wishes
 from cbd_hub.configs import StoredConfig, stored_config
 from cbd_hub.errors import (
     ArchitectureError,
@@ -334,15 +334,15 @@ def _around_shape(files: ChainFiles, shape: Shape | Mapping[str, int], size: int
     else:
         pairs = [(small, large) for small, large in zip(anchors[1:], anchors) if files.manifest.link(small, large).kind == "segment"]
         pairs += [(anchor, anchor) for anchor in anchors if not any(anchor is end for pair in pairs for end in pair)]  # with a bridge, or nothing, on both sides
-    wish = shapes.named_fields(shape)
+    wish = wishes.named_fields(shape)
     error: ArgumentError | None = None
     within: ArgumentError | None = None  # of a segment that holds every field that is named
     for small, large in pairs:
         try:
-            whole = shapes.complete_shape(shape, small.shape, large.shape, anchor_config(files, large))
+            whole = wishes.complete_shape(shape, small.shape, large.shape, anchor_config(files, large))
         except ArgumentError as found:
             error = error or found
-            if shapes.outside(wish, small.shape, large.shape) is None:
+            if wishes.outside(wish, small.shape, large.shape) is None:
                 within = within or found
             continue
         for anchor in (small, large):

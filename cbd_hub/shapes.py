@@ -14,10 +14,10 @@ from cbd_hub.configs import whole_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError
 from cbd_hub.families import Family, family_of
 from cbd_hub.manifest import Shape
-from cbd_hub.sizes import as_int, format_size
+from cbd_hub.sizes import format_size
 
 
-_FIELDS = tuple(Shape.model_fields)
+FIELDS = tuple(Shape.model_fields)
 
 
 def shape_of(config: Any) -> Shape:
@@ -29,7 +29,7 @@ def shape_of(config: Any) -> Shape:
     family = family_of(config)
     sizes = family.sizes(config)
     try:
-        return Shape(**{name: sizes[name] for name in _FIELDS})
+        return Shape(**{name: sizes[name] for name in FIELDS})
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{first['loc'][0]}={first['input']}: " if first["loc"] else ""
@@ -108,7 +108,7 @@ def config_for(shape: Shape, config: Any, layers: list[int] | None = None) -> An
     check_legal(shape, config)
     family = family_of(config)
     made = copy.deepcopy(config)
-    fields = {axis: family.fields[axis] for axis in _FIELDS if axis in family.fields}
+    fields = {axis: family.fields[axis] for axis in FIELDS if axis in family.fields}
     for axis, attribute in fields.items():
         if hasattr(made, attribute):
             setattr(made, attribute, getattr(shape, axis))
@@ -152,119 +152,11 @@ def other_differences(first: Any, second: Any) -> list[str]:
 
 def _differences(first: Any, second: Any, names: Iterable[str]) -> list[str]:
     family = family_of(first)
-    shape = {family.fields[axis] for axis in _FIELDS if axis in family.fields} | set(family.single_layer_fields) | set(family.requires)
+    shape = {family.fields[axis] for axis in FIELDS if axis in family.fields} | set(family.single_layer_fields) | set(family.requires)
     if shape_of(first).hidden != shape_of(second).hidden and family.norm_eps is not None:
         shape.add(family.norm_eps)  # it goes with the hidden width
     ours, theirs = first.to_dict(), second.to_dict()
     return sorted(name for name in set(names) - shape - _NO_MATTER if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))
-
-
-def follow(wish: Mapping[str, int], like: Shape, config: Any) -> dict[str, int]:
-    """A partial shape with what follows from it: kv heads and heads from each other, hidden width from heads where it is heads x head size, and back.
-
-    Args:
-        wish: Some fields of a shape.
-        like: A shape with the query heads per kv head to keep where only one of both is named.
-        config: A transformers config of the architecture.
-    """
-    values = dict(wish)
-    group = like.heads // like.kv_heads
-    if "kv_heads" in values:
-        values.setdefault("heads", values["kv_heads"] * group)
-    if family_of(config).hidden_is_heads:
-        if "heads" in values:
-            values.setdefault("hidden", values["heads"] * like.head_size)
-        elif "hidden" in values and values["hidden"] % like.head_size == 0:
-            values["heads"] = values["hidden"] // like.head_size
-    if "heads" in values and values["heads"] % group == 0:
-        values.setdefault("kv_heads", values["heads"] // group)
-    return values
-
-
-def named_fields(wish: Shape | Mapping[str, int]) -> dict[str, Any]:
-    """The fields that a shape names, whole numbers of any kind as ints.
-
-    Raises:
-        ArgumentError: If it is no mapping, or names an unknown field.
-    """
-    if isinstance(wish, Shape):
-        return wish.model_dump()
-    if not isinstance(wish, Mapping):
-        raise ArgumentError(f'shape={wish!r} is no shape; give its fields, such as {{"layers": 24, "ffn": 1192}}')
-    for name in wish:
-        if name not in _FIELDS:
-            raise ArgumentError(f'shape has no field "{name}"; its fields are {", ".join(_FIELDS)}')
-    return {name: as_int(value) for name, value in wish.items()}
-
-
-def named_shape(wish: Shape | Mapping[str, int], whole: Shape, config: Any) -> Shape:
-    """A whole shape in which the named axes, and what follows from them, are as wished.
-
-    Args:
-        wish: The axes.
-        whole: The shape that has the others.
-        config: A transformers config of the architecture.
-
-    Raises:
-        ArgumentError: If a field is unknown, or no shape has such a value.
-    """
-    values = named_fields(wish)
-    try:
-        named = Shape.model_validate({**whole.model_dump(), **values}, strict=True).model_dump(include=set(values))
-        return Shape.model_validate({**whole.model_dump(), **follow(named, whole, config)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = f"{first['loc'][0]}={first['input']!r}" if first["loc"] else str(values)
-        raise ArgumentError(f"shape {where}: {first['msg'].removeprefix('Value error, ').lower()}") from error
-
-
-def outside(values: Mapping[str, Any], small: Shape, large: Shape) -> str | None:
-    """The first field of a partial shape that is no number between the neighbours'; None where all are."""
-    for name, value in values.items():
-        low, high = sorted((getattr(small, name), getattr(large, name)))
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            return name
-    return None
-
-
-def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, config: Any) -> Shape:
-    """A whole shape from a partial one; what is not named follows from what is, or is taken from the neighbours where they agree.
-
-    Heads, kv heads and hidden width follow from each other as in `follow`; the FFN follows the hidden width where both neighbours have the same
-    ratio of them.
-
-    Raises:
-        ArgumentError: If a field is unknown, missing where the neighbours differ, or outside their range; if query heads do not share the kv heads
-            evenly, or so that a group would hold more or fewer of them than the neighbours' groups do.
-        ArchitectureError: If the architecture cannot have the shape.
-    """
-    values = named_fields(wish)
-    if (name := outside(values, small, large)) is not None:
-        if isinstance(values[name], bool) or not isinstance(values[name], int):
-            raise ArgumentError(f"shape {name}={values[name]!r} is no whole number; give one")
-        low, high = sorted((getattr(small, name), getattr(large, name)))
-        raise ArgumentError(f"shape {name}={values[name]!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
-    if small.heads * large.kv_heads == large.heads * small.kv_heads:
-        values = follow(values, large, config)
-    if "hidden" in values and small.hidden != large.hidden and small.ffn * large.hidden == large.ffn * small.hidden:
-        values.setdefault("ffn", values["hidden"] * large.ffn // large.hidden)
-    for name in _FIELDS:
-        if name not in values:
-            if getattr(small, name) != getattr(large, name):
-                raise ArgumentError(
-                    f"shape gives no {name}, and the neighbours differ in it ({getattr(small, name)} and {getattr(large, name)}); name it"
-                )
-            values[name] = getattr(small, name)
-    shape = Shape(**values)
-    groups = _span(small.heads // small.kv_heads, large.heads // large.kv_heads)
-    if shape.heads not in [shape.kv_heads * group for group in groups]:
-        heads = " or ".join(str(shape.kv_heads * group) for group in groups)
-        raise ArgumentError(
-            f"shape heads={shape.heads} with kv_heads={shape.kv_heads}: the neighbours have {' to '.join(map(str, dict.fromkeys((groups[0], groups[-1]))))} "
-            f"query heads per kv head; choose heads={heads}, or other kv_heads"
-        )
-    check_legal(shape, config)
-    return shape
 
 
 def check_positions(tokens: int, config: Any, what: str) -> None:
@@ -302,7 +194,7 @@ def check_cut(shape: Shape, whole: Shape, config: Any) -> None:
         ArgumentError: If it is larger somewhere, or of another head size or vocabulary.
         ArchitectureError: If the architecture cannot have the shape.
     """
-    for name in _FIELDS:
+    for name in FIELDS:
         wanted, there = getattr(shape, name), getattr(whole, name)
         if wanted > there or (wanted != there and name in ("head_size", "vocab")):
             raise ArgumentError(
@@ -371,7 +263,7 @@ def shape_between(
     nearest: tuple[tuple[float, float], Shape] | None = None
     candidates = _Candidates(small, large, config)
     off = candidates.distance(share, hidden)
-    depths = sorted(_span(small.layers, large.layers), key=lambda depth: (abs(depth - wish), depth))
+    depths = sorted(span(small.layers, large.layers), key=lambda depth: (abs(depth - wish), depth))
     if small.ffn == large.ffn and (found := candidates.exact(size, wish, off)) is not None:
         return found  # sizes come in steps, and one that is asked for again is its shape's
     for depth in depths:
@@ -387,7 +279,8 @@ def shape_between(
     return nearest[1]
 
 
-def _span(first: int, second: int) -> range:
+def span(first: int, second: int) -> range:
+    """The whole numbers from one to another, both included, whichever is larger."""
     return range(min(first, second), max(first, second) + 1)
 
 
@@ -399,8 +292,8 @@ class _Candidates:
         family = family_of(config)
         hidden = np.arange(min(small.hidden, large.hidden), max(small.hidden, large.hidden) + 1)
         rows = []
-        for kv_heads in _span(small.kv_heads, large.kv_heads):
-            for group in _span(small.heads // small.kv_heads, large.heads // large.kv_heads):
+        for kv_heads in span(small.kv_heads, large.kv_heads):
+            for group in span(small.heads // small.kv_heads, large.heads // large.kv_heads):
                 heads = kv_heads * group
                 legal = hidden[family.legal_hidden(hidden, {**small.model_dump(), "heads": heads, "kv_heads": kv_heads})]
                 rows.append(np.stack([np.full_like(legal, kv_heads), np.full_like(legal, heads), legal]))
@@ -427,7 +320,7 @@ class _Candidates:
 
     def exact(self, size: int, wish: float, off: np.ndarray) -> Shape | None:
         """The shape with exactly this size and the FFN width of both ends that is nearest to a wished number of layers, and ``off`` the path by least; None without one."""
-        depths = _span(self.small.layers, self.large.layers)
+        depths = span(self.small.layers, self.large.layers)
         ffn, least = self.at(size, depths[0], 0.0)
         layer = self.at(size, depths[0] + 1, 0.0)[1] - least  # sizes rise evenly with layers
         more, rest = np.divmod(size - least, layer)
@@ -453,7 +346,7 @@ def check_tolerance(size: int, shape: Shape, small: Shape, large: Shape, config:
     if abs(found - size) <= tolerance * size:
         return
     candidates = _Candidates(small, large, config)
-    sizes = {int(parameters) for depth in _span(small.layers, large.layers) for parameters in _near(candidates.at(size, depth, 0.0)[1], size)}
+    sizes = {int(parameters) for depth in span(small.layers, large.layers) for parameters in _near(candidates.at(size, depth, 0.0)[1], size)}
     real = sorted(sizes, key=lambda real: abs(real - size))[:2]
     near = " or ".join(f"{format_size(parameters)} ({parameters:,})" for parameters in sorted(real))
     raise SizeError(

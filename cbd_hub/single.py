@@ -28,10 +28,11 @@ from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Shape, public
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Progress
-from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, named_fields, named_shape, parameter_count, shape_of
+from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.texts import texts_of
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, stored_shapes, write_safetensors
+from cbd_hub.wishes import named_fields, named_shape
 
 
 OWN_TEXT = "text that the model wrote itself"

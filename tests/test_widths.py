@@ -22,7 +22,8 @@ from cbd_hub.interpolation.plan import Kept, Segment
 from cbd_hub.interpolation.planner import segment_plan, shape_at
 from cbd_hub.manifest import Blend, Mix, RoadPoint, Shape
 from cbd_hub.measure import settled
-from cbd_hub.shapes import check_legal, complete_shape, count, shape_between, shape_of
+from cbd_hub.shapes import check_legal, count, shape_between, shape_of
+from cbd_hub.wishes import complete_shape
 
 
 # Dimensions of every tensor: vocabulary, positions, hidden, query heads, kv heads, FFN, and GPT-2's three blocks of heads.

@@ -31,6 +31,7 @@ from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.weights import Checkpoint, load_tokenizer
+from cbd_hub.wishes import named_shape
 
 
 CALIBRATION_TOKENS = 4096
@@ -216,7 +217,7 @@ def _wished_shape(wish: Mapping[str, Any], above: Shape, exact: bool, teacher_co
     if not exact and not {"layers", "ffn"} <= set(wish):
         raise RecipeError(f"anchor {dict(wish)} comes after a size, whose layers and ffn are chosen by measuring; name both layers and ffn")
     try:
-        shape = shapes.named_shape(wish, above, teacher_config)
+        shape = named_shape(wish, above, teacher_config)
         shapes.check_cut(shape, above, teacher_config)
     except CBDError as error:
         raise RecipeError(f"anchor {dict(wish)}: {error}") from error

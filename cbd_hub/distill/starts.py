@@ -20,6 +20,7 @@ from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
 from cbd_hub.weights import Checkpoint, load_tokenizer, model_class
+from cbd_hub.wishes import named_shape
 
 
 Axis = Annotated[StrictInt, Field(ge=1, le=2**24)] | None
@@ -131,7 +132,7 @@ class Start:
             return cls("cut", config, folder, folder, parse_size(data.size), None)
         whole = shapes.shape_of(config)
         try:
-            shape = shapes.named_shape(data.axes, whole, config)
+            shape = named_shape(data.axes, whole, config)
             shapes.check_cut(shape, whole, config)
         except CBDError as error:
             raise RecipeError(f"{data.axes} of {data.checkpoint}: {error}") from error
@@ -154,7 +155,7 @@ def _random(data: StartData) -> Start:
     rows = max(tokenizer.get_vocab().values(), default=-1) + 1
     whole = shapes.shape_of(config).model_copy(update={"vocab": rows})
     try:
-        shape = shapes.named_shape(data.axes, whole, config)
+        shape = named_shape(data.axes, whole, config)
         if shape.vocab < rows:
             raise ArgumentError(f"vocab={shape.vocab:,} is less than the {rows:,} tokens of {place}; leave it out, or name {rows:,} or more")
         made = shapes.config_for(shape, config, [layer % whole.layers for layer in range(shape.layers)])

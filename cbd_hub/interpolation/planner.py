@@ -16,8 +16,9 @@ from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.patch import patch_plan
 from cbd_hub.interpolation.plan import Kept, Plan, Segment, anchor_plan, layer_types, small_eps
 from cbd_hub.manifest import Anchor, Blend, Link, Manifest, Mix, RoadPoint, Shape
-from cbd_hub.shapes import check_legal, check_tolerance, complete_shape, count, shape_between
+from cbd_hub.shapes import check_legal, check_tolerance, count, shape_between
 from cbd_hub.sizes import format_size
+from cbd_hub.wishes import complete_shape
 
 
 STRATEGIES = ("auto", "blend", "patch")

@@ -10,9 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cbd_hub.commands.options import ColumnOption, JsonOption, ModelRevisionOption, OutOption, refuse_given, shape_of_text
+from cbd_hub.commands.printing import cell, hush_bars, out, print_json, printed, resumable
 from cbd_hub.errors import ArgumentError
-from cbd_hub.options import ColumnOption, JsonOption, ModelRevisionOption, OutOption, refuse_given, shape_of_text
-from cbd_hub.printing import cell, hush_bars, out, print_json, printed, resumable
 from cbd_hub.sizes import with_error
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from cbd_hub.commands.options import ChainArgument, ColumnOption, DtypeOption, JsonOption, RevisionOption, sizes_of_text
+from cbd_hub.commands.printing import hush_bars, out, print_json, reported, table_of
 from cbd_hub.errors import ArgumentError
-from cbd_hub.options import ChainArgument, ColumnOption, DtypeOption, JsonOption, RevisionOption, sizes_of_text
-from cbd_hub.printing import hush_bars, out, print_json, reported, table_of
 from cbd_hub.sizes import format_seconds, format_size
 
 

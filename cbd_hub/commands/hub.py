@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cbd_hub.errors import ArgumentError, StorageError
-from cbd_hub.options import (
+from cbd_hub.commands.options import (
     ChainArgument,
     DryRunOption,
     GatedOption,
@@ -21,7 +20,8 @@ from cbd_hub.options import (
     RevisionOption,
     refuse_given,
 )
-from cbd_hub.printing import out, print_json, printed, show_chain, table_of
+from cbd_hub.commands.printing import out, print_json, printed, show_chain, table_of
+from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.sizes import format_bytes
 
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cbd_hub.errors import ArgumentError
-from cbd_hub.options import (
+from cbd_hub.commands.options import (
     AlphaOption,
     BudgetOption,
     ChainArgument,
@@ -24,7 +23,8 @@ from cbd_hub.options import (
     refuse_given,
     shape_of_text,
 )
-from cbd_hub.printing import hush_bars, out, print_json, printed, resumable
+from cbd_hub.commands.printing import hush_bars, out, print_json, printed, resumable
+from cbd_hub.errors import ArgumentError
 from cbd_hub.sizes import with_error
 
 

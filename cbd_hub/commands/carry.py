@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from cbd_hub.options import (
+from cbd_hub.commands.options import (
     AdapterSizeOption,
     AlphaOption,
     JsonOption,
@@ -19,7 +19,7 @@ from cbd_hub.options import (
     ToleranceOption,
     shape_of_text,
 )
-from cbd_hub.printing import adapter_text, out, print_json
+from cbd_hub.commands.printing import adapter_text, out, print_json
 
 
 commands = typer.Typer()

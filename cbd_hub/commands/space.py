@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from cbd_hub.commands.options import ChainArgument, DryRunOption, DtypeOption, JsonOption, PrivateOption, RevisionOption
+from cbd_hub.commands.printing import err, out, print_json, table_of
 from cbd_hub.errors import ArgumentError
-from cbd_hub.options import ChainArgument, DryRunOption, DtypeOption, JsonOption, PrivateOption, RevisionOption
-from cbd_hub.printing import err, out, print_json, table_of
 from cbd_hub.sizes import format_bytes, parse_bytes
 
 

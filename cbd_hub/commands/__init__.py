@@ -1,0 +1,1 @@
+"""The commands of `cbd`: parse, call, print."""
