@@ -144,6 +144,16 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if config.dispatch_batches is None:
             config.dispatch_batches = False  # the first process cannot hand out batches whose rows differ in length
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimiser step, of all processes."""
+        return int(self.train_batch_size * self.gradient_accumulation_steps * self.world_size)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimiser step where its rows are whole blocks."""
+        return self.step_rows * self.block_size
+
     def facts(self) -> dict[str, str]:
         """What a card says of the loss and of where the tokens come from."""
         taught = f"{self.kd_weight:g} x {self.divergence} at temperature {self.temperature:g}" if self.bridge is None else f"{self.kd_weight:g} x bridge ({self.bridge})"

@@ -32,8 +32,8 @@ from cbd_hub.distill.wiring import wired
 from cbd_hub.distill.wrapping import (
     compile_base,
     inside,
-    is_peft_model,
     is_sharded,
+    plain_model,
     prepare_teacher,
     shards,
     short_attention,
@@ -206,7 +206,7 @@ class ChainDistiller(SamplingTrainer):
         """What ``compute`` makes of the plain student and the teacher's output, run inside what distributes either; cached top tokens, its answers and cross-entropy alone need no teacher."""
         model = without_compiler(model)
         module = self.accelerator.unwrap_model(model)
-        student = module.get_base_model() if is_peft_model(module) else module
+        student = plain_model(module)
         untaught = not self.args.kd_weight and self.hidden is None
         if untaught or "top_ids" in inputs or "teacher_log_probs" in inputs or self.args.bridge == "text":
             with self.accelerator.autocast():
@@ -360,7 +360,7 @@ class ChainDistiller(SamplingTrainer):
                 if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {})
-        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        student = plain_model(self.model)
         with short_attention(self.args, student, self.teacher, self._neighbour):
             if self.hidden is None:
                 return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -29,7 +29,7 @@ from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.distill.progress import show_stage
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import check_adapter
-from cbd_hub.distill.wrapping import is_peft_model, unadapted_on_failure
+from cbd_hub.distill.wrapping import is_peft_model, plain_model, unadapted_on_failure
 from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError, one_line
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.files import check_absent, held, staged_folder, write_text
@@ -183,7 +183,7 @@ def _train(healer: Healer, teacher: str, say: Progress) -> None:
 def _record(model: Any, healer: Healer, documents: Documents, **facts: Any) -> Healed:
     """What came of it, measured on the model as it is given back."""
     with frozen(model):
-        after = document_losses(ModelRunner(model.get_base_model() if is_peft_model(model) else model), documents)
+        after = document_losses(ModelRunner(plain_model(model)), documents)
     (step, tokens), (difference, error) = healer.best, after.minus((1.0, healer.start))
     return Healed(
         steps=step, tokens=tokens, loss=after.mean, stderr=after.stderr, loss_before=healer.start.mean, stderr_before=healer.start.stderr, difference=difference,
@@ -278,7 +278,7 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
     except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:  # transformers' own
         raise ArgumentError(one_line(error)) from error
     if tokens is not None:
-        args.max_steps = steps = -(-tokens // (args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size))
+        args.max_steps = steps = -(-tokens // args.step_tokens)
     args.eval_steps = args.save_steps = training.get("eval_steps", -(-steps // _EVALUATIONS))
     if "logging_steps" not in training:
         args.logging_steps = min(10, steps)
@@ -321,7 +321,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():
         if not (is_peft_model(model) and parameter.requires_grad):
             parameter.data = parameter.data.to(dtype)
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = plain_model(model)
     base.config.dtype = dtype
     return model
 

@@ -18,7 +18,7 @@ from cbd_hub.distill.data import Parts, as_document, as_row, is_conversation, sp
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.packing import row_documents
 from cbd_hub.distill.rows import check_ready, check_row
-from cbd_hub.distill.wrapping import is_peft_model, shards
+from cbd_hub.distill.wrapping import plain_model, shards
 from cbd_hub.errors import ArgumentError, DataError, one_line
 from cbd_hub.evaluation import IGNORED, Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner, frozen
@@ -163,7 +163,7 @@ class Healer(ChainDistiller):
         """Loss of the student, as it is now, on each held-out document."""
         module = self.accelerator.unwrap_model(self.model)
         with frozen(module):
-            return document_losses(ModelRunner(module.get_base_model() if is_peft_model(module) else module), self._documents)
+            return document_losses(ModelRunner(plain_model(module)), self._documents)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss on the held-out documents, the same on every process."""

@@ -197,7 +197,7 @@ class SamplingTrainer(EvaluatingTrainer):
     def _policy_batches(self, count: int, device: torch.device) -> list[dict[str, Any]]:
         """This process's batches of a step: each response of the rollout batch once an inner epoch, in an order of its own."""
         args: ChainDistillerConfig = self.args
-        step, batch = self.state.global_step, args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step, batch = self.state.global_step, args.step_rows
         steps = args.rollout_batch // batch
         turn, place = divmod(step, steps * args.inner_epochs)
         rollouts = self._rollout_batch(turn, fresh=place == 0)
@@ -312,7 +312,7 @@ def check_sources(args: ChainDistillerConfig, dataset: Any, text: Any) -> None:
             raise DataError(f"{what} needs its rows more than once, and a stream has no length; give a data set that is there as a whole")
     if args.is_minillm and args.auto_find_batch_size:
         raise ArgumentError("auto_find_batch_size changes the responses of a step, which rollout_batch must be a multiple of; set per_device_train_batch_size, and leave it out")
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.step_rows
     if args.is_minillm and args.rollout_batch % batch:
         raise ArgumentError(
             f"rollout_batch={args.rollout_batch} is no multiple of the {batch} responses of an optimiser step (per device {args.train_batch_size} x "

@@ -75,7 +75,7 @@ class StageProgress(TrainerCallback):
 
     def __init__(self, name: str, args: Any) -> None:
         self._name = name
-        self._tokens = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
+        self._tokens = args.step_tokens
         self._disabled = bool(args.disable_tqdm)
         self._bar: Any = None
         self._began = (0, 0.0)

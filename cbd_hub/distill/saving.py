@@ -90,7 +90,7 @@ class AnchorTrainer(Trainer):
         args: ChainDistillerConfig = self.args
         model = self.accelerator.unwrap_model(self.model)
         teacher = self.teacher_cache.record.source.teacher.repo_id or "" if self.teacher_cache is not None else self.teacher.config._name_or_path
-        tokens = int(self.state.num_input_tokens_seen) or self.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size * args.block_size
+        tokens = int(self.state.num_input_tokens_seen) or self.state.global_step * args.step_tokens
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         facts = {
             **args.facts(),

@@ -18,7 +18,7 @@ from cbd_hub.distill.bridge_cache import BridgedCache
 from cbd_hub.distill.bridging import Bridge, check_heads
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.distill.wrapping import is_peft_model, is_sharded
+from cbd_hub.distill.wrapping import is_peft_model, is_sharded, plain_model
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError, one_line
 from cbd_hub.interpolation.live import check_head
 from cbd_hub.interpolation.plan import Kept
@@ -83,7 +83,7 @@ def wired(
         raise ArgumentError(f"teacher is a {type(teacher).__name__}; pass a loaded model, or a teacher_cache")
     elif is_peft_model(teacher):
         raise ArgumentError("the teacher has an adapter, beside whose layers a loss cannot read it; pass teacher.merge_and_unload()")
-    elif (student.get_base_model() if is_peft_model(student) else student) is teacher:
+    elif plain_model(student) is teacher:
         raise ArgumentError("student and teacher are one model, which would be frozen as the teacher; load it twice, or pass a cut of it as the student")
     bridge = vocab_size = None
     if args.bridge is not None:
@@ -99,7 +99,7 @@ def wired(
         _check_adapted(student, args)
     loaded: list[Any] = [model for model in (student, teacher) if isinstance(model, torch.nn.Module) and not is_sharded(model)]
     for model in loaded:
-        check_head(model.get_base_model() if is_peft_model(model) else model)
+        check_head(plain_model(model))
     if kept is None and args.path_fraction:
         raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
     model = student if peft_config is None else _with_adapter(student, peft_config, args)

@@ -64,6 +64,11 @@ def is_peft_model(model: Any) -> bool:
     return is_peft_available() and isinstance(model, import_module("peft").PeftModel)
 
 
+def plain_model(model: Any) -> Any:
+    """The model in peft's wrapper; itself where it has none."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
 @contextmanager
 def unadapted_on_failure(model: Any) -> Iterator[None]:
     """What may put adapters into a model: if it fails, the model has its own modules again, and trains what it trained."""
