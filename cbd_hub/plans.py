@@ -313,9 +313,9 @@ def plan_costs(files: ChainFiles, plan: Plan, dtype: Any = None) -> dict[str, An
         config = anchor_config(files, files.manifest.anchor(name))
         family = family_of(config)
         sizes = family.sizes(config)
-        dtype = _anchor_dtype(files, files.manifest.anchor(name))
+        stored = _anchor_dtype(files, files.manifest.anchor(name))
         read[name] = sum(
-            dtype.itemsize * math.prod(spec.shape(sizes)) for spec, _, key in family.stored(config) if key in tensors
+            stored.itemsize * math.prod(spec.shape(sizes)) for spec, _, key in family.stored(config) if key in tensors
         )
     fetched = {
         name: bytes_to_fetch(files, files.manifest.anchor(name), anchor_config(files, files.manifest.anchor(name)), rows)

@@ -41,6 +41,9 @@ def test_show_plan_make_generate_eval(cbd, chain, text, tmp_path):
     code, planned, _ = cbd("plan", chain, "--size", size)
     assert code == 0
     assert "expected loss" in planned
+    assert "in float32, " in planned
+    memory = {dtype: json.loads(cbd("plan", chain, "--size", size, "--json", *dtype)[1])["bytes_in_memory"] for dtype in ((), ("--dtype", "float16"))}
+    assert {name: set(found) for name, found in memory.items()} == {(): {"float32", "bfloat16"}, ("--dtype", "float16"): {"float16"}}
     code, made, _ = cbd("make", chain, "--size", size, "--out", tmp_path / "m", "--dtype", "bfloat16")
     assert code == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype.itemsize == 2
