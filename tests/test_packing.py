@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from test_every_family import pair
 from tokenizers import processors
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.answers import answered_rows
@@ -14,7 +15,7 @@ from cbd_hub.distill.packing import collate, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import Prompt, batch_prompts
 from cbd_hub.distill.rows import template_options
 from cbd_hub.distill.sharing import Endless
-from cbd_hub.errors import DataError
+from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import IGNORED, joined_blocks
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.live import Between, ModelRunner
@@ -174,6 +175,24 @@ def test_padding_in_rows_with_positions_counts_for_nothing():
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100], [5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
     assert "attention_mask" not in batch
+
+
+@pytest.mark.parametrize(("collator", "said"), [
+    (DataCollatorForSeq2Seq(tiny.tokenizer()), "cannot batch rows with position_ids"), (DataCollatorForLanguageModeling(tiny.tokenizer(), mlm=False), "cannot batch rows with position_ids"),
+    (DataCollatorWithFlattening(), "leaves out the position_ids"),
+])
+def test_a_collator_that_loses_where_documents_begin_is_refused(tmp_path, collator, said):
+    prompts = [{"prompt": "a", "completion": f"b {number}"} for number in range(9)]
+    apart = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "position_ids": [0, 1, 2]}, {"input_ids": [5, 6], "labels": [5, 6], "position_ids": [0, 1]}]
+
+    def trainer(rows):
+        config = ChainDistillerConfig(str(tmp_path), bf16=False, block_size=24)
+        return ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=config, train_dataset=rows, processing_class=tokenizer(), data_collator=collator)
+
+    with pytest.raises(ArgumentError, match=f"data_collator {said}"):
+        trainer(prompts)
+    if isinstance(collator, DataCollatorWithFlattening):
+        trainer(apart)
 
 
 def test_rows_packed_by_trl_are_refused_without_positions(tmp_path):

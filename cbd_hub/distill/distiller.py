@@ -24,7 +24,7 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import with_tokens
 from cbd_hub.distill.hidden import Batch, HiddenTerm
 from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
-from cbd_hub.distill.packing import CACHED, collate, next_tokens
+from cbd_hub.distill.packing import CACHED, check_collator, collate, next_tokens
 from cbd_hub.distill.path import path_plan, segment_to
 from cbd_hub.distill.progress import MetricsFile
 from cbd_hub.distill.teacher_cache import TeacherCache
@@ -126,7 +126,8 @@ class ChainDistiller(SamplingTrainer):
             self.teacher_cache, self.bridge, self._student, self._vocab_size = wiring.cache, wiring.bridge, model, wiring.vocab_size
             student, model, teacher, kept = model, wiring.model, wiring.teacher, wiring.kept
             padded = functools.partial(collate, pad_token_id=getattr(processing_class, "pad_token_id", None) or 0)
-            kwargs.setdefault("data_collator", padded if self.bridge is None else self.bridge.rows.collate)
+            own_collator = kwargs.get("data_collator") is not None
+            kwargs["data_collator"] = kwargs.get("data_collator") or (padded if self.bridge is None else self.bridge.rows.collate)
             rows = unpacked(wiring.train_dataset, processing_class, args)
             use_cache = getattr(student.config, "use_cache", None)
             try:
@@ -138,6 +139,8 @@ class ChainDistiller(SamplingTrainer):
             finally:
                 if use_cache is not None:
                     student.config.use_cache = use_cache  # the Trainer switches it off, for good; no pass of ours leaves it to the config
+            if own_collator:
+                check_collator(self._get_collator_with_removed_columns(self.data_collator), self.train_dataset)
             self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the whole step
             self.add_callback(MetricsFile())
             self.kept = kept

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from cbd_hub.distill.data import is_conversation
-from cbd_hub.distill.rows import RESPONSES, check_row, template_options
-from cbd_hub.errors import DataError, one_line
+from cbd_hub.distill.rows import RESPONSES, check_row, first_row, template_options
+from cbd_hub.errors import ArgumentError, DataError, one_line
 from cbd_hub.evaluation import IGNORED, Documents, joined_blocks
 from cbd_hub.losses.alignment import end_of, prefix_of
 
@@ -259,6 +259,28 @@ def collate(rows: list[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tens
         for name in (name for name in CACHED if name in rows[0]):  # shape (length, k), or of the draws (length, s)
             batch[name] = torch.stack([F.pad(torch.as_tensor(row[name]), (0, 0, 0, longest - len(row[name]))) for row in rows])
     return batch
+
+
+def check_collator(batched: Callable[[list[Any]], Mapping[str, Any]], dataset: Any) -> None:
+    """Refuse a caller's collator that cannot batch rows with positions, or loses them: attention would cross the borders of what is packed.
+
+    Args:
+        batched: The collator.
+        dataset: Rows; nothing is known of a stream's.
+
+    Raises:
+        ArgumentError: If it does.
+    """
+    first = first_row(dataset) if hasattr(type(dataset), "__len__") else None
+    if first is None or first.get("position_ids") is None:
+        return
+    positions = [int(place) for place in first["position_ids"]]
+    try:
+        found = batched([dict(first), {name: values[:-1] for name, values in first.items()}]).get("position_ids")
+    except Exception as error:  # collators raise many kinds
+        raise ArgumentError(f"data_collator cannot batch rows with position_ids ({one_line(error)}), as prompts and chats are packed; leave it out") from error
+    if found is None or found.flatten()[: len(positions)].tolist() != positions:
+        raise ArgumentError("data_collator leaves out the position_ids of the rows, which say where packed documents begin; leave it out, or give rows of one document each")
 
 
 def _unpadded(row: Mapping[str, Any]) -> dict[str, Any]:
