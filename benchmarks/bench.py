@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -48,14 +49,14 @@ class Benchmark:
 
     def command(self, full: bool, mergekit: str | None) -> list[str]:
         """The command line."""
-        rest = f"{self.arguments} {self.full if full else self.quick}".split()
+        rest = shlex.split(f"{self.arguments} {self.full if full else self.quick}")
         if self.script.endswith("loading.py") and mergekit:
             rest += ["--mergekit-python", mergekit]
         return [sys.executable, self.script, *rest]
 
     def shown(self, command: list[str]) -> str:
         """The command line as one would type it."""
-        return " ".join([self.environment, "python", *command[1:]]).strip()
+        return f"{self.environment} python {shlex.join(command[1:])}".strip()
 
 
 BENCHMARKS = {
@@ -84,6 +85,7 @@ BENCHMARKS = {
     "quality_rivals": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality_rivals --steps 20 --share 0.5 --heldout-tokens 8000 --out benchmarks/results/quality_rivals.json", quick=None),
     "quality": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --free", quick=None),
     "quality_trained": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --share 0.5 --out benchmarks/results/quality_trained.json", quick=None, full="--seeds 3"),
+    "quality_scratch": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --only \"least loss\" --scratch 10", quick=None),
 }
 
 

@@ -208,6 +208,16 @@ def quality_rivals(data: dict[str, Any]) -> str:
 quality_trained = quality_rivals
 
 
+def quality_scratch(data: dict[str, Any]) -> str:
+    """A size in between against scratch training."""
+    row = data["rows"][0]
+    name, rival = next(iter(row["rivals"].items()))
+    return (
+        f"A model of {format_size(row['parameters'])} that the chain makes without a step loses {row['loss']:.2f} nats per token; one of its shape {name} the stage's {data['stage_tokens']:,} tokens, {rival['loss']:.2f} "
+        f"({pair(rival['minus'])}, paired)."
+    )
+
+
 def headline(data: dict[str, Any]) -> str:
     """A size in between against training from scratch."""
     most, cross = data["rows"][-1], data["costs"]["crossover"]

@@ -260,6 +260,23 @@ def quality_rivals(data: dict[str, Any]) -> str:
 quality_trained = quality_rivals
 
 
+def quality_scratch(data: dict[str, Any]) -> str:
+    """The middle of a segment against a model of its shape that was trained from random weights."""
+    rival = next(iter(data["rows"][0]["rivals"]))
+    rows = [
+        [
+            ", ".join(filter(None, (f"{row['segment']}: {format_size(row['parameters'])}", row["by"].partition(", ")[2]))), f"{row['loss']:.3f} ± {row['stderr']:.3f}",
+            f"{row['rivals'][rival]['loss']:.3f}", pair(row["rivals"][rival]["minus"]),
+        ]
+        for row in data["rows"]
+    ]
+    head = ["segment and size", "the chain's", rival, "its less the chain's"]
+    return (
+        f"{table(head, rows)}\n\nThe chain's model took no step of its own; its smaller anchor learned from {data['stage_tokens']:,} tokens, the other from random weights, by "
+        f"cross-entropy, from as many times that as is said. {data['heldout_tokens']:,} held-out tokens, nats per token, paired. Healed: both, on a 20th of a stage's tokens. `{data['command']}`"
+    )
+
+
 def heal(data: dict[str, Any]) -> str:
     """What healing needs to reach a model distilled on its own."""
     rows, words = [], []

@@ -122,7 +122,8 @@ def is_ours(card: str) -> bool:
 def chains_of(card: str) -> list[str]:
     """The chains on the Hub that a model's README says it belongs to."""
     tags = _texts(RepoCard(card, ignore_metadata_errors=True).data.to_dict().get("tags"))
-    return [tag.removeprefix(CHAIN_TAG) for tag in tags if isinstance(tag, str) and tag.startswith(CHAIN_TAG)]
+    named = [tag.removeprefix(CHAIN_TAG) for tag in tags if isinstance(tag, str) and tag.startswith(CHAIN_TAG)]
+    return [chain for chain in named if hub_id(chain) is not None]
 
 
 def as_theirs(card: str) -> str:

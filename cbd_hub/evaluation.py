@@ -169,9 +169,19 @@ class Documents:
         """
         before = prefix_of(tokenizer)
         most = None if max_tokens is None else max(max_tokens, block_size) // block_size
-        ids = [torch.tensor(block) for block in itertools.islice(joined_blocks(rows, block_size, before), most)]
+        found = 0
+
+        def told() -> Iterator[Sequence[int]]:
+            nonlocal found
+            for row in rows:
+                found += len(row)
+                yield row
+
+        ids = [torch.tensor(block) for block in itertools.islice(joined_blocks(told(), block_size, before), most)]
         if not ids:
-            raise DataError(f"the calibration text does not fill one block of {block_size:,} tokens; give a longer text or a smaller block_size")
+            raise DataError(
+                f"the calibration text has {found:,} tokens, less than one block of {block_size - len(before):,}; give a longer text or a smaller block_size"
+            )
         if len(ids) * block_size < min(ENOUGH, max_tokens or ENOUGH):
             logger.warning(
                 "the calibration text has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", len(ids) * block_size, ENOUGH

@@ -69,7 +69,7 @@ def add_anchor(
     place = sum(anchor.parameters > size for anchor in anchors)
     if any(anchor.parameters == size for anchor in anchors):
         raise ArgumentError(f"{chain.name} has an anchor of {size:,} parameters already; a chain needs anchors of different sizes")
-    taken = next((anchor.name for anchor in anchors if anchor.location.repo_id == repo_id), None)
+    taken = next((anchor.name for anchor in anchors if anchor.location.repo_id.lower() == repo_id.lower()), None)
     if taken is not None:
         raise ArgumentError(f"{repo_id} holds anchor {taken} of this chain, and another would take its place; give the new one a repo of its own")
     above, below = anchors[place - 1] if place else None, anchors[place] if place < len(anchors) else None

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from cbd_hub.client import NAME, Bar, api, explained
-from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, StorageError
+from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, StorageError, one_line
 from cbd_hub.files import CHUNK_BYTES, check_file, sha256
 from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Anchor, Manifest, PathRecord, inside
 from cbd_hub.ranges import PartialFile
@@ -231,6 +231,20 @@ class ChainFiles:
             raise IntegrityError(f"{path} is not a list of chunk hashes ({error}); fetch or make the chain again") from error
 
 
+def local_path(name: str) -> Path:
+    """The path that a name of a folder or a repo would be here.
+
+    Raises:
+        StorageError: If there can be no such path, and no such repo.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of no user, with a null character
+        raise StorageError(f"{name[:80]} is neither a folder nor a Hub id ({one_line(error)}); check the path") from error
+    return path
+
+
 def open_chain(
     chain: str | os.PathLike[str] | ChainFiles, *, revision: str | None = None, token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
@@ -238,7 +252,7 @@ def open_chain(
     """The files of a chain: a local folder, or a Hub repo, of which chain.json is fetched.
 
     Args:
-        chain: Folder or repo id; one that is open is given back.
+        chain: Folder or repo id; one that is open is given back, and takes none of the options.
         revision: Branch, tag or commit of the index repo.
         token: Hub token; None for the stored one.
         cache_dir: Another place for the Hub's cache.
@@ -249,15 +263,18 @@ def open_chain(
         ManifestError: If there is no such chain, or its chain.json is refused.
         StorageError: If the Hub cannot be reached or refuses.
     """
-    if isinstance(chain, ChainFiles):
-        return chain
-    name = os.fspath(chain)
     options = {
         "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download,
     }
+    if isinstance(chain, ChainFiles):
+        given = [name for name, value in {"revision": revision, **options}.items() if value not in (None, False)]
+        if given:
+            raise ArgumentError(f"{chain.name} is open already, and {given[0]}= says how a chain is opened; give it to Chain.from_pretrained")
+        return chain
+    name = os.fspath(chain)
     if local_files_only and force_download:
         raise ArgumentError("local_files_only=True and force_download=True contradict each other; leave one of them out")
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         if revision is not None:
             raise ArgumentError(f"revision={revision!r} has no meaning for the local folder {name}; leave it out")
@@ -332,7 +349,7 @@ def resolve_checkpoint(
         StorageError: If there is neither.
     """
     name = os.fspath(checkpoint)
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         if revision is not None:
             raise ArgumentError(f"revision={revision!r} has no meaning for the local folder {name}; leave it out")

@@ -24,7 +24,7 @@ from cbd_hub.card_metadata import check_card, is_ours, license_of, merge_card, r
 from cbd_hub.cards import Healed, anchor_card, chain_call, chain_card, curve_picture, cut_card, interpolant_card
 from cbd_hub.client import TOKEN, reason
 from cbd_hub.configs import read_config
-from cbd_hub.errors import ArgumentError, CBDError, StorageError, WeightsError
+from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
@@ -77,7 +77,7 @@ def push_chain(
         )
     for repo in (*anchors.values(), index):
         publisher.look(repo)
-    _say_dropped(index, repos, token)
+    _say_dropped(publisher, index, manifest)
     for name, repo in anchors.items():
         publisher.progress(f"anchor {name}: {format_bytes(repo.bytes)} to {repo.id}")
         pinned[name] = publisher.put(repo)
@@ -319,18 +319,18 @@ def _preview(files: ChainFiles, anchor: Anchor) -> Preview:
     return Preview(config=config, headers=headers)
 
 
-def _say_dropped(index: Repo, repos: Mapping[str, str], token: str | None) -> None:
-    """Say which anchors of the chain that is there lie in repos of their own, as others add them, and are none of this one's."""
-    if FILE_NAME not in index.there:
-        return
-    try:
-        held = open_chain(index.id, revision=index.head, token=token).manifest.anchors
-    except CBDError:
-        return  # of a newer version, or broken: it is replaced
-    for anchor in held:
+def _say_dropped(publisher: Publisher, index: Repo, manifest: Manifest) -> None:
+    """Say which anchors that others added to the chain that is there are none of this one's."""
+    held = publisher.manifest(index.id) if FILE_NAME in index.there else None
+    ours = [_weights_of(anchor) for anchor in manifest.anchors]
+    for anchor in [] if held is None else held.anchors:
         repo = anchor.location.repo_id
-        if repo not in repos.values() and repo != f"{index.id}-{anchor.name}":
+        if anchor.origin == "published" and repo != f"{index.id}-{anchor.name}" and _weights_of(anchor) not in ours:
             logger.warning("%s has an anchor %s in %s, which this chain has not: it is no part of %s any more; `cbd add-anchor %s %s --repo %s` brings it back", index.id, anchor.name, repo, index.id, index.id, repo, repo)
+
+
+def _weights_of(anchor: Anchor) -> set[str]:
+    return {anchor.files[name].sha256 for name in anchor.weight_files}
 
 
 def _published(manifest: Manifest, repos: Mapping[str, str], pinned: Mapping[str, str | None], previews: Mapping[str, Preview]) -> Manifest:

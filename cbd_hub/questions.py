@@ -48,13 +48,13 @@ class Question:
             DataError: If the file cannot be read, or a row is no question; the message names the line.
         """
         found = []
-        for number, row in json_rows(os.fspath(path)):
+        for number, row in json_rows(os.fsdecode(path)):
             try:
                 query, choices, answer = row["query"], row["choices"], row["answer"]
-                if not isinstance(choices, list) or isinstance(answer, bool) or not isinstance(answer, int):
-                    raise TypeError("choices are a list, and answer is a whole number")
-                question = cls(tuple(map(str, query)) if isinstance(query, list) else str(query), tuple(map(str, choices)), answer)
-                if len(question.choices) < 2 or not 0 <= answer < len(choices) or not all(question.choices):
+                if not isinstance(choices, list):
+                    raise TypeError(f"choices are {choices!r}, which is no list")
+                question = cls(tuple(map(_text, query)) if isinstance(query, list) else _text(query), tuple(map(_text, choices)), _index(answer))
+                if len(question.choices) < 2 or not 0 <= question.answer < len(choices) or not all(question.choices):
                     raise ValueError("needs two choices or more, none empty, and the index of one as answer")
                 if len(question.contexts) != len(choices):
                     raise ValueError(f"has {len(question.contexts)} queries for {len(choices)} choices; give one text, or one for each")
@@ -78,6 +78,28 @@ class Question:
         # the space before a choice divides it from the context and is not counted, as in lm-evaluation-harness
         per_character = [total / max(1, len(choice.removeprefix(" "))) for total, choice in zip(nats, self.choices)]
         return int(np.argmin(nats)) == self.answer, int(np.argmin(per_character)) == self.answer
+
+
+def _text(value: Any) -> str:
+    """A text, or a number as one.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"{value!r} is no text")
+    return str(value)
+
+
+def _index(value: Any) -> int:
+    """A whole number, however it is written.
+
+    Raises:
+        TypeError, ValueError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or float(value) != int(float(value)):
+        raise TypeError(f"answer is {value!r}, which is no index")
+    return int(float(value))
 
 
 def _row(tokenizer: Any, context: str, choice: str, room: int | None) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def _read(name: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:
-        raise DataError(f"{name} cannot be read ({error.strerror}); check its permissions") from error
+        raise DataError(f"{name} cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def _json_lines(name: str, column: str) -> list[str]:

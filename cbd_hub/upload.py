@@ -17,8 +17,8 @@ from cbd_hub.card_metadata import as_theirs, chains_of, check_card, is_ours, mer
 from cbd_hub.client import api, explained
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError
 from cbd_hub.files import sha256
-from cbd_hub.hub import fetch, open_chain
-from cbd_hub.manifest import FILE_NAME, MAX_BYTES
+from cbd_hub.hub import fetch
+from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Manifest
 from cbd_hub.reporting import Progress
 
 
@@ -137,14 +137,21 @@ class Publisher:
                 raise ArgumentError(f"{repo.id} holds a model that cbd_hub did not write, and another would take its place; push to another name")
             repo.stale, repo.card = (), as_theirs(repo.card)
             return
-        for chain in chains_of(old):
-            try:
-                held_by = [] if chain == repo.chain else open_chain(chain, token=self.token).manifest.anchors
-            except CBDError:
-                continue  # it is gone, or was never published
-            anchor = next((anchor for anchor in held_by if anchor.location.repo_id == repo.id), None)
+        others = [] if self.create_pr else [chain for chain in chains_of(old) if chain != repo.chain]  # a pull request replaces nothing
+        for chain, manifest in ((chain, self.manifest(chain)) for chain in others):
+            held_by = [] if manifest is None else manifest.anchors
+            anchor = next((anchor for anchor in held_by if anchor.location.repo_id.lower() == repo.id.lower()), None)
             if anchor is not None and not self._same_weights(repo):
                 raise ArgumentError(f"{repo.id} holds anchor {anchor.name} of the chain {chain}, and another model would take its place; push to another name")
+
+    def manifest(self, repo_id: str) -> Manifest | None:
+        """The manifest of a chain as the Hub has it now, whatever the cache has; None where there is none that can be read."""
+        try:
+            with explained(repo_id, self.token):
+                commit = self.client.model_info(repo_id).sha
+            return Manifest.read(fetch(repo_id, FILE_NAME, commit, {"token": self.token}, MAX_BYTES).parent)
+        except CBDError:
+            return None
 
     def _own_request(self, repo: Repo) -> Discussion | None:
         """The open pull request that this account has opened under the push's message."""

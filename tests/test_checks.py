@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -10,7 +11,7 @@ from conftest import recipe as make_recipe
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cbd_hub import Chain, distill_chain
+from cbd_hub import Chain, ChainDistillerConfig, distill_chain
 from cbd_hub.cli import app
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.cache_command import cache_text
@@ -70,6 +71,16 @@ def test_a_later_stages_mistake_is_said_before_the_first_one_trains(tmp_path, ow
             assert f"recipe.yaml line {line_of(path, LAST)}: " in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "chain").exists()
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"kd_weight": "1"}, "kd_weight='1' is no finite number"), ({"temperature": None}, "temperature=None is no finite number"), ({"ce_weight": True}, "ce_weight=True is no finite number"),
+    ({"seed": "3"}, "seed='3' is no whole number"), ({"seed": 1.5}, "seed=1.5 is no whole number"),
+])
+def test_numbers_are_numbers(tmp_path, options, said):
+    with pytest.raises(ArgumentError, match=said):
+        ChainDistillerConfig(str(tmp_path), **options)
+    assert ChainDistillerConfig(str(tmp_path), kd_weight=np.float32(0.5)).kd_weight == 0.5
 
 
 @pytest.mark.parametrize("more", [{"lr_scheduler_type": "cosine_with_min_lr"}, {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"no_such": 1}}])

@@ -426,6 +426,7 @@ def test_the_command(cbd, chain, tmp_path, monkeypatch):
     assert code == 0, said
     assert json.loads(printed)["healed"]["by"] == "lora, rank 2"
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert "holds an adapter alone; make the size with it by cbd make" in cbd("generate", tmp_path / "adapter", "a")[2]
     for arguments, expected, message in (
         ([*size], 2, "neither --text nor --cache"), ([*size, "--text", tmp_path / "empty.txt"], 1, "holds no text"), ([*size, "--text", tmp_path / "none.txt"], 1, "no file matches"),
         (["--size", "max", *text], 1, "is the anchor"), (["--size", "9B", *text], 1, "outside the chain"), (text, 2, "neither size nor shape"), ([*size, *text, "--no-merge"], 2, "no --lora was given"),

@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 from conftest import ONE_FAMILY
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_distill import lora, rows, weights
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 from transformers.trainer_utils import get_last_checkpoint
@@ -107,6 +108,19 @@ def test_evaluations_of_a_balanced_run_are_of_one_kind(tmp_path):
     again = trainer_of("llama", tmp_path, eval_dataset=rows(8, seed=1), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [*losses, again.evaluate()["eval_loss"]] == pytest.approx([before] * 4, rel=1e-6)
+
+
+def test_a_checkpoint_without_the_first_balance_goes_on(tmp_path):
+    trainer_of("llama", tmp_path, hidden_balance=True, save_strategy="steps", save_steps=1).train()
+    path = tmp_path / "checkpoint-2" / FILE
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    del tensors["first_balance"]
+    save_file(tensors, path, metadata=metadata)
+    trainer = trainer_of("llama", tmp_path, hidden_balance=True, max_steps=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.hidden.first_scale == pytest.approx(tensors["balance"][0].item() / tensors["balance"][1].item())
 
 
 def test_hidden_states_alone_are_learned_from(tmp_path):

@@ -72,6 +72,8 @@ def test_an_open_chain_makes_models_wherever_one_stands(chain, tmp_path, monkeyp
     opened = Chain.from_pretrained(chain.name)
     monkeypatch.chdir(tmp_path)
     assert tiny.same(opened.model("min"), CBDModel.from_chain(chain, "min"))
+    with pytest.raises(ArgumentError, match="is open already, and revision= says how a chain is opened"):
+        opened.model("min", revision="v1")
 
 
 def test_loading_writes_nothing_into_the_chain(chain):

@@ -243,6 +243,16 @@ def test_workers_read_all_of_a_stream(tmp_path):
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
 
 
+def test_every_worker_has_as_many_shards(tmp_path):
+    """Of three shards two workers would read one twice as often as the others."""
+    rows = Dataset.from_list([{"input_ids": [5 + number, 5, 6]} for number in range(12)]).to_iterable_dataset(num_shards=3)
+    config = ChainDistillerConfig(str(tmp_path), max_steps=12, per_device_train_batch_size=1, bf16=False, dataloader_num_workers=2)
+    trainer = ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=config, train_dataset=rows)
+    seen = [int(batch["input_ids"][0, 0]) for _, batch in zip(range(12), trainer.get_train_dataloader())]
+    assert sorted(seen) == list(range(5, 17))
+    assert config.dataloader_num_workers == 2
+
+
 @pytest.mark.parametrize("stop", [3, 7])
 def test_rows_of_like_length_come_in_the_same_order_after_resuming(tmp_path, stop):
     """Killed in the first epoch, and in the second."""

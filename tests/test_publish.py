@@ -273,10 +273,18 @@ def test_an_anchors_place_is_its_chains(hub, llama, tmp_path, caplog):
     add_anchor(Chain.from_pretrained("org/tiny"), small, "third/small")
     with pytest.raises(ArgumentError, match="third/small holds anchor .* of the chain org/tiny"):
         push_model(tmp_path / "made", "third/small")
+    assert push_model(tmp_path / "made", "third/small", create_pr=True).pull_requests, "a pull request replaces nothing"
     caplog.clear()
     chain.push_to_hub("org/tiny")
+    assert caplog.text.count("which this chain has not") == 1
     assert "in third/small, which this chain has not" in caplog.text
     push_model(tmp_path / "made", "third/small")
+    hub.repos["org/renamed"] = hub.repos.pop("org/tiny")
+    caplog.clear()
+    chain.push_to_hub("org/renamed")
+    assert "which this chain has not" not in caplog.text
+    del hub.repos["org/renamed"]
+    push_model(tmp_path / "made", taken)  # its chain is gone, whatever the cache still has of it
 
 
 def test_adapters_and_models_keep_their_places(hub, llama, tmp_path):

@@ -80,10 +80,12 @@ def test_questions_are_read_or_refused_by_line(tmp_path):
     assert Question.read(path) == [Question("a", ("b", "c"), 1), Question(("d", "e"), ("b", "c"), 1)]
     path.write_text(json.dumps({**good, "query": "a\u2028b\x85c"}, ensure_ascii=False) + "\r\n" + json.dumps(good) + "\n", encoding="utf-8")
     assert [question.query for question in Question.read(path)] == ["a\u2028b\x85c", "a"], "what ends no line of JSON"
-    for wrong in ({**good, "answer": 2}, {**good, "choices": ["b"]}, {"query": "a"}, [], {**good, "choices": ["", "b"]}, {**good, "query": ["a"]}, {**good, "choices": "yes"}, {**good, "answer": 0.9}, {**good, "answer": True}):
+    for wrong in ({**good, "answer": 2}, {**good, "choices": ["b"]}, {"query": "a"}, [], {**good, "choices": ["", "b"]}, {**good, "query": ["a"]}, {**good, "choices": "yes"}, {**good, "answer": 0.9}, {**good, "answer": True}, {**good, "answer": "b"}, {**good, "query": None}, {**good, "choices": ["b", {}]}):
         path.write_text(json.dumps(good) + "\n" + json.dumps(wrong) + "\n")
         with pytest.raises(DataError, match="line 2"):
             Question.read(path)
+    path.write_text("".join(json.dumps({**good, "answer": answer}) + "\n" for answer in ("1", 1.0)))
+    assert [question.answer for question in Question.read(path)] == [1, 1], "as data sets write them"
     path.write_text("\ufeff" + json.dumps(good), encoding="utf-8")
     assert len(Question.read(path)) == 1
     assert accuracies([(True, False)])["accuracy_stderr"] is None, "one question has no standard error"

@@ -89,7 +89,8 @@ def test_the_same_recipe_twice_gives_the_same_chain(tmp_path):
 @pytest.mark.parametrize(("anchors", "stage", "expected"), [
     ([{"hidden": 16}], {}, [0.2]), ([{"layers": 4, "ffn": 24}, {"hidden": 16}], {}, [0.0, 0.2]), ([{"hidden": 16}], {"path_fraction": 0.0}, [0.0]),
     ([{"hidden": 16}], {"on_policy_fraction": 0.5}, [0.0]), ([{"hidden": 16}], {"objective": "minillm"}, [0.0]),
-], ids=["hidden width", "only where it moves", "named", "on policy", "minillm"])
+    ([{"hidden": 16}], {"kd_weight": 0.0, "ce_weight": 0.0, "hidden_weight": 1.0}, [0.0]), ([{"hidden": 16}], {"neftune_noise_alpha": 5.0}, [0.0]),
+], ids=["hidden width", "only where it moves", "named", "on policy", "minillm", "hidden states alone", "noise"])
 def test_an_anchor_of_another_hidden_width_is_trained_on_the_path_too(tmp_path, anchors, stage, expected):
     plain = make_recipe(tmp_path, "llama", anchors, stage=stage, teacher={"layers": 6, "hidden": 32, "ffn": 128})
     read = Recipe.parse(plain)

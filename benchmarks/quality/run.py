@@ -6,9 +6,9 @@ The teacher, text and split are those of `make demo`. Anchors of the same size a
 as the least-loss cut chooses) and distilled alike, that of hidden width with a fifth of its steps on the path, as recipes do, and without, those of least loss and of FFN width without, as recipes do, and with; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
 after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, its student of its own and, but for hidden width, where it has no goal to meet, the improved boomerang, with other seeds;
-``--seed`` does so alone. ``--scratch`` compares the middle, before and after that heal, with a model of its shape from random weights and nothing else: cross-entropy on so many times a stage's tokens.
+``--seed`` does so alone, beside what is there. ``--scratch`` compares the middle, before and after that heal, with a model of its shape from random weights and nothing else: cross-entropy on so many times a stage's tokens.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
-Writes benchmarks/results/quality.json after each segment; rows of earlier runs stay in it.
+Writes benchmarks/results/quality.json, or quality_scratch.json there, after each segment; other segments of earlier runs stay in it.
 """
 
 from __future__ import annotations
@@ -342,8 +342,9 @@ def main() -> None:
     alone.add_argument("--seeds", type=int, default=1, help="the middle of each segment again with other seeds")
     alone.add_argument("--seed", type=int, help="only the middle of each segment, again with this seed")
     alone.add_argument("--scratch", type=int, default=0, metavar="TIMES", help="only the middle, against training from random weights on so many times a stage's tokens")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
+    parser.add_argument("--out", type=Path, help="benchmarks/results/quality.json, or quality_scratch.json there, where it is not given")
     options = parser.parse_args()
+    out: Path = options.out or Path(f"benchmarks/results/quality{'_scratch' if options.scratch else ''}.json")
     bench = Bench(options.demo, options.work, options.steps, options.heldout_tokens)
     for name in options.only or SEGMENTS:
         if options.scratch:
@@ -359,11 +360,11 @@ def main() -> None:
             chord = "{:+.3f} ± {:.3f}".format(*entry["to_chord"]) if "to_chord" in entry else ""
             table.add_row(entry["segment"], f"{entry['parameters']:,}", entry["by"], f"{entry['loss']:.3f} ± {entry['stderr']:.3f}", chord, rivals)
         console.print(table)
-        rows = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
-        new = {(entry["segment"], entry["parameters"], entry["by"]) for entry in found}
-        kept = [entry for entry in rows if (entry["segment"], entry["parameters"], entry["by"]) not in new]
+        rows = json.loads(out.read_text())["rows"] if out.is_file() else []
+        new = {entry["by"] for entry in found} if options.seed else None  # a seed's row takes the place of its own alone, all else that of the segment's
+        kept = [entry for entry in rows if entry["segment"] != name or (new is not None and entry["by"] not in new)]
         rows = sorted(kept + found, key=lambda entry: list(SEGMENTS).index(entry["segment"]))
-        write(options.out, {
+        write(out, {
             "stage_tokens": bench.steps * 1024, "heldout_tokens": bench.heldout.tokens, "rows": rows,
         })
 

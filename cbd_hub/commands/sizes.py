@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,6 +144,7 @@ def generate(
     from transformers import TextStreamer
 
     from cbd_hub.chain import Chain
+    from cbd_hub.hub import local_path
     from cbd_hub.manifest import FILE_NAME
     from cbd_hub.precision import best_device
     hush_bars()
@@ -150,7 +152,7 @@ def generate(
         raise ArgumentError("the prompt is empty; give a few words to continue")
     if not temperature:
         refuse_given(context, ("top_p", "seed"), "is of sampling, and --temperature 0 takes the likeliest token each time; give a --temperature such as 0.8")
-    folder = Path(chain).expanduser()
+    folder = local_path(chain)
     if (folder / "config.json").is_file() and not (folder / FILE_NAME).is_file():
         refuse_given(context, _WISHES, f"is of a chain, and {chain} is a model; leave it out, or name the chain")
         model, tokenizer = _made(folder, dtype)
@@ -187,7 +189,10 @@ def _made(folder: Path, dtype: str | None) -> tuple[Any, Any]:
     """The model of a folder, in a dtype, and its tokenizer."""
     from cbd_hub.configs import read_config
     from cbd_hub.plans import weight_dtype
+    from cbd_hub.upload import ADAPTER
     from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
+    if (folder / ADAPTER).is_file() and not any(folder.glob("model*.safetensors")):
+        raise ArgumentError(f"{folder} holds an adapter alone; make the size with it by cbd make CHAIN --size SIZE --adapter {shlex.quote(str(folder))} --out MODEL, and name MODEL")
     return load_model(folder, weight_dtype(dtype, Checkpoint(folder, read_config(folder)).dtype)), load_tokenizer(folder)
 
 
@@ -213,7 +218,7 @@ def evaluate(
     if text is None and tasks is None:
         raise ArgumentError("neither --text nor --tasks was given; name a text file, or a .jsonl file of questions")
     if text is None:
-        refuse_given(context, ("max_tokens", "column"), "is of --text, and none was given; leave it out")
+        refuse_given(context, ("max_tokens", "block_size", "column"), "is of --text, and none was given; leave it out")
     from cbd_hub.chain import Chain
     from cbd_hub.comparing import evaluate_sizes
     hush_bars()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -99,10 +100,13 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
             say_fp32()
         for name in _NUMBERS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ArgumentError(f"{name}={value!r} is no finite number; give one such as 1.0")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ArgumentError(f"seed={self.seed!r} is no whole number; give one such as 0")
+            setattr(self, name, float(value))
+        seed = vars(self)["seed"]
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
+            raise ArgumentError(f"seed={seed!r} is no whole number; give one such as 0")
+        self.seed = int(seed)
         if not isinstance(self.optim_args, (str, type(None))):
             raise ArgumentError(f"optim_args={self.optim_args!r} is no text; write its options as 'name=value, name=value'")
         check_options(self.divergence, self.temperature, self.beta, self.skew)

@@ -63,14 +63,16 @@ class EvaluatingTrainer(AnchorTrainer):
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         """Batches; of a stream every process reads all and takes its rows, so that they may differ in length. One to train on has no end, unless its end is waited for."""
-        shards = dataset.num_shards if isinstance(dataset, datasets.IterableDataset) else self.args.dataloader_num_workers
+        most = self.args.dataloader_num_workers
+        if isinstance(dataset, datasets.IterableDataset) and most:
+            most = max(count for count in range(1, most + 1) if dataset.num_shards % count == 0)
         waited = "epoch" in (self.args.eval_strategy, self.args.save_strategy, self.args.logging_strategy)
         if isinstance(dataset, IterableDataset) and description == "Training" and not waited:
             dataset = Endless(dataset)
         elif self.args.world_size > 1 and isinstance(dataset, IterableDataset):
             dataset = Filled(dataset, batch_size * self.args.world_size)
-        workers, self.args.dataloader_num_workers = self.args.dataloader_num_workers, min(self.args.dataloader_num_workers, shards)
-        try:  # a worker without a shard has nothing to do, and rows that are packed as they come are one shard: were there two workers, the first would read its share alone
+        workers, self.args.dataloader_num_workers = self.args.dataloader_num_workers, most
+        try:  # as many shards to each worker; rows that are packed as they come are one shard: were there two workers, the first would read its share alone
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         finally:
             self.args.dataloader_num_workers = workers

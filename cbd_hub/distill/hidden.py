@@ -108,8 +108,8 @@ class HiddenTerm:
 
     @property
     def usable(self) -> bool:
-        """Whether the term means anything: projectors have had their start."""
-        return self.ready or not self.projectors
+        """Whether the term means anything: projectors and balance have had their start."""
+        return not self.begins
 
     def untouched(self) -> Tensor:
         """Nothing, with a graph to the projectors: what distributes training waits for every parameter's gradient."""
@@ -224,7 +224,7 @@ class HiddenTerm:
         if found != self._layers:
             raise ArgumentError(f"{folder} matched the layers {found} and these are {self._layers}; resume with the same hidden_layers and teacher, or start anew")
         self._balance = tuple(tensors.pop("balance").tolist())
-        self._first = tuple(tensors.pop("first_balance").tolist())
+        self._first = tuple(tensors.pop("first_balance", torch.tensor(self._balance)).tolist())  # which the first versions did not write
         for name, parameter in self._parameters().items():
             fill(parameter, tensors[name])
         self.ready = True

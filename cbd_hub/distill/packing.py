@@ -285,11 +285,11 @@ def check_collator(batched: Callable[[list[Any]], Mapping[str, Any]], dataset: A
 
 def _unpadded(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with positions without the tokens that its mask says are padding."""
-    there = [place for place, kept in enumerate(_mask(row)) if kept]
+    there = [place for place, kept in enumerate(_mask(row)) if kept] or [0]
     if len(there) == len(row["input_ids"]):
         return dict(row)
     found = {**row, "labels": row["labels"] if "labels" in row else _labels(row)}
-    return {name: [values[place] for place in there] for name, values in found.items() if name in ("input_ids", "labels", "position_ids", *CACHED)}
+    return {name: torch.as_tensor(values)[there].tolist() for name, values in found.items() if name in ("input_ids", "labels", "position_ids", *CACHED)}
 
 
 def _labels(row: Mapping[str, Any]) -> list[int]:

@@ -25,7 +25,7 @@ from cbd_hub.distill.data import (
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.schema import Recipe, RecipeData, anchor_key
 from cbd_hub.distill.starts import Start
-from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError, one_line
+from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError
 from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.manifest import Shape
@@ -37,7 +37,7 @@ from cbd_hub.wishes import named_shape
 CALIBRATION_TOKENS = 4096
 HIDDEN_PATH = 0.2  # path_fraction of an anchor of another hidden width, where the stage names none: without it the sizes in between sag (benchmarks/quality/README.md)
 _REFUSALS = (TypeError, ValueError, KeyError)  # of training arguments, transformers' and our own
-NO_PATH = ("bridge", "teacher_cache", "on_policy_fraction", "fsdp", "deepspeed")  # what path training does not go with
+NO_PATH = ("bridge", "teacher_cache", "on_policy_fraction", "neftune_noise_alpha", "fsdp", "deepspeed")  # what path training does not go with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Stage:
         try:
             return made(self.arguments)
         except _REFUSALS as error:
-            said = one_line(error)
+            said = " ".join(str(error).split())[:400]
             if not said.startswith(tuple(self.arguments)):  # transformers' own, which may not name what it is of
                 for name, value in self.arguments.items():
                     with suppress(*_REFUSALS):
@@ -167,7 +167,8 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any, made: Sequen
                 narrower = wish.get("hidden", whole.hidden) != whole.hidden
                 shape = whole = _wished_shape(wish, whole, exact, own)
                 size, exact = shapes.count(shape, own), True
-                if narrower and not any(arguments.get(name) for name in NO_PATH) and arguments.get("objective") != "minillm":
+                alone = not arguments.get("kd_weight", 1.0) and not arguments.get("ce_weight")  # hidden states, of which a model in between has none
+                if narrower and not alone and not any(arguments.get(name) for name in NO_PATH) and arguments.get("objective") != "minillm":
                     arguments.setdefault("path_fraction", HIDDEN_PATH)
             else:
                 size, exact = parse_size(wish), False
