@@ -117,7 +117,7 @@ def push_model(
         progress: Called with a line for each step of the work.
 
     Raises:
-        WeightsError: If the folder holds no such model.
+        WeightsError: If the folder holds no such model, or a trainer has written it since.
         ArgumentError: If the repo's name or its card is refused.
         StorageError: If the Hub cannot be reached or refuses.
     """
@@ -128,6 +128,8 @@ def push_model(
     made = getattr(config, "cbd", None)
     if not isinstance(made, dict) or not isinstance(made.get("parameters"), int):
         raise WeightsError(f"{folder} is neither a chain nor a model made from one (its config.json has no cbd); make one with `cbd make`")
+    if (folder / "training_args.bin").is_file():
+        raise WeightsError(f"{folder} was trained since the chain made it (it holds training_args.bin), and its card would say that it was not; push it with the trainer's push_to_hub")
     adapter = (folder / ADAPTER).is_file()
     if not adapter:
         Checkpoint(folder, config)

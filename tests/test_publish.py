@@ -7,7 +7,7 @@ import tiny
 import yaml
 from conftest import recipe
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain
 from cbd_hub.distill.schema import Recipe
@@ -380,6 +380,16 @@ def test_files_of_the_old_model_go_and_those_of_a_person_stay(hub, llama, tmp_pa
     files = set(repo.at("main")[1])
     assert not files & {*old, "generation_config.json"}
     assert set(kept) <= files
+
+
+def test_a_size_that_was_trained_since_is_not_told_to_be_untrained(hub, llama, tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True)
+    trainer = Trainer(model=CBDModel.from_chain(llama, middle(llama)), args=args, train_dataset=[{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
+    trainer.train()
+    trainer.save_model(tmp_path / "tuned")
+    with pytest.raises(WeightsError, match="was trained since the chain made it"):
+        push_model(tmp_path / "tuned", "org/tuned")
+    assert "org/tuned" not in hub.repos
 
 
 def test_a_cut_model_is_pushed_as_what_it_is(hub, tmp_path):
