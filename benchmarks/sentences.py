@@ -213,7 +213,7 @@ def quality_scratch(data: dict[str, Any]) -> str:
     row = data["rows"][0]
     name, rival = next(iter(row["rivals"].items()))
     return (
-        f"A model of {format_size(row['parameters'])} that the chain makes without a step loses {row['loss']:.2f} nats per token; one of its shape {name} the stage's {data['stage_tokens']:,} tokens, {rival['loss']:.2f} "
+        f"A model of {format_size(row['parameters'])} that the chain makes without a step loses {row['loss']:.2f} nats per token; one of its shape from random weights, trained on {name.rpartition(' ')[2].rstrip('x')} times the stage's {data['stage_tokens']:,} tokens, {rival['loss']:.2f} "
         f"({pair(rival['minus'])}, paired)."
     )
 
