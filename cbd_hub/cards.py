@@ -265,8 +265,8 @@ def _span(manifest: Manifest) -> dict[str, str]:
 
 
 def example_size(manifest: Manifest) -> str:
-    """A size that a chain gives: the middle one of what its largest segment recommends, else the middle of that segment; without one its smallest anchor."""
-    for link in manifest.links:
+    """A size that a chain gives: the middle one of what its first segment with recommended sizes recommends, else the middle of its first one; without any its smallest anchor."""
+    for link in sorted(manifest.links, key=lambda link: not link.recommended_sizes):
         if link.kind == "segment":
             found = link.recommended_sizes or [(manifest.anchor(link.small).parameters + manifest.anchor(link.large).parameters) // 2]
             return format_size(found[len(found) // 2])
@@ -288,7 +288,7 @@ def chain_call(chain: str, made: Mapping[str, Any], shape: Shape) -> str:
         wish["alpha"] = made["alpha"]  # the plain formula, as where it was given
     if made.get("revision"):
         wish["revision"] = made["revision"]
-    return f"CBDModel.from_chain({json.dumps(chain)}, {', '.join(f'{name}={json.dumps(value)}' for name, value in wish.items())})"
+    return f"CBDModel.from_chain({json.dumps(chain, ensure_ascii=False)}, {', '.join(f'{name}={json.dumps(value)}' for name, value in wish.items())})"
 
 
 def _loss(entry: Evaluation) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -110,7 +111,7 @@ class Chain:
 
     def model(self, size: str | int | None = None, **options: Any) -> Any:
         """A model of a size, as `CBDModel.from_chain` gives it."""
-        return CBDModel.from_chain(self.files, size, **options)
+        return CBDModel.from_chain(self, size, **options)
 
     def tokenizer(self, size: str | int | None = None) -> Any:
         """The chain's tokenizer; across a bridge that of a size's own side.
@@ -299,7 +300,8 @@ def unique_name(parameters: int, taken: Sequence[str]) -> str:
 
 def chain_name(folder: Path) -> str:
     """A chain's name, from the name of its folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:96] or "chain"
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", folder.resolve().name) if not unicodedata.combining(letter))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:96] or "chain"
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

@@ -101,13 +101,13 @@ class _Contender:
 
 
 def evaluate_sizes(
-    chain: Chain, sizes: Sequence[str | int] | None = None, *, models: Sequence[str | os.PathLike[str]] = (), text: str | os.PathLike[str] | None = None, tasks: Sequence[str | os.PathLike[str]] = (), column: str = "text",
+    chain: Chain | str | os.PathLike[str], sizes: Sequence[str | int] | None = None, *, models: Sequence[str | os.PathLike[str]] = (), text: str | os.PathLike[str] | None = None, tasks: Sequence[str | os.PathLike[str]] = (), column: str = "text",
     block_size: int = 128, max_tokens: int = 8000, report: Report | None = None, **wish: Any,
 ) -> Evaluated:
     """Held-out loss of sizes of a chain, and their accuracy on multiple-choice questions; beside those of other models, where they are named.
 
     Args:
-        chain: The chain.
+        chain: The chain; or its folder, or its Hub id.
         sizes: The sizes; None for the anchors.
         models: Other models to measure: folders, such as that of a healed size, or Hub ids. One with a vocabulary of its own is compared in bits per byte.
         text: Held-out text: a file or a pattern. Of prompts with completions and of chats the answers count.
@@ -132,6 +132,8 @@ def evaluate_sizes(
     """
     if text is None and not tasks:
         raise ArgumentError("neither text nor tasks were given; name a text file, or a .jsonl file of questions")
+    if not isinstance(chain, Chain):
+        chain = Chain.from_pretrained(chain)
     for name, given, what in (("sizes", sizes, "sizes"), ("models", models, "folders and Hub ids"), ("tasks", tasks, "files of questions")):
         if isinstance(given, (str, int, os.PathLike)):
             raise ArgumentError(f"{name} is {given!r} alone; give a list of {what}")

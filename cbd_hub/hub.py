@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -231,6 +231,12 @@ class ChainFiles:
             raise IntegrityError(f"{path} is not a list of chunk hashes ({error}); fetch or make the chain again") from error
 
 
+class OpenChain(Protocol):
+    """A chain that is open, such as a `cbd_hub.Chain`."""
+
+    files: ChainFiles
+
+
 def local_path(name: str) -> Path:
     """The path that a name of a folder or a repo would be here.
 
@@ -246,13 +252,13 @@ def local_path(name: str) -> Path:
 
 
 def open_chain(
-    chain: str | os.PathLike[str] | ChainFiles, *, revision: str | None = None, token: str | bool | None = None,
+    chain: str | os.PathLike[str] | OpenChain | ChainFiles, *, revision: str | None = None, token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
 ) -> ChainFiles:
     """The files of a chain: a local folder, or a Hub repo, of which chain.json is fetched.
 
     Args:
-        chain: Folder or repo id; one that is open is given back, and takes none of the options.
+        chain: Folder or repo id; one that is open (a `Chain`, or its files) is given back, and takes none of the options.
         revision: Branch, tag or commit of the index repo.
         token: Hub token; None for the stored one.
         cache_dir: Another place for the Hub's cache.
@@ -266,11 +272,14 @@ def open_chain(
     options = {
         "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download,
     }
+    chain = getattr(chain, "files", chain)
     if isinstance(chain, ChainFiles):
         given = [name for name, value in {"revision": revision, **options}.items() if value not in (None, False)]
         if given:
             raise ArgumentError(f"{chain.name} is open already, and {given[0]}= says how a chain is opened; give it to Chain.from_pretrained")
         return chain
+    if not isinstance(chain, (str, os.PathLike)):
+        raise ArgumentError(f"chain is a {type(chain).__name__}; give a folder, a Hub id or an open Chain")
     name = os.fspath(chain)
     if local_files_only and force_download:
         raise ArgumentError("local_files_only=True and force_download=True contradict each other; leave one of them out")

@@ -334,9 +334,10 @@ class Manifest(Data):
             SizeError: If it cannot be read or lies outside the chain.
         """
         smallest, largest = self.anchors[-1].parameters, self.anchors[0].parameters
-        if wish == "max":
+        named = wish.strip().lower() if isinstance(wish, str) else None
+        if named == "max":
             return largest
-        if wish == "min":
+        if named == "min":
             return smallest
         wanted = parse_size(wish)
         if isinstance(wish, str):

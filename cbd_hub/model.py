@@ -20,7 +20,7 @@ from cbd_hub.adapters import carried_to, check_home
 from cbd_hub.configs import GENERATION_CONFIG, StoredConfig, read_generation_config, stored_generation_config, whole_config
 from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.files import staged_folder, write_text
-from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
+from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, OpenChain, open_chain
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Anchor, Shape
@@ -151,7 +151,7 @@ class CBDModel:
 
     @staticmethod
     def plan(
-        chain: str | os.PathLike[str], size: str | int | None = None, *, memory_budget: str | int | None = None,
+        chain: str | os.PathLike[str] | OpenChain, size: str | int | None = None, *, memory_budget: str | int | None = None,
         min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
@@ -206,7 +206,7 @@ class CBDModel:
 
     @staticmethod
     def from_chain(
-        chain: str | os.PathLike[str] | ChainFiles, size: str | int | None = None, *, memory_budget: str | int | None = None,
+        chain: str | os.PathLike[str] | OpenChain, size: str | int | None = None, *, memory_budget: str | int | None = None,
         min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
@@ -220,7 +220,7 @@ class CBDModel:
         where it came from. Arguments up to ``force_download`` are those of `plan`.
 
         Args:
-            chain: A local folder or a Hub id; or the files of one that is open (``Chain.files``), which is what `Chain.model` gives.
+            chain: A local folder or a Hub id, or an open `Chain`, as for `plan` and `materialize`.
             size: Unique parameters wanted.
             memory_budget: Bytes for the weights in the chosen dtype instead.
             min_tokens_per_second: Speed that it must reach instead, on the device of ``device_map``, else on the best one, where the model then is.
@@ -273,7 +273,7 @@ class CBDModel:
 
     @staticmethod
     def materialize(
-        chain: str | os.PathLike[str], size: str | int | None = None, *, output_dir: str | os.PathLike[str],
+        chain: str | os.PathLike[str] | OpenChain, size: str | int | None = None, *, output_dir: str | os.PathLike[str],
         memory_budget: str | int | None = None, min_tokens_per_second: str | float | None = None, max_latency: str | float | None = None,
         shape: Shape | Mapping[str, int] | None = None, strategy: str = "auto", alpha: float | None = None, tolerance: float = 0.02,
         adapter: str | os.PathLike[str] | None = None, adapter_size: str | int | None = None, dtype: Any = None, revision: str | None = None, token: str | bool | None = None,

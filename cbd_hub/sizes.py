@@ -14,7 +14,7 @@ from cbd_hub.errors import SizeFormatError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "min": Decimal(60)}
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", re.IGNORECASE | re.ASCII)
 
 
 def _split(text: str) -> tuple[Decimal, int]:
@@ -25,14 +25,15 @@ def _split(text: str) -> tuple[Decimal, int]:
 
 
 def as_int(value: Any) -> Any:
-    """A whole number of any kind, such as numpy's, as an int; anything else as it is.
+    """A whole number of any kind, such as numpy's or 117e6, as an int; anything else as it is.
 
     Example:
         >>> import numpy as np
-        >>> as_int(np.int64(7)), as_int(True), as_int("7")
-        (7, True, '7')
+        >>> as_int(np.int64(7)), as_int(117e6), as_int(True), as_int("7"), as_int(0.5)
+        (7, 117000000, True, '7', 0.5)
     """
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+    whole = (isinstance(value, Integral) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+    return int(value) if whole else value
 
 
 def parse_size(size: str | int) -> int:

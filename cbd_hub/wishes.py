@@ -40,7 +40,7 @@ def named_fields(wish: Shape | Mapping[str, int]) -> dict[str, Any]:
     """The fields that a shape names, whole numbers of any kind as ints.
 
     Raises:
-        ArgumentError: If it is no mapping, or names an unknown field.
+        ArgumentError: If it is no mapping, names an unknown field, or a value is no whole number.
     """
     if isinstance(wish, Shape):
         return wish.model_dump()
@@ -49,7 +49,11 @@ def named_fields(wish: Shape | Mapping[str, int]) -> dict[str, Any]:
     for name in wish:
         if name not in FIELDS:
             raise ArgumentError(f'shape has no field "{name}"; its fields are {", ".join(FIELDS)}')
-    return {name: as_int(value) for name, value in wish.items()}
+    values = {name: as_int(value) for name, value in wish.items()}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ArgumentError(f"shape {name}={value!r} is no whole number; give one")
+    return values
 
 
 def named_shape(wish: Shape | Mapping[str, int], whole: Shape, config: Any) -> Shape:
@@ -95,8 +99,6 @@ def complete_shape(wish: Shape | Mapping[str, int], small: Shape, large: Shape, 
     """
     values = named_fields(wish)
     if (name := outside(values, small, large)) is not None:
-        if isinstance(values[name], bool) or not isinstance(values[name], int):
-            raise ArgumentError(f"shape {name}={values[name]!r} is no whole number; give one")
         low, high = sorted((getattr(small, name), getattr(large, name)))
         raise ArgumentError(f"shape {name}={values[name]!r} is outside the neighbours' range {low} to {high}; choose a value inside it")
     if small.heads * large.kv_heads == large.heads * small.kv_heads:

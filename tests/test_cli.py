@@ -157,7 +157,7 @@ def test_lists_and_files_are_what_sizes_are_measured_by(chain, text):
     for wrong, message in (({"sizes": "min"}, "sizes is 'min' alone; give a list of sizes"), ({"tasks": "a.jsonl"}, "tasks is 'a.jsonl' alone"), ({"text": ["one"]}, "text is a list; give a file")):
         with pytest.raises(ArgumentError, match=message):
             evaluate_sizes(opened, **{"text": text, **wrong})
-    assert evaluate_sizes(opened, ["min"], text=text).results, "a path is a file too"
+    assert evaluate_sizes(chain, ["min"], text=text).results, "a path is a file too"
 
 
 def test_generation_depends_on_the_seed_alone(cbd, chain):

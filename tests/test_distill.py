@@ -580,6 +580,24 @@ def test_teachers_that_cannot_be_one_are_said(tmp_path):
             ChainDistiller(model=pair[0], teacher=pair[1], args=ChainDistillerConfig(str(tmp_path), max_steps=1), train_dataset=rows())
 
 
+def test_what_cannot_be_trained_is_said(tmp_path, caplog):
+    def made(student=None, dataset=None):
+        config = ChainDistillerConfig(str(tmp_path), max_steps=1, bf16=False)
+        return ChainDistiller(model=student or tiny.llama(layers=2), teacher=tiny.llama(), args=config, train_dataset=rows() if dataset is None else dataset)
+
+    with pytest.raises(DataError, match="has no rows"):
+        made(dataset=[])
+    config = tiny.llama(layers=2).config
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    with pytest.raises(ArgumentError, match="meta device"):
+        made(student=empty)
+    with pytest.raises(ArgumentError, match="is no checkpoint of a trainer"):
+        made().train(resume_from_checkpoint=str(tmp_path / "none"))
+    made(student=tiny.llama(layers=2).to(torch.bfloat16))
+    assert "weights are in bfloat16, whose rounding swallows most of a step" in caplog.text
+
+
 def test_bare_texts_are_no_rows(tmp_path):
     with pytest.raises(DataError, match="rows are no mappings but str; give some such as"):
         ChainDistiller(model=tiny.llama(layers=2), teacher=tiny.llama(), args=ChainDistillerConfig(str(tmp_path)), train_dataset=tiny.texts(3), processing_class=tiny.tokenizer())

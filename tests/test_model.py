@@ -72,6 +72,10 @@ def test_an_open_chain_makes_models_wherever_one_stands(chain, tmp_path, monkeyp
     opened = Chain.from_pretrained(chain.name)
     monkeypatch.chdir(tmp_path)
     assert tiny.same(opened.model("min"), CBDModel.from_chain(chain, "min"))
+    assert CBDModel.plan(opened, "MIN").parameters == CBDModel.plan(chain, float(opened.anchors[-1].parameters)).parameters
+    assert len(repr(CBDModel.plan(opened, "min"))) < 200
+    with pytest.raises(ArgumentError, match="chain is a NoneType; give a folder, a Hub id or an open Chain"):
+        CBDModel.from_chain(None, "min")
     with pytest.raises(ArgumentError, match="is open already, and revision= says how a chain is opened"):
         opened.model("min", revision="v1")
 

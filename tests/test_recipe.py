@@ -503,6 +503,26 @@ def test_what_cannot_be_is_said_before_anything_is_done(tmp_path, more, message)
     assert not (tmp_path / "chain").exists()
 
 
+def test_a_stage_that_cannot_take_its_steps_is_no_anchor(tmp_path):
+    plain = make_recipe(tmp_path, "llama", ANCHORS[:1], stage={"dataloader_drop_last": True, "per_device_train_batch_size": 10_000})
+    with pytest.raises(RecipeError, match=r"max_steps=\d+ could not be taken, but 0: the text gives no more batches"):
+        distill_chain(plain, tmp_path / "chain")
+    assert not (tmp_path / "chain" / "chain.json").exists()
+
+
+def test_settings_that_change_nothing_neither_stop_a_run_nor_a_chain_from_going_on(never_stopped, tmp_path):
+    """How often is saved and said is no part of what a chain is."""
+    plain, whole = never_stopped
+    shutil.copytree(whole, tmp_path / "chain")
+    before = Chain.from_pretrained(tmp_path / "chain").manifest
+    other = {**plain, "stage": {**plain["stage"], "save_steps": 1, "logging_steps": 1}}
+    assert distill_chain(other, tmp_path / "chain").manifest == before
+    grown = distill_chain({**other, "anchors": [*ANCHORS, {"layers": 1, "ffn": 24}]}, tmp_path / "chain")
+    assert [anchor.files for anchor in grown.anchors[:-1]] == [anchor.files for anchor in before.anchors]
+    with pytest.raises(RecipeError, match="with stage.max_steps="):
+        distill_chain({**other, "anchors": [*ANCHORS, {"layers": 1, "ffn": 24}, {"layers": 1, "ffn": 8}], "stage": {**other["stage"], "max_steps": 9}}, tmp_path / "chain")
+
+
 def test_anchors_must_fall_in_size(tmp_path):
     plain = make_recipe(tmp_path, "llama", [{"layers": 2}, {"layers": 3}])
     with pytest.raises(RecipeError, match="layers=3 cannot be cut from layers=2"):

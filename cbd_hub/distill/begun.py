@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cbd_hub.distill.schema import telling
 from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.files import write_text
 
@@ -35,7 +36,7 @@ def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: P
         own = recipe.stage_data(stage.anchor).model_dump()
         if not stage.arguments.get("text_weight"):
             del own["text_data"]
-        found[stage.name] = {"anchors": recipe.anchors[: index + 1], **own, "stage": stage.arguments}
+        found[stage.name] = {"anchors": recipe.anchors[: index + 1], **own, "stage": telling(stage.arguments)}
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=str))
     return plain
 
@@ -78,6 +79,8 @@ class Begun:
             if name not in self._wanted:
                 raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
             begun = json.loads((self._work / f"{name}{_SUFFIX}").read_text())
+            if "stage" in begun:
+                begun["stage"] = telling(begun["stage"])  # the first versions wrote all of it down
             wanted = {key: value for key, value in self._wanted[name].items() if key in begun or key != "text"}  # which was not always written down
             changed = difference(begun, wanted)
             if changed is not None:

@@ -45,6 +45,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
     with recipe.at(None):
         check_positions(recipe.data.block_size, teacher_config, f"block_size={recipe.data.block_size}")
     above = teacher_config
+    caches: dict[str, str] = {}
     for stage, theirs, tokenizer in zip(stages, tokenizers, tokenizers[1:]):
         teacher_config = above
         above = stage.base(above)
@@ -53,12 +54,13 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
         if stage.shape is not None:
             layers = stage.shape.layers
         with recipe.at(stage.anchor), tempfile.TemporaryDirectory() as folder:
-            args = stage.config(folder)
+            args = stage.config(folder, check=_check_trainer)
             try:
+                if args.teacher_cache is not None and (first := caches.setdefault(args.teacher_cache, stage.wish)) != stage.wish:
+                    raise ArgumentError(f"teacher_cache={args.teacher_cache} is of one teacher, and the stage of {first} has another; name it under stages, for one of them")
                 check_layers(args, layers)
                 check_positions(args.block_size, above if stage.bridged else teacher_config, f"block_size={args.block_size}")
                 check_sources(args, *rows[stage.name])
-                _check_trainer(args)
                 _check_text(args, rows[stage.name][0], theirs if args.bridge == "text" or (args.bridge and args.teacher_cache) else tokenizer)
                 if args.bridge is not None:
                     check_vocabularies(Bridge(args, tokenizer, theirs).rows, above.vocab_size, teacher_config.vocab_size)
@@ -75,6 +77,9 @@ def _check_trainer(args: ChainDistillerConfig) -> None:
     if args.eval_strategy != "no" or args.eval_on_start:
         name = "eval_on_start=True" if args.eval_strategy == "no" else f"eval_strategy={args.eval_strategy.value}"
         raise RecipeError(f"{name} needs an evaluation set, and a recipe has none; leave it out, `cbd eval` measures the chain")
+    if args.save_strategy == "no" or not args.save_steps > 0:
+        name = "save_strategy=no" if args.save_strategy == "no" else f"save_steps={args.save_steps}"
+        raise RecipeError(f"{name} makes no checkpoint, from which a stage that is stopped goes on; leave it out, or raise save_steps for fewer of them")
     check_optimiser(args)
 
 
@@ -87,7 +92,9 @@ def check_optimiser(args: ChainDistillerConfig) -> None:
     offline = copy.copy(args)
     offline.push_to_hub = False  # or it would make the repo
     try:
-        Trainer(model=torch.nn.Linear(1, 1), args=offline, train_dataset=[{}], eval_dataset=[{}]).create_optimizer_and_scheduler(max(args.max_steps, 1))
+        trainer = Trainer(model=torch.nn.Linear(1, 1), args=offline, train_dataset=[{}], eval_dataset=[{}])
+        trainer.create_optimizer_and_scheduler(max(args.max_steps, 1))
+        trainer.get_train_dataloader()
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(one_line(error)) from error
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_liger_kernel_available
 
 from cbd_hub.distill.sampling import SamplingArguments, check_sampling
 from cbd_hub.errors import ArgumentError
@@ -23,6 +24,7 @@ from cbd_hub.precision import has_bf16, say_fp32
 logger = logging.getLogger(__name__)
 
 BRIDGES = ("text", "span", "vocab", "span+vocab", "hidden")
+_CHECKPOINTING = {"use_reentrant", "context_fn", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 _NUMBERS = ("temperature", "beta", "skew", "kd_weight", "ce_weight", "hidden_weight", "path_fraction", "span_temperature")
 
 
@@ -107,6 +109,14 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise ArgumentError(f"seed={seed!r} is no whole number; give one such as 0")
         self.seed = int(seed)
+        noise: Any = self.neftune_noise_alpha
+        if noise is not None and (isinstance(noise, bool) or not isinstance(noise, Real)):
+            raise ArgumentError(f"neftune_noise_alpha={noise!r} is no number; give one such as 5.0")
+        odd = sorted(set(self.gradient_checkpointing_kwargs or {}) - _CHECKPOINTING)
+        if odd:
+            raise ArgumentError(f"gradient_checkpointing_kwargs has {odd[0]}, which torch.utils.checkpoint does not take; it takes {', '.join(sorted(_CHECKPOINTING))}")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ArgumentError("use_liger_kernel=True needs liger-kernel; run `pip install liger-kernel`, or leave it out")
         if not isinstance(self.optim_args, (str, type(None))):
             raise ArgumentError(f"optim_args={self.optim_args!r} is no text; write its options as 'name=value, name=value'")
         check_options(self.divergence, self.temperature, self.beta, self.skew)

@@ -356,6 +356,8 @@ class ChainDistiller(SamplingTrainer):
                 logger.warning("%s has no whole checkpoint to go on from; training starts anew", self.args.output_dir)
         last = resume_from_checkpoint
         if isinstance(last, str):
+            if not os.path.isfile(os.path.join(last, TRAINER_STATE_NAME)):
+                raise ArgumentError(f"resume_from_checkpoint={last!r} is no checkpoint of a trainer; name a folder such as {self.args.output_dir}/checkpoint-100, or give True for the last one")
             state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
             if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one step too many
                 self._load_from_checkpoint(last)

@@ -23,8 +23,17 @@ _SAME = 1e-3  # nats per token: more than another machine or version moves the l
 
 
 def made_by(chain: Chain, recipe: Recipe) -> bool:
-    """Whether a recipe, as it is, made a chain."""
-    return any(anchor.training is not None and anchor.training.recipe_sha256 == recipe.sha256() for anchor in chain.anchors)
+    """Whether a recipe, but for settings that change nothing of what comes out, made a chain."""
+    makers = {anchor.training.recipe_sha256 for anchor in chain.anchors if anchor.training is not None}
+    return recipe.sha256() in makers or ((own := _own(chain, makers)) is not None and own.outcome() == recipe.outcome())
+
+
+def _own(chain: Chain, makers: set[str | None]) -> Recipe | None:
+    """The recipe in a chain's folder, where it is the one that made it."""
+    with suppress(RecipeError):
+        own = Recipe.read(chain.files.root / "recipe.yaml")
+        return own if own.sha256() in makers else None
+    return None
 
 
 def _loss(entry: Evaluation) -> str:
@@ -53,7 +62,7 @@ class Finished:
         if any(anchor.location.repo_id != "." for anchor in chain.anchors):
             raise StorageError(f"the anchors of {root} lie in repos of their own; fetch the chain with cbd pull, and make that one longer")
         first = recipe.beginning(len(made))
-        if first.sha256() not in makers:
+        if not made_by(chain, first):
             raise RecipeError(
                 f"{root} holds a chain made by another recipe{self._differs(first, makers)}; to make the chain longer give its own recipe with further anchors at the end of the list, or choose "
                 "another folder"
@@ -129,9 +138,6 @@ class Finished:
 
     def _differs(self, recipe: Recipe, makers: set[str | None]) -> str:
         """In what a recipe differs from the chain's own, as far as its folder tells."""
-        with suppress(RecipeError):
-            own = Recipe.read(self.chain.files.root / "recipe.yaml")
-            changed = difference(own.model_dump(), recipe.model_dump()) if own.sha256() in makers else None
-            if changed is not None:
-                return f", with {changed[0]}={changed[1]!r} where this one has {changed[2]!r}"
-        return ""
+        own = _own(self.chain, makers)
+        changed = None if own is None else difference(own.outcome(), recipe.outcome())
+        return "" if changed is None else f", with {changed[0]}={changed[1]!r} where this one has {changed[2]!r}"

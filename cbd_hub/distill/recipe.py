@@ -129,17 +129,20 @@ class _Run:
         self.work = target / _WORK
         self.builder = ChainBuilder(target, chain_name(target) if chain is None else chain.name)
         self._check_target()
-        self.source, *made = [resolve_checkpoint(recipe.teacher)] if self.finished is None else self.finished.folders
-        self.teacher_config = read_config(self.source)
-        Checkpoint(self.source, self.teacher_config)
+        with recipe.at(None, field="teacher"):
+            self.source, *made = [resolve_checkpoint(recipe.teacher)] if self.finished is None else self.finished.folders
+            self.teacher_config = read_config(self.source)
+            Checkpoint(self.source, self.teacher_config)
         self.stages = plan_stages(recipe, self.source, self.teacher_config, made)
         self.teacher_name = unique_name(shapes.parameter_count(self.teacher_config), [])
-        self.parts = read_parts(recipe)
+        with recipe.at(None, field="data"):
+            self.parts = read_parts(recipe)
         self.begun = Begun(self.work, dependencies(recipe, self.teacher_name, self.stages, self.parts), [] if self.finished is None else self.finished.names)
         self.begun.check()
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
         size = recipe.data.block_size
-        texts = {id(tokenizer): calibration_of(self.parts, tokenizer, size) for tokenizer in self.tokenizers}
+        with recipe.at(None, field="data"):
+            texts = {key: calibration_of(self.parts, tokenizer, size) for key, tokenizer in {id(tokenizer): tokenizer for tokenizer in self.tokenizers}.items()}
         self.calibrations = [texts[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
         bridged = any(stage.bridged for stage in self.stages)  # across a bridge losses are compared in bits per byte
         self.same_bytes = None
@@ -344,6 +347,12 @@ class _Run:
         started = time.monotonic()
         large.to("cpu" if arguments.teacher_cache is not None else best_device())  # where a cache stands in its place, an accelerator's memory is the student's
         trainer.train(resume_from_checkpoint=last)
+        if trainer.state.global_step < arguments.max_steps:
+            with self.recipe.at(stage.anchor):
+                raise RecipeError(
+                    f"max_steps={arguments.max_steps} could not be taken, but {trainer.state.global_step}: the text gives no more batches; lower per_device_train_batch_size, or leave dataloader_drop_last out "
+                    f"(stage of anchor {stage.wish})"
+                )
         large.to(best_device())
         tokens = int(trainer.state.num_input_tokens_seen)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # a checkpoint keeps it

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.starts import StartData
-from cbd_hub.errors import ArgumentError, CBDError, RecipeError
+from cbd_hub.errors import ArgumentError, CBDError, RecipeError, SizeError
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
 
@@ -39,8 +39,21 @@ _REFUSED = {
     "num_train_epochs": "a stage has max_steps, 100 by default, and ends there; give max_steps",
     "save_only_model": "a stage that is killed goes on from its checkpoint, which needs the optimiser too; leave it out, or raise save_steps for fewer of them",
     "include_num_input_tokens_seen": "tokens are counted for the chain's record; leave it out",
+    "push_to_hub": "a chain is pushed as a whole, by `cbd push` when it is done; leave it out",
     "enable_jit_checkpoint": "a stage that is stopped goes on from its last checkpoint; leave it out, or lower save_steps for more of them",
 }
+
+
+# What changes nothing of what comes out: how often is saved and said, and how rows are fetched.
+_NEUTRAL = (
+    "save_steps", "save_total_limit", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "dataloader_persistent_workers",
+)
+
+
+def telling(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments on which a stage's weights depend."""
+    return {name: value for name, value in arguments.items() if name not in _NEUTRAL}
 
 
 def _check_value(where: str, value: Any, default: Any) -> None:
@@ -136,6 +149,11 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0, lt=2**31)
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _named(cls, stages: Any) -> Any:
+        return {str(key): own for key, own in stages.items()} if isinstance(stages, dict) else stages  # YAML reads 60000 as a number
+
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
         for index, anchor in enumerate(self.anchors):
@@ -148,7 +166,10 @@ class Recipe(_Strict):
                         "beyond a bridge it may say its origin: cut (of a checkpoint) or random (of a config)"
                     )
             else:
-                parse_size(anchor)
+                try:
+                    parse_size(anchor)
+                except SizeError as error:
+                    raise ValueError(f"anchors.{index}: {error}") from error
         for where, fields in (("stage", self.stage), *((f"stages.{name}", fields) for name, fields in self.stages.items())):
             for key in fields:
                 if key in _REFUSED:
@@ -217,12 +238,13 @@ class Recipe(_Strict):
             raise RecipeError(f"{source}{f' line {line}' if line else ''}: {message}") from error
 
     @contextmanager
-    def at(self, anchor: str | int | dict[str, Any] | None, key: str = "stages") -> Iterator[None]:
+    def at(self, anchor: str | int | dict[str, Any] | None, key: str = "stages", field: str = "stage") -> Iterator[None]:
         """Let an error inside the block say the line of the file: of the key that its message begins with, else of the anchor's.
 
         Args:
             anchor: An anchor whose stage the block is about; None for the recipe as a whole.
             key: ``stages`` where the anchor's own fields are meant, ``anchors`` where its entry in the list is.
+            field: The recipe's key whose line is said where there is no better one.
         """
         try:
             yield
@@ -230,7 +252,7 @@ class Recipe(_Strict):
             named = (re.match(r"\w*", str(error)) or [""])[0]
             own = () if anchor is None else ("stages", anchor_key(anchor))
             entry = () if anchor is None else ("anchors", str(self.anchors.index(anchor)))
-            places = [(*own, named), ("stage", named), ("data", named), *((entry, own) if key == "anchors" else (own, entry)), ("stage",)]
+            places = [(*own, named), ("stage", named), ("data", named), *((entry, own) if key == "anchors" else (own, entry)), (field,)]
             line = next((self._origin.lines[place] for place in places if place in self._origin.lines), None)
             kind = RecipeError if isinstance(error, ArgumentError) else type(error)  # the call is right, the recipe is wrong
             raise kind(f"{self._origin.name} line {line}: {error}" if line else str(error)) from error
@@ -265,6 +287,11 @@ class Recipe(_Strict):
         """The same recipe of its first anchors alone."""
         keys = {anchor_key(anchor) for anchor in self.anchors[:anchors]}
         return self.model_copy(update={"anchors": self.anchors[:anchors], "stages": {key: stage for key, stage in self.stages.items() if key in keys}})
+
+    def outcome(self) -> dict[str, Any]:
+        """What the recipe says without the settings that change nothing of what comes out."""
+        plain = self.model_dump()
+        return {**plain, "stage": telling(plain["stage"]), "stages": {key: telling(own) for key, own in plain["stages"].items() if telling(own)}}
 
     def sha256(self) -> str:
         """Hash of what the recipe says, however it is written."""

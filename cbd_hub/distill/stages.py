@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from cbd_hub import shapes
 from cbd_hub.chain import check_pair, unique_name
 from cbd_hub.configs import read_config
-from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.config import BRIDGES, ChainDistillerConfig
 from cbd_hub.distill.data import (
     Parts,
     as_document,
@@ -36,7 +36,7 @@ from cbd_hub.wishes import named_shape
 
 CALIBRATION_TOKENS = 4096
 HIDDEN_PATH = 0.2  # path_fraction of an anchor of another hidden width, where the stage names none: without it the sizes in between sag (benchmarks/quality/README.md)
-_REFUSALS = (TypeError, ValueError, KeyError)  # of training arguments, transformers' and our own
+_REFUSALS = (AttributeError, ImportError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)  # of training arguments, transformers' and our own
 NO_PATH = ("bridge", "teacher_cache", "on_policy_fraction", "neftune_noise_alpha", "fsdp", "deepspeed")  # what path training does not go with
 
 
@@ -89,8 +89,8 @@ class Stage:
         """Whether a bridge leads to it."""
         return self.arguments.get("bridge") is not None
 
-    def config(self, output_dir: str, seed: int = 0) -> ChainDistillerConfig:
-        """The stage's training arguments, with what a stage has by default.
+    def config(self, output_dir: str, seed: int = 0, check: Callable[[ChainDistillerConfig], None] | None = None) -> ChainDistillerConfig:
+        """The stage's training arguments, with what a stage has by default; ``check`` may refuse them too.
 
         Raises:
             RecipeError: If a value cannot be used.
@@ -98,7 +98,10 @@ class Stage:
         defaults = {"disable_tqdm": False, "save_steps": 25, "logging_steps": min(10, self.arguments["max_steps"])}
 
         def made(arguments: dict[str, Any]) -> ChainDistillerConfig:
-            return ChainDistillerConfig(output_dir=output_dir, seed=seed, **{**defaults, **arguments})
+            config = ChainDistillerConfig(output_dir=output_dir, seed=seed, **{**defaults, **arguments})
+            if check is not None:
+                check(config)
+            return config
 
         try:
             return made(self.arguments)
@@ -140,7 +143,7 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any, made: Sequen
             stages.append(Stage(folder.name, wish, str(wish), above, whole, str(folder), arguments))
             taken.append(folder.name)
             continue
-        if arguments.get("bridge") is not None and not (isinstance(wish, dict) and {"checkpoint", "origin"} & set(wish)):
+        if arguments.get("bridge") in BRIDGES and not (isinstance(wish, dict) and {"checkpoint", "origin"} & set(wish)):
             with recipe.at(wish):
                 raise RecipeError(
                     f"bridge={arguments['bridge']} leads to an anchor of another vocabulary or architecture; give it as {{checkpoint: ...}} or with its origin, "

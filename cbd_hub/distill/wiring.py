@@ -98,11 +98,18 @@ def wired(
     if is_peft_model(student):
         _check_adapted(student, args)
     loaded: list[Any] = [model for model in (student, teacher) if isinstance(model, torch.nn.Module) and not is_sharded(model)]
+    if any(parameter.is_meta for model in loaded for parameter in model.parameters()):
+        raise ArgumentError("student or teacher holds parameters on the meta device, which have no values; load the model whole")
     for model in loaded:
         check_head(plain_model(model))
     if kept is None and args.path_fraction:
         raise ArgumentError("path_fraction needs kept=, the map from the student's layers and neurons to the teacher's")
     model = student if peft_config is None else _with_adapter(student, peft_config, args)
+    half = next((parameter.dtype for parameter in model.parameters() if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)), None)
+    if half is not None:
+        logger.warning(
+            "the student's weights are in %s, whose rounding swallows most of a step; load it with dtype=torch.float32 (bf16=True then computes its products in bf16)", str(half).removeprefix("torch.")
+        )
     if bridge is not None and args.bridge == "text":
         train_dataset = None if train_dataset is None else bridge.rows.prompts(train_dataset, teacher)
     elif bridge is not None and found is None:

@@ -266,7 +266,7 @@ class Segment:
         return count(self.small_shape, self.config), count(self.large_shape, self.config)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """How a model of a size is made.
 
@@ -349,6 +349,9 @@ class Plan:
             **({} if self.speed is None else {"speed": self.speed.summary()}),
             "tensors_read": {anchor: len(names) for anchor, names in sorted(self.sources().items())},
         }
+
+    def __repr__(self) -> str:
+        return f"Plan({self.chain} at {self.parameters:,}: {self.shape.text}, {self.strategy} of {' and '.join(dict.fromkeys((self.small, self.large)))})"
 
     def __str__(self) -> str:
         rows = []
