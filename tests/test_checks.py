@@ -95,11 +95,6 @@ def test_a_schedule_that_cannot_be_is_said_before_the_first_stage_trains(tmp_pat
     assert not (tmp_path / "chain").exists()
 
 
-def test_checks_make_no_repo(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, token=None: pytest.fail("a repo would be made"))
-    dry_run(Recipe.parse(make_recipe(tmp_path, "llama", ANCHORS[:1], stage={"push_to_hub": True})))
-
-
 def test_minillm_on_a_stream_is_said_before_work(tmp_path):
     plain = make_recipe(tmp_path, "llama", ANCHORS)
     stream = {**plain["data"], "streaming": True, "reserve": 40}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,10 +88,8 @@ def check_optimiser(args: ChainDistillerConfig) -> None:
     Raises:
         ArgumentError: If it refuses.
     """
-    offline = copy.copy(args)
-    offline.push_to_hub = False  # or it would make the repo
     try:
-        trainer = Trainer(model=torch.nn.Linear(1, 1), args=offline, train_dataset=[{}], eval_dataset=[{}])
+        trainer = Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=[{}], eval_dataset=[{}])
         trainer.create_optimizer_and_scheduler(max(args.max_steps, 1))
         trainer.get_train_dataloader()
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -41,7 +41,7 @@ from cbd_hub.distill.wrapping import (
     unadapted_on_failure,
     without_compiler,
 )
-from cbd_hub.errors import ArgumentError, TrainingError
+from cbd_hub.errors import ArgumentError, DataError, TrainingError
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
 from cbd_hub.interpolation.plan import Kept, Plan
 from cbd_hub.losses.head import Listed, distillation_loss
@@ -109,6 +109,8 @@ class ChainDistiller(SamplingTrainer):
             raise ArgumentError(f"args is a {type(args).__name__}; pass a ChainDistillerConfig")
         if not issubclass(type(model), torch.nn.Module):  # isinstance would have mypy know less of it further down
             raise ArgumentError(f"model is a {type(model).__name__}; pass a loaded student, such as one of AutoModelForCausalLM.from_pretrained")
+        if hasattr(type(train_dataset), "__len__") and not len(train_dataset):
+            raise DataError("train_dataset has no rows; give some")
         if isinstance(train_dataset, Mapping):
             raise ArgumentError(f"train_dataset has the splits {', '.join(train_dataset)}; pass one of them, such as train_dataset[\"{next(iter(train_dataset), 'train')}\"]")
         no_logits = "logits are never formed"
