@@ -43,7 +43,7 @@ LITTER = (  # what lies about in a tree that is worked in, or lay there once
 )
 SMOKE = (  # every dependency at work, in minutes
     "test_manifest.py", "test_cards.py", "test_model.py", "test_remote.py::test_a_plan_prints_the_bytes_in_five_requests", "test_hub.py::test_a_chain_on_the_hub_is_a_chain",
-    "test_cli.py::test_show_plan_make_generate_eval", "test_cli.py::test_errors_are_one_line_with_the_way_out", "test_cli.py::test_every_command_has_help_and_json",
+    "test_cli.py::test_show_plan_make_generate_eval", "test_cli.py::test_errors_are_one_line_with_the_way_out", "test_cli.py::test_wrong_calls_exit_with_2", "test_cli.py::test_every_command_has_help_and_json",
     "test_recipe.py::test_files_of_every_kind_are_read", "test_recipe.py::test_a_recipe_survives_yaml", "test_align.py::test_a_permuted_copy_aligns_back",
     "test_distill.py::test_the_loss_is_the_dense_reference", "test_distill.py::test_stopped_and_resumed_equals_never_stopped",
     "test_distill.py::test_lora_students_learn_and_nothing_else_moves", "test_adapters.py::test_peft_loads_what_is_carried", "test_wrapping.py",
