@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cbd_hub.errors import ArgumentError, WeightsError, one_line
-from cbd_hub.hub import TOKENIZER_FILES, download
+from cbd_hub.hub import TOKENIZER_FILES, download, local_path
 from cbd_hub.weights import read_header
 
 
@@ -122,7 +122,7 @@ def read_adapter(adapter: str | os.PathLike[str], options: Mapping[str, Any] | N
         StorageError: If it cannot be fetched.
     """
     name = os.fspath(adapter)
-    folder, revision = Path(name).expanduser(), None
+    folder, revision = local_path(name), None
     if not folder.is_dir():
         repo_id, _, wanted = name.partition("@")
         if folder.exists() or name.startswith((".", "/", "~")) or repo_id.count("/") != 1:

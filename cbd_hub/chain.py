@@ -23,7 +23,7 @@ from cbd_hub.configs import read_config
 from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_bytes, write_text
-from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, open_chain, resolve_checkpoint
+from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, OpenChain, open_chain, resolve_checkpoint
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.plan import Kept, Plan, layer_types
 from cbd_hub.manifest import (
@@ -63,10 +63,10 @@ class Chain:
 
     @classmethod
     def from_pretrained(
-        cls, chain: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None,
+        cls, chain: str | os.PathLike[str] | OpenChain, *, revision: str | None = None, token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None, local_files_only: bool = False, force_download: bool = False,
     ) -> Chain:
-        """A chain from a local folder or a Hub id.
+        """A chain from a local folder or a Hub id; of one that is open, the same with what it has read.
 
         Raises:
             ManifestError: If there is no such chain, or its chain.json is refused.

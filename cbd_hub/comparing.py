@@ -132,8 +132,7 @@ def evaluate_sizes(
     """
     if text is None and not tasks:
         raise ArgumentError("neither text nor tasks were given; name a text file, or a .jsonl file of questions")
-    if not isinstance(chain, Chain):
-        chain = Chain.from_pretrained(chain)
+    chain = Chain.from_pretrained(chain)
     for name, given, what in (("sizes", sizes, "sizes"), ("models", models, "folders and Hub ids"), ("tasks", tasks, "files of questions")):
         if isinstance(given, (str, int, os.PathLike)):
             raise ArgumentError(f"{name} is {given!r} alone; give a list of {what}")

@@ -217,7 +217,7 @@ def draft_table(
         >>> table = draft_table("./chain", target="135M")  # doctest: +SKIP
         >>> table.best and (table.best.parameters, round(table.best.speedup, 2))  # doctest: +SKIP
     """
-    opened = chain if isinstance(chain, Chain) else Chain.from_pretrained(chain)
+    opened = Chain.from_pretrained(chain)
     for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens), ("rounds", rounds), ("num_assistant_tokens", num_assistant_tokens)):
         value = as_int(value)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -323,7 +323,7 @@ def _preview(files: ChainFiles, anchor: Anchor) -> Preview:
 
 def _say_dropped(publisher: Publisher, index: Repo, manifest: Manifest) -> None:
     """Say which anchors that others added to the chain that is there are none of this one's."""
-    held = publisher.manifest(index.id) if FILE_NAME in index.there else None
+    held = publisher.manifest(index.id, index.head) if FILE_NAME in index.there else None
     ours = [_weights_of(anchor) for anchor in manifest.anchors]
     for anchor in [] if held is None else held.anchors:
         repo = anchor.location.repo_id

@@ -71,7 +71,7 @@ def speed_table(
         SizeError: If a size cannot be realised.
         ArgumentError: If an argument cannot be used.
     """
-    opened = chain if isinstance(chain, Chain) else Chain.from_pretrained(chain)
+    opened = Chain.from_pretrained(chain)
     files = opened.files.glanced
     usual = [opened.plan(size, tolerance=0.5) for size in usual_sizes(opened.manifest)] if sizes is None else [opened.plan(size) for size in sizes]
     plans = list({plan.parameters: plan for plan in usual}.values())

@@ -144,11 +144,12 @@ class Publisher:
             if anchor is not None and not self._same_weights(repo):
                 raise ArgumentError(f"{repo.id} holds anchor {anchor.name} of the chain {chain}, and another model would take its place; push to another name")
 
-    def manifest(self, repo_id: str) -> Manifest | None:
-        """The manifest of a chain as the Hub has it now, whatever the cache has; None where there is none that can be read."""
+    def manifest(self, repo_id: str, commit: str | None = None) -> Manifest | None:
+        """The manifest of a chain at a commit, else as the Hub has it now, whatever the cache has; None where there is none that can be read."""
         try:
-            with explained(repo_id, self.token):
-                commit = self.client.model_info(repo_id).sha
+            if commit is None:
+                with explained(repo_id, self.token):
+                    commit = self.client.model_info(repo_id).sha
             return Manifest.read(fetch(repo_id, FILE_NAME, commit, {"token": self.token}, MAX_BYTES).parent)
         except CBDError:
             return None

@@ -70,17 +70,17 @@ def model_class(config: Any, source: str) -> Any:
     return found
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """A model folder loaded whole from safetensors, with every tensor where its table says, in eval mode.
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """A model folder loaded whole from safetensors, in a dtype, by default that of its weights, with every tensor where its table says, in eval mode.
 
     Raises:
         WeightsError: If tensors are missing, extra or mis-shaped, or hold a value that is no finite number.
     """
     config = read_config(folder)
-    Checkpoint(folder, config)
+    stored = Checkpoint(folder, config).dtype
     with LOADING:
         model = model_class(config, str(folder)).from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            folder, config=config, dtype=dtype or stored, local_files_only=True, use_safetensors=True, trust_remote_code=False
         ).eval()
     check_finite(model, str(folder))
     return model

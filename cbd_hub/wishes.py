@@ -77,11 +77,11 @@ def named_shape(wish: Shape | Mapping[str, int], whole: Shape, config: Any) -> S
         raise ArgumentError(f"shape {where}: {first['msg'].removeprefix('Value error, ').lower()}") from error
 
 
-def outside(values: Mapping[str, Any], small: Shape, large: Shape) -> str | None:
-    """The first field of a partial shape that is no number between the neighbours'; None where all are."""
+def outside(values: Mapping[str, int], small: Shape, large: Shape) -> str | None:
+    """The first field of a partial shape that is not between the neighbours'; None where all are."""
     for name, value in values.items():
         low, high = sorted((getattr(small, name), getattr(large, name)))
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if not low <= value <= high:
             return name
     return None
 

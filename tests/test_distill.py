@@ -595,7 +595,7 @@ def test_what_cannot_be_trained_is_said(tmp_path, caplog):
     with pytest.raises(ArgumentError, match="is no checkpoint of a trainer"):
         made().train(resume_from_checkpoint=str(tmp_path / "none"))
     made(student=tiny.llama(layers=2).to(torch.bfloat16))
-    assert "weights are in bfloat16, whose rounding swallows most of a step" in caplog.text
+    assert "weights are in bfloat16, whose rounding loses small steps" in caplog.text
 
 
 def test_bare_texts_are_no_rows(tmp_path):

@@ -284,13 +284,18 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool) -> Ite
         yield {**row(name, size, f"{plan.strategy}, healed", shape, healed, after), "share": share}
 
 
-def again(bench: Bench, name: str, seed: int, free: bool) -> dict[str, Any]:
-    """The middle of a segment with another seed."""
-    small, teacher = bench.anchor(name, seed), bench.losses("teacher", lambda: bench.teacher)
+def middle(bench: Bench, name: str, seed: int = 0) -> tuple[Any, tuple[int, int], Plan, Between]:
+    """A segment's smaller end, the sizes of both, the plan of its middle and what runs it."""
+    small = bench.anchor(name, seed)
     segment = bench.segment(name, small, seed)
     low, high = segment.sizes
-    plan = segment_plan(segment, round(low + 0.5 * (high - low)))
-    between = Between({"small": small, "large": bench.teacher})
+    return small, (low, high), segment_plan(segment, round(low + 0.5 * (high - low))), Between({"small": small, "large": bench.teacher})
+
+
+def again(bench: Bench, name: str, seed: int, free: bool) -> dict[str, Any]:
+    """The middle of a segment with another seed."""
+    small, (low, high), plan, between = middle(bench, name, seed)
+    teacher = bench.losses("teacher", lambda: bench.teacher)
     ours = bench.losses(f"{name}/0.5/chain{_suffix(seed)}", functools.partial(between.run, plan))
     anchor = bench.losses(f"{name}/anchor{_suffix(seed)}", lambda: small)
     weight = math.log(high / plan.parameters) / math.log(high / low)
@@ -306,11 +311,8 @@ def again(bench: Bench, name: str, seed: int, free: bool) -> dict[str, Any]:
 
 def from_scratch(bench: Bench, name: str, times: int) -> Iterator[dict[str, Any]]:
     """The middle of a segment against training from scratch, before and after a heal of both."""
-    small = bench.anchor(name)
-    segment = bench.segment(name, small)
-    low, high = segment.sizes
-    plan, rival = segment_plan(segment, round(low + 0.5 * (high - low))), f"from scratch, {times}x"
-    between = Between({"small": small, "large": bench.teacher})
+    _, _, plan, between = middle(bench, name)
+    rival = f"from scratch, {times}x"
     losses, make = bench.scratch(name, plan, times)
     ours = bench.losses(f"{name}/0.5/chain", functools.partial(between.run, plan))
     yield {**row(name, plan.parameters, plan.strategy, plan.shape, ours, {rival: losses}), "share": 0.5}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -19,12 +18,11 @@ from cbd_hub.commands.options import (
 from cbd_hub.commands.printing import (
     hush_bars,
     out,
-    print_json,
     printed,
     reported,
     resumable,
-    show_chain,
     show_costs,
+    tell_chain,
 )
 
 
@@ -60,12 +58,7 @@ def distill(
         raise typer.BadParameter("give --out, the chain's folder", param_hint="--out")
     with resumable():
         chain = distill_chain(read, out_dir, progress=printed(as_json))
-    if as_json:
-        print_json(json.loads(chain.manifest.to_json()))
-        return
-    show_chain(chain)
-    from cbd_hub.cards import example_size
-    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {example_size(chain.manifest)} --out ./model")
+    _made(chain, out_dir, as_json)
 
 
 @commands.command()
@@ -83,12 +76,7 @@ def assemble(
     hush_bars()
     with reported() as report:
         chain = assemble_chain(checkpoints, out_dir, align="auto" if align is None else align, calibration=text, report=report)
-    if as_json:
-        print_json(json.loads(chain.manifest.to_json()))
-        return
-    show_chain(chain)
-    from cbd_hub.cards import example_size
-    out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {example_size(chain.manifest)} --out ./model")
+    _made(chain, out_dir, as_json)
 
 
 @commands.command()
@@ -96,7 +84,12 @@ def show(chain: ChainArgument, revision: RevisionOption = None, as_json: JsonOpt
     """Show a chain: its anchors, its links, and how good the sizes in between are."""
     from cbd_hub.chain import Chain
     opened = Chain.from_pretrained(chain, revision=revision)
-    if as_json:
-        print_json(json.loads(opened.manifest.to_json()))
-        return
-    show_chain(opened)
+    tell_chain(opened, as_json)
+
+
+def _made(chain: Any, out_dir: Path, as_json: bool) -> None:
+    """Show a chain that was made, and what to do with it."""
+    tell_chain(chain, as_json)
+    if not as_json:
+        from cbd_hub.cards import example_size
+        out.print(f"\nnext: cbd make {escape(shlex.quote(str(out_dir)))} --size {example_size(chain.manifest)} --out ./model")

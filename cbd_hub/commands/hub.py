@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from cbd_hub.commands.options import (
     RevisionOption,
     refuse_given,
 )
-from cbd_hub.commands.printing import out, print_json, printed, show_chain, table_of
+from cbd_hub.commands.printing import out, print_json, printed, table_of, tell_chain
 from cbd_hub.errors import ArgumentError, StorageError
 from cbd_hub.sizes import format_bytes
 
@@ -76,11 +75,7 @@ def pull(chain: ChainArgument, out_dir: Annotated[Path, typer.Argument(metavar="
     """Make a local chain of one on the Hub, with every anchor."""
     from cbd_hub.chain import Chain
     Chain.from_pretrained(chain, revision=revision).save_pretrained(out_dir)
-    made = Chain.from_pretrained(out_dir)
-    if as_json:
-        print_json(json.loads(made.manifest.to_json()))
-        return
-    show_chain(made)
+    tell_chain(Chain.from_pretrained(out_dir), as_json)
 
 
 @commands.command("add-anchor")

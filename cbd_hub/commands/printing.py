@@ -69,6 +69,14 @@ def show_chain(chain: Any) -> None:
         console.print(f"loss: nats per token ± standard error on {measured[-1].tokens:,} tokens of {escape(measured[-1].dataset)}")
 
 
+def tell_chain(chain: Any, as_json: bool) -> None:
+    """A chain as tables, or as JSON."""
+    if as_json:
+        print_json(json.loads(chain.manifest.to_json()))
+    else:
+        show_chain(chain)
+
+
 def show_costs(costs: list[Any], parts: Any, as_json: bool) -> None:
     """What a recipe's stages would take, and how its documents are split."""
     counts = {"train": len(parts.train) if isinstance(parts.train, list) else None, "calibration": len(parts.calibration), "heldout": len(parts.heldout)}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from cbd_hub.configs import read_config
 from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.data import read_rows
 from cbd_hub.distill.schema import Recipe
@@ -19,7 +18,7 @@ from cbd_hub.errors import ArgumentError
 from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
 from cbd_hub.plans import weight_dtype
 from cbd_hub.precision import best_device
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
+from cbd_hub.weights import load_model, load_tokenizer
 
 
 def cache_text(
@@ -95,4 +94,4 @@ def cache_text(
 
 def _load(folder: Path) -> Any:
     """A model in the dtype of its weights."""
-    return load_model(folder, Checkpoint(folder, read_config(folder)).dtype).to(best_device())
+    return load_model(folder).to(best_device())

@@ -105,10 +105,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ArgumentError(f"{name}={value!r} is no finite number; give one such as 1.0")
             setattr(self, name, float(value))
-        seed = vars(self)["seed"]
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise ArgumentError(f"seed={seed!r} is no whole number; give one such as 0")
-        self.seed = int(seed)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral):
+            raise ArgumentError(f"seed={self.seed!r} is no whole number; give one such as 0")
         noise: Any = self.neftune_noise_alpha
         if noise is not None and (isinstance(noise, bool) or not isinstance(noise, Real)):
             raise ArgumentError(f"neftune_noise_alpha={noise!r} is no number; give one such as 5.0")

@@ -238,7 +238,7 @@ class ChainDistiller(SamplingTrainer):
         keep = labels != -100
         training = student.training
         plan = self._path_plan() if training else None
-        hidden = self.hidden if plan is None and self.hidden is not None and self.hidden.usable else None
+        hidden = self.hidden if plan is None and self.hidden is not None and not self.hidden.begins else None
         if num_items is None:
             num_items = keep.sum().clamp(min=1)
         runner = ModelRunner(student) if plan is None else self._between.run(plan)

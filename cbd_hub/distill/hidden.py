@@ -103,13 +103,8 @@ class HiddenTerm:
 
     @property
     def begins(self) -> bool:
-        """Whether the term waits for a start from the training text."""
+        """Whether projectors or balance still wait for their start from the training text, before which the term means nothing."""
         return not self.ready and bool(self.projectors or self.balanced)
-
-    @property
-    def usable(self) -> bool:
-        """Whether the term means anything: projectors and balance have had their start."""
-        return not self.begins
 
     def untouched(self) -> Tensor:
         """Nothing, with a graph to the projectors: what distributes training waits for every parameter's gradient."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from cbd_hub.distill.cache_record import FILE_NAME, TAIL, TOKEN, TOP, CacheRecor
 from cbd_hub.distill.top_codec import TailCodec, TopCodec
 from cbd_hub.errors import DataError, one_line
 from cbd_hub.files import check_file
-from cbd_hub.hub import download, is_repo_id
+from cbd_hub.hub import download, is_repo_id, local_path
 from cbd_hub.weights import tokenizer_sha256, weights_sha256
 
 
@@ -57,7 +56,7 @@ class TeacherCache(TorchDataset[dict[str, Any]]):
             DataError: If it is no cache, or its cache.json or columns are refused.
             IntegrityError: If a file is missing or differs from its recorded hash.
         """
-        folder = Path(cache).expanduser()
+        folder = local_path(os.fspath(cache))
         if not folder.is_dir() and is_repo_id(os.fspath(cache)):
             folder = download(os.fspath(cache), revision, [FILE_NAME, "data/*"], {"repo_type": "dataset", "token": token})
         record = CacheRecord.read(folder)

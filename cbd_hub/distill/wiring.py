@@ -108,7 +108,7 @@ def wired(
     half = next((parameter.dtype for parameter in model.parameters() if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)), None)
     if half is not None:
         logger.warning(
-            "the student's weights are in %s, whose rounding swallows most of a step; load it with dtype=torch.float32 (bf16=True then computes its products in bf16)", str(half).removeprefix("torch.")
+            "the student's weights are in %s, whose rounding loses small steps; load it with dtype=torch.float32 (bf16=True then computes its products in bf16)", str(half).removeprefix("torch.")
         )
     if bridge is not None and args.bridge == "text":
         train_dataset = None if train_dataset is None else bridge.rows.prompts(train_dataset, teacher)
