@@ -20,6 +20,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import ValidationError
 
 from cbd_hub import shapes
+from cbd_hub.adapter_files import CONFIG as ADAPTER_CONFIG
+from cbd_hub.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
 from cbd_hub.card_metadata import check_card, is_ours, license_of, merge_card, read_card, shared_license
 from cbd_hub.cards import Healed, anchor_card, chain_call, chain_card, curve_picture, cut_card, interpolant_card
 from cbd_hub.client import TOKEN, reason
@@ -32,7 +34,7 @@ from cbd_hub.manifest import FILE_NAME, MODEL_TYPE, Anchor, Location, Manifest, 
 from cbd_hub.plans import anchor_config
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_bytes, with_error
-from cbd_hub.upload import ADAPTER, Content, Publication, Publisher, Repo
+from cbd_hub.upload import Content, Publication, Publisher, Repo
 from cbd_hub.weights import Checkpoint, read_header
 
 
@@ -40,9 +42,9 @@ logger = logging.getLogger(__name__)
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
 # What goes when a repo gets another model; all else there is a person's.
 _OLD_MODEL = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER, "adapter_model.safetensors", *TOKENIZER_FILES
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES
 )
-_MODEL_FILES = ("config.json", ADAPTER, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+_MODEL_FILES = ("config.json", ADAPTER_CONFIG, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def push_chain(
@@ -130,7 +132,7 @@ def push_model(
         raise WeightsError(f"{folder} is neither a chain nor a model made from one (its config.json has no cbd); make one with `cbd make`")
     if (folder / "training_args.bin").is_file():
         raise WeightsError(f"{folder} was trained since the chain made it (it holds training_args.bin), and its card would say that it was not; push it with the trainer's push_to_hub")
-    adapter = (folder / ADAPTER).is_file()
+    adapter = (folder / ADAPTER_CONFIG).is_file()
     if not adapter:
         Checkpoint(folder, config)
     try:
@@ -157,7 +159,7 @@ def push_model(
         base=chain_call(str(made.get("chain")), made, shapes.shape_of(config)) if adapter else None,
     )
     if adapter:
-        files[ADAPTER] = _without_place(folder / ADAPTER)
+        files[ADAPTER_CONFIG] = _without_place(folder / ADAPTER_CONFIG)
     elif made.get("strategy") == "cut" and "difference" in made:  # which the first versions did not write
         card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, license=license)
     old = read_card(folder / "README.md")

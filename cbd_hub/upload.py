@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussio
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from cbd_hub.adapter_files import CONFIG as ADAPTER_CONFIG
 from cbd_hub.card_metadata import as_theirs, chains_of, check_card, is_ours, merge_card, read_card
 from cbd_hub.client import api, explained
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError
@@ -22,7 +23,6 @@ from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Manifest
 from cbd_hub.reporting import Progress
 
 
-ADAPTER = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 Content = Path | bytes
 
@@ -129,7 +129,7 @@ class Publisher:
             ArgumentError: If it would.
         """
         whole = any(fnmatchcase(path, "model*.safetensors") for path in repo.there)
-        if (ADAPTER in repo.files) if whole else (ADAPTER in repo.there and ADAPTER not in repo.files):
+        if (ADAPTER_CONFIG in repo.files) if whole else (ADAPTER_CONFIG in repo.there and ADAPTER_CONFIG not in repo.files):
             held, new = ("a model", "an adapter") if whole else ("an adapter", "a model")
             raise ArgumentError(f"{repo.id} holds {held}, and {new} would take its place; push to another name")
         if old is None or not is_ours(old):

@@ -20,8 +20,9 @@ from cbd_hub import chain as chain_module
 from cbd_hub.configs import read_config
 from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
+from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.packing import packed_dataset
-from cbd_hub.distill.schema import anchor_key
+from cbd_hub.distill.schema import Recipe, anchor_key
 from cbd_hub.distill.stages import plan_stages
 from cbd_hub.errors import ArgumentError, CBDError, DataError, IntegrityError, RecipeError, StorageError
 from cbd_hub.files import held
@@ -501,6 +502,19 @@ def test_what_cannot_be_is_said_before_anything_is_done(tmp_path, more, message)
     with pytest.raises(CBDError, match=message):
         distill_chain(plain, tmp_path / "chain")
     assert not (tmp_path / "chain").exists()
+
+
+@pytest.mark.parametrize(("key", "change", "message"), [
+    ("teacher", {"teacher": "./nope"}, "neither a model folder nor a Hub id"), ("data", {"data": {"path": "./none.txt"}}, "no file matches"),
+])
+def test_what_is_wrong_with_teacher_or_data_has_its_line(tmp_path, key, change, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**make_recipe(tmp_path, "llama", ANCHORS), **change}, sort_keys=False))
+    line = next(number for number, text in enumerate(path.read_text().splitlines(), 1) if text.startswith(f"{key}:"))
+    for act in (lambda: distill_chain(path, tmp_path / "chain"), lambda: dry_run(Recipe.read(path))):
+        with pytest.raises(CBDError, match=message) as caught:
+            act()
+        assert f"recipe.yaml line {line}: " in str(caught.value)
 
 
 def test_a_stage_that_cannot_take_its_steps_is_no_anchor(tmp_path):

@@ -189,10 +189,10 @@ def _made(folder: Path, dtype: str | None) -> tuple[Any, Any]:
     """The model of a folder, in a dtype, and its tokenizer."""
     import torch
 
+    from cbd_hub.adapter_files import CONFIG
     from cbd_hub.plans import weight_dtype
-    from cbd_hub.upload import ADAPTER
     from cbd_hub.weights import load_model, load_tokenizer
-    if (folder / ADAPTER).is_file() and not any(folder.glob("model*.safetensors")):
+    if (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors")):
         raise ArgumentError(f"{folder} holds an adapter alone; make the size with it by cbd make CHAIN --size SIZE --adapter {shlex.quote(str(folder))} --out MODEL, and name MODEL")
     return load_model(folder, None if dtype in (None, "auto") else weight_dtype(dtype, torch.float32)), load_tokenizer(folder)
 

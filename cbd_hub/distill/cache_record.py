@@ -185,6 +185,7 @@ class IdentifiedBlocks:
         prefix: Tokens that each block of joined text begins with and that do not count.
 
     Attributes:
+        joined: Whether the blocks are of plain text that is joined end to end.
         prefix: The same, empty of rows that are not joined, and of blocks that do not begin with it.
 
     Raises:
@@ -201,8 +202,8 @@ class IdentifiedBlocks:
         self.packed = "input_ids" in self._first
         if not self.packed and tokenizer is None:
             raise DataError(f"the rows have the columns {', '.join(self._first)} but no tokenizer came; pass one")
-        joined = _begins(self._first, prefix) if self.packed else is_joined(self._first)
-        self._tokenizer, self.block_size, self.prefix = tokenizer, block_size, list(prefix) if joined else []
+        self.joined = _begins(self._first, prefix) if self.packed else is_joined(self._first)
+        self._tokenizer, self.block_size, self.prefix = tokenizer, block_size, list(prefix) if self.joined else []
 
     @property
     def text_sha256(self) -> str | None:

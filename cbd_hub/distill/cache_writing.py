@@ -34,7 +34,7 @@ from cbd_hub.distill.cache_record import (
     TeacherRecord,
     TextRecord,
 )
-from cbd_hub.distill.packing import collate, next_tokens
+from cbd_hub.distill.packing import collate, next_tokens, no_block
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
 from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError, one_line
@@ -201,7 +201,7 @@ def write_cache(
             complete = False
             break
     if not identified.predicted:
-        raise DataError(f"the text does not fill one block of {block_size:,} tokens; give more text or a smaller block_size")
+        raise no_block(block_size, joined=identified.joined)
     name = getattr(teacher.config, "_name_or_path", "") or ""
     source = Source(
         teacher=TeacherRecord(

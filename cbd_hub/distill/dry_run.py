@@ -27,16 +27,16 @@ from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import (
     CALIBRATION_TOKENS,
     Stage,
-    calibration_of,
+    calibrations,
     plan_stages,
     read_parts,
     stage_rows,
     stage_tokenizers,
+    teacher_folder,
 )
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import short_attention
 from cbd_hub.evaluation import Documents, document_losses
-from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.losses.blocks import block_bytes
 from cbd_hub.manifest import Shape
@@ -111,12 +111,11 @@ def dry_run(recipe: Recipe, progress: Progress | None = None, *, parts: Parts | 
     if chain is not None and made_by(chain, recipe):
         return []
     finished = None if chain is None else Finished(chain, recipe)
-    source, *made = [resolve_checkpoint(recipe.teacher)] if finished is None else finished.folders
+    source, *made = [teacher_folder(recipe)] if finished is None else finished.folders
     config = read_config(source)
     stages = plan_stages(recipe, source, config, made)
     split, tokenizers = read_parts(recipe) if parts is None else parts, stage_tokenizers(stages, load_tokenizer(source))
-    for tokenizer in tokenizers:
-        calibration_of(split, tokenizer, recipe.data.block_size)
+    calibrations(recipe, split, tokenizers)
     if finished is not None:
         stages, tokenizers, config = stages[finished.stages :], tokenizers[finished.stages :], finished.config
     check_stages(recipe, stages, config, {stage.name: stage_rows(recipe, stage.anchor, split) for stage in stages}, tokenizers)

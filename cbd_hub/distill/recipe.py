@@ -32,11 +32,12 @@ from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import (
     CALIBRATION_TOKENS,
     Stage,
-    calibration_of,
+    calibrations,
     plan_stages,
     read_parts,
     stage_rows,
     stage_tokenizers,
+    teacher_folder,
 )
 from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError, TrainingError, one_line
 from cbd_hub.evaluation import BITS, document_losses
@@ -49,7 +50,7 @@ from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer
+from cbd_hub.weights import load_model, load_tokenizer
 
 
 _WORK = ".work"
@@ -129,21 +130,16 @@ class _Run:
         self.work = target / _WORK
         self.builder = ChainBuilder(target, chain_name(target) if chain is None else chain.name)
         self._check_target()
-        with recipe.at(None, field="teacher"):
-            self.source, *made = [resolve_checkpoint(recipe.teacher)] if self.finished is None else self.finished.folders
-            self.teacher_config = read_config(self.source)
-            Checkpoint(self.source, self.teacher_config)
+        self.source, *made = [teacher_folder(recipe)] if self.finished is None else self.finished.folders
+        self.teacher_config = read_config(self.source)
         self.stages = plan_stages(recipe, self.source, self.teacher_config, made)
         self.teacher_name = unique_name(shapes.parameter_count(self.teacher_config), [])
-        with recipe.at(None, field="data"):
-            self.parts = read_parts(recipe)
+        self.parts = read_parts(recipe)
         self.begun = Begun(self.work, dependencies(recipe, self.teacher_name, self.stages, self.parts), [] if self.finished is None else self.finished.names)
         self.begun.check()
         self.tokenizers = stage_tokenizers(self.stages, load_tokenizer(self.source))
         size = recipe.data.block_size
-        with recipe.at(None, field="data"):
-            texts = {key: calibration_of(self.parts, tokenizer, size) for key, tokenizer in {id(tokenizer): tokenizer for tokenizer in self.tokenizers}.items()}
-        self.calibrations = [texts[id(tokenizer)] for tokenizer in self.tokenizers]  # of the teacher, then of each stage
+        self.calibrations = calibrations(recipe, self.parts, self.tokenizers)  # of the teacher, then of each stage
         bridged = any(stage.bridged for stage in self.stages)  # across a bridge losses are compared in bits per byte
         self.same_bytes = None
         if bridged:

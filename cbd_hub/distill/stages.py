@@ -228,13 +228,26 @@ def _wished_shape(wish: Mapping[str, Any], above: Shape, exact: bool, teacher_co
     return shape
 
 
+def teacher_folder(recipe: Recipe) -> Path:
+    """The folder of the recipe's teacher, fetched where it is on the Hub.
+
+    Raises:
+        CBDError: If there is none, or it cannot be read, with the recipe's line.
+    """
+    with recipe.at(None, field="teacher"):
+        folder = resolve_checkpoint(recipe.teacher)
+        Checkpoint(folder, read_config(folder))
+    return folder
+
+
 def read_parts(recipe: Recipe) -> Parts:
     """The recipe's documents, split.
 
     Raises:
-        DataError: If the text is missing, empty or too short.
+        DataError: If the text is missing, empty or too short, with the recipe's line.
     """
-    return split_data(recipe.data, recipe.seed)
+    with recipe.at(None, field="data"):
+        return split_data(recipe.data, recipe.seed)
 
 
 def split_data(data: RecipeData, seed: int) -> Parts:
@@ -277,6 +290,17 @@ def calibration_of(parts: Parts, tokenizer: Any, block_size: int) -> Calibration
     rows = ((tokens.ids, tokens.labels) for tokens in tokenised(map(as_row, parts.calibration), tokenizer))
     answers = Documents.answered(rows, tokenizer, block_size, CALIBRATION_TOKENS)
     return Calibration(answers, answers)
+
+
+def calibrations(recipe: Recipe, parts: Parts, tokenizers: Sequence[Any]) -> list[Calibration]:
+    """The calibration text as each tokenizer reads it, once for each that there is.
+
+    Raises:
+        DataError: If there is too little, with the recipe's line.
+    """
+    with recipe.at(None, field="data"):
+        read = {key: calibration_of(parts, tokenizer, recipe.data.block_size) for key, tokenizer in {id(tokenizer): tokenizer for tokenizer in tokenizers}.items()}
+    return [read[id(tokenizer)] for tokenizer in tokenizers]
 
 
 def stage_rows(recipe: Recipe, anchor: str | int | dict[str, Any], parts: Parts) -> tuple[Any, Any]:
