@@ -22,7 +22,7 @@ from cbd_hub.distill import recipe as recipe_module
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.packing import packed_dataset
-from cbd_hub.distill.schema import Recipe, anchor_key
+from cbd_hub.distill.schema import anchor_key
 from cbd_hub.distill.stages import plan_stages
 from cbd_hub.errors import ArgumentError, CBDError, DataError, IntegrityError, RecipeError, StorageError
 from cbd_hub.files import held
