@@ -1,4 +1,4 @@
-"""Write benchmarks/README.md, and the marked blocks of README.md and benchmarks/quality/README.md, from benchmarks/results/*.json, so that no figure is typed by hand.
+"""Write benchmarks/README.md, and the marked blocks of other documents, from benchmarks/results/*.json, so that no figure is typed by hand.
 
 python benchmarks/render.py
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,6 @@ SECTIONS = {
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding", "deploy": "A size in other formats",
     "tasks": "Multiple-choice tasks", "lm_eval": "The tasks through lm-eval", "paper": "The paper's pipeline at small scale",
 }
-WHOLE = ("demo", "deploy")  # README.md has their tables
-BESIDE = ("hub", "heal", "adapter", "speed", "draft")  # and these in a sentence, where it speaks of them
-FIRST = ("headline", "quality", "quality_trained", "step", "head", "loading")  # what README.md shows before one asks for more
 INTRODUCTION = """# Benchmarks
 
 `make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
@@ -70,8 +68,9 @@ def page() -> str:
             missing.append(title)
             continue
         picture = RESULTS / f"{name}.png"
+        sentence = getattr(sentences, name, None)
         parts.append("\n".join([
-            f"## {title}", "", *([f"![{title}](results/{name}.png)", ""] if picture.is_file() else []), getattr(tables, name)(data), "", whence(data), "",
+            f"## {title}", "", *([f"![{title}](results/{name}.png)", ""] if picture.is_file() else []), *([sentence(data), ""] if sentence else []), getattr(tables, name)(data), "", whence(data), "",
         ]))
     if missing:
         parts.append(f"## Not measured yet\n\n{', '.join(missing)}.\n")
@@ -84,16 +83,21 @@ def anchor(title: str) -> str:
 
 
 def said(name: str) -> str:
-    """A benchmark in one sentence; empty where it has no result."""
+    """A benchmark in one sentence, with where its table stands; empty where it has no result."""
     data = read(name)
-    words = "" if data is None else (getattr(sentences, name, None) or getattr(tables, name))(data)
-    about = data and data.get("about")
-    return f"{words} {about}." if words and about else words
+    if data is None:
+        return ""
+    about = f" {data['about']}." if data.get("about") else ""
+    return f"{getattr(sentences, name)(data)}{about} Table: `benchmarks/README.md`, {SECTIONS[name]}."
 
 
-def place(name: str) -> str:
-    """Where a benchmark's table stands."""
-    return f"benchmarks/README.md#{anchor(SECTIONS[name])}"
+def answers(head: str, rows: Mapping[str, tuple[str, Callable[[sentences.Results], str]]]) -> str:
+    """A few figures for README.md, each with a link to its table."""
+    def result(name: str) -> dict[str, Any]:
+        return json.loads((RESULTS / f"{name}.json").read_text())
+
+    lines = [f"| [{what}](benchmarks/README.md#{anchor(SECTIONS[name])}) | {answer(result)} |" for what, (name, answer) in rows.items()]
+    return "\n".join([f"| {head} | measured |", "| --- | --- |", *lines])
 
 
 def fill(document: Path, blocks: dict[str, str]) -> None:
@@ -109,11 +113,12 @@ def fill(document: Path, blocks: dict[str, str]) -> None:
 
 def documents() -> dict[str, dict[str, str]]:
     """Each document's marked blocks."""
-    told = {name: f"- **[{title}]({place(name)})**: {said(name)}" for name, title in SECTIONS.items() if name not in (*WHOLE, *BESIDE) and said(name)}
-    first, others = ("\n".join(told[name] for name in told if (name in FIRST) == wanted) for wanted in (True, False))
-    figures = f"{first}\n\n<details><summary>Further figures</summary>\n\n{others}\n\n</details>"
     return {
-        "README.md": {**{name: table(name) for name in WHOLE}, "figures": figures, **{name: said(name) and f"{said(name)} [Table]({place(name)})" for name in BESIDE}},
+        "README.md": {"demo": table("demo"), "quality": answers("beside a size in between, which took no step, in nats per token", sentences.QUALITY), "cost": answers("cost", sentences.COST)},
+        "docs/how-to/publish.md": {"hub": said("hub")},
+        "docs/how-to/heal.md": {"heal": said("heal")},
+        "docs/how-to/adapters.md": {"adapter": said("adapter")},
+        "docs/how-to/deploy.md": {"speed": said("speed"), "draft": said("draft"), "deploy": table("deploy")},
         "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_trained", "quality_scratch", "quality_rivals")},
         "examples/paper/README.md": {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")},
     }

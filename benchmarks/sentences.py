@@ -1,8 +1,9 @@
-"""What each benchmark shows in one sentence, for README.md; its table is in benchmarks/README.md."""
+"""What each benchmark shows in one sentence, for benchmarks/README.md and docs/, and the few answers that README.md gives."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from tables import pair
@@ -178,16 +179,23 @@ def quality(data: dict[str, Any]) -> str:
     return f"Of {len(rows)} sizes on {len({row['segment'] for row in rows})} segments, {under} lie on or below the chord of their anchors' losses. Above it, in nats, at worst: {words}. The demo's lower segment, above, sags too."
 
 
+def first_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of sizes in between that are neither healed nor of a further seed."""
+    return [row for row in data["rows"] if "," not in row["by"]]
+
+
+def reach(rows: list[dict[str, Any]], name: str) -> str:
+    """By how much a rival is worse or better than the chain's models, from one end to the other."""
+    found = sorted(row["rivals"][name]["minus"][0] for row in rows)
+    words = [f"{abs(value):.2f} {'worse' if value > 0 else 'better'}" for value in (found[0], found[-1])]
+    if words[0].split()[1] == words[1].split()[1]:
+        return f"{min(map(abs, found)):.2f} to {max(map(abs, found)):.2f} {words[0].split()[1]}"
+    return f"from {words[0]} to {words[1]}"
+
+
 def quality_rivals(data: dict[str, Any]) -> str:
     """The middle of segments against trained rivals."""
-    rows = [row for row in data["rows"] if "," not in row["by"]]  # neither healed nor of a further seed
-
-    def reach(name: str) -> str:
-        found = sorted(row["rivals"][name]["minus"][0] for row in rows)
-        words = [f"{abs(value):.2f} {'worse' if value > 0 else 'better'}" for value in (found[0], found[-1])]
-        if words[0].split()[1] == words[1].split()[1]:
-            return f"{min(map(abs, found)):.2f} to {max(map(abs, found)):.2f} {words[0].split()[1]}"
-        return f"from {words[0]} to {words[1]}"
+    rows = first_rows(data)
 
     def spread(found: list[float]) -> str:
         return f"{statistics.mean(found):+.3f} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}"
@@ -200,7 +208,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
     names = ", ".join(f"`{row['segment']}`" for row in rows)
     return (
         f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({names}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
-        f"{reach('distilled alone')}; boomerang as published {reach('boomerang')}, with layers by influence and the best order {reach('boomerang, improved')}; merely cut {reach('merely cut')}; the smaller neighbour {reach('smaller neighbour')}."
+        f"{reach(rows, 'distilled alone')}; boomerang as published {reach(rows, 'boomerang')}, with layers by influence and the best order {reach(rows, 'boomerang, improved')}; merely cut {reach(rows, 'merely cut')}; the smaller neighbour {reach(rows, 'smaller neighbour')}."
         + (f" Over {max(map(len, seeds.values()))} seeds that boomerang stands at {'; '.join(f'{spread(found)} in {segment}' for segment, found in seeds.items())}." if seeds else "")
     )
 
@@ -253,3 +261,70 @@ def lm_eval(data: dict[str, Any]) -> str:
 def paper(data: dict[str, Any]) -> str:
     """The paper's pipeline."""
     return f"The paper's pipeline on models of 135M and less, which shows that its steps run and nothing of quality, takes {sum(found['processor_seconds'] for found in data['steps'].values()):.0f} processor seconds."
+
+
+Results = Callable[[str], dict[str, Any]]
+
+
+def _trained(name: str) -> Callable[[Results], str]:
+    return lambda read: reach(first_rows(read("quality_trained")), name)
+
+
+def _cut(read: Results) -> str:
+    rows = first_rows(read("quality"))
+    return f"{reach(rows, 'merely cut')} at {len(rows)} sizes; the smaller anchor itself {reach(rows, 'smaller neighbour')}"
+
+
+def _chord(read: Results) -> str:
+    rows = first_rows(read("quality"))
+    worst = max(rows, key=lambda row: row["to_chord"][0])
+    return f"{sum(row['to_chord'][0] <= row['to_chord'][1] for row in rows)} of {len(rows)} sizes are on or below it; at worst {worst['to_chord'][0]:.2f} above (`{worst['segment']}`)"
+
+
+def _alone(read: Results) -> str:
+    data = read("headline")
+    own = sorted(-row["chain_to_alone"][0] for row in data["sizes"])
+    return f"{reach(first_rows(read('quality_trained')), 'distilled alone')}; of {len(own)} sizes of a longer chain, {own[0]:.2f} to {own[-1]:.2f} worse"
+
+
+def _costs(read: Results) -> str:
+    cross = read("headline")["costs"]["crossover"]
+    return f"the chain needs fewer tokens from {cross['tokens']} sizes on, less time from {cross['seconds']} on"
+
+
+def _scratch(read: Results) -> str:
+    return f"{read('quality_scratch')['rows'][0]['rivals']['from scratch, 10x']['minus'][0]:.2f} worse"
+
+
+def _step(read: Results) -> str:
+    data = read("step")
+    ours, memory = data["seconds"]["cbd_hub"], data["peak_mib"]
+    return "; ".join(f"{name} {seconds / ours:.1f}x the time, {memory[name] / memory['cbd_hub']:.1f}x the memory" for name, seconds in data["seconds"].items() if name != "cbd_hub")
+
+
+def _loading(read: Results) -> str:
+    data = read("loading")
+    blend, patch = (found["from_chain, touched"]["wall"] / found["from_pretrained, touched"]["wall"] for found in (data["memory"]["blend"], data["memory"]["patch"]))
+    linear = data["disk"]["blend"]
+    return f"by blend {blend:.1f}x the time, by patch {patch:.1f}x; `cbd make` is {linear['mergekit linear']['wall'] / linear['cbd make']['wall']:.1f}x as fast as mergekit's `linear`"
+
+
+def _adapter(read: Results) -> str:
+    rows = read("adapter")["rows"]
+    return f"keeps {rows[0]['kept'][0]:.0%} of what it gained at {format_size(rows[0]['parameters'])}, {rows[-1]['kept'][0]:.0%} at {format_size(rows[-1]['parameters'])}"
+
+
+def _heal(read: Results) -> str:
+    return ", ".join(f"{row['curve'][-1]['loss'] - row['curve'][0]['loss']:+.3f} at {format_size(row['parameters'])}" for row in read("heal")["rows"])
+
+
+QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "the line between its anchors' losses (the chord)": ("quality", _chord), "the same shape, merely cut by importance": ("quality", _cut),
+    "the same shape from random weights, on 10 times the tokens": ("quality_scratch", _scratch), "boomerang distillation as published": ("quality_trained", _trained("boomerang")),
+    "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _alone),
+    "itself, healed on 16,384 tokens": ("heal", _heal),
+}
+COST: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "N sizes, against N distillations": ("headline", _costs), "a distillation step": ("step", _step), "`from_chain`, then every weight read, against `from_pretrained`": ("loading", _loading),
+    "a LoRA of the largest anchor, carried without training": ("adapter", _adapter),
+}
