@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from safetensors.numpy import save_file
 
 from cbd_hub import shapes
@@ -223,8 +222,7 @@ class ChainBuilder:
         """Write an anchor's maps into its parent's coordinates."""
         path = self.root / "maps" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        orders = {f"kept.{axis}": order.astype(np.int32) for axis, order in vars(kept).items() if order is not None}
-        save_file({**orders, **({} if maps is None else maps.arrays())}, path)
+        save_file({**kept.arrays(), **({} if maps is None else maps.arrays())}, path)
         path.chmod(0o644)
         return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
 
@@ -318,15 +316,15 @@ def assemble_chain(
 ) -> Chain:
     """A chain from ready checkpoints, without training: the paper's way.
 
-    Nothing is known of a common ancestor, so the smaller anchor of each segment is brought into the larger one's coordinates (`interpolation.align`); where
-    it is not, layers are mapped evenly and neurons, heads and channels by index. The anchors themselves stay what they were, bit for bit: the maps lie beside
+    The smaller anchor of each segment is brought into the larger one's coordinates (`interpolation.align`); where it is not, layers are mapped evenly and
+    neurons, heads and channels by index. One that `cbd cut` cut from the larger one, trained since or not, has them already, as the file beside its weights says. The anchors themselves stay what they were, bit for bit: the maps lie beside
     them and are part of every plan in between. Without calibration text layers come back last block first, alpha goes by size distance, and ``auto`` is
     ``patch`` where only layers differ, else ``blend``.
 
     Args:
         checkpoints: Two or more model folders or Hub ids, in any order.
         output_dir: The folder to make: absent or empty.
-        align: ``"auto"``: where that brings the neighbours nearer (with text: where the middle loses less). True: always. False: the anchors' own coordinates.
+        align: ``"auto"``: where that brings the neighbours nearer (with text: where the middle loses less), and not where one was cut from the other. True: always, but for those. False: the anchors' own coordinates.
         calibration: Text on which the coordinates are fitted, and order, road and curve of each segment measured: a file or a pattern, a list of texts, or a
             ``datasets.Dataset`` with a column ``text``.
         report: Called with what is done, how much of it, and of how much where that is known.

@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
     "tokenizer.model", "vocab.json", "merges.txt",
 )
 # What is taken over from a checkpoint: nothing that could be code or a pickle.
+KEPT_FILE = "cbd_kept.npz"  # of a model that was cut; no .safetensors, which who reads all of a folder would take for weights
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 _OTHER_WEIGHTS = ["consolidated*.safetensors"]  # the same weights once more in Mistral's own format
@@ -369,7 +370,7 @@ def resolve_checkpoint(
         name = ""
     if not name or folder.exists() or os.fspath(checkpoint).startswith((".", "/", "~")):
         raise StorageError(f"{checkpoint} is neither a model folder nor a Hub id; check the path")
-    return download(name, revision, [*(["*.safetensors", "README.md"] if weights else []), *CHECKPOINT_FILES], dict(options or {}))
+    return download(name, revision, [*(["*.safetensors", "README.md", KEPT_FILE] if weights else []), *CHECKPOINT_FILES], dict(options or {}))
 
 
 def is_repo_id(name: str) -> bool:

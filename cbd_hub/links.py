@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cbd_hub.ancestry import Ancestry
 from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.plan import Kept, layer_types
@@ -17,8 +19,10 @@ from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Report
 from cbd_hub.shapes import block_size
-from cbd_hub.weights import load_model, load_tokenizer
+from cbd_hub.weights import load_model, load_tokenizer, weights_sha256
 
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = 4096
 
@@ -34,11 +38,11 @@ def calibration_of(texts: Sequence[str], folder: Path, configs: Sequence[Any]) -
 
 @dataclass(frozen=True)
 class Joined:
-    """A segment between two published anchors.
+    """A segment between two ready anchors.
 
     Attributes:
         link: As in chain.json.
-        kept: The larger one's units that the smaller one's stand for; None where the two were not aligned.
+        kept: The larger one's units that the smaller one's stand for; None where the two were neither aligned nor one cut from the other.
         maps: How the smaller one's are turned; None where they were not.
         ends: Losses of the smaller and of the larger one, where there is text.
     """
@@ -74,18 +78,30 @@ def join(
             models = {
                 name: models.get(name) or load_model(folders[name], torch.float32).to(best_device()) for name in (large.name, small.name)
             }
-        kept, maps, aligned = (None, None, None) if align is False else _aligned(
-            models[small.name], models[large.name], align, None if calibration is None else calibration.blocks, said(small)
-        )
+        kept, maps, aligned = None, None, None
+        if align is not False and (kept := _cut_from(models[large.name], large, folders[small.name], small)) is None:
+            kept, maps, aligned = _aligned(models[small.name], models[large.name], align, None if calibration is None else calibration.blocks, said(small))
         if calibration is None:
             shared = Kept.even(small.shape, large.shape, types) if kept is None else kept
-            yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=aligned is None, align=aligned)), kept, maps)
+            yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=kept is None, align=aligned)), kept, maps)
             continue
         measured = measure_segment(
             models[small.name], models[large.name], kept, calibration.documents, dataset, names=(small.name, large.name), maps=maps, aligned=aligned,
             report=said(small),
         )
         yield Joined(measured.link(), kept, maps, measured.ends)
+
+
+def _cut_from(model: Any, large: Anchor, folder: Path, small: Anchor) -> Kept | None:
+    """Which units of the larger anchor the smaller one was cut from; None where its folder does not say so."""
+    ancestry = Ancestry.read(folder)
+    if ancestry is None:
+        return None
+    if ancestry.parent != weights_sha256(model):
+        logger.warning("%s was cut from another model than %s, so that the two are aligned as published ones are; cut each anchor from the one above it", folder, large.name)
+        return None
+    ancestry.kept.check(small.shape, large.shape)
+    return ancestry.kept
 
 
 def _aligned(

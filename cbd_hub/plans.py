@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -43,9 +41,6 @@ from cbd_hub.speed.measuring import Speed, SpeedWish
 from cbd_hub.speed.prediction import SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch, one_device
 from cbd_hub.weights import common_dtype, stored_dtype
-
-
-_KEPT = tuple(f"kept.{field.name}" for field in dataclasses.fields(Kept))
 
 
 def anchor_config(files: ChainFiles, anchor: Anchor) -> StoredConfig:
@@ -103,10 +98,7 @@ def stored_coordinates(files: ChainFiles, record: PathRecord) -> tuple[Kept, Map
     path = files.side_file(record)
     try:
         arrays = load_file(path)
-        kept = {name.removeprefix("kept."): array for name, array in arrays.items() if name in _KEPT}
-        if any(not np.issubdtype(array.dtype, np.integer) for array in kept.values()):
-            raise TypeError("they are no integers")
-        return Kept(**{name: array.astype(np.int64) for name, array in kept.items()}), Maps.read(arrays)
+        return Kept.read(arrays), Maps.read(arrays)
     except (SafetensorError, TypeError, AttributeError) as error:  # numpy lacks some of safetensors' dtypes
         raise ManifestError(f"{path} holds no kept.layers and kept.ffn ({one_line(error)}); fetch or make the chain again") from error
 

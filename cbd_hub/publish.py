@@ -29,7 +29,7 @@ from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file
-from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
+from cbd_hub.hub import KEPT_FILE, TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
 from cbd_hub.manifest import FILE_NAME, MODEL_TYPE, Anchor, Location, Manifest, Preview, Shape, public
 from cbd_hub.plans import anchor_config
 from cbd_hub.reporting import Progress
@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
 # What goes when a repo gets another model; all else there is a person's.
 _OLD_MODEL = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEPT_FILE, *TOKENIZER_FILES
 )
-_MODEL_FILES = ("config.json", ADAPTER_CONFIG, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
+_MODEL_FILES = ("config.json", ADAPTER_CONFIG, KEPT_FILE, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
 def push_chain(

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from cbd_hub.ancestry import Ancestry
 from cbd_hub.card_metadata import license_of
 from cbd_hub.cards import cut_card
 from cbd_hub.configs import read_config, read_generation_config
@@ -31,7 +32,7 @@ from cbd_hub.reporting import Progress
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.texts import texts_of
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, stored_shapes, write_safetensors
+from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, stored_shapes, weights_sha256, write_safetensors
 from cbd_hub.wishes import named_fields, named_shape
 
 
@@ -51,6 +52,7 @@ class Single:
         plan: The cut; its only anchor is the model itself.
         config: Config of the model that comes out, with ``cbd`` saying where it came from.
         checkpoint: The opened weights.
+        ancestry: Which units of which model are kept.
         text: What importance and losses were measured on.
         tried: Calibration loss in nats per token of each shape that was tried.
         whole: Losses of the whole model on the held-out part of the text.
@@ -62,6 +64,7 @@ class Single:
     plan: Plan
     config: Any
     checkpoint: Checkpoint
+    ancestry: Ancestry
     text: str
     tried: Mapping[Shape, float]
     whole: Losses
@@ -80,7 +83,7 @@ class Single:
         return {**self.config.cbd, "shape": self.plan.shape.model_dump()}
 
     def save_pretrained(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write an ordinary checkpoint tensor by tensor, with tokenizer, generation config and card.
+        """Write an ordinary checkpoint tensor by tensor, with tokenizer, generation config, card, and which units of which model were kept.
 
         Raises:
             StorageError: If the folder is in the way or the disk is full.
@@ -99,6 +102,7 @@ class Single:
             write_safetensors(
                 target / "model.safetensors", {name: (dtype, shapes[name]) for name in self.plan.tensors}, stream(self.plan, self.read, shapes, dtype)
             )
+            self.ancestry.save(target)
             write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), license=license_of(self.folder)))
 
 
@@ -149,7 +153,7 @@ def cut_single(
         "parameters": cut.plan.parameters, "whole_parameters": whole, "text": public(source), "tokens": int(after.tokens.sum()), "documents": len(after.tokens),
         "loss": after.mean, "stderr": after.stderr, "whole_loss": before.mean, "difference": difference, "difference_stderr": error,
     }
-    return Single(name, folder, cut.plan, made, checkpoint, source, cut.tried, before, after)
+    return Single(name, folder, cut.plan, made, checkpoint, Ancestry(cut.kept, weights_sha256(live)), source, cut.tried, before, after)
 
 
 def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | None, config: Any) -> tuple[int, Shape | None]:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
+from cbd_hub.ancestry import Ancestry
 from cbd_hub.distill.bridge_rows import COLUMNS
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.evaluating import with_tokens
@@ -42,6 +43,7 @@ from cbd_hub.distill.wrapping import (
     without_compiler,
 )
 from cbd_hub.errors import ArgumentError, DataError, TrainingError
+from cbd_hub.hub import KEPT_FILE
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
 from cbd_hub.interpolation.plan import Kept, Plan
 from cbd_hub.losses.head import Listed, distillation_loss
@@ -75,7 +77,8 @@ class ChainDistiller(SamplingTrainer):
             ``completion``, or chat ``messages``, which are packed into blocks; of prompts and chats only the answers count.
         eval_dataset: The same for evaluation, several of them by name, or None.
         processing_class: The tokenizer; needed unless rows have ``input_ids``.
-        kept: Which units of the teacher the student was cut from; needed for ``path_fraction``. Hidden states are matched by it, and evenly without.
+        kept: Which units of the teacher the student was cut from, or the folder that `cbd cut` wrote, which says it and whose word is saved with the student, for `assemble_chain`; needed for
+            ``path_fraction``. Hidden states are matched by it, and evenly without.
         text_dataset: Text for MiniLLM's cross-entropy term, rows as ``train_dataset`` has them; with ``text_weight`` only.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
         teacher_cache: A `TeacherCache`, its folder or its Hub id, as ``args.teacher_cache``: its blocks are the training data and its top tokens the
@@ -101,7 +104,7 @@ class ChainDistiller(SamplingTrainer):
 
     def __init__(
         self, model: Any, teacher: Any = None, args: ChainDistillerConfig | None = None, train_dataset: Any = None, eval_dataset: Any = None,
-        processing_class: Any = None, *, kept: Kept | None = None, order: Sequence[int] | None = None,
+        processing_class: Any = None, *, kept: Kept | str | os.PathLike[str] | None = None, order: Sequence[int] | None = None,
         teacher_cache: TeacherCache | str | os.PathLike[str] | None = None, peft_config: Any = None, text_dataset: Any = None, teacher_processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -113,6 +116,11 @@ class ChainDistiller(SamplingTrainer):
             raise DataError("train_dataset has no rows; give some")
         if isinstance(train_dataset, Mapping):
             raise ArgumentError(f"train_dataset has the splits {', '.join(train_dataset)}; pass one of them, such as train_dataset[\"{next(iter(train_dataset), 'train')}\"]")
+        if isinstance(kept, (str, os.PathLike)):
+            self.ancestry = Ancestry.read(Path(kept))
+            if self.ancestry is None:
+                raise ArgumentError(f"{os.fspath(kept)} has no {KEPT_FILE}, so that nobody knows what it was cut from; name the folder that cbd cut wrote, or leave kept out")
+            kept = self.ancestry.kept
         no_logits = "logits are never formed"
         for name, why in (
             ("compute_loss_func", "the loss is that of args (divergence, kd_weight, ce_weight, hidden_weight)"), ("compute_metrics", no_logits), ("preprocess_logits_for_metrics", no_logits),

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
+from cbd_hub.ancestry import Ancestry
 from cbd_hub.card_metadata import license_of
 from cbd_hub.cards import anchor_card
 from cbd_hub.distill.config import ChainDistillerConfig
@@ -31,6 +32,7 @@ class AnchorTrainer(Trainer):
 
     teacher: Any
     teacher_cache: Any = None
+    ancestry: Ancestry | None = None
 
     def save_beside(self, folder: Path) -> None:
         """Write what a checkpoint holds besides the Trainer's own; every process calls it."""
@@ -41,7 +43,7 @@ class AnchorTrainer(Trainer):
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, revision: str | None = None,
         private: bool | None = None, **kwargs: Any,
     ) -> Any:
-        """Push the student with its tokenizer and the project's card, and nothing else: no arguments, optimiser or projectors.
+        """Push the student with its tokenizer, the project's card and, of a cut, which units were kept, and nothing else: no arguments, optimiser or projectors.
 
         Args:
             commit_message: Message of the commit.
@@ -108,6 +110,11 @@ class AnchorTrainer(Trainer):
         )
 
     # -- saving --------------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.ancestry is not None and not is_peft_model(self.accelerator.unwrap_model(self.model)):
+            self.ancestry.save(Path(output_dir or self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)

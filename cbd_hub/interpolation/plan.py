@@ -7,7 +7,7 @@ the path between two anchors and `from_chain` use the same plans.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,22 @@ class Kept:
         if types is not None and any(types[1][layer] != kind for layer, kind in zip(layers, types[0])):
             layers = _evenly(*types)
         return cls(layers, np.tile(np.arange(large.ffn), (large.layers, 1)))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of them under flat names, for a file."""
+        return {f"kept.{axis}": order.astype(np.int32) for axis, order in vars(self).items() if order is not None}
+
+    @classmethod
+    def read(cls, arrays: Mapping[str, np.ndarray]) -> Kept:
+        """From flat names, among which others may be.
+
+        Raises:
+            TypeError: If one is missing, or holds no integers.
+        """
+        found = {axis.name: arrays[f"kept.{axis.name}"] for axis in fields(cls) if f"kept.{axis.name}" in arrays}
+        if any(not np.issubdtype(order.dtype, np.integer) for order in found.values()):
+            raise TypeError("they are no integers")
+        return cls(**{axis: order.astype(np.int64) for axis, order in found.items()})
 
     @property
     def dropped(self) -> list[int]:

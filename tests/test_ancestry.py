@@ -1,0 +1,142 @@
+"""A cut knows what it was cut from, also after training, and an assembled chain has it from there."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from cbd_hub import CBDModel, ChainDistiller, ChainDistillerConfig, assemble_chain
+from cbd_hub.ancestry import Ancestry
+from cbd_hub.errors import ArgumentError, ManifestError, WeightsError
+from cbd_hub.hub import KEPT_FILE
+from cbd_hub.plans import coordinates_of
+from cbd_hub.single import cut_single
+from cbd_hub.weights import weights_sha256
+
+
+TEXTS = tiny.texts(60)
+ROWS = [{"input_ids": list(range(4, 36)), "labels": list(range(4, 36))} for _ in range(8)]
+
+
+def cut(folder, make=tiny.llama, **shape):
+    """A model, and the folder of a cut of it."""
+    whole = tiny.save(make(layers=6, ffn=96), folder / "whole")
+    made = cut_single(whole, shape=shape or {"layers": 4, "ffn": 64}, calibration=TEXTS)
+    made.save_pretrained(folder / "cut")
+    return whole, folder / "cut", made.ancestry.kept
+
+
+def trained(whole, folder, out, **options):
+    """The cut after two steps."""
+    trainer = ChainDistiller(
+        model=AutoModelForCausalLM.from_pretrained(folder), teacher=AutoModelForCausalLM.from_pretrained(whole),
+        args=ChainDistillerConfig(str(out), max_steps=2, per_device_train_batch_size=4, learning_rate=0.01, bf16=False, save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, **options),
+        train_dataset=ROWS, processing_class=tiny.tokenizer(), kept=folder,
+    )
+    trainer.train()
+    trainer.save_model()
+    return out
+
+
+def equal(ours, theirs):
+    return all((mine is None) == (other is None) and (mine is None or np.array_equal(mine, other)) for mine, other in zip(vars(ours).values(), vars(theirs).values()))
+
+
+def between(chain):
+    large, small = chain.anchors
+    return coordinates_of(chain.files, small, large)
+
+
+def test_every_family_s_cut_says_what_it_kept(every, tmp_path):
+    whole, folder, kept = cut(tmp_path, tiny.EVERY[every])
+    found = Ancestry.read(folder)
+    assert equal(found.kept, kept)
+    assert found.parent == weights_sha256(AutoModelForCausalLM.from_pretrained(whole))
+    shared, maps = between(assemble_chain([whole, folder], tmp_path / "chain"))
+    assert equal(shared, kept)
+    assert maps is None
+
+
+@pytest.mark.parametrize("calibration", [None, TEXTS])
+def test_a_trained_cut_shares_coordinates_in_the_chain(calibration, tmp_path):
+    """They are those of the cut, nothing is aligned, and the anchors are the checkpoints, bit for bit."""
+    whole, folder, kept = cut(tmp_path)
+    out = trained(whole, folder, tmp_path / "out", path_fraction=0.5)
+    assert (out / "checkpoint-2" / KEPT_FILE).is_file()
+    chain = assemble_chain([out, whole], tmp_path / "chain", calibration=calibration)
+    shared, maps = between(chain)
+    assert equal(shared, kept)
+    assert maps is None
+    (link,) = chain.manifest.links
+    assert link.strategies.blend.align is None
+    assert not link.strategies.blend.replicate
+    for anchor, source in zip(chain.anchors, (whole, out)):
+        assert not (chain.files.root / "anchors" / anchor.name / KEPT_FILE).exists()
+        model, stored = CBDModel.from_chain(chain, anchor.name), AutoModelForCausalLM.from_pretrained(source)
+        assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in stored.named_parameters())
+
+
+def test_a_size_between_an_untrained_cut_and_its_model_is_the_model_cut(tmp_path):
+    """What both hold is the same in both, whatever alpha; by index it would be an average of unlike neurons."""
+    whole, folder, kept = cut(tmp_path, ffn=48)
+    chain = assemble_chain([whole, folder], tmp_path / "chain")
+    model, large = CBDModel.from_chain(chain, shape={"ffn": 72}, strategy="blend", alpha=0.3), AutoModelForCausalLM.from_pretrained(whole)
+    for layer in range(6):
+        ours, theirs = (found.model.layers[layer].mlp.up_proj.weight for found in (model, large))
+        torch.testing.assert_close(ours, theirs[kept.ffn[layer][:72]])
+
+
+def test_a_cut_of_another_model_is_aligned(tmp_path, caplog):
+    whole, folder, kept = cut(tmp_path)
+    other = tiny.save(tiny.llama(layers=6, ffn=96, seed=9), tmp_path / "other")
+    with caplog.at_level(logging.WARNING):
+        chain = assemble_chain([other, folder], tmp_path / "chain", align=True)
+    assert "was cut from another model than" in caplog.text
+    assert not equal(between(chain)[0], kept)
+    assert chain.manifest.links[0].strategies.blend.align is not None
+
+
+def test_own_coordinates_are_asked_for(tmp_path):
+    whole, folder, _ = cut(tmp_path)
+    assert between(assemble_chain([whole, folder], tmp_path / "chain", align=False)) == (None, None)
+
+
+def test_a_file_that_is_broken_or_of_another_shape_is_refused(tmp_path):
+    whole, folder, kept = cut(tmp_path)
+    other = cut_single(whole, shape={"layers": 3}, calibration=TEXTS)
+    Ancestry(other.ancestry.kept, weights_sha256(AutoModelForCausalLM.from_pretrained(whole))).save(folder)
+    with pytest.raises(ManifestError, match="kept layers must be 4"):
+        assemble_chain([whole, folder], tmp_path / "chain")
+    for content in (b"", b"half", (folder / KEPT_FILE).read_bytes()[:200]):
+        (folder / KEPT_FILE).write_bytes(content)
+        with pytest.raises(WeightsError, match="which units were kept"):
+            assemble_chain([whole, folder], tmp_path / "chain")
+    np.savez(folder / KEPT_FILE, parent="x")
+    with pytest.raises(WeightsError, match="which units were kept"):
+        Ancestry.read(folder)
+    assert not (tmp_path / "chain").exists()
+
+
+def test_a_folder_that_says_nothing_is_refused(tmp_path):
+    whole, folder, _ = cut(tmp_path)
+    (folder / KEPT_FILE).unlink()
+    with pytest.raises(ArgumentError, match="name the folder that cbd cut wrote"):
+        trained(whole, folder, tmp_path / "out")
+
+
+def test_it_goes_to_the_hub_and_comes_back(hub, tmp_path):
+    whole, folder, kept = cut(tmp_path)
+    trainer = ChainDistiller(
+        model=AutoModelForCausalLM.from_pretrained(folder), teacher=AutoModelForCausalLM.from_pretrained(whole),
+        args=ChainDistillerConfig(str(tmp_path / "out"), max_steps=1, bf16=False, report_to="none", disable_tqdm=True, use_cpu=True, hub_model_id="org/student"),
+        train_dataset=ROWS, processing_class=tiny.tokenizer(), kept=folder,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    shutil.rmtree(folder)
+    shared, _ = between(assemble_chain([whole, "org/student"], tmp_path / "chain"))
+    assert equal(shared, kept)
