@@ -278,13 +278,13 @@ def _cut(read: Results) -> str:
 def _chord(read: Results) -> str:
     rows = first_rows(read("quality"))
     worst = max(rows, key=lambda row: row["to_chord"][0])
-    return f"{sum(row['to_chord'][0] <= row['to_chord'][1] for row in rows)} of {len(rows)} sizes are on or below it; at worst {worst['to_chord'][0]:.2f} above (`{worst['segment']}`)"
+    return f"{sum(row['to_chord'][0] <= row['to_chord'][1] for row in rows)} of {len(rows)} sizes are on or below it, within a standard error; at worst {worst['to_chord'][0]:.2f} above (segment `{worst['segment']}`)"
 
 
 def _alone(read: Results) -> str:
     data = read("headline")
     own = sorted(-row["chain_to_alone"][0] for row in data["sizes"])
-    return f"{reach(first_rows(read('quality_trained')), 'distilled alone')}; of {len(own)} sizes of a longer chain, {own[0]:.2f} to {own[-1]:.2f} worse"
+    return f"{reach(first_rows(read('quality_trained')), 'distilled alone')}; of {len(own)} sizes of the chain {', '.join(data['anchors'])}, {own[0]:.2f} to {own[-1]:.2f} worse"
 
 
 def _costs(read: Results) -> str:
@@ -299,23 +299,35 @@ def _scratch(read: Results) -> str:
 def _step(read: Results) -> str:
     data = read("step")
     ours, memory = data["seconds"]["cbd_hub"], data["peak_mib"]
-    return "; ".join(f"{name} {seconds / ours:.1f}x the time, {memory[name] / memory['cbd_hub']:.1f}x the memory" for name, seconds in data["seconds"].items() if name != "cbd_hub")
+    slow = read("step_fp32")["seconds"]
+    return "; ".join(
+        f"{name} {seconds / ours:.1f}x the time ({slow[name] / slow['cbd_hub']:.1f}x in fp32), {memory[name] / memory['cbd_hub']:.1f}x the memory beside weights and optimiser"
+        for name, seconds in data["seconds"].items() if name != "cbd_hub"
+    )
 
 
 def _loading(read: Results) -> str:
     data = read("loading")
     blend, patch = (found["from_chain, touched"]["wall"] / found["from_pretrained, touched"]["wall"] for found in (data["memory"]["blend"], data["memory"]["patch"]))
-    linear = data["disk"]["blend"]
-    return f"by blend {blend:.1f}x the time, by patch {patch:.1f}x; `cbd make` is {linear['mergekit linear']['wall'] / linear['cbd make']['wall']:.1f}x as fast as mergekit's `linear`"
+    return f"by blend {blend:.1f}x the time, by patch {patch:.1f}x"
+
+
+def _making(read: Results) -> str:
+    disk = read("loading")["disk"]
+    (ours, theirs), imports = (disk["blend"][name] for name in ("cbd make", "mergekit linear")), disk["imports"]
+    apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
+    return f"{theirs['wall'] / ours['wall']:.1f}x the time as whole commands, {apart:.1f}x in CPU time without imports"
 
 
 def _adapter(read: Results) -> str:
     rows = read("adapter")["rows"]
-    return f"keeps {rows[0]['kept'][0]:.0%} of what it gained at {format_size(rows[0]['parameters'])}, {rows[-1]['kept'][0]:.0%} at {format_size(rows[-1]['parameters'])}"
+    first, *_, last = rows
+    return f"of its gain at {format_size(read('adapter')['anchor']['parameters'])} it keeps {first['kept'][0]:.0%} at {format_size(first['parameters'])}, {last['kept'][0]:.0%} at {format_size(last['parameters'])}"
 
 
 def _heal(read: Results) -> str:
-    return ", ".join(f"{row['curve'][-1]['loss'] - row['curve'][0]['loss']:+.3f} at {format_size(row['parameters'])}" for row in read("heal")["rows"])
+    found = [(row["curve"][-1]["loss"] - row["curve"][0]["loss"], format_size(row["parameters"])) for row in read("heal")["rows"]]
+    return ", ".join(f"{abs(change):.3f} {'worse' if change > 0 else 'better'} at {size}" for change, size in found)
 
 
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
@@ -326,5 +338,5 @@ QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
 }
 COST: dict[str, tuple[str, Callable[[Results], str]]] = {
     "N sizes, against N distillations": ("headline", _costs), "a distillation step": ("step", _step), "`from_chain`, then every weight read, against `from_pretrained`": ("loading", _loading),
-    "a LoRA of the largest anchor, carried without training": ("adapter", _adapter),
+    "mergekit's `linear`, against `cbd make`": ("loading", _making), "a LoRA of the largest anchor, carried without training": ("adapter", _adapter),
 }

@@ -3,7 +3,7 @@
     python examples/01_distil.py --teacher HuggingFaceTB/SmolLM2-135M-Instruct --anchors 99M 64M --text "text/*.txt" --steps 100 --out ./chain
     python examples/01_distil.py --smoke
 
-Stopped, it goes on where it was when it is run again. All that a recipe can say is in the README; `cbd distill recipe.yaml` does the same.
+Stopped, it goes on where it was when it is run again. All that a recipe can say is in docs/how-to/recipe.md; `cbd distill recipe.yaml` does the same.
 """
 
 from __future__ import annotations
