@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,10 @@ def answers(head: str, rows: Mapping[str, tuple[str, Callable[[sentences.Results
     def result(name: str) -> dict[str, Any]:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
-    lines = [f"| [{what}](benchmarks/README.md#{anchor(SECTIONS[name])}) | {answer(result)} |" for what, (name, answer) in rows.items()]
+    lines = []
+    for what, (name, answer) in rows.items():
+        with suppress(FileNotFoundError):  # not measured yet
+            lines.append(f"| [{what}](benchmarks/README.md#{anchor(SECTIONS[name])}) | {answer(result)} |")
     return "\n".join([f"| {head} | measured |", "| --- | --- |", *lines])
 
 

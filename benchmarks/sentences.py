@@ -276,15 +276,15 @@ def _cut(read: Results) -> str:
 
 
 def _chord(read: Results) -> str:
-    rows = first_rows(read("quality"))
+    rows = [row for row in first_rows(read("quality")) if row.get("to_chord")]
     worst = max(rows, key=lambda row: row["to_chord"][0])
     return f"{sum(row['to_chord'][0] <= row['to_chord'][1] for row in rows)} of {len(rows)} sizes are on or below it, within a standard error; at worst {worst['to_chord'][0]:.2f} above (segment `{worst['segment']}`)"
 
 
 def _alone(read: Results) -> str:
     data = read("headline")
-    own = sorted(-row["chain_to_alone"][0] for row in data["sizes"])
-    return f"{reach(first_rows(read('quality_trained')), 'distilled alone')}; of {len(own)} sizes of the chain {', '.join(data['anchors'])}, {own[0]:.2f} to {own[-1]:.2f} worse"
+    rows = [{"rivals": {"alone": {"minus": [-row["chain_to_alone"][0]]}}} for row in data["sizes"]]
+    return f"{reach(rows, 'alone')} at {len(rows)} sizes, on one stage's tokens against the chain's {len(data['anchors']) - 1} stages"
 
 
 def _costs(read: Results) -> str:
@@ -293,7 +293,8 @@ def _costs(read: Results) -> str:
 
 
 def _scratch(read: Results) -> str:
-    return f"{read('quality_scratch')['rows'][0]['rivals']['from scratch, 10x']['minus'][0]:.2f} worse"
+    (name, rival), = read("quality_scratch")["rows"][0]["rivals"].items()
+    return f"{rival['minus'][0]:.2f} worse on {name.rpartition(' ')[2].rstrip('x')} times a stage's tokens"
 
 
 def _step(read: Results) -> str:
@@ -301,7 +302,7 @@ def _step(read: Results) -> str:
     ours, memory = data["seconds"]["cbd_hub"], data["peak_mib"]
     slow = read("step_fp32")["seconds"]
     return "; ".join(
-        f"{name} {seconds / ours:.1f}x the time ({slow[name] / slow['cbd_hub']:.1f}x in fp32), {memory[name] / memory['cbd_hub']:.1f}x the memory beside weights and optimiser"
+        f"{name} {seconds / ours:.1f}x the time ({slow[name] / slow['cbd_hub']:.1f}x in fp32 on another CPU), {memory[name] / memory['cbd_hub']:.1f}x the memory beside weights and optimiser"
         for name, seconds in data["seconds"].items() if name != "cbd_hub"
     )
 
@@ -326,15 +327,17 @@ def _adapter(read: Results) -> str:
 
 
 def _heal(read: Results) -> str:
-    found = [(row["curve"][-1]["loss"] - row["curve"][0]["loss"], format_size(row["parameters"])) for row in read("heal")["rows"]]
-    return ", ".join(f"{abs(change):.3f} {'worse' if change > 0 else 'better'} at {size}" for change, size in found)
+    rows = read("heal")["rows"]
+    found = [(row["curve"][-1]["loss"] - row["curve"][0]["loss"], format_size(row["parameters"])) for row in rows]
+    words = ", ".join(f"{abs(change):.3f} {'worse' if change > 0 else 'better'} at {size}" for change, size in found)
+    return f"{words}, on {rows[0]['curve'][-1]['tokens']:,} tokens"
 
 
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
     "the line between its anchors' losses (the chord)": ("quality", _chord), "the same shape, merely cut by importance": ("quality", _cut),
-    "the same shape from random weights, on 10 times the tokens": ("quality_scratch", _scratch), "boomerang distillation as published": ("quality_trained", _trained("boomerang")),
-    "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _alone),
-    "itself, healed on 16,384 tokens": ("heal", _heal),
+    "the same shape from random weights": ("quality_scratch", _scratch), "boomerang distillation as published": ("quality_trained", _trained("boomerang")),
+    "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, of the chain 111M, 50M, 28M": ("headline", _alone),
+    "itself, healed": ("heal", _heal),
 }
 COST: dict[str, tuple[str, Callable[[Results], str]]] = {
     "N sizes, against N distillations": ("headline", _costs), "a distillation step": ("step", _step), "`from_chain`, then every weight read, against `from_pretrained`": ("loading", _loading),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from cbd_hub.errors import WeightsError, one_line
 from cbd_hub.files import write_bytes
@@ -31,9 +31,7 @@ class Ancestry:
 
     def save(self, folder: Path) -> None:
         """Write them into a model's folder."""
-        buffer, arrays = io.BytesIO(), {"parent": np.array(self.parent), **self.kept.arrays()}
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub takes all of them for allow_pickle
-        write_bytes(folder / KEPT_FILE, buffer.getvalue())
+        write_bytes(folder / KEPT_FILE, save({"parent": np.frombuffer(bytes.fromhex(self.parent), np.uint8), **self.kept.arrays()}))
 
     @classmethod
     def read(cls, folder: Path) -> Ancestry | None:
@@ -46,7 +44,7 @@ class Ancestry:
         if not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(Kept.read(arrays), str(arrays["parent"]))
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = load(path.read_bytes())
+            return cls(Kept.read(arrays), arrays["parent"].tobytes().hex())
+        except (OSError, SafetensorError, TypeError, KeyError, AttributeError) as error:  # numpy lacks some of safetensors' dtypes
             raise WeightsError(f"{path} does not say which units were kept ({one_line(error)}); copy it again from the folder of the cut, or remove it") from error

@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from pydantic import Field
 
 from cbd_hub.card_metadata import hub_id, license_lines, repeated, shared_license
-from cbd_hub.hub import is_repo_id
+from cbd_hub.hub import KEPT_FILE, is_repo_id
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.planner import PADDING
 from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Mix, Name, Shape
@@ -149,19 +149,20 @@ def anchor_card(
     )
 
 
-def cut_card(name: str, summary: dict[str, Any], *, license: str | None) -> str:
+def cut_card(name: str, summary: dict[str, Any], *, kept: bool, license: str | None) -> str:
     """The README of a model that was cut from one other.
 
     Args:
         name: Its name.
         summary: What `cbd_hub.single.Single.summary` says of it: what its config.json holds, and its shape.
+        kept: Whether a file beside it says which units were kept.
         license: Licence of the model where it is known; it is never invented.
 
     Returns:
         Markdown with the metadata of a model card.
     """
     return _render(
-        "cut.md.j2", name=name, license=license_lines(license), repo=summary["model"] if summary["revision"] else None, whole=format_size(summary["whole_parameters"]),
+        "cut.md.j2", name=name, kept_file=KEPT_FILE if kept else None, license=license_lines(license), repo=summary["model"] if summary["revision"] else None, whole=format_size(summary["whole_parameters"]),
         **summary,
     )
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from safetensors.numpy import save_file
 
 from cbd_hub import shapes
+from cbd_hub.ancestry import Ancestry
 from cbd_hub.card_metadata import license_of, merge_card, read_card
 from cbd_hub.cards import chain_card
 from cbd_hub.configs import read_config
@@ -353,6 +354,7 @@ def assemble_chain(
         folder = resolve_checkpoint(checkpoint)
         config = read_config(folder)
         Checkpoint(folder, config)
+        Ancestry.read(folder)
         found.append((shapes.parameter_count(config), folder, config))
     found.sort(key=lambda entry: -entry[0])
     for (large, large_folder, large_config), (small, small_folder, small_config) in zip(found, found[1:]):
@@ -374,7 +376,8 @@ def assemble_chain(
             links.append(joined.link)
             if joined.kept is not None:
                 maps = builder.save_kept(anchors[place].name, joined.kept, joined.maps)
-                anchors[place] = anchors[place].model_copy(update={"parent": anchors[place - 1].name, "maps": maps})
+                origin = {"origin": "cut"} if joined.cut else {}
+                anchors[place] = anchors[place].model_copy(update={"parent": anchors[place - 1].name, "maps": maps, **origin})
             for at, entry in zip((place, place - 1), joined.ends):
                 anchors[at] = anchors[at].model_copy(update={"evaluations": [entry]})
         builder.finish(anchors, links, None)

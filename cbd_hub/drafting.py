@@ -99,7 +99,7 @@ class Draft:
     def summary(self) -> dict[str, Any]:
         """The row as plain data."""
         return {
-            "parameters": self.parameters, "drafted": self.drafted, "accepted": self.accepted, "acceptance": self.acceptance, "target_passes": self.passes,
+            "size": format_size(self.parameters), "parameters": self.parameters, "drafted": self.drafted, "accepted": self.accepted, "acceptance": self.acceptance, "target_passes": self.passes,
             "tokens_per_second_alone": self.alone, "tokens_per_second": self.together, "speedup": self.speedup, "ties": self.ties,
         }
 

@@ -29,8 +29,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt",
 )
+KEPT_FILE = "cbd_kept.tensors"  # of a model that was cut; in the format of .safetensors, which who reads all of a folder would take for weights
 # What is taken over from a checkpoint: nothing that could be code or a pickle.
-KEPT_FILE = "cbd_kept.npz"  # of a model that was cut; no .safetensors, which who reads all of a folder would take for weights
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 _OTHER_WEIGHTS = ["consolidated*.safetensors"]  # the same weights once more in Mistral's own format

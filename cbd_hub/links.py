@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from cbd_hub.ancestry import Ancestry
+from cbd_hub.errors import ManifestError, WeightsError, one_line
 from cbd_hub.evaluation import Calibration, Documents
+from cbd_hub.hub import KEPT_FILE
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.plan import Kept, layer_types
 from cbd_hub.manifest import Aligned, Anchor, Blend, Evaluation, Link, Patch, Strategies
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Report
-from cbd_hub.shapes import block_size
+from cbd_hub.shapes import block_size, shape_of
 from cbd_hub.weights import load_model, load_tokenizer, weights_sha256
 
 
@@ -52,6 +54,11 @@ class Joined:
     maps: Maps | None = None
     ends: tuple[Evaluation, ...] = ()
 
+    @property
+    def cut(self) -> bool:
+        """Whether the smaller one was cut from the larger one."""
+        return self.kept is not None and self.maps is None
+
 
 def join(
     anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, calibration: Calibration | None,
@@ -79,7 +86,7 @@ def join(
                 name: models.get(name) or load_model(folders[name], torch.float32).to(best_device()) for name in (large.name, small.name)
             }
         kept, maps, aligned = None, None, None
-        if align is not False and (kept := _cut_from(models[large.name], large, folders[small.name], small)) is None:
+        if align is not False and (kept := _cut_from(models[small.name], models[large.name], folders[small.name], large.name)) is None:
             kept, maps, aligned = _aligned(models[small.name], models[large.name], align, None if calibration is None else calibration.blocks, said(small))
         if calibration is None:
             shared = Kept.even(small.shape, large.shape, types) if kept is None else kept
@@ -92,15 +99,22 @@ def join(
         yield Joined(measured.link(), kept, maps, measured.ends)
 
 
-def _cut_from(model: Any, large: Anchor, folder: Path, small: Anchor) -> Kept | None:
-    """Which units of the larger anchor the smaller one was cut from; None where its folder does not say so."""
+def _cut_from(small: Any, large: Any, folder: Path, name: str) -> Kept | None:
+    """Which units of the larger model the smaller one was cut from; None where its folder does not say so, or says it of others."""
     ancestry = Ancestry.read(folder)
     if ancestry is None:
         return None
-    if ancestry.parent != weights_sha256(model):
-        logger.warning("%s was cut from another model than %s, so that the two are aligned as published ones are; cut each anchor from the one above it", folder, large.name)
+    if ancestry.parent != weights_sha256(large):
+        logger.warning("%s was cut from another model than %s, so that the two are aligned as published ones are; cut each anchor from the one above it", folder, name)
         return None
-    ancestry.kept.check(small.shape, large.shape)
+    try:
+        ancestry.kept.check(shape_of(small.config), shape_of(large.config))
+    except ManifestError as error:
+        raise WeightsError(f"{folder / KEPT_FILE} is not that of the model beside it ({one_line(error)}); copy it again from the folder of the cut, or remove it") from error
+    from cbd_hub.interpolation.align import is_cut_by
+    if not is_cut_by(ancestry.kept, small, large):
+        logger.warning("%s is not that of the model beside it, whose weights are nearer to other units of %s; it is left out, and the two are aligned", folder / KEPT_FILE, name)
+        return None
     return ancestry.kept
 
 

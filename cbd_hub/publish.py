@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
 # What goes when a repo gets another model; all else there is a person's.
 _OLD_MODEL = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEPT_FILE, *TOKENIZER_FILES
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES
 )
 _MODEL_FILES = ("config.json", ADAPTER_CONFIG, KEPT_FILE, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
@@ -161,7 +161,7 @@ def push_model(
     if adapter:
         files[ADAPTER_CONFIG] = _without_place(folder / ADAPTER_CONFIG)
     elif made.get("strategy") == "cut" and "difference" in made:  # which the first versions did not write
-        card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, license=license)
+        card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, kept=KEPT_FILE in files, license=license)
     old = read_card(folder / "README.md")
     if adapter and (old is None or not is_ours(old)):
         old = None  # peft's form to fill in
@@ -251,7 +251,7 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
     teacher = files.manifest.teacher
     card = anchor_card(
         repo_id, anchor.parameters, teacher_repo=teacher.repo_id if teacher else None, license=shared_license(files.manifest, [anchor]),
-        facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=anchor.origin in ("cut", "random"),
+        facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=anchor.origin in ("cut", "random") and anchor.training is not None,
         datasets=_datasets(recipe) if anchor.training is not None and anchor.training.tokens else (),
     )
     return Repo(repo_id, f"Anchor {anchor.name} of {chain}", contents, card, _OLD_MODEL, chain=chain)
@@ -260,7 +260,7 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
 def _anchor_facts(anchor: Anchor, recipe: dict[str, Any] | None) -> dict[str, str]:
     facts = _shape_facts(anchor.shape, anchor.family)
     if anchor.parent is not None and anchor.origin == "cut":
-        facts["cut from and taught by"] = f"anchor {anchor.parent}"
+        facts["cut from" if anchor.training is None else "cut from and taught by"] = f"anchor {anchor.parent}"
     if anchor.training is not None:
         data = (recipe or {}).get("data")
         if isinstance(data, dict) and (source := data.get("dataset") or data.get("path")):

@@ -25,7 +25,7 @@ from cbd_hub.files import staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
-from cbd_hub.interpolation.plan import Plan
+from cbd_hub.interpolation.plan import Kept, Plan
 from cbd_hub.manifest import Shape, public
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Progress
@@ -52,7 +52,7 @@ class Single:
         plan: The cut; its only anchor is the model itself.
         config: Config of the model that comes out, with ``cbd`` saying where it came from.
         checkpoint: The opened weights.
-        ancestry: Which units of which model are kept.
+        kept: Which of its units are kept.
         text: What importance and losses were measured on.
         tried: Calibration loss in nats per token of each shape that was tried.
         whole: Losses of the whole model on the held-out part of the text.
@@ -64,7 +64,7 @@ class Single:
     plan: Plan
     config: Any
     checkpoint: Checkpoint
-    ancestry: Ancestry
+    kept: Kept
     text: str
     tried: Mapping[Shape, float]
     whole: Losses
@@ -102,8 +102,8 @@ class Single:
             write_safetensors(
                 target / "model.safetensors", {name: (dtype, shapes[name]) for name in self.plan.tensors}, stream(self.plan, self.read, shapes, dtype)
             )
-            self.ancestry.save(target)
-            write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), license=license_of(self.folder)))
+            Ancestry(self.kept, weights_sha256(load_model(self.folder, dtype))).save(target)
+            write_text(target / "README.md", cut_card(Path(output_dir).resolve().name, self.summary(), kept=True, license=license_of(self.folder)))
 
 
 def cut_single(
@@ -153,7 +153,7 @@ def cut_single(
         "parameters": cut.plan.parameters, "whole_parameters": whole, "text": public(source), "tokens": int(after.tokens.sum()), "documents": len(after.tokens),
         "loss": after.mean, "stderr": after.stderr, "whole_loss": before.mean, "difference": difference, "difference_stderr": error,
     }
-    return Single(name, folder, cut.plan, made, checkpoint, Ancestry(cut.kept, weights_sha256(live)), source, cut.tried, before, after)
+    return Single(name, folder, cut.plan, made, checkpoint, cut.kept, source, cut.tried, before, after)
 
 
 def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | None, config: Any) -> tuple[int, Shape | None]:

@@ -39,7 +39,7 @@ class SizeSpeed:
 
     def summary(self) -> dict[str, Any]:
         """The row as plain data."""
-        found = {"parameters": self.plan.parameters, "shape": self.plan.shape.model_dump(), "strategy": self.plan.strategy, **self.predicted.summary()}
+        found = {"size": format_size(self.plan.parameters), "parameters": self.plan.parameters, "shape": self.plan.shape.model_dump(), "strategy": self.plan.strategy, **self.predicted.summary()}
         if self.measured is None:
             return found
         return {**found, **{f"measured_{name}": value for name, value in self.measured.summary().items()}, "off": self.predicted.off(self.measured)}

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.hub import KEPT_FILE
+from cbd_hub.hub import KEPT_FILE, resolve_checkpoint
 
 
 @dataclass
@@ -53,7 +53,7 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(models.student, dtype=torch.float32),
         teacher=AutoModelForCausalLM.from_pretrained(models.teacher, dtype=torch.bfloat16 if args.bf16 else torch.float32),
         args=args, train_dataset=load_dataset("text", data_files=models.text, sample_by="paragraph", split="train"),
-        processing_class=AutoTokenizer.from_pretrained(models.student), kept=models.student if (Path(models.student) / KEPT_FILE).is_file() else None,
+        processing_class=AutoTokenizer.from_pretrained(models.student), kept=models.student if (resolve_checkpoint(models.student) / KEPT_FILE).is_file() else None,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
     trainer.save_model()

@@ -2,16 +2,18 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.numpy import save
 from transformers import AutoModelForCausalLM
 
 from cbd_hub import CBDModel, ChainDistiller, ChainDistillerConfig, assemble_chain
 from cbd_hub.ancestry import Ancestry
-from cbd_hub.errors import ArgumentError, ManifestError, WeightsError
+from cbd_hub.errors import ArgumentError, WeightsError
 from cbd_hub.hub import KEPT_FILE
 from cbd_hub.plans import coordinates_of
 from cbd_hub.single import cut_single
@@ -27,7 +29,7 @@ def cut(folder, make=tiny.llama, **shape):
     whole = tiny.save(make(layers=6, ffn=96), folder / "whole")
     made = cut_single(whole, shape=shape or {"layers": 4, "ffn": 64}, calibration=TEXTS)
     made.save_pretrained(folder / "cut")
-    return whole, folder / "cut", made.ancestry.kept
+    return whole, folder / "cut", made.kept
 
 
 def trained(whole, folder, out, **options):
@@ -100,6 +102,58 @@ def test_a_cut_of_another_model_is_aligned(tmp_path, caplog):
     assert chain.manifest.links[0].strategies.blend.align is not None
 
 
+def test_the_file_of_another_cut_is_left_out(tmp_path, caplog):
+    """Its parent and its shape are right, and the units are not."""
+    whole, folder, kept = cut(tmp_path)
+    draw = np.random.default_rng(0)
+    Ancestry(replace(kept, ffn=draw.permuted(kept.ffn, axis=1)), weights_sha256(AutoModelForCausalLM.from_pretrained(whole))).save(folder)
+    with caplog.at_level(logging.WARNING):
+        assemble_chain([whole, folder], tmp_path / "chain")
+    assert "is not that of the model beside it, whose weights are nearer to other units" in caplog.text
+
+
+def test_a_student_without_it_leaves_none_behind(tmp_path):
+    """Nor does a process that does not save write one."""
+    whole, folder, kept = cut(tmp_path)
+    out = trained(whole, folder, tmp_path / "out")
+    assert equal(Ancestry.read(out).kept, kept)
+    options = {"teacher": AutoModelForCausalLM.from_pretrained(whole), "train_dataset": ROWS, "processing_class": tiny.tokenizer()}
+    other = ChainDistiller(model=AutoModelForCausalLM.from_pretrained(folder), args=ChainDistillerConfig(str(out), max_steps=1, bf16=False, report_to="none", use_cpu=True), **options)
+    other.save_model()
+    assert not (out / KEPT_FILE).exists()
+    second = ChainDistiller(model=AutoModelForCausalLM.from_pretrained(folder), args=ChainDistillerConfig(str(tmp_path / "second"), bf16=False, report_to="none", use_cpu=True), kept=folder, **options)
+    second.args.local_rank, second.args.distributed_state.process_index = 1, 1
+    try:
+        second._save(str(tmp_path / "second"))
+    finally:
+        second.args.distributed_state.process_index = 0
+    assert not (tmp_path / "second" / KEPT_FILE).exists()
+
+
+@pytest.mark.parametrize("shape", [{"hidden": 24}, {"heads": 2, "kv_heads": 1}])
+def test_orders_of_channels_and_heads_come_back(shape, tmp_path):
+    whole, folder, kept = cut(tmp_path, **shape)
+    assert (kept.hidden if "hidden" in shape else kept.heads) is not None
+    chain = assemble_chain([whole, folder], tmp_path / "chain")
+    assert equal(between(chain)[0], kept)
+    model, stored = CBDModel.from_chain(chain, chain.anchors[1].name), AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in stored.named_parameters())
+
+
+def test_a_chain_of_cuts_of_trained_cuts(tmp_path):
+    """Each was cut from the one above it once that was trained; the card and `origin` say so."""
+    whole, folder, kept = cut(tmp_path)
+    middle = trained(whole, folder, tmp_path / "middle")
+    made = cut_single(middle, shape={"layers": 3, "ffn": 48}, calibration=TEXTS)
+    made.save_pretrained(tmp_path / "small")
+    chain = assemble_chain([tmp_path / "small", whole, middle], tmp_path / "chain")
+    first, second, third = chain.anchors
+    assert equal(coordinates_of(chain.files, second, first)[0], kept)
+    assert equal(coordinates_of(chain.files, third, second)[0], made.kept)
+    assert [anchor.origin for anchor in chain.anchors] == ["published", "cut", "cut"]
+    assert f"cut from {first.name}" in (tmp_path / "chain/README.md").read_text()
+
+
 def test_own_coordinates_are_asked_for(tmp_path):
     whole, folder, _ = cut(tmp_path)
     assert between(assemble_chain([whole, folder], tmp_path / "chain", align=False)) == (None, None)
@@ -108,16 +162,14 @@ def test_own_coordinates_are_asked_for(tmp_path):
 def test_a_file_that_is_broken_or_of_another_shape_is_refused(tmp_path):
     whole, folder, kept = cut(tmp_path)
     other = cut_single(whole, shape={"layers": 3}, calibration=TEXTS)
-    Ancestry(other.ancestry.kept, weights_sha256(AutoModelForCausalLM.from_pretrained(whole))).save(folder)
-    with pytest.raises(ManifestError, match="kept layers must be 4"):
+    Ancestry(other.kept, weights_sha256(AutoModelForCausalLM.from_pretrained(whole))).save(folder)
+    with pytest.raises(WeightsError, match="is not that of the model beside it .*kept layers must be 4"):
         assemble_chain([whole, folder], tmp_path / "chain")
-    for content in (b"", b"half", (folder / KEPT_FILE).read_bytes()[:200]):
+    good = (folder / KEPT_FILE).read_bytes()
+    for content in (b"", b"half", good[:200], save({"parent": np.zeros(32, np.uint8)}), save({"parent": np.zeros(32, np.uint8), "kept.layers": np.zeros(4), "kept.ffn": np.zeros((6, 96))})):
         (folder / KEPT_FILE).write_bytes(content)
-        with pytest.raises(WeightsError, match="which units were kept"):
+        with pytest.raises(WeightsError, match="does not say which units were kept"):
             assemble_chain([whole, folder], tmp_path / "chain")
-    np.savez(folder / KEPT_FILE, parent="x")
-    with pytest.raises(WeightsError, match="which units were kept"):
-        Ancestry.read(folder)
     assert not (tmp_path / "chain").exists()
 
 

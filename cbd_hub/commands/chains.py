@@ -67,7 +67,7 @@ def assemble(
     out_dir: OutOption,
     text: Annotated[str | None, typer.Option("--text", help="Text on which coordinates, order, alpha and curve are measured.", show_default=False)] = None,
     align: Annotated[
-        bool | None, typer.Option("--align/--no-align", help="Bring each anchor into the larger one's coordinates; by default where it helps.", show_default=False)
+        bool | None, typer.Option("--align/--no-align", help="Bring each anchor into the larger one's coordinates, where it was not cut from it; by default where it helps.", show_default=False)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -43,7 +43,7 @@ from cbd_hub.distill.wrapping import (
     without_compiler,
 )
 from cbd_hub.errors import ArgumentError, DataError, TrainingError
-from cbd_hub.hub import KEPT_FILE
+from cbd_hub.hub import KEPT_FILE, resolve_checkpoint
 from cbd_hub.interpolation.live import Between, ModelRunner, Output, frozen, router_loss
 from cbd_hub.interpolation.plan import Kept, Plan
 from cbd_hub.losses.head import Listed, distillation_loss
@@ -77,7 +77,7 @@ class ChainDistiller(SamplingTrainer):
             ``completion``, or chat ``messages``, which are packed into blocks; of prompts and chats only the answers count.
         eval_dataset: The same for evaluation, several of them by name, or None.
         processing_class: The tokenizer; needed unless rows have ``input_ids``.
-        kept: Which units of the teacher the student was cut from, or the folder that `cbd cut` wrote, which says it and whose word is saved with the student, for `assemble_chain`; needed for
+        kept: Which units of the teacher the student was cut from, or the folder or Hub id of what `cbd cut` wrote, which says it and whose word is saved with the student, for `assemble_chain`; needed for
             ``path_fraction``. Hidden states are matched by it, and evenly without.
         text_dataset: Text for MiniLLM's cross-entropy term, rows as ``train_dataset`` has them; with ``text_weight`` only.
         order: Layers of the teacher that the student lacks, in the order in which they come back; by default from the last one backwards.
@@ -117,7 +117,7 @@ class ChainDistiller(SamplingTrainer):
         if isinstance(train_dataset, Mapping):
             raise ArgumentError(f"train_dataset has the splits {', '.join(train_dataset)}; pass one of them, such as train_dataset[\"{next(iter(train_dataset), 'train')}\"]")
         if isinstance(kept, (str, os.PathLike)):
-            self.ancestry = Ancestry.read(Path(kept))
+            self.ancestry = Ancestry.read(resolve_checkpoint(kept))
             if self.ancestry is None:
                 raise ArgumentError(f"{os.fspath(kept)} has no {KEPT_FILE}, so that nobody knows what it was cut from; name the folder that cbd cut wrote, or leave kept out")
             kept = self.ancestry.kept

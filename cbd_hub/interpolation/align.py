@@ -181,6 +181,13 @@ def brings_nearer(alignment: Alignment, model: Any, reference: Any, calibration:
     return _distance(aligned, models) < _distance(plain, models)
 
 
+def is_cut_by(kept: Kept, model: Any, reference: Any) -> bool:
+    """Whether a smaller model's weights lie nearer to the units of the larger one that it is said to have been cut from than to the same with all neurons exchanged."""
+    models, exchanged = {"small": model, "large": reference}, replace(kept, ffn=np.roll(kept.ffn, 1, axis=1))
+    near, far = (_distance(segment_with(Alignment(one, Maps(), "permutation", 0.0), model, reference), models) for one in (kept, exchanged))
+    return near < 0.95 * far
+
+
 @torch.no_grad()
 def _distance(segment: Segment, models: dict[str, Any]) -> float:
     """Mean over tensors of 1 - cosine between the two models' values in the smaller one's shape."""
