@@ -1,7 +1,7 @@
 r"""One student distilled from one teacher on one process or many: DDP, FSDP2 or ZeRO-3, with the teacher sharded like the student.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/09_multi_gpu.py \
-        --student ./student --teacher HuggingFaceTB/SmolLM2-135M-Instruct --text "text/*.txt" --output_dir ./anchor --max_steps 100 --bf16
+        --student ./student --kept ./student --teacher HuggingFaceTB/SmolLM2-135M-Instruct --text "text/*.txt" --output_dir ./anchor --max_steps 100 --bf16
     python examples/09_multi_gpu.py --smoke
 
 Configurations: ddp.yaml, fsdp2.yaml, zero3.yaml; on CPUs alone `torchrun --nproc_per_node 2 examples/09_multi_gpu.py ...`, over gloo. Every field of
@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
-from cbd_hub.hub import KEPT_FILE, resolve_checkpoint
 
 
 @dataclass
@@ -33,6 +32,7 @@ class Models:
     student: str = field(metadata={"help": "Hub id or folder of the student."})
     teacher: str = field(metadata={"help": "Hub id or folder of the teacher."})
     text: str = field(metadata={"help": "Files of text, documents apart by blank lines."})
+    kept: str | None = field(default=None, metadata={"help": "Folder or Hub id of what cbd cut wrote, where the student began as that cut of this teacher: what it kept is saved with the student, for cbd assemble."})
 
 
 def smoke_options() -> list[str]:
@@ -53,7 +53,7 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(models.student, dtype=torch.float32),
         teacher=AutoModelForCausalLM.from_pretrained(models.teacher, dtype=torch.bfloat16 if args.bf16 else torch.float32),
         args=args, train_dataset=load_dataset("text", data_files=models.text, sample_by="paragraph", split="train"),
-        processing_class=AutoTokenizer.from_pretrained(models.student), kept=models.student if (resolve_checkpoint(models.student) / KEPT_FILE).is_file() else None,
+        processing_class=AutoTokenizer.from_pretrained(models.student), kept=models.kept,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
     trainer.save_model()

@@ -57,7 +57,7 @@ FORMATS = {
 
 def number(pattern: str, printed: str) -> float | None:
     """The number that stands at the place of ``{}``."""
-    found = re.search(pattern.replace("{}", r"([\d.]+(?:e[+-]?\d+)?)"), printed)
+    found = re.search(pattern.replace("{}", r"(-?[\d.]+(?:e[+-]?\d+)?)"), printed)
     return float(found[1]) if found else None
 
 
