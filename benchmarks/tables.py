@@ -416,6 +416,8 @@ def deploy(data: dict[str, Any]) -> str:
     """Conversions of a size."""
     rows = [
         [
+            row["format"], "", f"failed here: {row['error']}", "",
+        ] if "error" in row else [
             row["format"], f"{row['megabytes']:.1f} MB" if row["megabytes"] else "", f"{row['difference']:g}" + ("" if row["within_bound"] else " (beyond its bound)"),
             "" if row["kl"] is None else f"{row['kl']:g}",
         ]
