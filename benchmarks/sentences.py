@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from tables import pair
+from tables import beside_mergekit, pair
 
 from cbd_hub.sizes import format_size
 
@@ -131,12 +131,10 @@ def loading(data: dict[str, Any]) -> str:
     parts = [f"a {name} takes {found['from_chain, touched']['wall'] / found['from_pretrained, touched']['wall']:.1f} times as long as `from_pretrained`" for name, found in data["memory"].items()]
     words = f"From a local chain, every weight read once, {', '.join(parts)}."
     if "disk" in data:
-        imports = data["disk"]["imports"]
         ratios = []
         for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
-            ours, theirs = data["disk"][name]["cbd make"], data["disk"][name][rival]
-            apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
-            ratios.append(f"{theirs['wall'] / ours['wall']:.1f} times as fast as its `{rival.split()[1]}` ({apart:.1f} times in CPU time without imports)")
+            wall, _, apart = beside_mergekit(data, name, rival)
+            ratios.append(f"{wall:.1f} times as fast as its `{rival.split()[1]}` ({apart:.1f} times in CPU time without imports)")
         words += f" `cbd make` is, beside mergekit's whole commands, {' and '.join(ratios)}: for the most part by what is imported."
     return words
 
@@ -184,13 +182,18 @@ def first_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in data["rows"] if "," not in row["by"]]
 
 
-def reach(rows: list[dict[str, Any]], name: str) -> str:
-    """By how much a rival is worse or better than the chain's models, from one end to the other."""
-    found = sorted(row["rivals"][name]["minus"][0] for row in rows)
+def span(differences: Iterable[float]) -> str:
+    """By how much losses are worse or better than the chain's, from one end to the other."""
+    found = sorted(differences)
     words = [f"{abs(value):.2f} {'worse' if value > 0 else 'better'}" for value in (found[0], found[-1])]
     if words[0].split()[1] == words[1].split()[1]:
         return f"{min(map(abs, found)):.2f} to {max(map(abs, found)):.2f} {words[0].split()[1]}"
     return f"from {words[0]} to {words[1]}"
+
+
+def reach(rows: list[dict[str, Any]], name: str) -> str:
+    """By how much a rival is worse or better than the chain's models."""
+    return span(row["rivals"][name]["minus"][0] for row in rows)
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
@@ -283,8 +286,8 @@ def _chord(read: Results) -> str:
 
 def _alone(read: Results) -> str:
     data = read("headline")
-    rows = [{"rivals": {"alone": {"minus": [-row["chain_to_alone"][0]]}}} for row in data["sizes"]]
-    return f"{reach(rows, 'alone')} at {len(rows)} sizes, on one stage's tokens against the chain's {len(data['anchors']) - 1} stages"
+    own = [-row["chain_to_alone"][0] for row in data["sizes"]]
+    return f"{span(own)} at {len(own)} sizes of a chain of {', '.join(data['anchors'])}, on one stage's tokens against its {len(data['anchors']) - 1} stages"
 
 
 def _costs(read: Results) -> str:
@@ -314,10 +317,8 @@ def _loading(read: Results) -> str:
 
 
 def _making(read: Results) -> str:
-    disk = read("loading")["disk"]
-    (ours, theirs), imports = (disk["blend"][name] for name in ("cbd make", "mergekit linear")), disk["imports"]
-    apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
-    return f"{theirs['wall'] / ours['wall']:.1f}x the time as whole commands, {apart:.1f}x in CPU time without imports"
+    wall, _, apart = beside_mergekit(read("loading"), "blend", "mergekit linear")
+    return f"{wall:.1f}x the time as whole commands, {apart:.1f}x in CPU time without imports"
 
 
 def _adapter(read: Results) -> str:
@@ -336,7 +337,7 @@ def _heal(read: Results) -> str:
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
     "the line between its anchors' losses (the chord)": ("quality", _chord), "the same shape, merely cut by importance": ("quality", _cut),
     "the same shape from random weights": ("quality_scratch", _scratch), "boomerang distillation as published": ("quality_trained", _trained("boomerang")),
-    "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, of the chain 111M, 50M, 28M": ("headline", _alone),
+    "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, further down a longer chain": ("headline", _alone),
     "itself, healed": ("heal", _heal),
 }
 COST: dict[str, tuple[str, Callable[[Results], str]]] = {

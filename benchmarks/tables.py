@@ -118,6 +118,13 @@ def anchors(data: dict[str, Any]) -> str:
     )
 
 
+def beside_mergekit(data: dict[str, Any], name: str, rival: str) -> tuple[float, float, float]:
+    """How many times the time of ``cbd make`` a mergekit command takes: as whole commands by wall and by CPU time, and in CPU time without imports."""
+    ours, theirs, imports = data["disk"][name]["cbd make"], data["disk"][name][rival], data["disk"]["imports"]
+    apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
+    return theirs["wall"] / ours["wall"], theirs["cpu"] / ours["cpu"], apart
+
+
 def loading(data: dict[str, Any]) -> str:
     """Time to load and to write a size."""
     rows = []
@@ -141,12 +148,8 @@ def loading(data: dict[str, Any]) -> str:
         )
     for name, rival in (("blend", "mergekit linear"), ("patch", "mergekit passthrough")):
         if "disk" in data:
-            ours, theirs, imports = data["disk"][name]["cbd make"], data["disk"][name][rival], data["disk"]["imports"]
-            apart = (theirs["cpu"] - imports["mergekit"]["cpu"]) / (ours["cpu"] - imports["cbd make"]["cpu"])
-            lines.append(
-                f"`cbd make` by {name} is {theirs['wall'] / ours['wall']:.1f}x as fast as {rival} 0.1.5 as whole commands ({theirs['cpu'] / ours['cpu']:.1f}x in CPU time, "
-                f"{apart:.1f}x without imports)."
-            )
+            wall, cpu, apart = beside_mergekit(data, name, rival)
+            lines.append(f"`cbd make` by {name} is {wall:.1f}x as fast as {rival} 0.1.5 as whole commands ({cpu:.1f}x in CPU time, {apart:.1f}x without imports).")
     if data["scale"]:
         rates = "; ".join(f"{format_size(row['parameters'])} {row['wall']:.2f} ({row['cpu']:.2f}) s" for row in data["scale"])
         lines.append(f"Time (CPU time) of a blend against size, bf16, random weights: {rates}.")

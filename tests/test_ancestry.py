@@ -112,22 +112,20 @@ def test_the_file_of_another_cut_is_left_out(tmp_path, caplog):
     assert "is not that of the model beside it, whose weights are nearer to other units" in caplog.text
 
 
-def test_a_student_without_it_leaves_none_behind(tmp_path):
-    """Nor does a process that does not save write one."""
-    whole, folder, kept = cut(tmp_path)
-    out = trained(whole, folder, tmp_path / "out")
-    assert equal(Ancestry.read(out).kept, kept)
-    options = {"teacher": AutoModelForCausalLM.from_pretrained(whole), "train_dataset": ROWS, "processing_class": tiny.tokenizer()}
-    other = ChainDistiller(model=AutoModelForCausalLM.from_pretrained(folder), args=ChainDistillerConfig(str(out), max_steps=1, bf16=False, report_to="none", use_cpu=True), **options)
-    other.save_model()
-    assert not (out / KEPT_FILE).exists()
-    second = ChainDistiller(model=AutoModelForCausalLM.from_pretrained(folder), args=ChainDistillerConfig(str(tmp_path / "second"), bf16=False, report_to="none", use_cpu=True), kept=folder, **options)
-    second.args.local_rank, second.args.distributed_state.process_index = 1, 1
+def test_a_process_that_does_not_save_writes_none(tmp_path):
+    whole, folder, _ = cut(tmp_path)
+    trainer = ChainDistiller(
+        model=AutoModelForCausalLM.from_pretrained(folder), teacher=AutoModelForCausalLM.from_pretrained(whole), kept=folder, train_dataset=ROWS, processing_class=tiny.tokenizer(),
+        args=ChainDistillerConfig(str(tmp_path / "out"), bf16=False, report_to="none", use_cpu=True),
+    )
+    trainer.args.distributed_state.process_index = 1
     try:
-        second._save(str(tmp_path / "second"))
+        trainer._save(str(tmp_path / "out"))
     finally:
-        second.args.distributed_state.process_index = 0
-    assert not (tmp_path / "second" / KEPT_FILE).exists()
+        trainer.args.distributed_state.process_index = 0
+    assert not (tmp_path / "out" / KEPT_FILE).exists()
+    trainer._save(str(tmp_path / "out"))
+    assert (tmp_path / "out" / KEPT_FILE).is_file()
 
 
 @pytest.mark.parametrize("shape", [{"hidden": 24}, {"heads": 2, "kv_heads": 1}])

@@ -19,7 +19,7 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.wrapping import is_peft_model
 from cbd_hub.errors import StorageError
 from cbd_hub.files import write_text
-from cbd_hub.hub import KEPT_FILE, is_repo_id, upload
+from cbd_hub.hub import is_repo_id, upload
 
 
 logger = logging.getLogger(__name__)
@@ -113,12 +113,8 @@ class AnchorTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:  # every process comes here
-            folder = Path(output_dir or self.args.output_dir)
-            if self.ancestry is not None and not is_peft_model(self.accelerator.unwrap_model(self.model)):
-                self.ancestry.save(folder)
-            else:
-                (folder / KEPT_FILE).unlink(missing_ok=True)  # of another student that was saved there
+        if self.ancestry is not None and self.args.should_save and not is_peft_model(self.accelerator.unwrap_model(self.model)):  # every process comes here
+            self.ancestry.save(Path(output_dir or self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
