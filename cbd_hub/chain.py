@@ -326,8 +326,8 @@ def assemble_chain(
         checkpoints: Two or more model folders or Hub ids, in any order.
         output_dir: The folder to make: absent or empty.
         align: ``"auto"``: where that brings the neighbours nearer (with text: where the middle loses less), and not where one was cut from the other. True: always, but for those. False: the anchors' own coordinates.
-        calibration: Text on which the coordinates are fitted, and order, road and curve of each segment measured: a file or a pattern, a list of texts, or a
-            ``datasets.Dataset`` with a column ``text``.
+        calibration: Text on which order, road and curve of each segment are measured: a file or a pattern, a list of texts, or a ``datasets.Dataset`` with a
+            column ``text``. Where neighbours are aligned, the coordinates are fitted on every second text, and all else is measured on the others.
         report: Called with what is done, how much of it, and of how much where that is known.
 
     Returns:
@@ -341,7 +341,7 @@ def assemble_chain(
         WeightsError: If a checkpoint's files cannot be used, or hold a value that is no finite number where its models are run.
         StorageError: If ``output_dir`` is in the way or the disk is full.
     """
-    from cbd_hub.links import calibration_of, join  # live models, which an opened chain has no use for
+    from cbd_hub.links import Texts, join  # live models, which an opened chain has no use for
     if align != "auto" and not isinstance(align, bool):
         raise ArgumentError(f'align={align!r} is not known; use align="auto", True or False')
     if isinstance(checkpoints, (str, os.PathLike)):
@@ -359,7 +359,7 @@ def assemble_chain(
     found.sort(key=lambda entry: -entry[0])
     for (large, large_folder, large_config), (small, small_folder, small_config) in zip(found, found[1:]):
         check_pair(large, large_folder, large_config, small, small_folder, small_config)
-    calibrated = None if texts is None else calibration_of(texts, found[0][1], [config for *_, config in found])
+    calibrated = None if texts is None else Texts.read(texts, found[0][1], [config for *_, config in found])
     target = Path(output_dir).expanduser()
     with staged_folder(target) as root:
         builder = ChainBuilder(root, chain_name(target))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 
 from cbd_hub.ancestry import Ancestry
-from cbd_hub.errors import ManifestError, WeightsError, one_line
-from cbd_hub.evaluation import Calibration, Documents
+from cbd_hub.cut import measure_importance
+from cbd_hub.errors import DataError, ManifestError, WeightsError, one_line
+from cbd_hub.evaluation import Calibration, Documents, document_losses
 from cbd_hub.hub import KEPT_FILE
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.plan import Kept, layer_types
@@ -27,15 +29,45 @@ from cbd_hub.weights import load_model, load_tokenizer, weights_sha256
 logger = logging.getLogger(__name__)
 
 _TOKENS = 4096
+_FIT_TOKENS = 2**17  # as many as the gradient steps of a fit read
 
 
-def calibration_of(texts: Sequence[str], folder: Path, configs: Sequence[Any]) -> Calibration:
-    """Calibration text as the tokenizer of a checkpoint reads it, in blocks that models of all these configs have positions for.
+@dataclass(frozen=True)
+class Texts:
+    """Calibration text of a chain to be assembled.
 
-    Raises:
-        DataError: If it is too short.
+    Attributes:
+        texts: One by one.
+        tokenizer: The anchors' tokenizer.
+        block_size: Tokens that all anchors have positions for.
+        together: Both readings of the whole text.
     """
-    return Calibration.read(texts, load_tokenizer(folder), block_size(*configs), _TOKENS)
+
+    texts: Sequence[str]
+    tokenizer: Any
+    block_size: int
+    together: Calibration
+
+    @classmethod
+    def read(cls, texts: Sequence[str], folder: Path, configs: Sequence[Any]) -> Texts:
+        """The texts as the tokenizer of a checkpoint reads them, in blocks that models of all these configs have positions for.
+
+        Raises:
+            DataError: If they are too short.
+        """
+        tokenizer, size = load_tokenizer(folder), block_size(*configs)
+        return cls(texts, tokenizer, size, Calibration.read(texts, tokenizer, size, _TOKENS))
+
+    def apart(self) -> Calibration:
+        """Blocks of every second text, and documents of the others: what is fitted on the first is measured on the second."""
+        try:
+            return Calibration(
+                Documents.packed(self.texts[1::2], self.tokenizer, self.block_size, _FIT_TOKENS),
+                Documents.read(self.texts[::2], self.tokenizer, self.block_size, _TOKENS),
+            )
+        except DataError:
+            logger.warning("the calibration text is too short to be parted: coordinates are fitted and losses measured on one and the same, which promises too much; give a longer text")
+            return self.together
 
 
 @dataclass(frozen=True)
@@ -61,7 +93,7 @@ class Joined:
 
 
 def join(
-    anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, calibration: Calibration | None,
+    anchors: Sequence[Anchor], configs: Sequence[Any], folders: Mapping[str, Path], align: str | bool, texts: Texts | None,
     dataset: str = "", report: Report | None = None,
 ) -> Iterator[Joined]:
     """The segments of anchors in falling size.
@@ -71,39 +103,43 @@ def join(
         configs: Their configs.
         folders: Anchor name -> its checkpoint.
         align: ``"auto"``, True or False, as for `assemble_chain`.
-        calibration: Calibration text, or None.
+        texts: Calibration text, or None.
         dataset: What to call the text.
         report: Called with what is done, how much of it, and of how much.
     """
     def said(small: Anchor) -> Report | None:
         return None if report is None else lambda what, done, total: report(f"{small.name}: {what}", done, total)
 
-    models: dict[str, Any] = {}
-    for large, small, *pair in zip(anchors, anchors[1:], configs, configs[1:]):
+    @functools.lru_cache(2)
+    def model(name: str) -> Any:
+        return load_model(folders[name], torch.float32).to(best_device())
+
+    pairs = list(zip(anchors, anchors[1:]))
+    cuts = [None if align is False else _cut_from(small.name, large.name, folders[small.name], model) for large, small in pairs]
+    fits = align is not False and None in cuts
+    calibration = None if texts is None else texts.apart() if fits else texts.together
+    for (large, small), kept, *pair in zip(pairs, cuts, configs, configs[1:]):
         types = layer_types(pair[1], pair[0])
-        if align is not False or calibration is not None:
-            models = {
-                name: models.get(name) or load_model(folders[name], torch.float32).to(best_device()) for name in (large.name, small.name)
-            }
-        kept, maps, aligned = None, None, None
-        if align is not False and (kept := _cut_from(models[small.name], models[large.name], folders[small.name], large.name)) is None:
-            kept, maps, aligned = _aligned(models[small.name], models[large.name], align, None if calibration is None else calibration.blocks, said(small))
+        maps, aligned = None, None
+        if align is not False and kept is None:
+            kept, maps, aligned = _aligned(model(small.name), model(large.name), align, calibration, said(small))
         if calibration is None:
             shared = Kept.even(small.shape, large.shape, types) if kept is None else kept
             yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=kept is None, align=aligned)), kept, maps)
             continue
         measured = measure_segment(
-            models[small.name], models[large.name], kept, calibration.documents, dataset, names=(small.name, large.name), maps=maps, aligned=aligned,
+            model(small.name), model(large.name), kept, calibration.documents, dataset, names=(small.name, large.name), maps=maps, aligned=aligned,
             report=said(small),
         )
         yield Joined(measured.link(), kept, maps, measured.ends)
 
 
-def _cut_from(small: Any, large: Any, folder: Path, name: str) -> Kept | None:
+def _cut_from(small_name: str, name: str, folder: Path, model: Callable[[str], Any]) -> Kept | None:
     """Which units of the larger model the smaller one was cut from; None where its folder does not say so, or says it of others."""
     ancestry = Ancestry.read(folder)
     if ancestry is None:
         return None
+    large, small = model(name), model(small_name)
     if ancestry.parent != weights_sha256(large):
         logger.warning("%s was cut from another model than %s, so that the two are aligned as published ones are; cut each anchor from the one above it", folder, name)
         return None
@@ -119,13 +155,16 @@ def _cut_from(small: Any, large: Any, folder: Path, name: str) -> Kept | None:
 
 
 def _aligned(
-    small: Any, large: Any, align: str | bool, documents: Documents | None, report: Report | None
+    small: Any, large: Any, align: str | bool, calibration: Calibration | None, report: Report | None
 ) -> tuple[Kept | None, Maps | None, Aligned | None]:
     """The shared coordinates; none where ``auto`` finds that they bring the two no nearer."""
-    from cbd_hub.interpolation.align import STEPS, brings_nearer, fit
-    ids = None if documents is None else documents.ids
-    found = fit(small, large, ids, steps=STEPS, report=report)
-    if align == "auto" and not brings_nearer(found, small, large, ids):
+    from cbd_hub.interpolation.align import brings_nearer, fit
+    if calibration is None:
+        found, loss = fit(small, large, report=report), None
+    else:
+        documents, order = calibration.documents, measure_importance(large, calibration.blocks.first(_TOKENS)).kept(shape_of(small.config))
+        found, loss = fit(small, large, calibration.blocks.ids, order=order, report=report), lambda runner: document_losses(runner, documents).mean
+    if align == "auto" and not brings_nearer(found, small, large, loss):
         return None, None, None
     return found.kept, found.maps, Aligned(residual=found.residual, error=found.error)
 

@@ -21,8 +21,9 @@ from cbd_hub.interpolation.fitting import Fit
 from cbd_hub.interpolation.live import Between
 from cbd_hub.interpolation.maps import norms
 from cbd_hub.interpolation.patch import patch_plan
+from cbd_hub.interpolation.plan import Kept
 from cbd_hub.interpolation.planner import segment_plan
-from cbd_hub.interpolation.refine import middle_loss
+from cbd_hub.interpolation.refine import SHARES, middle_loss, refine
 from cbd_hub.manifest import CurvePoint
 from cbd_hub.shapes import shape_of
 
@@ -223,11 +224,13 @@ def test_an_untied_model_computes_what_it_did(name):
     torch.testing.assert_close(logits(apply(found, small, large)), logits(small), atol=2e-3, rtol=2e-3)
 
 
-def test_layers_are_matched_by_their_states():
-    """A deeper model in which some layers write nothing: the others are the smaller one's."""
+@pytest.mark.parametrize("places", [[0, 2, 4], [0, 1, 4], [0, 1, 2], [2, 3, 4]])
+@pytest.mark.parametrize("text", [True, False])
+def test_layers_are_matched(text, places):
+    """A deeper model in which some layers write nothing: the others are the smaller one's, wherever they stand."""
     small = tiny.llama(layers=3, seed=3)
     large = tiny.llama(layers=5, seed=4)
-    source = {0: 0, 2: 1, 4: 2}
+    source = {layer: place for place, layer in enumerate(places)}
     with torch.no_grad():
         ours, theirs = dict(small.named_parameters()), dict(large.named_parameters())
         for name, parameter in theirs.items():
@@ -239,8 +242,34 @@ def test_layers_are_matched_by_their_states():
                 parameter.copy_(ours[f"model.layers.{source[layer]}.{rest}"])
             elif rest.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.zero_()
+    ids = Documents.packed(tiny.texts(20), tiny.tokenizer(), 32).ids if text else None
+    assert fit(small, large, ids, steps=0).kept.layers.tolist() == places
+
+
+def test_layers_are_matched_by_states_where_no_neuron_tells():
+    """A stranger's neurons are like none; what the layers make of a text still is."""
+    small = tiny.llama(layers=3, seed=3)
+    large = tiny.llama(layers=5, seed=4)
+    with torch.no_grad():
+        ours, theirs = dict(small.named_parameters()), dict(large.named_parameters())
+        theirs["model.embed_tokens.weight"].copy_(ours["model.embed_tokens.weight"])
+        for name in (name for name in theirs if "self_attn" in name and name.split(".")[2] in "234"):
+            theirs[name].copy_(ours[name.replace(name.split(".")[2], str(int(name.split(".")[2]) - 2), 1)])
+        for name, parameter in theirs.items():  # attention writes what it wrote, and FFNs hardly anything
+            if name.endswith("down_proj.weight") or (name.endswith("o_proj.weight") and name.split(".")[2] in "01"):
+                parameter.mul_(1e-3)
+        for layer in small.model.layers:
+            layer.mlp.down_proj.weight.mul_(1e-3)
+        for layer in (*small.model.layers, *large.model.layers):
+            layer.self_attn.o_proj.weight.mul_(30)
     ids = Documents.packed(tiny.texts(20), tiny.tokenizer(), 32).ids
-    assert fit(small, large, ids, steps=0).kept.layers.tolist() == [0, 2, 4]
+    assert fit(small, large, ids, steps=0).kept.layers.tolist() == [2, 3, 4]
+
+
+def test_strangers_of_whom_nothing_is_known_are_matched_evenly():
+    for seed in range(4):
+        found = fit(tiny.llama(layers=3, seed=10 + seed), tiny.llama(layers=5, seed=20 + seed))
+        assert found.kept.layers.tolist() == [0, 2, 4]
 
 
 def learned(model, ids):
@@ -263,6 +292,61 @@ def test_gradient_steps_lower_the_middle_and_leave_the_function_alone(tied):
         losses.append(middle_loss(segment_with(found, small, large), {"small": small, "large": large}, ids))
         assert found.error < 1e-3
     assert losses[1] < losses[0]
+
+
+def test_gradient_steps_that_other_text_gains_nothing_from_are_taken_back():
+    """Text that is learned by heart says nothing of other text."""
+    ids = Documents.packed(tiny.texts(40), tiny.tokenizer(), 32).ids
+    small, large = (learned(learned(tiny.llama(layers=2, tied=False, seed=seed), ids), ids) for seed in (5, 6))
+    models = {"small": small, "large": large}
+    found = fit(small, large, ids, steps=0)
+    segment = segment_with(found, small, large)
+
+    def moved(watched):
+        said = []
+        maps = refine(segment, models, ids[:1], watched, steps=100, rotary_width=8, centred=False, report=lambda _, done, __: said.append(done))
+        return maps, len(said)
+
+    (first, few), (second, many) = moved(ids[16:32]), moved(ids[:1])
+    own, other = (
+        [sum(middle_loss(replace(segment, maps=maps), models, text, share) for share in SHARES) for maps in (found.maps, first, second)]
+        for text in (ids[:1], ids[16:32])
+    )
+    assert other[1] <= min(other)
+    assert own[2] < own[1]
+    assert other[2] > other[1] + 0.01
+    assert few < many
+
+
+def test_text_that_is_too_short_to_be_judged_on_is_not_learned_by_heart(monkeypatch):
+    monkeypatch.setattr("cbd_hub.interpolation.align.refine", lambda *_, **__: pytest.fail("no gradient on three rows"))
+    ids = Documents.packed(tiny.texts(20), tiny.tokenizer(), 32).ids[:3]
+    assert fit(tiny.llama(layers=2, seed=5), tiny.llama(seed=6), ids).maps.neurons is not None
+
+
+def test_units_that_come_back_have_the_given_order():
+    """Behind those that the smaller one's stand for."""
+    small, large = two("llama")
+    draw, shape = np.random.default_rng(0), shape_of(large.config)
+    heads = np.arange(shape.heads).reshape(shape.kv_heads, -1)
+    order = Kept(
+        np.arange(shape.layers), np.stack([draw.permutation(shape.ffn) for _ in range(shape.layers)]),
+        np.stack([draw.permuted(heads[draw.permutation(shape.kv_heads)], axis=1).ravel() for _ in range(shape.layers)]), draw.permutation(shape.hidden),
+    )
+    before = replace(order, ffn=order.ffn.copy(), heads=order.heads.copy())
+    kept = fit(small, large, order=order).kept
+    assert np.array_equal(order.ffn, before.ffn)
+    assert np.array_equal(order.heads, before.heads)
+    kept.check(shape_of(small.config), shape)
+    for layer in range(shape.layers):
+        own = shape_of(small.config).ffn if layer in kept.layers else 0
+        assert np.array_equal(kept.ffn[layer][own:], [unit for unit in order.ffn[layer] if unit not in kept.ffn[layer][:own]])
+        kv = 2 if layer in kept.layers else 0
+        groups, theirs = (one[layer].reshape(shape.kv_heads, -1) for one in (kept.heads, order.heads))
+        mine = {group.min() for group in groups[:kv]}
+        assert groups[kv:].tolist() == [group.tolist() for group in theirs if group.min() not in mine]
+    width = shape_of(small.config).hidden
+    assert np.array_equal(kept.hidden[width:], [unit for unit in order.hidden if unit not in kept.hidden[:width]])
 
 
 def chain_of(tmp_path, small, large, **options):

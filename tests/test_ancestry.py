@@ -102,6 +102,31 @@ def test_a_cut_of_another_model_is_aligned(tmp_path, caplog):
     assert chain.manifest.links[0].strategies.blend.align is not None
 
 
+@pytest.mark.parametrize("calibration", [None, TEXTS])
+def test_a_cut_without_its_file_is_found_by_its_weights(every, calibration, tmp_path):
+    """Aligned, it stands for the layers and neurons that it was cut from; among random ones a few are like others' too."""
+    whole, folder, kept = cut(tmp_path, tiny.EVERY[every])
+    (folder / KEPT_FILE).unlink()
+    shared, _ = between(assemble_chain([whole, folder], tmp_path / "chain", align=True, calibration=calibration))
+    assert np.array_equal(shared.layers, kept.layers)
+    assert np.mean([shared.ffn[layer][:64] == kept.ffn[layer][:64] for layer in kept.layers]) > 0.95
+
+
+def test_units_that_the_smaller_one_lacks_come_back_by_importance(tmp_path):
+    """As they would have between a cut and its model, where there is text to measure it on."""
+    whole, folder, kept = cut(tmp_path)
+    out = trained(whole, folder, tmp_path / "out")
+    (out / KEPT_FILE).unlink()
+    shared, maps = between(assemble_chain([whole, out], tmp_path / "chain", align=True, calibration=[text for text in TEXTS for _ in range(2)]))
+    assert maps is not None
+    assert np.array_equal(shared.layers, kept.layers)
+    for layer in range(6):
+        own = 64 if layer in kept.layers else 0
+        assert set(shared.ffn[layer][:own]) == set(kept.ffn[layer][:own])
+        ranks = [np.argsort(order.ffn[layer][own:]) for order in (shared, kept)]
+        assert np.corrcoef(*ranks)[0, 1] > 0.8
+
+
 def test_the_file_of_another_cut_is_left_out(tmp_path, caplog):
     """Its parent and its shape are right, and the units are not."""
     whole, folder, kept = cut(tmp_path)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Tokenizer, LlamaF
 
 from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub import chain as chain_room
+from cbd_hub import links as links_room
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, StorageError, VocabularyMismatchError, WeightsError
 from cbd_hub.files import sha256
+from cbd_hub.interpolation import align as align_room
 
 
 def three(family, folder, shapes=((6, 64), (4, 48), (2, 48))):
@@ -67,6 +69,25 @@ def test_with_text_the_segments_are_measured(family, tmp_path, monkeypatch):
         assert link.curve
         assert {point.dataset for point in link.curve} == {"60 texts"}
         assert link.strategies.blend.road
+
+
+def test_what_is_fitted_on_one_text_is_measured_on_another(tmp_path, monkeypatch, caplog):
+    """Else the curve would promise what the maps know by heart. A text that cannot be parted is told; anchors that are not aligned need no parting."""
+    checkpoints, read = [tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / f"m{layers}") for layers in (3, 2)], []
+    fit, measure = align_room.fit, links_room.measure_segment
+    monkeypatch.setattr(align_room, "fit", lambda small, large, ids, **options: read.append(ids) or fit(small, large, ids, steps=1, **options))
+    monkeypatch.setattr(links_room, "measure_segment", lambda small, large, kept, documents, *rest, **options: read.append(documents.ids) or measure(small, large, kept, documents, *rest, **options))
+    texts = [f"{letter} {text}" for letter, text in zip("QZ" * 30, tiny.texts(60))]
+    assemble_chain(checkpoints, tmp_path / "chain", calibration=texts)
+    fitted, measured = ({tiny.tokenizer().decode(ids) for ids in part} for part in read)
+    assert not [text for text in fitted if "Q" in text]
+    assert not [text for text in measured if "Z" in text]
+    assert "too short to be parted" not in caplog.text
+    assemble_chain(checkpoints, tmp_path / "plain", align=False, calibration=texts)
+    assert {"Q", "Z"} <= set("".join(tiny.tokenizer().decode(ids) for ids in read.pop()))
+    with caplog.at_level(logging.WARNING):
+        assemble_chain(checkpoints, tmp_path / "short", calibration=[" ".join(tiny.texts(30))])
+    assert "too short to be parted: coordinates are fitted and losses measured on one and the same" in caplog.text
 
 
 def test_anchors_of_few_positions_are_measured_on_shorter_blocks(tmp_path, monkeypatch):

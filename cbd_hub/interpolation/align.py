@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from cbd_hub.families import family_of
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, turned
 from cbd_hub.interpolation.fitting import Fit, Residual, activations, unit_orders
-from cbd_hub.interpolation.live import frozen
+from cbd_hub.interpolation.live import Between, Runner, frozen
 from cbd_hub.interpolation.maps import Maps, places
 from cbd_hub.interpolation.plan import Kept, Segment, layer_types, small_eps
-from cbd_hub.interpolation.refine import middle_loss, refine
+from cbd_hub.interpolation.refine import JUDGED, middle, middle_loss, refine
 from cbd_hub.manifest import Mix
 from cbd_hub.reporting import Report
 from cbd_hub.shapes import block_size, check_positions, other_differences, shape_of
@@ -29,6 +29,7 @@ from cbd_hub.weights import LOADING, check_finite
 
 logger = logging.getLogger(__name__)
 STEPS = 120
+_ACTIVATIONS = 4096  # tokens on which activations are compared: gigabytes of a real model
 _PROBE = 64  # most tokens on which a fit is tried
 _MOST = 1e-2  # difference of a logit on them
 
@@ -60,12 +61,13 @@ def align(model: Any, reference: Any, calibration: Sequence[Tensor] | None = Non
     tied or blocks normalise what they write, and an unsigned one where norms subtract the mean (an orthogonal one that keeps the mean where widths
     agree). Fitted on weights by assignment and Procrustes in turns; with text also on activations, and the orthogonal maps then by gradient
     (https://huggingface.co/papers/2506.22712). With text tied heads get an orthogonal map too where that loses less half way, though norm gains cannot be folded away
-    exactly there: a warning says by how much the logits move.
+    exactly there: a warning says by how much the logits move. A quarter of the text, at most 16 rows, is not fitted on: the gradient goes as far as that loses less.
 
     Args:
         model: A transformers model, in no dimension larger than the reference.
         reference: A model of the same architecture and vocabulary.
-        calibration: Token ids, equally long, shape (T,) each: text on which activations are compared.
+        calibration: Token ids, equally long, shape (T,) each: text on which activations are compared, on 4,096 tokens at most, and maps fitted by gradient,
+            from 4 rows on, on all.
 
     Returns:
         A model of the reference's widths and the model's own depth.
@@ -87,7 +89,7 @@ def align(model: Any, reference: Any, calibration: Sequence[Tensor] | None = Non
 
 def fit(
     model: Any, reference: Any, calibration: Sequence[Tensor] | None = None, *, residual: Residual | None = None, steps: int = STEPS,
-    report: Report | None = None,
+    order: Kept | None = None, report: Report | None = None,
 ) -> Alignment:
     """How a model is brought into a reference's coordinates; see `align`.
 
@@ -96,7 +98,8 @@ def fit(
         reference: The larger one.
         calibration: Token ids, equally long.
         residual: Kind of the map of the residual stream; by default the richest that is exact, and for tied heads what loses less half way on the text.
-        steps: Gradient steps on the text after the fit.
+        steps: Gradient steps on the text after the fit, at most.
+        order: The reference's units in the order in which those that the model has not come back in between; see `Fit`.
         report: Called with what is done, how much of it, and of how much.
     """
     for name, one in (("model", model), ("reference", reference)):
@@ -118,21 +121,20 @@ def fit(
     check_finite(reference, "the reference")
     models = {"small": model, "large": reference}
     with frozen(model, reference):
-        acts = None if calibration is None else (activations(model, calibration), activations(reference, calibration))
-        fitted = Fit(model, reference, acts, residual)
+        watched = () if calibration is None else calibration[: min(JUDGED, len(calibration) // 4)]
+        ids = None if calibration is None else calibration[len(watched) :]
+        few = None if ids is None else ids[: max(1, _ACTIVATIONS // len(ids[0]))]
+        fitted = Fit(model, reference, None if few is None else (activations(model, few), activations(reference, few)), residual, order)
         best = _tried(fitted, model, reference, report)
-        if calibration is None:
+        if ids is None:
             return best
         if residual is None and fitted.residual == "permutation" and "rotation" in fitted.choices:
-            turned_fit = Fit(model, reference, acts, "rotation")
-            turned_fit.read, turned_fit.products = fitted.read, fitted.products
-            other = _tried(turned_fit, model, reference, report)
-            best = min((best, other), key=lambda one: middle_loss(segment_with(one, model, reference), models, calibration))
-            turned_fit.acts = None
-        acts = fitted.acts = None  # gigabytes of a real model
-        if steps:
+            other = _tried(fitted.again("rotation"), model, reference, report)
+            best = min((best, other), key=lambda one: middle_loss(segment_with(one, model, reference), models, watched or ids))
+        fitted.acts = None  # gigabytes of a real model
+        if steps and watched:
             maps = refine(
-                segment_with(best, model, reference), models, calibration, steps=steps, rotary_width=fitted.rotary_width, centred=fitted.family.centred,
+                segment_with(best, model, reference), models, ids, watched, steps=steps, rotary_width=fitted.rotary_width, centred=fitted.family.centred,
                 report=report,
             )
             best = replace(best, maps=maps)
@@ -168,17 +170,17 @@ def _tried(fitted: Fit, model: Any, reference: Any, report: Report | None = None
     return found
 
 
-def brings_nearer(alignment: Alignment, model: Any, reference: Any, calibration: Sequence[Tensor] | None = None) -> bool:
+def brings_nearer(alignment: Alignment, model: Any, reference: Any, loss: Callable[[Runner], float] | None = None) -> bool:
     """Whether an alignment brings two models nearer than their own coordinates, layers mapped evenly.
 
-    With text: whether the blend half way between them loses less on it. Without: whether their weights lie nearer to each other.
+    With a loss: whether the blend half way between them has less of it. Without: whether their weights lie nearer to each other.
     """
     kept = Kept.even(shape_of(model.config), shape_of(reference.config), layer_types(model.config, reference.config))
-    plain = segment_with(Alignment(kept, Maps(), "permutation", 0.0), model, reference)
-    aligned, models = segment_with(alignment, model, reference), {"small": model, "large": reference}
-    if calibration is not None:
-        return middle_loss(aligned, models, calibration) < middle_loss(plain, models, calibration)
-    return _distance(aligned, models) < _distance(plain, models)
+    segments = [segment_with(one, model, reference) for one in (alignment, Alignment(kept, Maps(), "permutation", 0.0))]
+    models = {"small": model, "large": reference}
+    with frozen(model, reference):
+        aligned, plain = (_distance(one, models) if loss is None else loss(Between(models).run(middle(one, 0.5))) for one in segments)
+    return aligned < plain
 
 
 def is_cut_by(kept: Kept, model: Any, reference: Any) -> bool:

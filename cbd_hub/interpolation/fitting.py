@@ -15,7 +15,7 @@ from cbd_hub.errors import ArgumentError
 from cbd_hub.families import TensorSpec, family_of
 from cbd_hub.interpolation.execute import turned
 from cbd_hub.interpolation.maps import Maps, head_role, linear_half, norms, places, readers, rotates
-from cbd_hub.interpolation.matching import assign, common_layers, kernel_alignment, orthogonal, rotary
+from cbd_hub.interpolation.matching import assign, common_layers, evenness, kernel_alignment, orthogonal, rotary
 from cbd_hub.interpolation.plan import Kept, layer_types
 from cbd_hub.manifest import Shape
 from cbd_hub.reporting import Report
@@ -25,6 +25,7 @@ from cbd_hub.shapes import shape_of
 Residual = Literal["rotation", "permutation"]
 Activations = dict[str, Tensor]
 _ROUNDS = 4
+_NEURONS = 256  # of a layer, looked for in the layers of the other model
 
 
 def unit_orders(kept: Kept, large: Shape, layer: int, small: Shape | None = None) -> dict[str, np.ndarray]:
@@ -44,9 +45,20 @@ def unit_orders(kept: Kept, large: Shape, layer: int, small: Shape | None = None
 
 
 class Fit:
-    """The alternation: heads and neurons given the residual stream's map, and the map given them."""
+    """The alternation: heads and neurons given the residual stream's map, and the map given them.
 
-    def __init__(self, model: Any, reference: Any, acts: tuple[Activations, Activations] | None, residual: Residual | None) -> None:
+    Args:
+        model: The smaller model.
+        reference: The larger one.
+        acts: Activations of both on a text.
+        residual: Kind of the map of the residual stream.
+        order: The larger one's neurons, heads and channels in the order in which those that the smaller one has not are to come back; by default neurons
+            by the norm of what they write, the others as they are.
+    """
+
+    def __init__(
+        self, model: Any, reference: Any, acts: tuple[Activations, Activations] | None, residual: Residual | None, order: Kept | None = None
+    ) -> None:
         self.models = (model, reference)
         self.family = family = family_of(model.config)
         self.small, self.large = shape_of(model.config), shape_of(reference.config)
@@ -58,16 +70,16 @@ class Fit:
         self.residual: Residual = residual or ("rotation" if free and not getattr(model.config, family.tied) else "permutation")
         self.head_norms = bool(family.head_norms)
         self.rotary_width = self._rotary_width()
-        types = layer_types(model.config, reference.config)
         self.acts = acts
-        layers = Kept.even(self.small, self.large, types).layers
-        if self.acts is not None and self.small.layers < self.large.layers:
-            states = [[acts[f"state.{layer}"] for layer in range(shape.layers)] for acts, shape in zip(self.acts, (self.small, self.large))]
-            layers = common_layers(np.array([[kernel_alignment(ours, theirs) for theirs in states[1]] for ours in states[0]]), types)
-        group = self.large.heads // self.large.kv_heads
+        self.group = self.large.heads // self.large.kv_heads
         heads = np.tile(np.arange(self.large.heads), (self.large.layers, 1)) if self.large.heads else None
-        self.kept = Kept(layers, self._by_norm("ffn"), heads, None)
-        self.group = group
+        if order is not None and order.heads is not None:
+            heads = order.heads
+        channels = np.arange(self.large.hidden) if order is None or order.hidden is None else order.hidden
+        self.order = Kept(np.arange(self.large.layers), self._by_norm() if order is None else order.ffn, heads, channels)
+        even = Kept.even(self.small, self.large, layer_types(model.config, reference.config)).layers
+        self.kept = Kept(even, self.order.ffn.copy(), None if heads is None else heads.copy())
+        self.matched = self.small.layers == self.large.layers
         size, kv = self.small.head_size, self.small.kv_heads
         same = torch.eye(size, dtype=torch.float32).repeat(self.small.layers, kv, 1, 1)
         self.queries, self.values = same.clone(), same.clone()
@@ -82,6 +94,8 @@ class Fit:
     def run(self, report: Report | None = None) -> None:
         """Fit all maps."""
         self._fit_stream(self._stream_cross(first=True))
+        if not self.matched:
+            self.kept, self.matched = replace(self.kept, layers=self._common_layers(report)), True
         for number in range(_ROUNDS + 1):
             if number:
                 self._fit_stream(self._stream_cross())
@@ -90,6 +104,43 @@ class Fit:
                     report(f"fitting a {self.residual}", number * len(self.kept.layers) + place, (_ROUNDS + 1) * len(self.kept.layers))
                 self._fit_heads(place, layer)
                 self._fit_neurons(place, layer)
+
+    def again(self, residual: Residual) -> Fit:
+        """A fit of the same models with a map of another kind of the residual stream, and what does not depend on that from this one."""
+        other = Fit(*self.models, self.acts, residual, self.order)
+        other.kept, other.matched = replace(other.kept, layers=self.kept.layers), True
+        other.read, other.products = self.read, self.products
+        return other
+
+    def _common_layers(self, report: Report | None) -> np.ndarray:
+        """Which of the larger one's layers the smaller one's stand for: those with like neurons, with like states on the text, as deep in the model.
+
+        Neurons of a model that was cut from the other one tell, whatever was trained since; strangers' are all alike, and states then tell more. In the middle
+        of a model a few very large channels make the states of all layers alike, and the depth decides.
+        """
+        likeness = evenness(self.small.layers, self.large.layers)
+        for place in range(self.small.layers):
+            if report is not None:
+                report("matching layers", place, self.small.layers)
+            for layer in range(place, self.large.layers - self.small.layers + place + 1):
+                likeness[place, layer] += self._neurons_alike(place, layer)
+                if self.acts is not None:
+                    likeness[place, layer] += kernel_alignment(*(acts[f"state.{at}"] for acts, at in zip(self.acts, (place, layer))))
+        return common_layers(likeness, layer_types(self.models[0].config, self.models[1].config))
+
+    def _neurons_alike(self, place: int, layer: int) -> float:
+        """Mean over neurons of the smaller one's layer of the largest cosine, by what they read and write, with one of the larger one's."""
+        chosen = np.linspace(0, self.small.ffn - 1, min(_NEURONS, self.small.ffn)).round().astype(int)
+        plain = torch.zeros(len(chosen), self.large.ffn, dtype=torch.float32, device=self.stream.device)
+        signed, squares = plain.clone(), [plain[:, 0].clone(), plain[0].clone()]
+        for spec, _, ours, theirs, _ in self._pairs("ffn", place, layer):
+            if ours.shape[1] > 1:  # no biases
+                ours = ours[torch.from_numpy(chosen).to(ours.device)]
+                half = signed if linear_half(self.family, spec) else plain
+                half += ours @ self.stream.T @ theirs.T
+                squares = [total + tensor.square().sum(1) for total, tensor in zip(squares, (ours, theirs))]
+        cosines = (plain + signed.abs()) / (squares[0][:, None] * squares[1]).sqrt().clamp(min=1e-30)
+        return float(cosines.amax(1).mean())
 
     def result(self) -> tuple[Kept, Maps]:
         """The maps as data."""
@@ -137,7 +188,7 @@ class Fit:
         width = int(self.small.head_size * share)
         return width + width % 2  # transformers turns pairs: of 3 channels, the fourth too
 
-    def _by_norm(self, axis: str) -> np.ndarray:
+    def _by_norm(self) -> np.ndarray:
         """Neurons of each of the larger one's layers by the norm of what they write, the largest first."""
         spec, dim = self.family.input_of(self.family.ffn_input)
         rows = [self.weights[1][spec.name.format(layer=layer)].movedim(dim, 0).norm(dim=1).cpu().numpy() for layer in range(self.large.layers)]
@@ -211,7 +262,7 @@ class Fit:
             target += self._product(self.family.ffn_input, place, layer)
         columns, signs = assign(plain, signed if bool(signed.any()) else None)
         self.neurons[place] = torch.from_numpy(signs)
-        self.kept.ffn[layer] = _first(columns, self.kept.ffn[layer])
+        self.kept.ffn[layer] = _first(columns, self.order.ffn[layer])
 
     def _fit_heads(self, place: int, layer: int) -> None:
         cross = self._head_cross(place, layer)
@@ -237,10 +288,11 @@ class Fit:
         self.values[place] = orthogonal(vo[rows, columns].mT).float().cpu()
         if not self.head_norms:
             self.queries[place] = self._turn_qk(qk[rows, columns])[0].float().cpu()
-        if self.kept.heads is not None:
-            order = np.stack([_first(inner[a, b], np.arange(wide)) + b * wide for a, b in enumerate(columns)])
-            rest = [b for b in range(self.large.kv_heads) if b not in columns]
-            self.kept.heads[layer] = np.concatenate([order.ravel(), *(np.arange(wide) + b * wide for b in rest)])
+        if self.kept.heads is not None and self.order.heads is not None:
+            groups = self.order.heads[layer].reshape(-1, wide)
+            within = {int(group[0]) // wide: group % wide for group in groups}
+            own = [_first(inner[a, b], within[b]) + b * wide for a, b in enumerate(columns.tolist())]
+            self.kept.heads[layer] = np.concatenate([*own, *(group for group in groups if group[0] // wide not in columns)])
 
     def _turn_qk(self, cross: Tensor) -> tuple[Tensor, Tensor]:
         if self.head_norms:
@@ -299,7 +351,8 @@ class Fit:
         columns, self.channels = assign(similarity) if self.family.centred else assign(torch.zeros_like(similarity), similarity)
         self.stream = torch.zeros_like(self.stream)
         self.stream[columns, np.arange(self.small.hidden)] = torch.from_numpy(self.channels).to(self.stream.device)
-        self.kept = replace(self.kept, hidden=_first(columns, np.arange(self.large.hidden)))
+        assert self.order.hidden is not None
+        self.kept = replace(self.kept, hidden=_first(columns, self.order.hidden))
 
 
 def _first(chosen: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -100,6 +100,18 @@ def common_layers(similarity: np.ndarray, types: tuple[Sequence[Any], Sequence[A
     return np.array(layers[::-1])
 
 
+def evenness(rows: int, columns: int) -> np.ndarray:
+    """Less the difference in relative depth of two models' layers, shape (rows, columns): 0 where they are as deep, -1 from first to last.
+
+    Example:
+        >>> evenness(2, 3).tolist()
+        [[0.0, -0.5, -1.0], [-1.0, -0.5, 0.0]]
+    """
+    depths = (np.linspace(0, 1, count) if count > 1 else np.array([0.5]) for count in (rows, columns))
+    ours, theirs = depths
+    return -np.abs(ours[:, None] - theirs)
+
+
 def kernel_alignment(first: Tensor, second: Tensor) -> float:
     """Linear CKA of two models' states on the same tokens, 0 to 1 (https://huggingface.co/papers/1905.00414).
 

@@ -21,22 +21,32 @@ from cbd_hub.reporting import Report
 
 
 SHARES = (0.25, 0.5, 0.75)
+JUDGED = 16  # blocks on which a middle is judged, at most
 _RATE = 0.01
 _BATCH_TOKENS = 1024
+_EVERY = 10  # steps between two measurements
+_PATIENCE = 2  # measurements in a row without gain
 
 
-def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, steps: int, rotary_width: int, centred: bool, report: Report | None = None) -> Maps:
+def refine(
+    segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], watched: Sequence[Tensor], *, steps: int, rotary_width: int, centred: bool,
+    report: Report | None = None,
+) -> Maps:
     """The segment's maps after gradient steps on the cross-entropy of models in between, each map still orthogonal.
 
     A map M becomes ``exp(A - A^T) M``: of the residual stream any generator A (one that leaves the mean alone where norms subtract it), of queries and
     keys only what commutes with rotary positions. Whatever it finds, each neighbour computes what it did, nearly so where heads are tied and the residual
     stream is turned: only what lies between them moves. Orders and signs stay. Where the middle already loses no more than its ends, nothing is done.
 
+    What few tokens of text teach so many numbers need not hold elsewhere: every few steps the loss is measured on text that no step sees. The maps that
+    lose least there are taken, and steps end where it has not fallen for some time.
+
     Args:
         segment: The segment, with fitted maps.
         models: Its two models by name.
         ids: Calibration text as token ids, equally long.
-        steps: Gradient steps of about a thousand tokens, at sizes drawn along the segment.
+        watched: Other text, on which the steps are judged.
+        steps: Most gradient steps of about a thousand tokens, at sizes drawn along the segment.
         rotary_width: Channels of a head that rotary positions turn.
         centred: Whether norms subtract the mean.
         report: Called with what is done, how much of it, and of how much.
@@ -47,7 +57,7 @@ def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, s
         name: torch.zeros_like(base, requires_grad=True)
         for name in ("values", "queries", "rotation") if (base := getattr(fitted, name)) is not None
     }
-    if not generators or not _sags(segment, models, ids):
+    if not generators or not _sags(segment, models, watched):
         return fitted
 
     def now() -> Maps:
@@ -67,6 +77,13 @@ def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, s
     optimizer = torch.optim.Adam(list(generators.values()), lr=_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     batch = max(1, _BATCH_TOKENS // len(ids[0]))
+
+    def measured() -> tuple[float, Maps]:
+        with torch.no_grad():
+            maps = now()
+        return sum(middle_loss(replace(segment, maps=maps), models, watched, share) for share in SHARES), maps
+
+    (least, best), since = measured(), 0
     try:
         for parameter in flags:
             parameter.requires_grad_(False)
@@ -80,22 +97,28 @@ def refine(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], *, s
                 _loss(between.run(plan), chosen).backward()
                 optimizer.step()
                 schedule.step()
+                if (step + 1) % _EVERY and step + 1 < steps:
+                    continue
+                loss, maps = measured()
+                if loss < least:
+                    least, best, since = loss, maps, 0
+                elif (since := since + 1) == _PATIENCE:
+                    break
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-    with torch.no_grad():
-        return now()
+    return best
 
 
-def middle_loss(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor]) -> float:
-    """Cross-entropy in nats per token half way between two neighbours, on the first few blocks of a text."""
+def middle_loss(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor], share: float = 0.5) -> float:
+    """Cross-entropy in nats per token half way between two neighbours, or at another share of the way, on the first few blocks of a text."""
     with frozen(*models.values()):
-        return float(_loss(Between(models).run(middle(segment, 0.5)), torch.stack(list(ids[:16]))))
+        return float(_loss(Between(models).run(middle(segment, share)), torch.stack(list(ids[:JUDGED]))))
 
 
 def _sags(segment: Segment, models: dict[str, Any], ids: Sequence[Tensor]) -> bool:
     """Whether the middle of a segment loses more than the mean of its ends."""
-    few = torch.stack(list(ids[:16]))
+    few = torch.stack(list(ids[:JUDGED]))
     with frozen(*models.values()):
         ends = sum(float(_loss(ModelRunner(model), few)) for model in models.values()) / 2
     return middle_loss(segment, models, ids) > ends + 1e-3
