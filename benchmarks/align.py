@@ -86,7 +86,7 @@ def compare(small: Any, large: Any, calibration: list[torch.Tensor], held: torch
     for residual in ("permutation", "rotation"):
         ways[f"{residual}, weights"] = fit(small, large, residual=residual)
         ways[f"{residual}, weights and activations"] = fit(small, large, calibration, residual=residual, steps=0)
-        ways[f"{residual}, and {steps} gradient steps"] = fit(small, large, calibration, residual=residual, steps=steps)
+        ways[f"{residual}, and {steps} gradient steps at most"] = fit(small, large, calibration, residual=residual, steps=steps)
     ends = [loss_of(ModelRunner(model), held) for model in (small, large)]
     losses = {name: loss_of(Between(models).run(middle(segment_with(way, small, large), 0.5)), held) for name, way in ways.items()}
     barriers = {name: loss - sum(ends) / 2 for name, loss in losses.items()}
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("benchmarks/models"))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--tied", action="store_true")
-    parser.add_argument("--calibration", type=int, default=64, help="blocks of text on which coordinates are fitted")
+    parser.add_argument("--calibration", type=int, default=1024, help="blocks of text on which coordinates are fitted")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/align.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)

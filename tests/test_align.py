@@ -175,7 +175,7 @@ def test_a_head_tied_to_the_embedding_takes_a_signed_permutation():
 
 
 def test_a_tied_model_that_is_turned_is_said_to_compute_nearly_what_it_did(caplog):
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     ids = [torch.randint(tiny.VOCAB, (24,)) for _ in range(4)]
     small, large = tiny.qwen2(layers=2, hidden=24, heads=4, ffn=24, seed=1, kv_heads=2, head_dim=8), tiny.qwen2(layers=3, seed=20, kv_heads=2, head_dim=8)
     with torch.no_grad():

@@ -25,6 +25,7 @@ from cbd_hub.shapes import shape_of
 Residual = Literal["rotation", "permutation"]
 Activations = dict[str, Tensor]
 _ROUNDS = 4
+_MASSIVE = 10  # times the median length of a token's states
 _NEURONS = 256  # of a layer, looked for in the layers of the other model
 
 
@@ -113,20 +114,30 @@ class Fit:
         return other
 
     def _common_layers(self, report: Report | None) -> np.ndarray:
-        """Which of the larger one's layers the smaller one's stand for: those with like neurons, with like states on the text, as deep in the model.
+        """Which of the larger one's layers the smaller one's stand for: those with like neurons, and with like states on the text or, without one, as deep in the model.
 
-        Neurons of a model that was cut from the other one tell, whatever was trained since; strangers' are all alike, and states then tell more. In the middle
-        of a model a few very large channels make the states of all layers alike, and the depth decides.
+        Neurons of a model that was cut from the other one tell, whatever was trained since; strangers' are all alike, and the rest then tells more.
         """
-        likeness = evenness(self.small.layers, self.large.layers)
+        likeness = evenness(self.small.layers, self.large.layers) if self.acts is None else np.zeros((self.small.layers, self.large.layers))
         for place in range(self.small.layers):
             if report is not None:
                 report("matching layers", place, self.small.layers)
             for layer in range(place, self.large.layers - self.small.layers + place + 1):
                 likeness[place, layer] += self._neurons_alike(place, layer)
                 if self.acts is not None:
-                    likeness[place, layer] += kernel_alignment(*(acts[f"state.{at}"] for acts, at in zip(self.acts, (place, layer))))
+                    likeness[place, layer] += self._states_alike(place, layer)
         return common_layers(likeness, layer_types(self.models[0].config, self.models[1].config))
+
+    def _states_alike(self, place: int, layer: int) -> float:
+        """Linear CKA of two layers' states, but for tokens of massive activations (https://huggingface.co/papers/2402.17762).
+
+        These few, such as the first of a text, are tens of times as long as all others, and the same from a model's first layers to its last ones: with them all layers are alike.
+        """
+        assert self.acts is not None
+        states = [acts[f"state.{at}"] for acts, at in zip(self.acts, (place, layer))]
+        lengths = [state.norm(dim=1) for state in states]
+        usual = torch.stack([length <= _MASSIVE * length.median() for length in lengths]).all(0)
+        return kernel_alignment(*(state[usual] for state in states))
 
     def _neurons_alike(self, place: int, layer: int) -> float:
         """Mean over neurons of the smaller one's layer of the largest cosine, by what they read and write, with one of the larger one's."""
