@@ -25,7 +25,7 @@ JUDGED = 16  # blocks on which a middle is judged, at most
 _RATE = 0.01
 _BATCH_TOKENS = 1024
 _EVERY = 10  # steps between two measurements
-_PATIENCE = 2  # measurements in a row without gain
+_PATIENCE = 4  # measurements in a row without gain
 
 
 def refine(
