@@ -327,7 +327,7 @@ def assemble_chain(
         output_dir: The folder to make: absent or empty.
         align: ``"auto"``: where that brings the neighbours nearer (with text: where the middle loses less), and not where one was cut from the other. True: always, but for those. False: the anchors' own coordinates.
         calibration: Text on which order, road and curve of each segment are measured: a file or a pattern, a list of texts, or a ``datasets.Dataset`` with a
-            column ``text``. Where neighbours are aligned, the coordinates are fitted on every second text, and all else is measured on the others.
+            column ``text``. Where neighbours are aligned, coordinates are fitted and importance is measured on half of the texts, and all of that on the others.
         report: Called with what is done, how much of it, and of how much where that is known.
 
     Returns:

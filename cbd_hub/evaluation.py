@@ -151,17 +151,19 @@ class Documents:
         return cls(tuple(ids), tuple(lengths), tuple(kept))
 
     @classmethod
-    def packed(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
+    def packed(cls, texts: Sequence[str], tokenizer: Any, block_size: int, max_tokens: int | None = None, *, name: str = "the calibration text") -> Documents:
         """Texts joined end to end, with the end-of-text token between them, in blocks of one length as training packs them: for calibration.
 
         Raises:
             DataError: If the texts do not fill one block.
         """
         end = end_of(tokenizer)
-        return cls.joined(([*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts), tokenizer, block_size, max_tokens)
+        return cls.joined(([*tokenizer(text, add_special_tokens=False)["input_ids"], *end] for text in texts), tokenizer, block_size, max_tokens, name=name)
 
     @classmethod
-    def joined(cls, rows: Iterable[Sequence[int]], tokenizer: Any, block_size: int, max_tokens: int | None = None) -> Documents:
+    def joined(
+        cls, rows: Iterable[Sequence[int]], tokenizer: Any, block_size: int, max_tokens: int | None = None, *, name: str = "the calibration text"
+    ) -> Documents:
         """Rows of token ids joined end to end, in blocks of one length, each after what the tokenizer puts before a text, which does not count.
 
         Raises:
@@ -180,11 +182,11 @@ class Documents:
         ids = [torch.tensor(block) for block in itertools.islice(joined_blocks(told(), block_size, before), most)]
         if not ids:
             raise DataError(
-                f"the calibration text has {found:,} tokens, less than one block of {block_size - len(before):,}; give a longer text or a smaller block_size"
+                f"{name} has {found:,} tokens, less than one block of {block_size - len(before):,}; give a longer text or a smaller block_size"
             )
         if len(ids) * block_size < min(ENOUGH, max_tokens or ENOUGH):
             logger.warning(
-                "the calibration text has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", len(ids) * block_size, ENOUGH
+                "%s has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", name, len(ids) * block_size, ENOUGH
             )
         counted = max(1, len(before))  # the first that can
         labels = tuple(torch.cat([block.new_full((counted,), IGNORED), block[counted:]]) for block in ids) if counted > 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from cbd_hub.weights import load_model, load_tokenizer, weights_sha256
 logger = logging.getLogger(__name__)
 
 _TOKENS = 4096
+_FEW = 512  # with fewer, a measured loss says little
 _FIT_TOKENS = 2**17  # as many as the gradient steps of a fit read
 
 
@@ -59,15 +61,21 @@ class Texts:
         return cls(texts, tokenizer, size, Calibration.read(texts, tokenizer, size, _TOKENS))
 
     def apart(self) -> Calibration:
-        """Blocks of every second text, and documents of the others: what is fitted on the first is measured on the second."""
+        """Blocks of half of the texts, drawn at random, and documents of the other half: what is fitted on the first is measured on the second."""
+        texts = random.Random(0).sample(self.texts, len(self.texts))
+        half, name = len(texts) // 2, "the half of the calibration text on which coordinates are fitted"
         try:
-            return Calibration(
-                Documents.packed(self.texts[1::2], self.tokenizer, self.block_size, _FIT_TOKENS),
-                Documents.read(self.texts[::2], self.tokenizer, self.block_size, _TOKENS),
-            )
+            documents = Documents.read(texts[half:], self.tokenizer, self.block_size, _TOKENS)
+            blocks = Documents.packed(texts[:half], self.tokenizer, self.block_size, _FIT_TOKENS, name=name)
         except DataError:
-            logger.warning("the calibration text is too short to be parted: coordinates are fitted and losses measured on one and the same, which promises too much; give a longer text")
+            logger.warning(
+                "the calibration text (texts: %d) cannot be parted: coordinates are fitted and losses measured on one and the same, which promises too much; give more texts, such as paragraphs or rows",
+                len(texts),
+            )
             return self.together
+        if documents.tokens < _FEW:
+            logger.warning("losses are measured on %d tokens, of each text the first: give more texts, such as paragraphs or rows", documents.tokens)
+        return Calibration(blocks, documents)
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,18 @@ def join(
     for (large, small), kept, *pair in zip(pairs, cuts, configs, configs[1:]):
         types = layer_types(pair[1], pair[0])
         maps, aligned = None, None
-        if align is not False and kept is None:
-            kept, maps, aligned = _aligned(model(small.name), model(large.name), align, calibration, said(small))
+        aligns = align is not False and kept is None
+        little, big = None, None
+        if aligns or calibration is not None:
+            big, little = model(large.name), model(small.name)
+        if aligns:
+            kept, maps, aligned = _aligned(little, big, align, calibration, said(small))
         if calibration is None:
             shared = Kept.even(small.shape, large.shape, types) if kept is None else kept
             yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=kept is None, align=aligned)), kept, maps)
             continue
         measured = measure_segment(
-            model(small.name), model(large.name), kept, calibration.documents, dataset, names=(small.name, large.name), maps=maps, aligned=aligned,
+            little, big, kept, calibration.documents, dataset, names=(small.name, large.name), maps=maps, aligned=aligned,
             report=said(small),
         )
         yield Joined(measured.link(), kept, maps, measured.ends)

@@ -15,9 +15,10 @@ from cbd_hub.errors import ArchitectureError, ArgumentError, ManifestError, Weig
 from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.files import sha256
+from cbd_hub.interpolation import align as align_room
 from cbd_hub.interpolation.align import align, apply, fit, segment_with
 from cbd_hub.interpolation.execute import combine
-from cbd_hub.interpolation.fitting import Fit
+from cbd_hub.interpolation.fitting import Fit, activations
 from cbd_hub.interpolation.live import Between
 from cbd_hub.interpolation.maps import norms
 from cbd_hub.interpolation.patch import patch_plan
@@ -316,6 +317,65 @@ def test_gradient_steps_that_other_text_gains_nothing_from_are_taken_back():
     assert own[2] < own[1]
     assert other[2] > other[1] + 0.01
     assert few < many
+
+
+def test_text_that_judges_is_not_fitted_on(monkeypatch):
+    """And activations, gigabytes of a real model, are of a part of the rest."""
+    read, fitting, refining = [], align_room.activations, align_room.refine
+    monkeypatch.setattr(align_room, "activations", lambda model, ids: read.append(ids) or fitting(model, ids))
+    monkeypatch.setattr(align_room, "refine", lambda segment, models, ids, watched, **options: read.append((ids, watched)) or refining(segment, models, ids, watched, **options))
+    monkeypatch.setattr(align_room, "_ACTIVATIONS", 100)
+    judging = []
+    judge = align_room.middle_loss
+    monkeypatch.setattr(align_room, "middle_loss", lambda segment, models, ids: judging.append(ids) or judge(segment, models, ids))
+    small, large = tiny.llama(layers=2, seed=5), tiny.llama(seed=6)
+    rows = torch.randint(3, 250, (9, 32), generator=torch.Generator().manual_seed(0))
+    fit(small, large, rows, steps=1)  # a tensor of rows is a sequence of them too
+    first, second, (ids, watched) = read
+    assert len(judging) == 2
+    for found, wanted in ((first, rows[2:5]), (second, rows[2:5]), (ids, rows[2:]), (watched, rows[:2]), *((text, rows[:2]) for text in judging)):
+        assert torch.equal(torch.stack(list(found)), wanted)
+
+
+def test_states_are_compared_without_massive_activations():
+    """A few tokens' states are as long as all others' together, and the same in all layers."""
+    draw, model = torch.Generator().manual_seed(0), tiny.llama(layers=2)
+    base = torch.randn(256, 32, generator=draw)
+
+    def states(share):
+        found = base * (1 - share) + torch.randn(256, 32, generator=draw) * share
+        found[::32] = 0
+        found[::32, 0] = 500
+        return found
+
+    found = Fit(model, model, None, None)
+    found.acts = ({"state.0": states(0.1)}, {"state.0": states(0.1), "state.1": states(1.0)})
+    assert found._states_alike(0, 0) > 0.9
+    assert found._states_alike(0, 1) < 0.2
+
+
+def test_channels_are_fitted_to_the_layers_that_were_matched():
+    """Not to those that were there to begin with: of a model whose layers stand otherwise than evenly."""
+    small, large = tiny.llama(layers=3, seed=3), tiny.llama(layers=5, seed=4)
+    with torch.no_grad():
+        ours = dict(small.named_parameters())
+        for name, parameter in large.named_parameters():
+            if not name.startswith("model.layers."):
+                parameter.copy_(ours[name])
+            elif int(name.split(".")[2]) > 1:
+                parameter.copy_(ours[name.replace(name.split(".")[2], str(int(name.split(".")[2]) - 2), 1)])
+    ids = Documents.packed(tiny.texts(20), tiny.tokenizer(), 32).ids
+    with torch.no_grad():
+        acts = [activations(model, ids) for model in (small, large)]
+        found = Fit(small, large, tuple(acts), None)
+        found.run()
+        assert found.kept.layers.tolist() == [2, 3, 4]
+        for place in range(3):
+            ours, theirs = acts[0][f"state.{place}"], acts[1][f"state.{place + 2}"]
+            torch.testing.assert_close(found._product("state", place, place + 2), ours.T @ theirs / (ours.norm() * theirs.norm()))
+        own = [found._product("state", place, layer) for place, layer in enumerate((2, 3, 4))]
+        even = [found._product("state", place, layer) for place, layer in enumerate((0, 2, 4))]
+        assert not torch.allclose(sum(own), sum(even), atol=1e-3)
 
 
 def test_text_that_is_too_short_to_be_judged_on_is_not_learned_by_heart(monkeypatch):

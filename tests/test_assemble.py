@@ -2,7 +2,9 @@
 
 import json
 import logging
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -77,17 +79,44 @@ def test_what_is_fitted_on_one_text_is_measured_on_another(tmp_path, monkeypatch
     fit, measure = align_room.fit, links_room.measure_segment
     monkeypatch.setattr(align_room, "fit", lambda small, large, ids, **options: read.append(ids) or fit(small, large, ids, steps=1, **options))
     monkeypatch.setattr(links_room, "measure_segment", lambda small, large, kept, documents, *rest, **options: read.append(documents.ids) or measure(small, large, kept, documents, *rest, **options))
-    texts = [f"{letter} {text}" for letter, text in zip("QZ" * 30, tiny.texts(60))]
+    texts = [f"#{number}# {text}" for number, text in enumerate(tiny.texts(60))]
     assemble_chain(checkpoints, tmp_path / "chain", calibration=texts)
     fitted, measured = ({tiny.tokenizer().decode(ids) for ids in part} for part in read)
-    assert not [text for text in fitted if "Q" in text]
-    assert not [text for text in measured if "Z" in text]
-    assert "too short to be parted" not in caplog.text
+    fitted, measured = ({number for number in range(60) if any(f"#{number}#" in text for text in part)} for part in (fitted, measured))
+    assert not fitted & measured
+    assert len(measured) == 30
+    for part in (fitted, measured):  # of what alternates, each half has both
+        assert 5 < sum(number % 2 for number in part) < len(part) - 5
+    assert "cannot be parted" not in caplog.text
     assemble_chain(checkpoints, tmp_path / "plain", align=False, calibration=texts)
-    assert {"Q", "Z"} <= set("".join(tiny.tokenizer().decode(ids) for ids in read.pop()))
+    assert len(read.pop()) > 30
     with caplog.at_level(logging.WARNING):
         assemble_chain(checkpoints, tmp_path / "short", calibration=[" ".join(tiny.texts(30))])
-    assert "too short to be parted: coordinates are fitted and losses measured on one and the same" in caplog.text
+    assert "text (texts: 1) cannot be parted: coordinates are fitted and losses measured on one and the same" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        assemble_chain(checkpoints, tmp_path / "few", calibration=[" ".join(tiny.texts(30))] * 2)
+    assert "losses are measured on 127 tokens, of each text the first" in caplog.text
+
+
+def test_whether_to_align_is_judged_by_losses_on_the_text_that_is_measured(tmp_path, monkeypatch):
+    checkpoints = [tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / f"m{layers}") for layers in (3, 2)]
+    losses, judged, measured = links_room.document_losses, [], []
+    measure = links_room.measure_segment
+    monkeypatch.setattr(links_room, "measure_segment", lambda small, large, kept, documents, *rest, **options: measured.append(documents.ids) or measure(small, large, kept, documents, *rest, **options))
+
+    def scored(order):
+        def loss(runner, documents):
+            judged.append(documents.ids)
+            return replace(losses(runner, documents), nats=np.array([order[len(judged) % 2]]), tokens=np.array([1]))
+        return loss
+
+    for order, aligns in (((2.0, 1.0), True), ((1.0, 2.0), False)):
+        judged.clear()
+        monkeypatch.setattr(links_room, "document_losses", scored(order))
+        chain = assemble_chain(checkpoints, tmp_path / f"chain{aligns}", calibration=tiny.texts(30))
+        assert (chain.manifest.links[0].strategies.blend.align is not None) == aligns
+        assert len(judged) == 2
+        assert all(ids is measured[-1] for ids in judged)
 
 
 def test_anchors_of_few_positions_are_measured_on_shorter_blocks(tmp_path, monkeypatch):

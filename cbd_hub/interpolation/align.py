@@ -117,6 +117,7 @@ def fit(
     Kept.even(small, large, layer_types(model.config, reference.config)).check(small, large)
     if calibration is not None:
         _check_calibration(calibration, model.config, reference.config)
+        calibration = list(calibration)
     check_finite(model, "the model")
     check_finite(reference, "the reference")
     models = {"small": model, "large": reference}

@@ -53,8 +53,8 @@ class Fit:
         reference: The larger one.
         acts: Activations of both on a text.
         residual: Kind of the map of the residual stream.
-        order: The larger one's neurons, heads and channels in the order in which those that the smaller one has not are to come back; by default neurons
-            by the norm of what they write, the others as they are.
+        order: The larger one's neurons, heads and, where they are permuted, channels in the order in which those that the smaller one has not are to come
+            back; by default neurons by the norm of what they write, the others as they are. A rotation has directions of its own, the strongest first.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class Fit:
         device = next(iter(self.weights[0].values())).device
         self.stream = torch.zeros(self.large.hidden, self.small.hidden, dtype=torch.float32, device=device)
         # Similarity of what tensors make of the norms' outputs, and of activations themselves; no map changes them.
-        self.read: dict[tuple[str, str, int], Tensor] = {}
-        self.products: dict[tuple[str, int], Tensor] = {}
+        self.read: dict[tuple[str, str, int, int], Tensor] = {}
+        self.products: dict[tuple[str, int, int], Tensor] = {}
         self.channels = np.ones(self.small.hidden, dtype=np.float32)
 
     def run(self, report: Report | None = None) -> None:
@@ -247,7 +247,7 @@ class Fit:
         found = (ours @ self.stream.T) @ theirs.T / scale
         if self.acts is None or not norm:
             return found
-        if (key := (spec.name, part, place)) not in self.read:
+        if (key := (spec.name, part, place, layer)) not in self.read:
             states = [acts[norm.rpartition(".")[0].format(layer=at)] for acts, at in zip(self.acts, (place, layer))]
             gains = [self.weights[side][norm.format(layer=at)] for side, at in ((0, place), (1, layer))]
             outputs = [state @ torch.where(gain == 0, 0.0, weights / gain).T for state, weights, gain in zip(states, (ours, theirs), gains)]
@@ -256,11 +256,11 @@ class Fit:
 
     def _product(self, name: str, place: int, layer: int) -> Tensor:
         """Similarity of the smaller one's activations (rows) and the larger one's on the text."""
-        if (name, place) not in self.products:
+        if (key := (name, place, layer)) not in self.products:
             assert self.acts is not None
             ours, theirs = (acts[f"{name}.{at}"] for acts, at in zip(self.acts, (place, layer)))
-            self.products[name, place] = ours.T @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-30)
-        return self.products[name, place]
+            self.products[key] = ours.T @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-30)
+        return self.products[key]
 
     def _fit_neurons(self, place: int, layer: int) -> None:
         plain = torch.zeros(self.small.ffn, self.large.ffn, dtype=torch.float32, device=self.stream.device)

@@ -101,7 +101,7 @@ def common_layers(similarity: np.ndarray, types: tuple[Sequence[Any], Sequence[A
 
 
 def evenness(rows: int, columns: int) -> np.ndarray:
-    """Less the difference in relative depth of two models' layers, shape (rows, columns): 0 where they are as deep, -1 from first to last.
+    """Minus the difference in relative depth of two models' layers, shape (rows, columns): 0 where they are as deep, -1 from first to last.
 
     Example:
         >>> evenness(2, 3).tolist()
@@ -109,7 +109,7 @@ def evenness(rows: int, columns: int) -> np.ndarray:
     """
     depths = (np.linspace(0, 1, count) if count > 1 else np.array([0.5]) for count in (rows, columns))
     ours, theirs = depths
-    return -np.abs(ours[:, None] - theirs)
+    return 0.0 - np.abs(ours[:, None] - theirs)
 
 
 def kernel_alignment(first: Tensor, second: Tensor) -> float:
