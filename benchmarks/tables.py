@@ -465,4 +465,5 @@ def lm_eval(data: dict[str, Any]) -> str:
 def paper(data: dict[str, Any]) -> str:
     """What each step of the paper's pipeline costs at small scale."""
     rows = [[name, f"{found['processor_seconds']:.0f}"] for name, found in data["steps"].items()]
-    return f"{table(['step', 'processor seconds'], rows)}\n\nOne thread, beside other work, which stretches wall time. `{data['command']}`"
+    threads = sorted({found["threads"] for found in data["steps"].values()})
+    return f"{table(['step', 'processor seconds'], rows)}\n\nOn {' and '.join(map(str, threads))} thread{'s' * (threads != [1])}, beside other work, which stretches wall time. `{data['command']}`"

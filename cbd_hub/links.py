@@ -170,12 +170,12 @@ def _aligned(
     small: Any, large: Any, align: str | bool, calibration: Calibration | None, report: Report | None
 ) -> tuple[Kept | None, Maps | None, Aligned | None]:
     """The shared coordinates; none where ``auto`` finds that they bring the two no nearer."""
-    from cbd_hub.interpolation.align import brings_nearer, fit
-    if calibration is None:
-        found, loss = fit(small, large, report=report), None
-    else:
-        documents, order = calibration.documents, measure_importance(large, calibration.blocks.first(_TOKENS)).kept(shape_of(small.config))
-        found, loss = fit(small, large, calibration.blocks.ids, order=order, report=report), lambda runner: document_losses(runner, documents).mean
+    from cbd_hub.interpolation.align import STEPS, brings_nearer, fit
+    ids, order = None, None
+    if calibration is not None:
+        ids, order = calibration.blocks.ids, measure_importance(large, calibration.blocks.first(_TOKENS)).kept(shape_of(small.config))
+    found = fit(small, large, ids, steps=STEPS, order=order, report=report)
+    loss = None if calibration is None else lambda runner: document_losses(runner, calibration.documents).mean
     if align == "auto" and not brings_nearer(found, small, large, loss):
         return None, None, None
     return found.kept, found.maps, Aligned(residual=found.residual, error=found.error)
