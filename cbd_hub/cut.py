@@ -38,8 +38,9 @@ class Importance:
     Attributes:
         layers: Block influence of each layer, 1 - cosine of its input and output, shape (layers,)
             (ShortGPT, https://huggingface.co/papers/2403.03853).
-        ffn: Mean |activation| of each FFN neuron times the norm of what it writes, shape (layers, ffn).
-        heads: Mean norm of what each head writes into the residual stream, shape (layers, heads).
+        ffn: Root mean square of each FFN neuron's activation times the norm of what it writes, shape (layers, ffn)
+            (as Wanda weighs inputs, https://huggingface.co/papers/2306.11695).
+        heads: Root mean square of what each head writes into the residual stream, shape (layers, heads).
         hidden: Mean |value| of each residual channel after the norms, summed over them, shape (hidden,)
             (Minitron, https://huggingface.co/papers/2407.14679).
         kv_heads: Groups that the heads form.
@@ -124,7 +125,7 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
 
     def on_ffn(layer: int) -> Any:
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            ffn[layer] += _sum(inputs[0].abs())
+            ffn[layer] += _sum(inputs[0].float().square())
         return hook
 
     def on_heads(layer: int) -> Any:
@@ -134,7 +135,7 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
         def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
             values = inputs[0].float().unflatten(-1, (shape.heads, shape.head_size)).transpose(-2, -3)
             squares = ((values @ gram) * values).sum(-1)
-            heads[layer] += _sum(squares.clamp(min=0).sqrt().transpose(-1, -2))
+            heads[layer] += _sum(squares.clamp(min=0).transpose(-1, -2))
         return hook
 
     def on_norm(_: Any, __: Any, output: Tensor) -> None:
@@ -156,7 +157,7 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
             with products(model.device, bf16=bf16):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
     norm = np.stack([written(family.ffn_input, layer).cpu().double().norm(dim=1).numpy() for layer in range(shape.layers)])
-    return Importance(influence / positions, ffn / positions * norm, heads / positions, hidden / positions, shape.kv_heads)
+    return Importance(influence / positions, np.sqrt(ffn / positions) * norm, np.sqrt(heads / positions), hidden / positions, shape.kv_heads)
 
 
 def _sum(values: Tensor) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_what_is_fitted_on_one_text_is_measured_on_another(tmp_path, monkeypatch
     """Else the curve would promise what the maps know by heart. A text that cannot be parted is told; anchors that are not aligned need no parting."""
     checkpoints, read = [tiny.save(tiny.llama(layers=layers, seed=layers), tmp_path / f"m{layers}") for layers in (3, 2)], []
     fit, measure = align_room.fit, links_room.measure_segment
-    monkeypatch.setattr(align_room, "fit", lambda small, large, ids, **options: read.append(ids) or fit(small, large, ids, steps=1, **options))
+    monkeypatch.setattr(align_room, "fit", lambda small, large, ids, **options: read.append(ids) or fit(small, large, ids, **{**options, "steps": 1}))
     monkeypatch.setattr(links_room, "measure_segment", lambda small, large, kept, documents, *rest, **options: read.append(documents.ids) or measure(small, large, kept, documents, *rest, **options))
     texts = [f"#{number}# {text}" for number, text in enumerate(tiny.texts(60))]
     assemble_chain(checkpoints, tmp_path / "chain", calibration=texts)
