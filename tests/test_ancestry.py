@@ -123,7 +123,7 @@ def test_units_that_the_smaller_one_lacks_come_back_by_importance(tmp_path):
     alike = []
     for layer in range(6):
         own = 64 if layer in kept.layers else 0
-        assert len(set(shared.ffn[layer][:own]) - set(kept.ffn[layer][:own])) < 3
+        assert len(set(shared.ffn[layer][:own]) - set(kept.ffn[layer][:own])) < 6
         rest = np.intersect1d(shared.ffn[layer][own:], kept.ffn[layer][own:])
         alike.append(np.corrcoef(*(np.argsort([unit for unit in order.ffn[layer] if unit in rest]) for order in (shared, kept)))[0, 1])
     assert np.mean(alike) > 0.8
