@@ -330,7 +330,7 @@ def _adapter(read: Results) -> str:
 def _heal(read: Results) -> str:
     rows = read("heal")["rows"]
     found = [(row["curve"][-1]["loss"] - row["curve"][0]["loss"], format_size(row["parameters"])) for row in rows]
-    words = ", ".join(f"{abs(change):.3f} {'worse' if change > 0 else 'better'} at {size}" for change, size in found)
+    words = ", ".join(f"{f'{abs(change):.3f} ' + ('worse' if change > 0 else 'better') if abs(change) >= 0.0005 else 'the same'} at {size}" for change, size in found)
     return f"{words}, on {rows[0]['curve'][-1]['tokens']:,} tokens"
 
 

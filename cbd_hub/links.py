@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS = 4096
 _FEW = 512  # with fewer, a measured loss says little
-_FIT_TOKENS = 2**17  # as many as the gradient steps of a fit read
+_FIT_TOKENS = 2**17  # about as many as the gradient steps of a fit read
 
 
 @dataclass(frozen=True)

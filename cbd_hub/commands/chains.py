@@ -65,7 +65,7 @@ def distill(
 def assemble(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT CKPT ...", help="Model folders or Hub ids.", show_default=False)],
     out_dir: OutOption,
-    text: Annotated[str | None, typer.Option("--text", help="Text: coordinates are fitted on one half of it; order, alpha and curve are measured on the other.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Text on which order, alpha and curve are measured; where anchors are aligned, one half of it is for their coordinates.", show_default=False)] = None,
     align: Annotated[
         bool | None, typer.Option("--align/--no-align", help="Bring each anchor into the larger one's coordinates, where it was not cut from it; by default where it helps.", show_default=False)
     ] = None,

@@ -131,7 +131,7 @@ class Fit:
     def _states_alike(self, place: int, layer: int) -> float:
         """Linear CKA of two layers' states, but for tokens of massive activations (https://huggingface.co/papers/2402.17762).
 
-        These few, such as the first of a text, are tens of times as long as all others, and the same from a model's first layers to its last ones: with them all layers are alike.
+        These few, such as the first of a text, are more than ten times as long as most others, and decide it: with them all layers between a model's first and last are alike.
         """
         assert self.acts is not None
         states = [acts[f"state.{at}"] for acts, at in zip(self.acts, (place, layer))]

@@ -107,8 +107,7 @@ def evenness(rows: int, columns: int) -> np.ndarray:
         >>> evenness(2, 3).tolist()
         [[0.0, -0.5, -1.0], [-1.0, -0.5, 0.0]]
     """
-    depths = (np.linspace(0, 1, count) if count > 1 else np.array([0.5]) for count in (rows, columns))
-    ours, theirs = depths
+    ours, theirs = (np.linspace(0, 1, count) if count > 1 else np.array([0.5]) for count in (rows, columns))
     return 0.0 - np.abs(ours[:, None] - theirs)
 
 
