@@ -9,7 +9,7 @@ import torch
 from cbd_hub import ChainDistillerConfig
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import ModelRunner
-from cbd_hub.precision import has_bf16, products, say_fp32
+from cbd_hub.precision import _bf16_speed, has_bf16, products, say_fp32
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -45,3 +45,22 @@ def test_a_block_of_products_is_autocast_or_nothing(monkeypatch):
         with products(torch.device("cpu"), bf16=False):
             assert not torch.is_autocast_enabled("cpu")
     assert has_bf16("cuda")
+
+
+@pytest.mark.parametrize(("there", "speed", "quick"), [(True, 2.0, True), (True, 0.5, False), (True, 1.0, False), (False, 2.0, False)])
+def test_a_cpu_with_instructions_is_timed(monkeypatch, there, speed, quick):
+    """Those of AVX-512 alone take twice as long as fp32 on some."""
+    has_bf16.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
+    monkeypatch.setattr("cbd_hub.precision._bf16_speed", lambda: speed)
+    assert has_bf16("cpu") == quick
+    has_bf16.cache_clear()
+
+
+def test_the_quicker_precision_is_found(monkeypatch):
+    """By the least time of several: what else the machine does is in some."""
+    clock, cost = [0.0], {torch.float32: 3.0, torch.bfloat16: 1.0}
+    slow = iter([50.0, 0.0, 0.0, 50.0] + [0.0] * 10)
+    monkeypatch.setattr("cbd_hub.precision.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda factor, _: clock.__setitem__(0, clock[0] + cost[factor.dtype] + next(slow)))
+    assert _bf16_speed() == pytest.approx(3.0)
