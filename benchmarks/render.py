@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import claims
 import matplotlib.pyplot as plt
 import sentences
 import tables
@@ -44,6 +45,15 @@ def read(name: str) -> dict[str, Any] | None:
     """A benchmark's result, where there is one."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def result(name: str) -> dict[str, Any]:
+    """A benchmark's result.
+
+    Raises:
+        FileNotFoundError: If it has not been measured yet.
+    """
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def table(name: str) -> str:
@@ -95,9 +105,6 @@ def said(name: str) -> str:
 
 def answers(head: str, rows: Mapping[str, tuple[str, Callable[[sentences.Results], str]]]) -> str:
     """A few figures for README.md, each with a link to its table."""
-    def result(name: str) -> dict[str, Any]:
-        return json.loads((RESULTS / f"{name}.json").read_text())
-
     lines = []
     for what, (name, answer) in rows.items():
         with suppress(FileNotFoundError):  # not measured yet
@@ -125,7 +132,7 @@ def documents() -> dict[str, dict[str, str]]:
         "docs/how-to/adapters.md": {"adapter": said("adapter")},
         "docs/how-to/deploy.md": {"speed": said("speed"), "draft": said("draft"), "deploy": table("deploy")},
         "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_trained", "quality_scratch", "quality_rivals")},
-        "examples/paper/README.md": {name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")},
+        "examples/paper/README.md": {"claims": claims.table(result), **{name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")}},
     }
 
 

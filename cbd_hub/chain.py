@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save
 
 from cbd_hub import shapes
 from cbd_hub.ancestry import Ancestry
@@ -221,11 +221,17 @@ class ChainBuilder:
 
     def save_kept(self, name: str, kept: Kept, maps: Maps | None = None) -> PathRecord:
         """Write an anchor's maps into its parent's coordinates."""
-        path = self.root / "maps" / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({**kept.arrays(), **({} if maps is None else maps.arrays())}, path)
-        path.chmod(0o644)
+        path = self._maps_file(name)
+        write_bytes(path, save({**kept.arrays(), **({} if maps is None else maps.arrays())}))
         return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
+
+    def kept(self, name: str) -> Kept | None:
+        """What `save_kept` wrote for an anchor, if it did."""
+        path = self._maps_file(name)
+        return Kept.read(load_file(path)) if path.is_file() else None
+
+    def _maps_file(self, name: str) -> Path:
+        return self.root / "maps" / f"{name}.safetensors"
 
     def save_chunks(self, name: str, chunks: Mapping[str, list[str]]) -> PathRecord:
         """Write the hashes of every 4 MiB of an anchor's weight files."""

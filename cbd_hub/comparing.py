@@ -157,12 +157,12 @@ def evaluate_sizes(
             report(f"measuring {contender.name}", place, len(contenders))
         runner = ModelRunner(contender.model().to(best_device()))
         answers += [{**contender.facts, "task": name, **choice_accuracy(runner, asked, tokenizers[contender.source])} for name, asked in questions.items()]
-        if texts is None:
-            continue
-        measured, compared = texts.measured(runner, contender)
-        difference = {} if first is None else dict(zip(("difference", "difference_stderr"), compared.minus((1.0, first))))
-        results.append({**contender.facts, **measured, **difference})
-        first = first or compared
+        if texts is not None:
+            measured, compared = texts.measured(runner, contender)
+            difference = {} if first is None else dict(zip(("difference", "difference_stderr"), compared.minus((1.0, first))))
+            results.append({**contender.facts, **measured, **difference})
+            first = first or compared
+        del runner  # the next one is to have its room
     return Evaluated(results, answers, {} if texts is None else texts.counts, texts is None or texts.one_vocabulary)
 
 

@@ -332,15 +332,15 @@ def _bar_up_to(limit: int, name: str, kind: type[CBDError]) -> type[Bar]:
     return Bounded
 
 
-def download(repo_id: str, revision: str | None, patterns: list[str], options: dict[str, Any]) -> Path:
-    """The folder of a repo's files that match the patterns, in the standard cache.
+def download(repo_id: str, revision: str | None, patterns: list[str], options: dict[str, Any], *, folders: bool = True) -> Path:
+    """The folder of a repo's files that match the patterns, in folders of it too if ``folders``, in the standard cache.
 
     Raises:
         ManifestError: If the repo does not exist, or the id is none.
         StorageError: If it is gated, offline, or the Hub cannot be reached.
     """
     with explained(repo_id, options.get("token")):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_WEIGHTS, **options, **NAME))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=[*_OTHER_WEIGHTS, *([] if folders else ["*/*"])], **options, **NAME))
 
 
 def resolve_checkpoint(
@@ -370,7 +370,7 @@ def resolve_checkpoint(
         name = ""
     if not name or folder.exists() or os.fspath(checkpoint).startswith((".", "/", "~")):
         raise StorageError(f"{checkpoint} is neither a model folder nor a Hub id; check the path")
-    return download(name, revision, [*(["*.safetensors", "README.md", KEPT_FILE] if weights else []), *CHECKPOINT_FILES], dict(options or {}))
+    return download(name, revision, [*(["*.safetensors", "README.md", KEPT_FILE] if weights else []), *CHECKPOINT_FILES], dict(options or {}), folders=False)
 
 
 def is_repo_id(name: str) -> bool:

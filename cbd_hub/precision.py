@@ -20,14 +20,14 @@ def has_bf16(device_type: str) -> bool:
     """Whether products in bf16 are quicker than in fp32 on a kind of device.
 
     A CPU without instructions for them computes them element by element, several times slower and less exactly; one with AVX-512's alone may still take twice as long as
-    in fp32, one with AMX a fraction. So a CPU that has any is timed, once, in some hundredths of a second.
+    in fp32, one with AMX a fraction. So a CPU that has any is timed, once, in some hundredths of a second. A GPU of Nvidia's before Ampere emulates them.
 
     Example:
-        >>> has_bf16("cuda")
+        >>> has_bf16("mps")
         True
     """
     if device_type != "cpu":
-        return True
+        return device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _bf16_speed() > _QUICKER
     except (AttributeError, RuntimeError):  # a torch built without oneDNN
@@ -54,10 +54,20 @@ def products(device: torch.device, *, bf16: bool = True) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of a device: Apple's GPUs have no float64.
+
+    Example:
+        >>> widest(torch.device("mps")), widest(torch.device("cuda"))
+        (torch.float32, torch.float64)
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @functools.cache
 def say_fp32() -> None:
-    """Say once that a CPU computes in fp32 what was to be bf16."""
-    logger.warning("products in bf16 are not quicker on this CPU; they run in fp32 (bf16=False)")
+    """Say once that a device computes in fp32 what was to be bf16."""
+    logger.warning("products in bf16 are not quicker on this %s; they run in fp32 (bf16=False)", best_device().type.upper())
 
 
 def best_device() -> torch.device:

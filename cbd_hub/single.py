@@ -201,9 +201,14 @@ def _own_text(model: Any, tokens: int) -> tuple[Documents, Documents]:
     plain = transformers.GenerationConfig(
         do_sample=True, top_k=0, min_new_tokens=block - 1, max_new_tokens=block - 1, eos_token_id=None if ends[0] is None else ends, pad_token_id=start
     )
-    with torch.random.fork_rng(), frozen(model):
-        torch.manual_seed(0)
-        ids = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), generation_config=plain).cpu()
+    own = model.generation_config
+    model.generation_config = plain  # what it leaves open would be the model's: an instruct model's often sharpens
+    try:
+        with torch.random.fork_rng(), frozen(model):
+            torch.manual_seed(0)
+            ids = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows)).cpu()
+    finally:
+        model.generation_config = own
     half = len(ids) // 2
     first, second = (Documents(tuple(part), (0,) * len(part)) for part in (ids[:half], ids[half:]))
     return first, second

@@ -160,6 +160,13 @@ def test_lists_and_files_are_what_sizes_are_measured_by(chain, text):
     assert evaluate_sizes(chain, ["min"], text=text).results, "a path is a file too"
 
 
+def test_the_likeliest_tokens_are_taken_whatever_a_models_generation_config_says(cbd, chain, tmp_path):
+    assert cbd("make", chain, "--size", "max", "--out", tmp_path / "m")[0] == 0
+    plain = cbd("generate", tmp_path / "m", "a small")[1]
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1}))
+    assert cbd("generate", tmp_path / "m", "a small")[1] == plain
+
+
 def test_generation_depends_on_the_seed_alone(cbd, chain):
     texts = [json.loads(cbd("generate", chain, "x", "--size", "max", "--temperature", 2.0, "--seed", seed, "--json")[1])["text"] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]

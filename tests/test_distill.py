@@ -323,6 +323,21 @@ def test_text_columns_are_packed(tmp_path):
     trainer.train()
 
 
+@pytest.mark.parametrize(("options", "looked_for"), [({}, None), ({"path_fraction": 0.5}, True), ({"kd_weight": 0.0, "ce_weight": 0.0, "hidden_weight": 1.0}, True), ({"path_fraction": 0.5, "ddp_find_unused_parameters": False}, False)])
+def test_processes_look_for_weights_that_a_step_leaves_out(tmp_path, options, looked_for):
+    """Also with gradient checkpointing, where the Trainer would not."""
+    assert ChainDistillerConfig(str(tmp_path), gradient_checkpointing=True, **options).ddp_find_unused_parameters is looked_for
+
+
+def test_a_path_through_two_dtypes_is_refused_or_autocast(tmp_path):
+    teacher = tiny.llama()
+    student, kept = student_of(teacher)
+    teacher.to(torch.bfloat16)
+    config = {"max_steps": 1, "path_fraction": 1.0, "per_device_train_batch_size": 4, "save_strategy": "no", "disable_tqdm": True}
+    with pytest.raises(ArgumentError, match=r"torch\.bfloat16, with the student's, torch\.float32.*load both in one dtype"):
+        ChainDistiller(model=student, teacher=teacher, args=ChainDistillerConfig(str(tmp_path), **config), train_dataset=rows(), kept=kept)
+
+
 def test_wrong_calls_are_named(tmp_path):
     teacher = tiny.llama()
     config = ChainDistillerConfig(str(tmp_path), max_steps=1)

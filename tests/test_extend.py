@@ -12,6 +12,7 @@ from cbd_hub import CBDModel, Chain, assemble_chain, distill_chain, extend
 from cbd_hub.card_metadata import license_of
 from cbd_hub.errors import StorageError
 from cbd_hub.extend import add_anchor
+from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.manifest import Mix
 from cbd_hub.plans import segment_between
@@ -176,6 +177,18 @@ def test_anchors_in_folders_of_a_published_chain_keep_their_tokenizers(hub, meas
     add_anchor(Chain.from_pretrained("org/whole"), tiny.save(tiny.llama(layers=8, seed=8), tmp_path / "m8"), "third/eight")
     assert {path for path in hub.repos["org/whole"].at("main")[1] if path.startswith("anchors/")} == before
     assert CBDModel.from_chain("org/whole", "min").config.num_hidden_layers == 1
+
+
+def test_of_a_checkpoint_on_the_hub_only_the_weights_beside_its_config_are_fetched(hub, tmp_path):
+    """Some repos hold the same weights once more, in folders of the maker's format or of other dtypes."""
+    tiny.save(tiny.llama(layers=2), tmp_path / "m")
+    (tmp_path / "m" / "original").mkdir()
+    (tmp_path / "m" / "original" / "model.safetensors").write_bytes(b"the same once more")
+    HfApi().create_repo("org/model")
+    HfApi().upload_folder(repo_id="org/model", folder_path=tmp_path / "m")
+    found = resolve_checkpoint("org/model")
+    assert (found / "model.safetensors").is_file()
+    assert not (found / "original").exists()
 
 
 @pytest.fixture(scope="module")

@@ -151,6 +151,30 @@ def test_a_lora_is_merged_or_a_peft_folder_that_loads(chain, tmp_path):
     assert kept.config.cbd["healed"]["loss"] == pytest.approx(record["loss"], abs=2e-3)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_healed_in_bf16_computes_in_its_own_precision_afterwards(chain, monkeypatch, fails, tmp_path):
+    """The trainer's autocast goes with it, also where the heal fails."""
+    monkeypatch.setattr("cbd_hub.distill.config.has_bf16", lambda device: True)
+    model = between(chain)
+    if fails:
+        monkeypatch.setattr("cbd_hub.distill.heal._result", lambda *_: pytest.fail("not reached"))
+        train = module._train
+
+        def failing(healer, *rest):
+            train(healer, *rest)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "_train", failing)
+        with pytest.raises(KeyboardInterrupt):
+            heal(model, chain, data(), **{**OPTIONS, "bf16": True})
+        other = between(chain)
+    else:
+        model = heal(model, chain, data(), output_dir=tmp_path / "m", **{**OPTIONS, "bf16": True})
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = torch.arange(4, 24)[None]
+    assert torch.equal(model(ids).logits, other(ids).logits)
+
+
 def test_early_stopping_gives_back_the_best_weights(chain, monkeypatch):
     """Held-out losses by a script: the third evaluation is the best, and two worse ones stop the run."""
     script, seen, measure = [5.0, 4.0, 3.0, 2.0, 2.5, 2.0, 9.0], [], Healer.losses

@@ -44,7 +44,26 @@ def test_a_block_of_products_is_autocast_or_nothing(monkeypatch):
             assert torch.is_autocast_enabled("cpu") == quick
         with products(torch.device("cpu"), bf16=False):
             assert not torch.is_autocast_enabled("cpu")
-    assert has_bf16("cuda")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_gpu_that_emulates_bf16_is_not_quick(tmp_path, monkeypatch, caplog, quick):
+    """Nvidia's before Ampere; the trainer computes in fp32 there too, and says so."""
+    has_bf16.cache_clear()
+    say_fp32.cache_clear()
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation) or quick)
+    assert has_bf16("cuda") == quick
+    assert asked == [False]
+    has_bf16.cache_clear()
+    if not quick:
+        for module in ("precision", "distill.config"):
+            monkeypatch.setattr(f"cbd_hub.{module}.best_device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        with caplog.at_level(logging.WARNING, "cbd_hub"):
+            assert not ChainDistillerConfig(str(tmp_path), bf16=True).bf16
+        assert "not quicker on this CUDA" in caplog.text
+        has_bf16.cache_clear()
 
 
 @pytest.mark.parametrize(("there", "speed", "quick"), [(True, 2.0, True), (True, 0.5, False), (True, 1.0, False), (False, 2.0, False)])

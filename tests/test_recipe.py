@@ -1,5 +1,6 @@
 """Recipes: mistakes named by line, runs resumed bit for bit, foreign folders left alone."""
 
+import dataclasses
 import json
 import multiprocessing
 import shutil
@@ -147,6 +148,38 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_chain(never_stopped, tmp_pa
     assert not (tmp_path / "stopped" / "chain.json").exists()
     monkeypatch.undo()
     assert_same(whole, distill_chain(plain, tmp_path / "stopped").files.root)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_gone_on_with_where_importance_comes_out_otherwise_units_stay_those_that_were_cut(never_stopped, tmp_path, monkeypatch, at):
+    """On another machine products may differ in their last digits, and near units change places; what was trained, or is being trained, was cut before."""
+    plain, whole = never_stopped
+    real, calls = recipe_module.ChainDistiller, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(recipe_module, "ChainDistiller", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill_chain(plain, tmp_path / "stopped")
+    monkeypatch.undo()
+    measure = recipe_module.measure_importance
+
+    def otherwise(model, blocks):
+        found = measure(model, blocks)
+        return dataclasses.replace(found, ffn=found.ffn[:, ::-1].copy())
+
+    before = {path.name: path.read_bytes() for path in (tmp_path / "stopped" / "maps").iterdir()}
+    assert len(before) == at
+    monkeypatch.setattr(recipe_module, "measure_importance", otherwise)
+    made = distill_chain(plain, tmp_path / "stopped").files.root
+    for name, kept in before.items():
+        assert (made / "maps" / name).read_bytes() == kept == (whole / "maps" / name).read_bytes()
+    first = Path("anchors") / next(iter(before)).removesuffix(".safetensors") / "model.safetensors"
+    assert (made / first).read_bytes() == (whole / first).read_bytes()
 
 
 def test_killed_in_the_middle_of_a_stage_it_goes_on_to_the_same_chain(tmp_path):

@@ -16,7 +16,7 @@ from cbd_hub.cut import measure_importance, mixes
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError, WeightsError
 from cbd_hub.evaluation import Documents
 from cbd_hub.shapes import count, parameter_count, shape_of
-from cbd_hub.single import OWN_TEXT, cut_single
+from cbd_hub.single import OWN_TEXT, _own_text, cut_single
 
 
 TEXTS = tiny.texts(60)
@@ -178,6 +178,20 @@ def test_every_size_is_cut_within_a_percent_or_the_nearest_named_which_then_is_c
             assert count(found[0], config) == named
         assert all(abs(count(shape, config) - size) <= 0.01 * size and count(shape, config) < whole for shape in found)
     assert refused
+
+
+@ONE_FAMILY
+def test_text_of_its_own_is_sampled_at_temperature_1_whatever_its_generation_config_says(source):
+    """An instruct model's often sharpens, and penalises what was said."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    plain = _own_text(model, 2048)
+    for name, value in {"do_sample": True, "temperature": 0.1, "top_p": 0.5, "top_k": 3, "repetition_penalty": 1.8, "no_repeat_ngram_size": 2, "min_p": 0.5, "epsilon_cutoff": 0.1}.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config.to_dict()
+    again = _own_text(model, 2048)
+    assert model.generation_config.to_dict() == own
+    for ours, theirs in zip(plain, again):
+        assert torch.equal(torch.stack(ours.ids), torch.stack(theirs.ids))
 
 
 @pytest.mark.parametrize("own", [False, True])

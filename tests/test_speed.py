@@ -315,6 +315,15 @@ def test_no_weight_is_needed_to_time(folder, machine, tmp_path):
     assert CBDModel.plan(tmp_path / "bare", min_tokens_per_second=1).speed is not None
 
 
+def test_a_device_without_room_says_so(monkeypatch):
+    def none(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "_random_state", none)
+    with pytest.raises(ArgumentError, match="cpu has no room for .* to be timed; free it"):
+        timing.Stopwatch(torch.float32, torch.device("cpu")).random_model(stored(tiny.llama()).config)
+
+
 def test_models_that_are_timed_are_of_the_dtype_and_the_shape(every):
     source = stored(tiny.EVERY[every]())
     made = timing.Stopwatch(torch.bfloat16, torch.device("cpu")).random_model(source.config)

@@ -3,9 +3,10 @@
 import pytest
 import tiny
 import torch
+from torch.distributed.utils import _to_kwargs
 
 from cbd_hub import ChainDistillerConfig
-from cbd_hub.distill.wrapping import short_attention, sparse_rows
+from cbd_hub.distill.wrapping import inside, short_attention, sparse_rows
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.losses.head import distillation_loss
 
@@ -36,6 +37,20 @@ def test_a_tied_embedding_sends_back_its_rows_alone_and_the_gradient_is_the_same
     for name, gradient in dense.items():
         assert not rows[name].is_sparse
         torch.testing.assert_close(rows[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_a_wrapper_is_given_something_to_move():
+    """As DDP on an accelerator moves its inputs to the device and takes the first of them."""
+    model = tiny.llama()
+    seen = []
+
+    def wrapper(*inputs, **named):
+        moved = _to_kwargs(inputs, named, torch.device("cpu"), False)
+        return model(*moved[0][0], **moved[1][0])
+
+    assert inside(wrapper, model, lambda: seen.append(model) or 3) == 3
+    assert seen == [model]
+    assert "forward" not in vars(model) or model.forward.__func__ is type(model).forward
 
 
 def test_attention_is_plain_on_short_blocks_in_bf16_and_what_it_was_afterwards(tmp_path, monkeypatch) -> None:

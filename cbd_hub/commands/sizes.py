@@ -147,6 +147,7 @@ def generate(
     from cbd_hub.hub import local_path
     from cbd_hub.manifest import FILE_NAME
     from cbd_hub.precision import best_device
+    from cbd_hub.speed.measuring import GREEDY
     hush_bars()
     if not prompt:
         raise ArgumentError("the prompt is empty; give a few words to continue")
@@ -169,9 +170,7 @@ def generate(
     wanted = inputs["input_ids"].shape[1] + max_new_tokens
     if room is not None and wanted > room:
         raise ArgumentError(f"prompt and new tokens are {wanted:,} but the model has {room:,} positions; shorten the prompt or lower --max-new-tokens")
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
     torch.manual_seed(seed)
     ids = model.generate(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,

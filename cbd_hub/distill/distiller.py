@@ -170,6 +170,10 @@ class ChainDistiller(SamplingTrainer):
             if args.path_fraction:
                 if shards(self.accelerator) or is_sharded(student) or is_sharded(teacher):
                     raise ArgumentError("path_fraction reads whole parameters of student and teacher, which are sharded here; set it to 0, or train with DDP")
+                if teacher.dtype != student.dtype and not args.bf16:
+                    raise ArgumentError(
+                        f"path_fraction mixes the teacher's weights, {teacher.dtype}, with the student's, {student.dtype}, in one model; load both in one dtype, or set bf16=True"
+                    )
                 teacher = teacher.to(args.device)
             if self.hidden is not None and self.hidden.projectors and (is_sharded(student) or self.is_deepspeed_enabled):
                 raise ArgumentError("projectors between unlike hidden widths cannot be fitted on a student that is sharded already; set hidden_weight to 0")
@@ -319,6 +323,8 @@ class ChainDistiller(SamplingTrainer):
 
                 yield self._beside_teacher(self.model, inputs, batch)
 
+        if not is_sharded(self.model):
+            self.model.to(self.args.device)  # where the Trainer moves it only with training's first step, as it does under FSDP
         with frozen(self.model):
             self.hidden.start(batches)
 

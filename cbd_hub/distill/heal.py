@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, wait_for_everyone
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel, wait_for_everyone
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -143,7 +143,7 @@ def heal(
                 )
                 _train(healer, teacher.name, progress if progress is not None and first else lambda line: None)
         except BaseException:
-            _cast(model, dtype)
+            _cast(extract_model_from_parallel(model, keep_fp32_wrapper=False), dtype)
             for name, parameter in model.named_parameters():  # as it came, so that the same call goes on
                 if name in before:
                     parameter.data.copy_(before[name])
@@ -328,7 +328,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 
 def _result(healer: Healer, dtype: torch.dtype, merge: bool) -> Any:
     """The healed model in its own dtype, in eval mode."""
-    model = healer.accelerator.unwrap_model(healer.model)
+    model = healer.accelerator.unwrap_model(healer.model, keep_fp32_wrapper=False)
     if is_peft_model(model) and merge:
         model = model.merge_and_unload().requires_grad_(True)
     return _cast(model, dtype).eval()

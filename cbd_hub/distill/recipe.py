@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from cbd_hub import shapes
 from cbd_hub.card_metadata import license_of
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, unique_name
 from cbd_hub.configs import read_config
-from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
+from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, cut_plan, measure_importance
 from cbd_hub.distill.begun import Begun, dependencies, fingerprint
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
@@ -285,6 +286,7 @@ class _Run:
             maps = self.builder.save_kept(stage.name, cut.kept)
         if not folder.exists():
             self._train(stage, large, cut, importance, folder, parent)
+            gc.collect()  # trainer and student refer to themselves, and an accelerator's memory is wanted for what comes next
         small = self._load(stage.name)
         entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small, stage.name))
         result = json.loads((self.work / f"{stage.name}.training.json").read_text())
@@ -296,7 +298,7 @@ class _Run:
         return small, cut, importance
 
     def _cut(self, stage: Stage, large: Any, importance: Importance, parent: Anchor) -> Cut:
-        """The stage's cut; the choice of its shape is remembered, the rest follows from the importance."""
+        """The stage's cut; the choice of its shape is remembered, and so are the units that an anchor kept: where a run goes on elsewhere importance may order them otherwise."""
         assert stage.size is not None
         size, wish = stage.size, stage.shape
 
@@ -311,7 +313,8 @@ class _Run:
         shape = Shape(**self._remembered(f"{stage.name}.cut", choose)["shape"])
         if shapes.count(shape, large.config) >= parent.parameters:
             raise RecipeError(f"anchor {stage.wish} comes out as large as the one above it ({format_size(parent.parameters)}); ask for a smaller one")
-        return Cut.of(large, shape, importance, parent.name)
+        kept = self.builder.kept(stage.name) or importance.kept(shape)
+        return Cut(cut_plan(parent.name, shape, large, kept), kept, {})
 
     def _beginning(self, stage: Stage, parent: Anchor) -> Any:
         """The untrained student of a stage that is not cut from the anchor above it."""
@@ -341,7 +344,7 @@ class _Run:
         last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
         self.progress(f"{stage.name}: {'goes on from ' + Path(last).name if last else 'learns'}, {arguments.max_steps} steps")
         started = time.monotonic()
-        large.to("cpu" if arguments.teacher_cache is not None else best_device())  # where a cache stands in its place, an accelerator's memory is the student's
+        large.to("cpu" if arguments.teacher_cache is not None else arguments.device)  # where a cache stands in its place, an accelerator's memory is the student's
         trainer.train(resume_from_checkpoint=last)
         if trainer.state.global_step < arguments.max_steps:
             with self.recipe.at(stage.anchor):

@@ -19,7 +19,7 @@ from torch import Tensor
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.interpolation.live import frozen
-from cbd_hub.losses.blocks import widest
+from cbd_hub.precision import widest
 
 
 logger = logging.getLogger(__name__)

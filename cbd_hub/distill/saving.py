@@ -127,6 +127,7 @@ class AnchorTrainer(Trainer):
         staging = run_dir / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # each process writes its own part there
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)

@@ -49,7 +49,7 @@ def inside(wrapper: Any, module: Any, compute: Callable[[], T], *, frozen: bool 
 
     module.forward = forward
     try:
-        result: T = wrapper()
+        result: T = wrapper(0)  # DDP on an accelerator takes the first of what it moves there, and there has to be one
         return result
     finally:
         module.forward = original

@@ -10,6 +10,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from cbd_hub.precision import widest
+
 
 def assign(similarity: Tensor, signed: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The assignment of rows to different columns with the largest sum.
@@ -27,7 +29,7 @@ def assign(similarity: Tensor, signed: Tensor | None = None) -> tuple[np.ndarray
         ([1, 0], [-1.0, 1.0])
     """
     total = similarity if signed is None else similarity + signed.abs()
-    columns = linear_sum_assignment(total.double().cpu().numpy(), maximize=True)[1]
+    columns = linear_sum_assignment(total.cpu().double().numpy(), maximize=True)[1]
     signs = np.ones(len(columns), dtype=np.float32)
     if signed is not None:
         signs[signed.cpu().numpy()[np.arange(len(columns)), columns] < 0] = -1
@@ -45,7 +47,7 @@ def orthogonal(cross: Tensor) -> Tensor:
         >>> torch.allclose(turn.float(), torch.tensor([[0.0, -1.0], [1.0, 0.0]]), atol=1e-6)
         True
     """
-    left, _, right = torch.linalg.svd(cross.double(), full_matrices=False)
+    left, _, right = torch.linalg.svd(cross.to(widest(cross.device)), full_matrices=False)
     return left @ right
 
 

@@ -27,16 +27,6 @@ def few_at_once(vocab_size: int, device: torch.device) -> int:
     return max(1, _AT_ONCE["cpu" if device.type == "cpu" else "other"] // vocab_size)
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """The widest floating-point type of a device: Apple's GPUs have no float64.
-
-    Example:
-        >>> widest(torch.device("mps")), widest(torch.device("cuda"))
-        (torch.float32, torch.float64)
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def block_bytes(vocab_size: int, device: torch.device, compute: torch.dtype) -> int:
     """Bytes of the logits that `distillation_loss` holds at once, of student and teacher.
 

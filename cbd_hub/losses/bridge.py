@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.losses.alignment import byte_spans, written_tokens
-from cbd_hub.losses.blocks import HeadGradient, few_at_once, gradients_times, scaled, through_scaling, widest
+from cbd_hub.losses.blocks import HeadGradient, few_at_once, gradients_times, scaled, through_scaling
+from cbd_hub.precision import widest
 
 
 __all__ = ["byte_spans", "shared_loss", "shared_tokens", "shared_top_loss", "span_loss"]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
-from cbd_hub.losses.blocks import HeadGradient, block_rows, few_at_once, gradients_times, scaled, through_scaling, widest
+from cbd_hub.losses.blocks import HeadGradient, block_rows, few_at_once, gradients_times, scaled, through_scaling
 from cbd_hub.losses.divergence import check_options
+from cbd_hub.precision import widest
 
 
 @dataclass(frozen=True)

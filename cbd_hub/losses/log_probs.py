@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cbd_hub.errors import VocabularyMismatchError
-from cbd_hub.losses.blocks import HeadGradient, block_rows, scaled, through_scaling, widest
+from cbd_hub.losses.blocks import HeadGradient, block_rows, scaled, through_scaling
+from cbd_hub.precision import widest
 
 
 _BLOCK_ELEMENTS = 2**24  # logits held at once, of a wide vocabulary

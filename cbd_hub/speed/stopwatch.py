@@ -97,8 +97,8 @@ class Stopwatch:
         options: dict[str, Any] = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
         config = whole_config(config)
         plain_class = model_class(config, "a config")
-        state = _random_state(stored_shapes(config), self.dtype, self.device)
         try:
+            state = _random_state(stored_shapes(config), self.dtype, self.device)
             with LOADING, _no_bars():
                 made = plain_class.from_pretrained(None, config=config, state_dict=state, dtype=self.dtype, device_map={"": self.device}, **options)
         except torch.OutOfMemoryError as error:
