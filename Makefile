@@ -11,12 +11,12 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test test-all types release docs bench bench-full nightly fix clean
 
 help:
-	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (15 minutes on 2 cores with bf16 instructions, an hour or two without)"
+	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (10 to 17 minutes on 2 cores that are quick in bf16, up to an hour or two on others)"
 	@echo "make test    documentation, lint, types, doctests and tests (5 to 20 minutes, by the CPU)"
 	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, every view of the page (pictures in artefacts/space), and a release"
 	@echo "make release the wheel and the sdist, in dist/, once they install and run with the lowest and the newest versions"
 	@echo "make docs    the documentation, in build/site"
-	@echo "make bench   the benchmarks that take minutes, and benchmarks/README.md (27 minutes with bf16 instructions, set-up and the chain of make demo included); goes on where it was stopped"
+	@echo "make bench   the benchmarks that take minutes, and benchmarks/README.md (27 minutes on cores that are quick in bf16, set-up and the chain of make demo included); goes on where it was stopped"
 	@echo "make bench-full  also those that train rivals, for hours"
 	@echo "make nightly the tests against the real Hub, with the account of HF_TOKEN"
 	@echo "make fix     let ruff mend what it can"

@@ -79,13 +79,13 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The machine in a line: what computes, cores, memory, and whether it has instructions for bf16."""
+    """The machine in a line: what computes, cores, memory, and whether it is quick in bf16."""
     from cbd_hub.precision import best_device, has_bf16  # not before a benchmark has set where the Hub is
     from cbd_hub.speed.stopwatch import device_name
     device = best_device()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    bf16 = "with" if has_bf16(device.type) else "without"
-    return f"{device_name(device)}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {bf16} bf16 instructions"
+    quick = "quick in bf16" if has_bf16(device.type) else "quicker in fp32 than in bf16"
+    return f"{device_name(device)}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {quick}"
 
 
 def command() -> str:

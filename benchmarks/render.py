@@ -36,7 +36,7 @@ INTRODUCTION = """# Benchmarks
 its tables are not typed by hand; a remark in italics may name a figure of a run whose results were not kept. Under each table stand its command and, of most runs since 27 November 2026, machine, versions and day; of others what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
 (Gemma-3-270M likewise), and `benchmarks/inputs.py` makes `other.jsonl`, `heldout.jsonl` and the models of `--models`. Runs take turns and figures are medians where it is time; losses have standard errors
 over documents, not over trainings where no seeds are named, and differences are paired. Stages are short: 20,480 tokens are 20 optimiser steps, 81,920 are 80, 199,680 are 195. `make bench` runs some of them with other settings than
-the command under the table (fewer items), `make bench-full` with more seeds; steps in fp32 on a CPU that has bf16, and lm-eval, are in neither. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
+the command under the table (fewer items), `make bench-full` with more tokens, items and repeats (bridges: 500,000 tokens instead of 10,240 to 15,360); steps in fp32 on a CPU that has bf16, and lm-eval, are in neither. Of the demo's chains, "The demo's chain", "Healing" and the two sections on tasks are of today's; all others are of the one before 29 November 2026, when importance changed (99M 3.562 instead of 3.521, 117M 3.231 instead of 3.215). Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
 in [quality/README.md](quality/README.md).
 """
 

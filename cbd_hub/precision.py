@@ -36,7 +36,7 @@ def has_bf16(device_type: str) -> bool:
 
 def _bf16_speed() -> float:
     """How many times as fast as in fp32 a product in bf16 is on this CPU."""
-    least = {}
+    least: dict[torch.dtype, float] = {}
     with torch.no_grad():
         factors = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
         for _ in range(7):  # in turns, against other work; the first sets up

@@ -3,7 +3,7 @@
     python examples/07_space.py --chain org/NAME
     python examples/07_space.py --smoke
 
-Needs `pip install 'cbd-hub[space]'`. The page is `cbd space CHAIN`; `cbd space CHAIN --push org/SPACE` deploys it. With --smoke it stops after the answers.
+Needs `pip install '.[space]'`. The page is `cbd space CHAIN`; `cbd space CHAIN --push org/SPACE` deploys it. With --smoke it stops after the answers.
 """
 
 from __future__ import annotations

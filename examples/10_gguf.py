@@ -3,7 +3,7 @@
     python examples/10_gguf.py --chain org/NAME --size 117M --type q8_0 --out ./model.gguf
     python examples/10_gguf.py --smoke
 
-Needs `pip install 'cbd-hub[gguf]'`. The converter is llama.cpp's own: of a clone (--llama-cpp DIR), else of the sources that llama-cpp-python's package on
+Needs `pip install '.[gguf]'`. The converter is llama.cpp's own: of a clone (--llama-cpp DIR), else of the sources that llama-cpp-python's package on
 PyPI brings along (77 MB, fetched once). Exits with 1 where a log-probability is further off than its bound.
 """
 

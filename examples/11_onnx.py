@@ -3,7 +3,7 @@
     python examples/11_onnx.py --chain org/NAME --size 117M --out ./onnx
     python examples/11_onnx.py --smoke
 
-Needs `pip install 'cbd-hub[onnx]'`. Exits with 1 where a logit is further off than the bound.
+Needs `pip install '.[onnx]'`. Exits with 1 where a logit is further off than the bound.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/12_quantised.py --chain org/NAME --size 117M --by int8
     python examples/12_quantised.py --smoke
 
-int8 needs `pip install 'cbd-hub[quantised]'` (torchao, CPUs too), nf4 and int8-bnb `pip install bitsandbytes`. Whatever else transformers takes as a
+int8 needs `pip install '.[quantised]'` (torchao, CPUs too), nf4 and int8-bnb `pip install bitsandbytes`. Whatever else transformers takes as a
 `quantization_config` goes the same way. Exits with 1 where a next token's distribution is further off than the bound.
 """
 

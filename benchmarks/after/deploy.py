@@ -3,7 +3,7 @@
     python benchmarks/after/deploy.py --chain demo/chain
 
 Runs examples/10_gguf.py, 11_onnx.py and 12_quantised.py once a format, each in a process of its own, and keeps what it prints: bytes of weights, the largest difference of logits (of
-log-probabilities for GGUF) and the mean KL. Needs `pip install 'cbd-hub[gguf,onnx,quantised]' bitsandbytes`; a format whose packages are not installed is left out and named. A format further off
+log-probabilities for GGUF) and the mean KL. Needs `pip install '.[gguf,onnx,quantised]' bitsandbytes`; a format whose packages are not installed is left out and named. A format further off
 than its script's bound is marked. Writes benchmarks/results/deploy.json.
 """
 

@@ -149,7 +149,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
         super().__post_init__()
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ArgumentError(f"hub_strategy={self.hub_strategy.value} would push the optimiser's state, and a push holds the model alone; choose every_save or end, and keep output_dir for resuming")
-        if self.ddp_find_unused_parameters is None and (self.path_fraction or not (self.kd_weight or self.ce_weight)):
+        unused: Any = vars(self)["ddp_find_unused_parameters"]
+        if unused is None and (self.path_fraction or not (self.kd_weight or self.ce_weight)):
             self.ddp_find_unused_parameters = True  # layers that a step's model lacks, or a head that no term reads; with gradient checkpointing the Trainer would not look for them
         if self.n_gpu > 1:  # the Trainer would split each batch over them by DataParallel, whose parts of a loss have no common count of tokens
             logger.warning("one process was started and %d accelerators are there: it trains on the first; for all of them use torchrun or accelerate launch", self.n_gpu)

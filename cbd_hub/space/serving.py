@@ -23,7 +23,7 @@ def check_gradio() -> None:
     """
     from importlib.util import find_spec
     if find_spec("gradio") is None:
-        raise ArgumentError("the Space needs gradio; run pip install 'cbd-hub[space]'")
+        raise ArgumentError("the Space needs gradio; run `pip install gradio`")
 
 
 def serve(chain: str, *, revision: str | None = None, mcp: bool = False, limits: Limits | None = None, dtype: str | None = None, wait: float = 60.0, **how: Any) -> Any:
