@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine
-from cbd_hub.interpolation.live import Between, frozen
+from cbd_hub.interpolation.live import Between, frozen, hooks
 from cbd_hub.interpolation.plan import Kept, Plan, Segment
 from cbd_hub.manifest import Mix, Shape
 from cbd_hub.precision import products
@@ -79,15 +79,6 @@ class Importance:
         return sorted(kept.dropped, key=lambda layer: -float(self.layers[layer]))
 
 
-@contextmanager
-def _hooks(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -> Importance:
     """Importance of a model's layers, FFN neurons, heads and residual channels on a text.
 
@@ -141,17 +132,16 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
     def on_norm(_: Any, __: Any, output: Tensor) -> None:
         hidden[:] += _sum(output.abs())
 
-    handles = []
-    for layer, block in enumerate(blocks):
-        handles += [
-            block.register_forward_hook(on_block(layer)),
-            block.get_submodule(family.ffn_input).register_forward_pre_hook(on_ffn(layer)),
-            block.get_submodule(family.heads_input).register_forward_pre_hook(on_heads(layer)),
-        ]
     norms = {spec.name.removesuffix(".weight") for spec in family.tensors if family.norm_of(spec) == "weight"}
     names = {norm.format(layer=layer) for norm in norms for layer in range(shape.layers)}
-    handles += [model.get_submodule(name).register_forward_hook(on_norm) for name in sorted(names)]
-    with frozen(model), _hooks(handles):
+    with frozen(model), hooks() as handles:
+        for layer, block in enumerate(blocks):
+            handles += [
+                block.register_forward_hook(on_block(layer)),
+                block.get_submodule(family.ffn_input).register_forward_pre_hook(on_ffn(layer)),
+                block.get_submodule(family.heads_input).register_forward_pre_hook(on_heads(layer)),
+            ]
+        handles += [model.get_submodule(name).register_forward_hook(on_norm) for name in sorted(names)]
         for ids in _equal_batches(documents):  # no padding: every position counts
             positions += ids.numel()
             with products(model.device, bf16=bf16):

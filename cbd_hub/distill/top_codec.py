@@ -67,7 +67,7 @@ class TopCodec:
 
     def _planes(self, positions: int) -> tuple[int, int]:
         """Bytes of a gap, and of a level."""
-        return -(-(self.vocab_size * positions - 1).bit_length() // 8) or 1, 1 if self.bits <= 8 else 2
+        return _gap_bytes(self.vocab_size, positions), 1 if self.bits <= 8 else 2
 
     def encode(self, ids: np.ndarray, log_probs: np.ndarray, log_rest: np.ndarray) -> bytes:
         """The bytes of one block.
@@ -154,9 +154,6 @@ class TailCodec:
     draws: int
     vocab_size: int
 
-    def _gap_bytes(self, positions: int) -> int:
-        return -(-(self.vocab_size * positions - 1).bit_length() // 8) or 1
-
     def encode(self, ids: np.ndarray, log_probs: np.ndarray) -> bytes:
         """The bytes of one block, from tokens and their log-probabilities, each of shape (positions, draws)."""
         positions = len(ids)
@@ -164,7 +161,7 @@ class TailCodec:
         order = np.argsort(keys, kind="stable")
         levels = np.rint(np.clip(-log_probs.astype(np.float64), 0, _TAIL_RANGE) / _TAIL_RANGE * 255).astype(np.uint8).ravel()[order]
         gaps = np.diff(keys[order], prepend=0)
-        planes = [(gaps >> 8 * plane & 255).astype(np.uint8).tobytes() for plane in range(self._gap_bytes(positions))]
+        planes = [(gaps >> 8 * plane & 255).astype(np.uint8).tobytes() for plane in range(_gap_bytes(self.vocab_size, positions))]
         return zlib.compress(b"".join([*planes, levels.tobytes()]), 9)
 
     def decode(self, data: bytes, positions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +170,7 @@ class TailCodec:
         Raises:
             DataError: If these are not the bytes of so many positions.
         """
-        total, count = positions * self.draws, self._gap_bytes(positions)
+        total, count = positions * self.draws, _gap_bytes(self.vocab_size, positions)
         reader = zlib.decompressobj()
         try:
             raw = reader.decompress(data, total * (count + 1) + 1)
@@ -191,6 +188,11 @@ class TailCodec:
             raise DataError(f"a position has more or fewer than {self.draws} draws")
         log_probs = planes[count][order].astype(np.float32) * np.float32(-_TAIL_RANGE / 255)
         return ids[order].reshape(positions, self.draws), log_probs.reshape(positions, self.draws)
+
+
+def _gap_bytes(vocab_size: int, positions: int) -> int:
+    """Bytes of the largest gap between two places in a block."""
+    return -(-(vocab_size * positions - 1).bit_length() // 8) or 1
 
 
 def rounding_kl(log_probs: np.ndarray, log_rest: np.ndarray, kept: np.ndarray) -> np.ndarray:

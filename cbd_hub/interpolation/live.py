@@ -267,6 +267,17 @@ def _holding(module: Any, parameters: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """A list for handles of hooks, which are removed after the block."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def frozen(*models: Any) -> Iterator[None]:
     """The models in eval mode inside the block, put back afterwards."""
     modes = [model.training for model in models]
