@@ -18,7 +18,7 @@ from cbd_hub.files import sha256
 from cbd_hub.interpolation import align as align_room
 from cbd_hub.interpolation.align import align, apply, fit, segment_with
 from cbd_hub.interpolation.execute import combine
-from cbd_hub.interpolation.fitting import Fit, activations
+from cbd_hub.interpolation.fitting import Fit, activations, shared_activations
 from cbd_hub.interpolation.live import Between
 from cbd_hub.interpolation.maps import norms
 from cbd_hub.interpolation.patch import patch_plan
@@ -321,8 +321,8 @@ def test_gradient_steps_that_other_text_gains_nothing_from_are_taken_back():
 
 def test_text_that_judges_is_not_fitted_on(monkeypatch):
     """And activations, gigabytes of a real model, are of a part of the rest."""
-    read, fitting, refining = [], align_room.activations, align_room.refine
-    monkeypatch.setattr(align_room, "activations", lambda model, ids: read.append(ids) or fitting(model, ids))
+    read, comparing, refining = [], align_room.shared_activations, align_room.refine
+    monkeypatch.setattr(align_room, "shared_activations", lambda model, reference, ids: read.append(ids) or comparing(model, reference, ids))
     monkeypatch.setattr(align_room, "refine", lambda segment, models, ids, watched, **options: read.append((ids, watched)) or refining(segment, models, ids, watched, **options))
     monkeypatch.setattr(align_room, "_ACTIVATIONS", 100)
     judging = []
@@ -331,27 +331,28 @@ def test_text_that_judges_is_not_fitted_on(monkeypatch):
     small, large = tiny.llama(layers=2, seed=5), tiny.llama(seed=6)
     rows = torch.randint(3, 250, (9, 32), generator=torch.Generator().manual_seed(0))
     fit(small, large, rows, steps=1)  # a tensor of rows is a sequence of them too
-    first, second, (ids, watched) = read
+    compared, (ids, watched) = read
     assert len(judging) == 2
-    for found, wanted in ((first, rows[2:5]), (second, rows[2:5]), (ids, rows[2:]), (watched, rows[:2]), *((text, rows[:2]) for text in judging)):
+    for found, wanted in ((compared, rows[2:5]), (ids, rows[2:]), (watched, rows[:2]), *((text, rows[:2]) for text in judging)):
         assert torch.equal(torch.stack(list(found)), wanted)
 
 
-def test_states_are_compared_without_massive_activations():
-    """A few tokens' states are as long as all others' together, and the same in all layers."""
-    draw, model = torch.Generator().manual_seed(0), tiny.llama(layers=2)
-    base = torch.randn(256, 32, generator=draw)
-
-    def states(share):
-        found = base * (1 - share) + torch.randn(256, 32, generator=draw) * share
-        found[::32] = 0
-        found[::32, 0] = 500
-        return found
-
-    found = Fit(model, model, None, None)
-    found.acts = ({"state.0": states(0.1)}, {"state.0": states(0.1), "state.1": states(1.0)})
-    assert found._states_alike(0, 0) > 0.9
-    assert found._states_alike(0, 1) < 0.2
+def test_massive_activations_are_not_compared():
+    """A few tokens' states are as long as all others' together, in one model or the other, and would decide every product of activations."""
+    models = tiny.llama(layers=2, seed=5), tiny.llama(seed=6)
+    ids = torch.randint(20, 250, (4, 32), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[2, 7] = 3, 4
+    for model, token in zip(models, (3, 4)):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[token, 0] = 500
+    with torch.no_grad():
+        found, whole = shared_activations(*models, list(ids)), [activations(model, list(ids)) for model in models]
+    usual = (ids > 4).flatten()
+    assert int(usual.sum()) == 123
+    for ours, theirs in zip(found, whole):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name][usual])
 
 
 def test_channels_are_fitted_to_the_layers_that_were_matched():

@@ -16,7 +16,7 @@ from cbd_hub.errors import ArchitectureError, ArgumentError
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.blend import blend_plan
 from cbd_hub.interpolation.execute import combine, turned
-from cbd_hub.interpolation.fitting import Fit, Residual, activations, unit_orders
+from cbd_hub.interpolation.fitting import Fit, Residual, shared_activations, unit_orders
 from cbd_hub.interpolation.live import Between, Runner, frozen
 from cbd_hub.interpolation.maps import Maps, places
 from cbd_hub.interpolation.plan import Kept, Segment, layer_types, small_eps
@@ -125,7 +125,7 @@ def fit(
         watched = () if calibration is None else calibration[: min(JUDGED, len(calibration) // 4)]
         ids = None if calibration is None else calibration[len(watched) :]
         few = None if ids is None else ids[: max(1, _ACTIVATIONS // len(ids[0]))]
-        fitted = Fit(model, reference, None if few is None else (activations(model, few), activations(reference, few)), residual, order)
+        fitted = Fit(model, reference, None if few is None else shared_activations(model, reference, few), residual, order)
         best = _tried(fitted, model, reference, report)
         if ids is None:
             return best

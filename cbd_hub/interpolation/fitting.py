@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,10 +13,12 @@ from torch import Tensor
 from cbd_hub.errors import ArgumentError
 from cbd_hub.families import TensorSpec, family_of
 from cbd_hub.interpolation.execute import turned
+from cbd_hub.interpolation.live import hooks
 from cbd_hub.interpolation.maps import Maps, head_role, linear_half, norms, places, readers, rotates
 from cbd_hub.interpolation.matching import assign, common_layers, evenness, kernel_alignment, orthogonal, rotary
 from cbd_hub.interpolation.plan import Kept, layer_types
 from cbd_hub.manifest import Shape
+from cbd_hub.precision import widest
 from cbd_hub.reporting import Report
 from cbd_hub.shapes import shape_of
 
@@ -25,7 +26,7 @@ from cbd_hub.shapes import shape_of
 Residual = Literal["rotation", "permutation"]
 Activations = dict[str, Tensor]
 _ROUNDS = 4
-_MASSIVE = 10  # times the median length of a token's states
+_MASSIVE = 10  # times the median length of a layer's states
 _NEURONS = 256  # of a layer, looked for in the layers of the other model
 
 
@@ -51,7 +52,7 @@ class Fit:
     Args:
         model: The smaller model.
         reference: The larger one.
-        acts: Activations of both on a text.
+        acts: Activations of both on a text; see `shared_activations`.
         residual: Kind of the map of the residual stream.
         order: The larger one's neurons, heads and, where they are permuted, channels in the order in which those that the smaller one has not are to come
             back; by default neurons by the norm of what they write, the others as they are. A rotation has directions of its own, the strongest first.
@@ -125,19 +126,8 @@ class Fit:
             for layer in range(place, self.large.layers - self.small.layers + place + 1):
                 likeness[place, layer] += self._neurons_alike(place, layer)
                 if self.acts is not None:
-                    likeness[place, layer] += self._states_alike(place, layer)
+                    likeness[place, layer] += kernel_alignment(*(acts[f"state.{at}"] for acts, at in zip(self.acts, (place, layer))))
         return common_layers(likeness, layer_types(self.models[0].config, self.models[1].config))
-
-    def _states_alike(self, place: int, layer: int) -> float:
-        """Linear CKA of two layers' states, but for tokens of massive activations (https://huggingface.co/papers/2402.17762).
-
-        These few, such as the first of a text, are more than ten times as long as most others, and decide it: with them all layers between a model's first and last are alike.
-        """
-        assert self.acts is not None
-        states = [acts[f"state.{at}"] for acts, at in zip(self.acts, (place, layer))]
-        lengths = [state.norm(dim=1) for state in states]
-        usual = torch.stack([length <= _MASSIVE * length.median() for length in lengths]).all(0)
-        return kernel_alignment(*(state[usual] for state in states))
 
     def _neurons_alike(self, place: int, layer: int) -> float:
         """Mean over neurons of the smaller one's layer of the largest cosine, by what they read and write, with one of the larger one's."""
@@ -165,7 +155,7 @@ class Fit:
         )
         if self.residual == "permutation":
             return self.kept, replace(maps, channels=torch.from_numpy(self.channels)) if np.any(self.channels < 0) else maps
-        stream = self.stream.double()
+        stream = self.stream.cpu().double()
         if self.small.hidden < self.large.hidden:
             whole = torch.linalg.qr(torch.cat([stream, self._directions()], 1))[0]
             stream = torch.cat([stream, whole[:, self.small.hidden :]], 1)
@@ -178,9 +168,10 @@ class Fit:
         """Directions of the larger one's residual stream beside the smaller one's, the strongest first."""
         spec = next(spec for spec in self.family.tensors if spec.name == self.family.embedding)
         rows = [self.weights[1][spec.name]] if self.acts is None else [self.acts[1][f"state.{layer}"] for layer in range(self.large.layers)]
-        states = torch.cat(rows).double()
-        states = states - states @ self.stream.double() @ self.stream.double().T
-        vectors = torch.linalg.eigh(states.T @ states)[1].flip(1)
+        wide = widest(self.stream.device)
+        states, stream = torch.cat(rows).to(wide), self.stream.to(wide)
+        states = states - states @ stream @ stream.T
+        vectors = torch.linalg.eigh((states.T @ states).cpu().double())[1].flip(1)
         return vectors[:, : self.large.hidden - self.small.hidden]
 
     def _gains_hold(self) -> bool:
@@ -371,6 +362,21 @@ def _first(chosen: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.concatenate([chosen, order[~np.isin(order, chosen)]])
 
 
+def shared_activations(model: Any, reference: Any, calibration: Sequence[Tensor]) -> tuple[Activations, Activations]:
+    """Activations of two models on the same tokens, but for those of massive activations in either (https://huggingface.co/papers/2402.17762).
+
+    The states of these few, such as the first of a text, are more than ten times as long as most others in some layer. Their share of a product of activations would
+    decide it: with them all layers between a model's first and last are alike, and one channel is all that there is to match.
+    """
+    both = activations(model, calibration), activations(reference, calibration)
+    lengths = [value.norm(dim=1) for acts in both for name, value in acts.items() if name.startswith("state.")]
+    usual = torch.stack([length <= _MASSIVE * length.median() for length in lengths]).all(0)
+    for acts in both:
+        for name in acts:
+            acts[name] = acts[name][usual]  # one at a time: gigabytes of a real model
+    return both
+
+
 def activations(model: Any, calibration: Sequence[Tensor]) -> Activations:
     """On a text: states after each layer, outputs of the norms, and inputs of what neurons and heads write with; shape (tokens, width) each."""
     family, shape = family_of(model.config), shape_of(model.config)
@@ -385,7 +391,7 @@ def activations(model: Any, calibration: Sequence[Tensor]) -> Activations:
     def before(name: str) -> Any:
         return lambda _, inputs: keep(name, inputs[0])
 
-    with _hooks() as handles:
+    with hooks() as handles:
         for layer, block in enumerate(model.get_submodule(family.blocks)):
             handles.append(block.register_forward_hook(after(f"state.{layer}")))
             for module in (family.ffn_input, family.heads_input):
@@ -396,13 +402,3 @@ def activations(model: Any, calibration: Sequence[Tensor]) -> Activations:
         for start in range(0, len(calibration), 8):
             model.base_model(input_ids=torch.stack(list(calibration[start : start + 8])).to(model.device), use_cache=False)
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-@contextmanager
-def _hooks() -> Iterator[list[Any]]:
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
