@@ -79,7 +79,9 @@ def test_a_cpu_with_instructions_is_timed(monkeypatch, there, speed, quick):
 def test_the_quicker_precision_is_found(monkeypatch):
     """By the least time of several: what else the machine does is in some."""
     clock, cost = [0.0], {torch.float32: 3.0, torch.bfloat16: 1.0}
-    slow = iter([50.0, 0.0, 0.0, 50.0] + [0.0] * 10)
+    slow = iter([50.0, 0.0, 0.0, 50.0] + [0.0] * 36)
     monkeypatch.setattr("cbd_hub.precision.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.nn.functional, "linear", lambda factor, _: clock.__setitem__(0, clock[0] + cost[factor.dtype] + next(slow)))
+    threads = torch.get_num_threads()
     assert _bf16_speed() == pytest.approx(3.0)
+    assert torch.get_num_threads() == threads
