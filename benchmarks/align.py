@@ -3,15 +3,17 @@
     python benchmarks/align.py --text wikipedia.jsonl
 
 Byte-level Llama models, each from its own seed and order of the text: two of one shape, and a third one that is wider. The barrier is the loss half
-way (alpha 0.5) minus the mean of the ends' losses, on held-out text. Trained models are kept in --models and used again. Writes
-benchmarks/results/align.json.
+way (alpha 0.5) minus the mean of the ends' losses, on held-out text. Then the same once the smaller model of a pair has learned from the larger one
+for --distil steps, as in a chain of published anchors. Trained models are kept in --models and used again. Writes benchmarks/results/align.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.interpolation.align import STEPS, Alignment, fit, segment_with
+from cbd_hub.interpolation.fitting import Residual
 from cbd_hub.interpolation.live import Between, ModelRunner, Runner
 from cbd_hub.interpolation.maps import Maps
 from cbd_hub.interpolation.plan import Kept
@@ -72,6 +76,19 @@ def trained(name: str, folder: Path, data: torch.Tensor, steps: int, tied: bool)
     return model
 
 
+def distilled(student: Any, teacher: Any, data: torch.Tensor, steps: int) -> Any:
+    """The student after so many steps from the teacher, by cross-entropy and forward KL alike, as recipes have it."""
+    starts = torch.randint(len(data) - BLOCK, (steps * BATCH,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": data[start : start + BLOCK].tolist()} for start in starts]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ChainDistillerConfig(
+            folder, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=1e-3, ce_weight=1.0, block_size=BLOCK, save_strategy="no", report_to="none", disable_tqdm=True,
+        )
+        trainer = ChainDistiller(model=copy.deepcopy(student), teacher=teacher, args=arguments, train_dataset=rows)
+        trainer.train()
+    return trainer.model.eval()
+
+
 @torch.no_grad()
 def loss_of(runner: Runner, held: torch.Tensor) -> float:
     """Cross-entropy on held-out text, in nats per byte."""
@@ -79,13 +96,15 @@ def loss_of(runner: Runner, held: torch.Tensor) -> float:
     return sum(total) / len(total)
 
 
-def compare(small: Any, large: Any, calibration: list[torch.Tensor], held: torch.Tensor, steps: int) -> dict[str, Any]:
-    """Loss half way between two models by each way of finding common coordinates, and the share of the barrier that is gone."""
+def compare(small: Any, large: Any, calibration: list[torch.Tensor], held: torch.Tensor, steps: int, *, default: bool = False) -> dict[str, Any]:
+    """Loss half way between two models by each way of finding common coordinates, or by the default alone, and the share of the barrier that is gone."""
     models, shapes = {"small": small, "large": large}, (shape_of(small.config), shape_of(large.config))
     ways: dict[str, Alignment] = {"as they are": Alignment(Kept.even(*shapes), Maps(), "permutation", 0.0)}
-    for residual in ("permutation", "rotation"):
-        ways[f"{residual}, weights"] = fit(small, large, residual=residual)
-        ways[f"{residual}, weights and activations"] = fit(small, large, calibration, residual=residual, steps=0)
+    kinds: list[Residual] = ["rotation"] if default else ["permutation", "rotation"]
+    for residual in kinds:
+        if not default:
+            ways[f"{residual}, weights"] = fit(small, large, residual=residual)
+            ways[f"{residual}, weights and activations"] = fit(small, large, calibration, residual=residual, steps=0)
         ways[f"{residual}, and {steps} gradient steps at most"] = fit(small, large, calibration, residual=residual, steps=steps)
     ends = [loss_of(ModelRunner(model), held) for model in (small, large)]
     losses = {name: loss_of(Between(models).run(middle(segment_with(way, small, large), 0.5)), held) for name, way in ways.items()}
@@ -100,6 +119,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--models", type=Path, default=Path("benchmarks/models"))
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--distil", type=int, default=100)
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--calibration", type=int, default=1024, help="blocks of text on which coordinates are fitted")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/align.json"))
@@ -110,17 +130,18 @@ def main() -> None:
     models = {name: trained(name, options.models, data[:cut], options.steps, options.tied) for name in WIDTHS}
     calibration = list(data[: options.calibration * BLOCK].view(-1, BLOCK))
     held = data[cut : cut + 128 * BLOCK].view(-1, BLOCK)
-    results = {
-        name: compare(models[small], models["first"] if small == "second" else models["wider"], calibration, held, STEPS)
-        for name, small in (("equal width", "second"), ("unequal width", "first"))
-    }
+    results = {}
+    for name, small, large in (("equal width", "second", "first"), ("unequal width", "first", "wider")):
+        results[name] = compare(models[small], models[large], calibration, held, STEPS)
+        student = distilled(models[small], models[large], data[:cut], options.distil)
+        results[f"{name}, distilled"] = compare(student, models[large], calibration, held, STEPS, default=True)
     for name, found in results.items():
         table = Table("coordinates", "loss half way", "barrier", "gone", title=f"{name}: ends {found['ends'][0]:.3f} and {found['ends'][1]:.3f}", title_justify="left")
         for way, loss in found["losses"].items():
             table.add_row(way, f"{loss:.3f}", f"{found['barriers'][way]:.3f}", f"{found['gone'][way]:.0%}")
         Console(width=110).print(table)
     write(options.out, {
-        "tokens": held.numel(), "steps": options.steps,
+        "tokens": held.numel(), "steps": options.steps, "distil": options.distil,
         "widths": [128, 192], "calibration": options.calibration * BLOCK, "tied": options.tied, **results,
     })
 

@@ -164,7 +164,7 @@ def align(data: dict[str, Any]) -> str:
     ]
     return (
         f"{table(['coordinates', 'loss half way', 'barrier', 'gone'], rows)}\n\nByte-level {'tied' if data['tied'] else 'untied'} Llama models of 4 layers, hidden "
-        f"{' and '.join(map(str, data['widths']))}, each trained {data['steps']} steps from its own seed; fitted on {data['calibration']:,} bytes of text; barrier: loss half way less the mean of "
+        f"{' and '.join(map(str, data['widths']))}, each trained {data['steps']} steps from its own seed; distilled: the smaller one by {data['distil']} further steps from the larger one; fitted on {data['calibration']:,} bytes of text; barrier: loss half way less the mean of "
         f"the ends', nats per byte, {data['tokens']:,} held-out bytes. `{data['command']}`"
     )
 

@@ -221,16 +221,21 @@ class ChainBuilder:
 
     def save_kept(self, name: str, kept: Kept, maps: Maps | None = None) -> PathRecord:
         """Write an anchor's maps into its parent's coordinates."""
-        path = self._maps_file(name)
-        write_bytes(path, save({**kept.arrays(), **({} if maps is None else maps.arrays())}))
-        return PathRecord(path=f"maps/{name}.safetensors", sha256=sha256(path))
+        write_bytes(self.maps_file(name), save({**kept.arrays(), **({} if maps is None else maps.arrays())}))
+        return self.maps_record(name)
+
+    def maps_record(self, name: str) -> PathRecord:
+        """The record of what `save_kept` wrote."""
+        path = self.maps_file(name)
+        return PathRecord(path=path.relative_to(self.root).as_posix(), sha256=sha256(path))
 
     def kept(self, name: str) -> Kept | None:
         """What `save_kept` wrote for an anchor, if it did."""
-        path = self._maps_file(name)
+        path = self.maps_file(name)
         return Kept.read(load_file(path)) if path.is_file() else None
 
-    def _maps_file(self, name: str) -> Path:
+    def maps_file(self, name: str) -> Path:
+        """Where an anchor's maps are, if it has any."""
         return self.root / "maps" / f"{name}.safetensors"
 
     def save_chunks(self, name: str, chunks: Mapping[str, list[str]]) -> PathRecord:

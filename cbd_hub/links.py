@@ -1,4 +1,4 @@
-"""The segments of a chain from ready checkpoints: neighbours aligned, and measured where there is text."""
+"""The segments between ready checkpoints, or models that began as such: neighbours aligned, and measured where there is text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS = 4096
 _FEW = 512  # with fewer, a measured loss says little
-_FIT_TOKENS = 2**17  # about as many as the gradient steps of a fit read
+FIT_TOKENS = 2**17  # about as many as the gradient steps of a fit read
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Texts:
         half, name = len(texts) // 2, "the half of the calibration text on which coordinates are fitted"
         try:
             documents = Documents.read(texts[half:], self.tokenizer, self.block_size, _TOKENS)
-            blocks = Documents.packed(texts[:half], self.tokenizer, self.block_size, _FIT_TOKENS, name=name)
+            blocks = Documents.packed(texts[:half], self.tokenizer, self.block_size, FIT_TOKENS, name=name)
         except DataError:
             logger.warning(
                 "the calibration text (texts: %d) cannot be parted: coordinates are fitted and losses measured on one and the same, which promises too much; give more texts, such as paragraphs or rows",
@@ -123,35 +123,55 @@ def join(
         return load_model(folders[name], torch.float32).to(best_device())
 
     pairs = list(zip(anchors, anchors[1:]))
-    cuts = [None if align is False else _cut_from(small.name, large.name, folders[small.name], model) for large, small in pairs]
+    cuts = [None if align is False else cut_from(folders[small.name], large.name, *(functools.partial(model, anchor.name) for anchor in (small, large))) for large, small in pairs]
     fits = align is not False and None in cuts
     calibration = None if texts is None else texts.apart() if fits else texts.together
     for (large, small), kept, *pair in zip(pairs, cuts, configs, configs[1:]):
-        types = layer_types(pair[1], pair[0])
-        maps, aligned = None, None
-        aligns = align is not False and kept is None
-        little, big = None, None
-        if aligns or calibration is not None:
-            big, little = model(large.name), model(small.name)
-        if aligns:
-            kept, maps, aligned = _aligned(little, big, align, calibration, said(small))
-        if calibration is None:
-            shared = Kept.even(small.shape, large.shape, types) if kept is None else kept
-            yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=kept is None, align=aligned)), kept, maps)
+        if calibration is not None:
+            yield measured_pair((small.name, large.name), model(small.name), model(large.name), kept, align, calibration, dataset, said(small))
             continue
-        measured = measure_segment(
-            little, big, kept, calibration.documents, dataset, names=(small.name, large.name), maps=maps, aligned=aligned,
-            report=said(small),
-        )
-        yield Joined(measured.link(), kept, maps, measured.ends)
+        maps, aligned = None, None
+        if align is not False and kept is None:
+            kept, maps, aligned = _aligned(model(small.name), model(large.name), align, None, said(small))
+        shared = Kept.even(small.shape, large.shape, layer_types(pair[1], pair[0])) if kept is None else kept
+        yield Joined(plain_link(small, large, shared.dropped[::-1], Blend(replicate=kept is None, align=aligned)), kept, maps)
 
 
-def _cut_from(small_name: str, name: str, folder: Path, model: Callable[[str], Any]) -> Kept | None:
-    """Which units of the larger model the smaller one was cut from; None where its folder does not say so, or says it of others."""
+def measured_pair(
+    names: tuple[str, str], small: Any, large: Any, kept: Kept | None, align: str | bool, calibration: Calibration, dataset: str, report: Report | None
+) -> Joined:
+    """The segment between two loaded models, aligned where one was not cut from the other, and measured.
+
+    Args:
+        names: Names of the smaller and of the larger one.
+        small: The smaller model.
+        large: The larger one.
+        kept: Which units of the larger one the smaller one was cut from, where it was.
+        align: ``"auto"``, True or False, as for `assemble_chain`.
+        calibration: Blocks on which coordinates are fitted, and documents on which all is measured.
+        dataset: What to call the documents.
+        report: Called with what is done, how much of it, and of how much.
+    """
+    maps, aligned = None, None
+    if align is not False and kept is None:
+        kept, maps, aligned = _aligned(small, large, align, calibration, report)
+    measured = measure_segment(small, large, kept, calibration.documents, dataset, names=names, maps=maps, aligned=aligned, report=report)
+    return Joined(measured.link(), kept, maps, measured.ends)
+
+
+def cut_from(folder: Path, name: str, opened: Callable[[], Any], larger: Callable[[], Any]) -> Kept | None:
+    """Which units of a larger model a smaller one was cut from; None where its folder does not say so, or says it of others.
+
+    Args:
+        folder: The smaller one's checkpoint, before it learned anything here.
+        name: What the larger one is called.
+        opened: Gives the smaller model.
+        larger: Gives the larger one.
+    """
     ancestry = Ancestry.read(folder)
     if ancestry is None:
         return None
-    large, small = model(name), model(small_name)
+    small, large = opened(), larger()
     if ancestry.parent != weights_sha256(large):
         logger.warning("%s was cut from another model than %s, so that the two are aligned as published ones are; cut each anchor from the one above it", folder, name)
         return None

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import recipe as make_recipe
 from safetensors.torch import load_file
+from test_align import permuted
 
 from cbd_hub import CBDModel, Chain, Recipe, assemble_chain, distill_chain, texts
 from cbd_hub import chain as chain_module
@@ -27,8 +28,10 @@ from cbd_hub.distill.schema import anchor_key
 from cbd_hub.distill.stages import plan_stages
 from cbd_hub.errors import ArgumentError, CBDError, DataError, IntegrityError, RecipeError, StorageError
 from cbd_hub.files import held
+from cbd_hub.hub import KEPT_FILE
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.publish import _without_places
+from cbd_hub.single import cut_single
 from cbd_hub.texts import read_texts
 
 
@@ -463,12 +466,69 @@ def test_sizes_are_cut_where_it_hurts_least(tmp_path):
 def test_published_checkpoints_can_be_anchors(tmp_path):
     """The paper's way: a ready checkpoint learns from the anchor above it; no map, no path."""
     small = tiny.save(tiny.llama(layers=2, ffn=24, seed=9), tmp_path / "small")
-    plain = make_recipe(tmp_path, "llama", [{"checkpoint": str(small)}])
+    plain = make_recipe(tmp_path, "llama", [{"checkpoint": str(small)}], align=False)
     chain = distill_chain(plain, tmp_path / "chain")
     assert chain.anchors[1].origin == "published"
     assert chain.anchors[1].parent is None
     middle = sum(anchor.parameters for anchor in chain.anchors) // 2
     assert CBDModel.from_chain(tmp_path / "chain", middle).config.cbd["strategy"] == "blend"
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """A recipe whose checkpoint is a permuted copy of half of the teacher's layers."""
+    plain = make_recipe(tmp_path, "llama", [{"checkpoint": str(tmp_path / "small")}], teacher={"seed": 3, "layers": 4}, stage={"learning_rate": 1e-5}, align=True)
+    whole, small = dict(permuted(tiny.llama(seed=3, layers=4)).named_parameters()), tiny.llama(layers=2)
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            parameter.copy_(whole[name.replace("layers.1.", "layers.3.")])
+    tiny.save(small, tmp_path / "small")
+    return plain
+
+
+def test_a_checkpoint_that_learned_is_brought_into_the_coordinates_above_it(strange, tmp_path):
+    """Distillation alone does not: two models that compute alike may still hold their units in other orders."""
+    chain = distill_chain(strange, tmp_path / "chain")
+    (link,), anchor = chain.manifest.links, chain.anchors[1]
+    assert link.strategies.blend.align.error < 1e-3
+    assert (anchor.origin, anchor.parent) == ("published", chain.anchors[0].name)
+    shared = load_file(chain.files.side_file(anchor.maps))
+    assert shared["kept.layers"].tolist() == [0, 3]
+    apart = distill_chain({**strange, "align": False}, tmp_path / "apart")
+    own, ids = CBDModel.from_chain(tmp_path / "chain", shape={"layers": 3}, strategy="patch"), torch.arange(4, 30)[None]
+    mixed, plain = (CBDModel.from_chain(folder, shape={"layers": 3}, strategy="blend", alpha=0.5)(ids).logits for folder in (tmp_path / "chain", tmp_path / "apart"))
+    assert (mixed - own(ids).logits).norm() < 0.02 * (plain - own(ids).logits).norm(), "in common coordinates the two are one, whatever alpha"
+    assert apart.anchors[1].maps is None
+    assert apart.manifest.links[0].strategies.blend.align is None
+    assert tiny.same(CBDModel.from_chain(tmp_path / "chain", "min"), CBDModel.from_chain(tmp_path / "apart", "min")), "the anchors are the same"
+
+
+def test_a_checkpoint_that_was_cut_from_the_anchor_above_keeps_its_coordinates(tmp_path):
+    plain = make_recipe(tmp_path, "llama", [{"checkpoint": str(tmp_path / "cut")}], teacher={"layers": 4})
+    cut_single(plain["teacher"], shape={"layers": 3, "ffn": 48}, calibration=tiny.texts(60)).save_pretrained(tmp_path / "cut")
+    chain = distill_chain(plain, tmp_path / "chain")
+    (link,), anchor = chain.manifest.links, chain.anchors[1]
+    assert (anchor.origin, anchor.parent, link.strategies.blend.align) == ("cut", chain.anchors[0].name, None)
+    told, kept = load_file(chain.files.side_file(anchor.maps)), load_file(tmp_path / "cut" / KEPT_FILE)
+    assert all(torch.equal(told[name].long(), kept[name].long()) for name in ("kept.layers", "kept.ffn"))
+
+
+@pytest.mark.parametrize("name", ["measured_pair", "Link"])
+def test_stopped_while_it_aligns_it_goes_on_to_the_same_chain(strange, tmp_path, monkeypatch, name):
+    whole = distill_chain(strange, tmp_path / "whole").files.root
+    real, calls = getattr(recipe_module, name), []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe_module, name, stopping)
+    with pytest.raises(KeyboardInterrupt):
+        distill_chain(strange, tmp_path / "stopped")
+    monkeypatch.setattr(recipe_module, name, real)
+    with pytest.raises(RecipeError, match="align"):
+        distill_chain({**strange, "align": False}, tmp_path / "stopped")
+    assert_same(whole, distill_chain(strange, tmp_path / "stopped").files.root)
 
 
 RECIPE = """\

@@ -27,6 +27,7 @@ from cbd_hub.distill.begun import Begun, dependencies, fingerprint
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.growing import Finished, made_by
+from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.progress import METRICS, show_stage
 from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.distill.schema import Recipe
@@ -41,11 +42,12 @@ from cbd_hub.distill.stages import (
     teacher_folder,
 )
 from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError, TrainingError, one_line
-from cbd_hub.evaluation import BITS, document_losses
+from cbd_hub.evaluation import BITS, Calibration, Documents, document_losses
 from cbd_hub.files import ASIDE, disk_error, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.interpolation.plan import Kept
+from cbd_hub.links import FIT_TOKENS, cut_from, measured_pair
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
@@ -372,13 +374,30 @@ class _Run:
         if stage.bridged:
             return Link(kind="bridge", small=names[0], large=names[1])
 
+        def report(what: str, done: int, total: int | None) -> None:
+            self.progress(f"  {what}{'' if total is None else f', {done + 1} of {total}'}")
+
         def measure() -> dict[str, Any]:
             self.progress(f"{names[0]} to {names[1]}: order, alpha and curve of the segment")
-            first = None if cut is None or importance is None else importance.order(cut.kept)
-            measured = measure_segment(
-                small, large, None if cut is None else cut.kept, self.calibrations[self._place(stage.name)].documents, self.dataset, names=names, first=first,
-                report=lambda what, done, total: self.progress(f"  {what}{'' if total is None else f', {done + 1} of {total}'}"),
-            )
-            return measured.link().model_dump()
+            documents = self.calibrations[self._place(stage.name)].documents
+            if cut is not None and importance is not None:
+                return measure_segment(small, large, cut.kept, documents, self.dataset, names=names, first=importance.order(cut.kept), report=report).link().model_dump()
+            self.builder.maps_file(names[0]).unlink(missing_ok=True)  # of a run that was killed meanwhile
+            kept = cut_from(resolve_checkpoint(str(stage.checkpoint)), names[1], lambda: small, lambda: large) if self.recipe.align else None
+            fitted = self._to_fit_on(stage) if self.recipe.align and kept is None else documents
+            joined = measured_pair(names, small, large, kept, self.recipe.align, Calibration(fitted, documents), self.dataset, report)
+            if joined.kept is not None:
+                self.builder.save_kept(names[0], joined.kept, joined.maps)
+            return joined.link.model_dump()
 
-        return Link(**self._remembered(f"{stage.name}.link", measure))
+        link = Link(**self._remembered(f"{stage.name}.link", measure))
+        if cut is None and self.builder.maps_file(names[0]).is_file():
+            aligned = link.strategies.blend is not None and link.strategies.blend.align is not None
+            anchors[-1] = anchors[-1].model_copy(update={"parent": names[1], "maps": self.builder.maps_record(names[0]), **({} if aligned else {"origin": "cut"})})
+        return link
+
+    def _to_fit_on(self, stage: Stage) -> Documents:
+        """Blocks of the training text, on which coordinates are fitted: losses are measured on other text."""
+        size, tokenizer = self.recipe.data.block_size, self.tokenizers[self._place(stage.name)]
+        rows = (tokens.ids for tokens in tokenised(self.parts.rows(), tokenizer))
+        return Documents.joined(rows, tokenizer, size, FIT_TOKENS, name="the training text")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -138,6 +138,8 @@ class Recipe(_Strict):
         stage: Training arguments of every stage.
         stages: What single anchors want otherwise, by size as listed, checkpoint, or shape such as "layers=20,ffn=1024"; ``data`` and ``text_data`` too.
         seed: Seed of the split of the data, of the order of documents and of training.
+        align: Whether an anchor that began as a checkpoint is brought into the coordinates of the one above it once it has learned: ``"auto"``: where that helps,
+            and not where it was cut from it. True: always, but for those. False: never, as the paper has it.
     """
 
     teacher: str
@@ -147,6 +149,7 @@ class Recipe(_Strict):
     stage: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]] = {}
     seed: int = Field(default=0, ge=0, lt=2**31)
+    align: Literal["auto"] | bool = "auto"
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     @field_validator("stages", mode="before")
