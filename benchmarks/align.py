@@ -84,7 +84,7 @@ def distilled(student: Any, teacher: Any, data: torch.Tensor, steps: int) -> Any
         arguments = ChainDistillerConfig(
             folder, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=1e-3, ce_weight=1.0, block_size=BLOCK, save_strategy="no", report_to="none", disable_tqdm=True,
         )
-        trainer = ChainDistiller(model=copy.deepcopy(student), teacher=teacher, args=arguments, train_dataset=rows)
+        trainer = ChainDistiller(model=copy.deepcopy(student).requires_grad_(True), teacher=teacher, args=arguments, train_dataset=rows)
         trainer.train()
     return trainer.model.eval()
 
