@@ -342,11 +342,19 @@ def _heal(read: Results) -> str:
     return f"{words}, on {rows[0]['curve'][-1]['tokens']:,} tokens"
 
 
+def _apart(read: Results) -> str:
+    data = read("align")
+    pairs = [name for name in data if name.endswith(", distilled")]
+    gone = " and ".join(f"{max(data[name]['gone'].values()):.0%}" for name in pairs)
+    left = " and ".join(f"{data[name]['barriers']['as they are']:.2f}" for name in pairs)
+    return f"half way {left} above their ends as they are; aligned, {gone} of that is gone (nats per byte, two small byte-level pairs)"
+
+
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
     "the line between its anchors' losses (the chord)": ("quality", _chord), "the same shape, merely cut by importance": ("quality", _cut),
     "the same shape from random weights": ("quality_scratch", _scratch), "boomerang distillation as published": ("quality_trained", _trained("boomerang")),
     "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, further down a longer chain": ("headline", _alone),
-    "itself, healed": ("heal", _heal),
+    "itself, healed": ("heal", _heal), "between models trained apart, the smaller one distilled from the other": ("align", _apart),
 }
 COST: dict[str, tuple[str, Callable[[Results], str]]] = {
     "N sizes, against N distillations": ("headline", _costs), "a distillation step": ("step", _step), "`from_chain`, then every weight read, against `from_pretrained`": ("loading", _loading),
