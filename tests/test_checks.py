@@ -184,8 +184,9 @@ def test_a_cache_is_made_of_a_stages_own_text(tmp_path):
         cache_text("/no/model", tmp_path / "none", recipe=path, push="bad name", quiet=True)
 
 
-def test_a_dry_run_with_a_cache_counts_no_teacher_to_run(tmp_path):
+def test_a_dry_run_with_a_cache_counts_no_teacher_to_run(tmp_path, monkeypatch):
     """On a CPU the teacher itself waits in the same memory, in fp32; what is not there is its copy in bf16."""
+    monkeypatch.setattr("cbd_hub.distill.config.has_bf16", lambda device: True)
     plain = make_recipe(tmp_path, "llama", ANCHORS[1:], stage={"bf16": True})
     live = dry_run(Recipe.parse(plain))[0]
     cache_text(plain["teacher"], tmp_path / "cache", recipe=written(tmp_path, plain), top_k=4, quiet=True)
