@@ -97,7 +97,7 @@ def chain_card(
         for link in manifest.links if link.strategies.blend is not None and (found := link.strategies.blend.align) is not None
     ]
     return _render(
-        "chain.md.j2", aligned=aligned, name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
+        "chain.md.j2", aligned=aligned, cuts=all(anchor.origin == "cut" for anchor in manifest.anchors[1:]), name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
         teacher_repo=hub_id(teacher.repo_id) if teacher else None, license=license_lines(shared_license(manifest, manifest.anchors)),
         teacher_parameters=format_size(teacher.parameters) if teacher else None, recipe=recipe,
         dataset=cell(measured[-1].dataset) if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None, datasets=list(datasets),

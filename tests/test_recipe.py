@@ -492,6 +492,9 @@ def test_a_checkpoint_that_learned_is_brought_into_the_coordinates_above_it(stra
     (link,), anchor = chain.manifest.links, chain.anchors[1]
     assert link.strategies.blend.align.error < 1e-3
     assert (anchor.origin, anchor.parent) == ("published", chain.anchors[0].name)
+    card = " ".join((tmp_path / "chain" / "README.md").read_text().split())
+    assert "each smaller anchor learns from the one above it; what it began as stands in the table." in card
+    assert f"For sizes in between {anchor.name} is brought into {anchor.parent}'s coordinates by a" in card
     shared = load_file(chain.files.side_file(anchor.maps))
     assert shared["kept.layers"].tolist() == [0, 3]
     apart = distill_chain({**strange, "align": False}, tmp_path / "apart")
