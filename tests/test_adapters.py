@@ -642,7 +642,7 @@ def test_a_model_with_an_adapter_is_not_healed_by_mistake(chain, tmp_path):
 def test_without_peft_from_chain_says_what_to_install(chain, tmp_path, monkeypatch):
     adapter = on(chain, "max", tmp_path / "lora")
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(ArgumentError, match=r"pip install 'cbd-hub\[peft\]'"):
+    with pytest.raises(ArgumentError, match="pip install peft"):
         CBDModel.from_chain(chain, "min", adapter=adapter, adapter_size="max")
     CBDModel.materialize(chain, "min", adapter=adapter, adapter_size="max", output_dir=tmp_path / "merged")
     with pytest.raises(ArgumentError, match="adapter_kwargs= cannot be used"):
