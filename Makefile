@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test test-all types release docs bench bench-full nightly fix clean
 
 help:
-	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (10 to 17 minutes on 2 cores that are quick in bf16, up to an hour or two on others)"
+	@echo "make demo    distil SmolLM2-135M through a chain and make sizes in between (10 to 22 minutes on 2 cores of a Xeon, an hour or two on slower ones)"
 	@echo "make test    documentation, lint, types, doctests and tests (5 to 20 minutes, by the CPU)"
 	@echo "make test-all  the same with every walk over requests, 10,000 fuzzed cases, every view of the page (pictures in artefacts/space), and a release"
 	@echo "make release the wheel and the sdist, in dist/, once they install and run with the lowest and the newest versions"
