@@ -555,6 +555,7 @@ stages:
     ("{max_steps: 20}", "{max_step: 20}", r"line 10: stages.1M.max_step is no field .* did you mean max_steps\?"),
     ("  1M: {", "  3M: {", r"line 10: stages.3M names no anchor"),
     ("[2M, 1M]", "[2M, 1Q]", 'size "1Q" cannot be read'),
+    ("data:", "align: maybe\ndata:", "line 3: align: 'maybe' is not known; write auto, true or false"),
     ("block_size: 64", "block_size: many", "line 5: data.block_size"),
     ('path: "x.txt"', "heldout: 0.1", "line 3: data: give either path"),
     ("[2M, 1M]", "[]", "line 2: anchors"),

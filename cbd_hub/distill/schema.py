@@ -157,6 +157,13 @@ class Recipe(_Strict):
     def _named(cls, stages: Any) -> Any:
         return {str(key): own for key, own in stages.items()} if isinstance(stages, dict) else stages  # YAML reads 60000 as a number
 
+    @field_validator("align", mode="before")
+    @classmethod
+    def _known_align(cls, align: Any) -> Any:
+        if align != "auto" and not isinstance(align, bool):
+            raise ValueError(f"{align!r} is not known; write auto, true or false")
+        return align
+
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
         for index, anchor in enumerate(self.anchors):
