@@ -1,6 +1,7 @@
 """Recipes: mistakes named by line, runs resumed bit for bit, foreign folders left alone."""
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -472,6 +473,16 @@ def test_published_checkpoints_can_be_anchors(tmp_path):
     assert chain.anchors[1].parent is None
     middle = sum(anchor.parameters for anchor in chain.anchors) // 2
     assert CBDModel.from_chain(tmp_path / "chain", middle).config.cbd["strategy"] == "blend"
+
+
+def test_a_field_that_says_nothing_makes_no_other_recipe():
+    """Chains made before ``align`` was one stay of their recipes: the hash is that of then."""
+    plain = {"teacher": "a/b", "anchors": ["1M"], "data": {"path": "x.txt"}}
+    before = Recipe.parse(plain).model_dump()
+    del before["align"]
+    assert Recipe.parse(plain).sha256() == Recipe.parse({**plain, "align": "auto"}).sha256() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert Recipe.parse(plain).sha256() != Recipe.parse({**plain, "align": False}).sha256()
+    assert Recipe.parse(plain).outcome() != Recipe.parse({**plain, "align": False}).outcome()
 
 
 @pytest.fixture

@@ -300,12 +300,16 @@ class Recipe(_Strict):
 
     def outcome(self) -> dict[str, Any]:
         """What the recipe says without the settings that change nothing of what comes out."""
-        plain = self.model_dump()
+        plain = self._said()
         return {**plain, "stage": telling(plain["stage"]), "stages": {key: telling(own) for key, own in plain["stages"].items() if telling(own)}}
 
     def sha256(self) -> str:
         """Hash of what the recipe says, however it is written."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._said(), sort_keys=True).encode()).hexdigest()
+
+    def _said(self) -> dict[str, Any]:
+        """What the recipe says; a field younger than chains that exist only where it says something, so that these stay of their recipes."""
+        return {key: value for key, value in self.model_dump().items() if key != "align" or value != "auto"}
 
     def to_yaml(self) -> str:
         """The recipe as YAML."""
