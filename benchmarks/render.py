@@ -41,12 +41,6 @@ in [quality/README.md](quality/README.md).
 """
 
 
-def read(name: str) -> dict[str, Any] | None:
-    """A benchmark's result, where there is one."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def result(name: str) -> dict[str, Any]:
     """A benchmark's result.
 
@@ -54,6 +48,13 @@ def result(name: str) -> dict[str, Any]:
         FileNotFoundError: If it has not been measured yet.
     """
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A benchmark's result, where there is one."""
+    with suppress(FileNotFoundError):
+        return result(name)
+    return None
 
 
 def table(name: str) -> str:

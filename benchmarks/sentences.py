@@ -59,16 +59,17 @@ def teacher_cache(data: dict[str, Any]) -> str:
 
 def align(data: dict[str, Any]) -> str:
     """How much of the barrier an alignment removes."""
-    def gone(pairs: list[str]) -> str:
-        return " and ".join(f"{max(data[name]['gone'].values()):.0%} at {name.partition(',')[0]}" for name in pairs)
-
-    distilled = [name for name in data if name.endswith(", distilled")]
-    left = " and ".join(f"{data[name]['barriers']['as they are']:.2f}" for name in distilled)
-    before = " and ".join(f"{data[name.partition(',')[0]]['barriers']['as they are']:.2f}" for name in distilled)
+    (before, gone), (left, gone_then) = barriers(data, ""), barriers(data, ", distilled")
     return (
-        f"Of the loss barrier between two byte-level Llamas of 4 layers, trained apart and untied, one pair each, aligning removes {gone([name.partition(',')[0] for name in distilled])}. Once the smaller one has learned "
-        f"from the larger one for {data['distil']} steps the barrier is {left} nats instead of {before}, and aligning removes {gone(distilled)}. No larger model was measured."
+        f"Of the loss barrier between two byte-level Llamas of 4 layers, trained apart and untied, one pair each of equal and unequal width, aligning removes {gone}. Once the smaller one has learned "
+        f"from the larger one for {data['distil']} steps the barrier is {left} nats instead of {before}, and aligning removes {gone_then}. No larger model was measured."
     )
+
+
+def barriers(data: dict[str, Any], which: str) -> tuple[str, str]:
+    """The barriers of both pairs as they are, and how much of them an alignment removes."""
+    pairs = [data[f"{width}{which}"] for width in ("equal width", "unequal width")]
+    return " and ".join(f"{found['barriers']['as they are']:.2f}" for found in pairs), " and ".join(f"{max(found['gone'].values()):.0%}" for found in pairs)
 
 
 def hub(data: dict[str, Any]) -> str:
@@ -343,10 +344,7 @@ def _heal(read: Results) -> str:
 
 
 def _apart(read: Results) -> str:
-    data = read("align")
-    pairs = [name for name in data if name.endswith(", distilled")]
-    gone = " and ".join(f"{max(data[name]['gone'].values()):.0%}" for name in pairs)
-    left = " and ".join(f"{data[name]['barriers']['as they are']:.2f}" for name in pairs)
+    left, gone = barriers(read("align"), ", distilled")
     return f"half way {left} above their ends as they are; aligned, {gone} of that is gone (nats per byte, two small byte-level pairs)"
 
 

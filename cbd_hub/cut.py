@@ -257,9 +257,9 @@ class Cut:
     tried: dict[Shape, float]
 
     @classmethod
-    def of(cls, model: Any, shape: Shape, importance: Importance, name: str) -> Cut:
-        """The cut of a model to a shape."""
-        kept = importance.kept(shape)
+    def of(cls, model: Any, shape: Shape, importance: Importance, name: str, kept: Kept | None = None) -> Cut:
+        """The cut of a model to a shape, by importance where it is not said which units stay."""
+        kept = kept or importance.kept(shape)
         return cls(cut_plan(name, shape, model, kept), kept, {})
 
 

@@ -159,19 +159,19 @@ def measured_pair(
     return Joined(measured.link(), kept, maps, measured.ends)
 
 
-def cut_from(folder: Path, name: str, opened: Callable[[], Any], larger: Callable[[], Any]) -> Kept | None:
+def cut_from(folder: Path, name: str, small_model: Callable[[], Any], large_model: Callable[[], Any]) -> Kept | None:
     """Which units of a larger model a smaller one was cut from; None where its folder does not say so, or says it of others.
 
     Args:
         folder: The smaller one's checkpoint, before it learned anything here.
         name: What the larger one is called.
-        opened: Gives the smaller model.
-        larger: Gives the larger one.
+        small_model: Gives the smaller one, asked where the folder says anything.
+        large_model: Gives the larger one.
     """
     ancestry = Ancestry.read(folder)
     if ancestry is None:
         return None
-    small, large = opened(), larger()
+    small, large = small_model(), large_model()
     if ancestry.parent != weights_sha256(large):
         logger.warning("%s was cut from another model than %s, so that the two are aligned as published ones are; cut each anchor from the one above it", folder, name)
         return None

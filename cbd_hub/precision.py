@@ -12,7 +12,7 @@ import torch
 
 
 logger = logging.getLogger(__name__)
-_QUICKER = 1.25  # times: without AMX a Xeon stands at 0.5, with it at several, so that two runs on a CPU decide alike
+_QUICKER = 1.25  # times: a Xeon without AMX stands at 0.5; a bound at 1 would have a CPU that is as quick in both decide by chance, run by run
 
 
 @functools.cache
@@ -20,7 +20,7 @@ def has_bf16(device_type: str) -> bool:
     """Whether products in bf16 are quicker than in fp32 on a kind of device.
 
     A CPU without instructions for them computes them element by element, several times slower and less exactly; one with AVX-512's alone may still take twice as long as
-    in fp32, one with AMX a fraction. So a CPU that has any is timed, once, in some hundredths of a second. A GPU of Nvidia's before Ampere emulates them.
+    in fp32. So a CPU that has any is timed, once, in some hundredths of a second. A GPU of Nvidia's before Ampere emulates them.
 
     Example:
         >>> has_bf16("mps")

