@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from cbd_hub.hub import ChainFiles
 from cbd_hub.interpolation.carrying import Place
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.interpolation.planner import mixed_plan
-from cbd_hub.manifest import Anchor, Mix, Shape
-from cbd_hub.plans import anchor_config, plan_in, segment_between
+from cbd_hub.manifest import FILE_NAME, Anchor, Mix, Shape
+from cbd_hub.plans import anchor_config, made_elsewhere, plan_in, segment_between
 from cbd_hub.shapes import config_for, count, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.wishes import complete_shape
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
 
     As ``size`` says, made as the config.json below records it where that is of this size; else the config.json beside it or in its base model's folder, if cbd_hub
     wrote it; else its base model's name, where that is an anchor's, or a folder with the weights of one; else the one place that its modules and their shapes fit, as a chain makes it by its size.
-    All are checked against the modules and the shapes.
+    All are checked against the modules and the shapes. A base model that is another one for all that can be read of it here is refused; one of which nothing can be read is warned of.
 
     Args:
         files: The chain.
@@ -78,11 +82,12 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
         size: The size that it was trained at, as in `CBDModel.plan`.
 
     Raises:
-        ArgumentError: If it fits nothing, or more than one thing.
+        ArgumentError: If it fits nothing, or more than one thing, or was trained on a model that is not this chain's.
     """
     files = files.glanced
     base = adapter.config.get("base_model_name_or_path")
-    folders = {"config.json": adapter.folder, **({"base_model_name_or_path": _path(base)} if isinstance(base, str) and base else {})}
+    anchor = _named(files, base) if isinstance(base, str) else None
+    folders = {"config.json": adapter.folder, **({"base_model_name_or_path": _path(base)} if isinstance(base, str) and base and anchor is None else {})}
     recorded = next((found for by, folder in folders.items() if (found := _recorded(files, adapter, folder, by)) is not None), None)
     if size is not None:
         said = Stand.of(files, plan_in(files, size), "adapter_size")
@@ -92,12 +97,18 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
         return said
     if recorded is not None:
         return recorded
-    anchor = _named(files, base) if isinstance(base, str) else None
     if anchor is not None:
         found = Stand.of(files, plan_in(files, anchor.parameters), "base_model_name_or_path")
         _check(files, adapter, found, f"base_model_name_or_path is {base}")
         return found
-    return _by_shapes(files, adapter)
+    found = _by_shapes(files, adapter)
+    if isinstance(base, str) and base and base != files.name and _path(base).resolve() != files.root.resolve():
+        if os.path.isfile(_path(base) / "config.json") and not os.path.isfile(_path(base) / FILE_NAME):
+            raise ArgumentError(
+                f"adapter {adapter.name}: its base model {base} is no anchor of {files.name}, though {found.named(files)} has its shape; give the chain that its model is from, or say by adapter_size= that it is of that size"
+            )
+        logger.warning("adapter %s names the base model %s, of which %s knows nothing: by its shapes it is of %s; adapter_size= says another", adapter.name, base, files.name, found.named(files))
+    return found
 
 
 def _check(files: ChainFiles, adapter: Adapter, found: Stand, said: str) -> None:
@@ -107,12 +118,27 @@ def _check(files: ChainFiles, adapter: Adapter, found: Stand, said: str) -> None
 
 
 def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Stand | None:
-    """The place that a folder's config.json says, where it is one of this chain that the adapter fits."""
-    if not os.path.isfile(folder / "config.json"):
+    """The place that a folder's config.json says, where it says one that the adapter fits.
+
+    Raises:
+        ArgumentError: If it is that of a model of another architecture or another chain.
+    """
+    if not os.path.isfile(folder / "config.json") or os.path.isfile(folder / FILE_NAME):
         return None
+    family = family_of(anchor_config(files, files.manifest.anchors[0]))
     try:
         config = read_config(folder)
-        made = getattr(config, "cbd", None)
+        other = family_of(config) is not family
+    except WeightsError:
+        return None
+    except ArchitectureError:
+        config, other = None, True
+    made = getattr(config, "cbd", None)
+    if other or (isinstance(made, Mapping) and "chain" in made and made_elsewhere(files, made)):
+        named = "" if other else str(made["chain"])[:120]
+        what = f"is no {family.name}" if other else f"was made from {named}" if named != files.manifest.name else f"was made from another chain of the name {named}, or before it was made anew"
+        raise ArgumentError(f"adapter {adapter.name} was trained on the model in {folder}, which {what}, and so is no model of {files.name}; give the chain that its model is from")
+    try:
         if not isinstance(made, Mapping) or misfit_of(adapter, config) is not None:
             return None
         shape, strategy = shape_of(config), made.get("strategy")
@@ -123,7 +149,7 @@ def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Sta
         found = Stand.of(files, plan, by)
         names = {files.manifest.anchors[place].name for place in (found.small, found.large)}
         return found if names == set(made.get("neighbours", ())) else None
-    except (WeightsError, ArchitectureError, ArgumentError, SizeError, ValidationError, TypeError):
+    except (ArchitectureError, ArgumentError, SizeError, ValidationError, TypeError):
         return None
 
 

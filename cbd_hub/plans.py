@@ -230,6 +230,24 @@ def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
     return config
 
 
+def made_elsewhere(files: ChainFiles, made: Mapping[str, Any]) -> bool:
+    """Whether a model of which `made_config` says where it came from is of another chain; a local copy of a chain on the Hub, and the other way round, has another name.
+
+    Args:
+        files: The chain.
+        made: The model's ``config.cbd``.
+    """
+    anchors = {anchor.name: anchor for anchor in files.manifest.anchors}
+    copied = (made.get("revision") is None) != (files.revision is None)
+    names = made.get("neighbours")
+    if not (copied or made.get("chain") in (files.name, files.manifest.name)) or not isinstance(names, Sequence) or not names or not all(name in anchors for name in map(str, names)):
+        return True
+    below = anchors[str(names[0])]
+    if len(names) == 1:
+        return bool(made.get("parameters") != below.parameters)
+    return "maps" in made and (below.maps is None or made["maps"] != below.maps.sha256)
+
+
 def _dtype_of(files: ChainFiles, anchors: Sequence[Anchor], dtype: Any) -> torch.dtype:
     """The dtype of a model made of some anchors: the wish, else the narrowest that holds theirs."""
     return weight_dtype(dtype, common_dtype(_anchor_dtype(files, anchor) for anchor in anchors))

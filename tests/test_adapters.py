@@ -496,6 +496,45 @@ def test_the_home_of_a_padded_size_is_padded_unless_a_record_says_how_else_it_wa
     assert home(blended).mix.alpha == home(blended, middle).mix.alpha == 0.5
 
 
+def test_an_adapter_of_another_chain_is_refused_though_its_shapes_fit(narrow, tmp_path, caplog):
+    """What its base model's folder says decides; of a base model that is not at hand a word is said; a size that is named is believed where nothing speaks against it."""
+    paths = [tiny.save(tiny.llama(layers=layers, ffn=ffn, seed=seed), tmp_path / f"m{index}") for index, (layers, ffn, seed) in enumerate([(6, 48, 11), (4, 32, 12)])]
+    assemble_chain(paths, tmp_path / "chain", align=True)
+    other, size = tmp_path / "chain", middles(narrow)[0]
+    assert middles(other) == middles(narrow)
+
+    def trained_on(folder):
+        return lora(AutoModelForCausalLM.from_pretrained(folder), tmp_path / f"lora-{len(list(tmp_path.iterdir()))}")
+
+    for name, match in (("max", "which was made from another chain of the name chain"), (size, "which was made from another chain of the name chain")):
+        folder = tmp_path / f"made-{name}"
+        CBDModel.materialize(other, name, output_dir=folder)
+        adapter = trained_on(folder)
+        assert carry_adapter(adapter, other, "min").plan.adapter["home"]["found_by"] == "base_model_name_or_path"
+        if name == "max":  # an anchor has no maps by which it could be told; its name tells it
+            record = json.loads((folder / "config.json").read_text())
+            record["cbd"]["chain"] = "other"
+            (folder / "config.json").write_text(json.dumps(record))
+            match = "which was made from other, "
+        with pytest.raises(ArgumentError, match=match):
+            carry_adapter(adapter, narrow, "min")
+        with pytest.raises(ArgumentError, match=match):
+            CBDModel.from_chain(narrow, "min", adapter=adapter)
+    plain = trained_on(tmp_path / "m0")
+    with pytest.raises(ArgumentError, match=r"its base model .*m0 is no anchor of .*, though .* has its shape.*say by adapter_size="):
+        carry_adapter(plain, narrow, "min")
+    assert carry_adapter(plain, narrow, "min", adapter_size="max").plan.adapter["home"]["found_by"] == "adapter_size"
+    config = json.loads((tmp_path / "m0" / "config.json").read_text())
+    (tmp_path / "m0" / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
+    with pytest.raises(ArgumentError, match="trained on the model in .*m0, which is no llama, and so is no model of"):
+        carry_adapter(plain, narrow, "min", adapter_size="max")
+    assert not caplog.text
+    gone = json.loads((plain / CONFIG).read_text()) | {"base_model_name_or_path": "someone/model"}
+    (plain / CONFIG).write_text(json.dumps(gone))
+    assert carry_adapter(plain, narrow, "min").plan.adapter["home"]["found_by"] == "shapes"
+    assert "names the base model someone/model, of which" in caplog.text
+
+
 def test_a_weight_that_was_trained_beside_the_lora_is_refused_at_home_too(tmp_path):
     chain = chain_of(tmp_path, tiny.llama(layers=3, tied=False, seed=1), tiny.llama(layers=2, tied=False, seed=2))
     model = CBDModel.from_chain(chain, "max")

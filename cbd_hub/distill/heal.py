@@ -36,6 +36,7 @@ from cbd_hub.files import check_absent, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.manifest import Anchor
+from cbd_hub.plans import made_elsewhere
 from cbd_hub.reporting import Progress
 from cbd_hub.shapes import check_positions, parameter_count, shape_of
 from cbd_hub.sizes import format_size, with_error
@@ -220,13 +221,12 @@ def _check_neighbours(model: Any, made: Mapping[str, Any], chain: Chain) -> None
         SizeError: If its size is an anchor's.
     """
     size, names = made["parameters"], list(made["neighbours"])
-    copied = (made.get("revision") is None) != (chain.files.revision is None)  # a local copy of a chain on the Hub, or the other way round
     try:
         around = list(dict.fromkeys(anchor.name for anchor in chain.neighbours(size)))
     except SizeError:
         around = []
     shape = shape_of(model.config)
-    if not (copied or made["chain"] in (chain.files.name, chain.name)) or around != names or parameter_count(model.config) != size or shape.vocab != chain.neighbours(size)[0].shape.vocab:
+    if made_elsewhere(chain.files, made) or around != names or parameter_count(model.config) != size or shape.vocab != chain.neighbours(size)[0].shape.vocab:
         raise ArgumentError(
             f"the model was made from {made['chain']} with {size:,} parameters, between {' and '.join(names)}, and has the shape {shape.text} and {parameter_count(model.config):,}: "
             f"that is no size of {chain.files.name}; pass its own chain, or make it anew with CBDModel.from_chain"
