@@ -25,7 +25,7 @@ from cbd_hub.weights import read_header
 CONFIG, WEIGHTS, LINEAGE = "adapter_config.json", "adapter_model.safetensors", "cbd_adapter.json"
 _MAX_CONFIG = 2**20
 _PREFIX = "base_model.model."
-_LEAVES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".base_layer.weight": "copy"}
+_LEAVES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".base_layer.weight": "copy", ".weight": "copy"}
 # Fields that may hold anything: they are carried, rewritten, or about training alone.
 _FREE = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
@@ -207,6 +207,8 @@ def _modules(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
             raise WeightsError(f"adapter {name}: {key[:120]} is no matrix of finite numbers; fetch or save it again")
     modules = []
     for path, parts in sorted(found.items()):
+        if parts.keys() == {"copy"}:  # of a vocabulary that PEFT took for a resized one
+            continue
         if not {"A", "B"} <= parts.keys():
             raise WeightsError(f"adapter {name} has not both factors of {path[:120]}; fetch or save it again")
         a, b = parts["A"], parts["B"]

@@ -99,7 +99,7 @@ class CarriedAdapter:
             WeightsError: If the model has not just the modules that it changes.
         """
         config = lora_config(self.config)
-        tensors = {name: tensor for name, tensor in self.tensors.items() if ".base_layer." not in name}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if ".lora_" in name}  # without copies of weights
         with LOADING:
             info = model.load_adapter(peft_config=config, adapter_state_dict=tensors)
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -195,8 +195,9 @@ def carried_to(
     home, target = home_of(glance, source, size), Stand.of(glance, plan)
     steps = route(glance, home, target)
     family, anchors = family_of(home.config), files.manifest.anchors
-    if weights and source.copies:
-        _check_copies(files, source, home)
+    copied = _copied(source, home.config)
+    if weights and copied:
+        _check_copies(files, source, home, copied)
     changes: Changes = changes_of(family, source, source.modules)
     for large, start, goal in steps:
         changes = carry(segment_between(glance, anchors[large + 1], anchors[large]), changes, start, goal)
@@ -291,13 +292,27 @@ def _base(files: ChainFiles, plan: Plan) -> str:
     return files.name if anchor.location.subfolder else remote[0]
 
 
-def _check_copies(files: ChainFiles, adapter: Adapter, home: Stand) -> None:
+def _copied(adapter: Adapter, config: Any) -> dict[str, str]:
+    """Module path -> checkpoint key of each weight that an adapter holds a copy of.
+
+    Raises:
+        ArgumentError: If one is neither beneath its factors nor of the vocabulary, of which PEFT keeps copies.
+    """
+    family, own, found = family_of(config), {module.path for module in adapter.modules}, {}
+    for path in adapter.copies:
+        known = family.weight_of(path)
+        if known is None or (path not in own and "vocab" not in known[0].dims):
+            raise ArgumentError(f"adapter {adapter.name} holds a weight of {path[:120]}, which is no factor of a LoRA and cannot be carried; train it as a plain LoRA")
+        found[path] = known[2] if known[0].present(config) else family.embedding  # a head that is tied to it
+    return found
+
+
+def _check_copies(files: ChainFiles, adapter: Adapter, home: Stand, keys: Mapping[str, str]) -> None:
     """Refuse copies of weights that are not the weights that the adapter is carried away from: they were trained or resized, and would be lost.
 
     Raises:
         ArgumentError: Naming the first.
     """
-    keys = {path: _known(family_of(home.config), path)[2] for path in adapter.copies}
     part = replace(home.plan, tensors={key: home.plan.tensors[key] for key in keys.values()})
     opened = {name: open_weights(files, anchor, anchor_config(files, anchor), rows) for name, rows in part.rows().items() for anchor in [files.manifest.anchor(name)]}
     shapes = stored_shapes(home.config)

@@ -46,7 +46,7 @@ from cbd_hub.reporting import Progress, Report
 from cbd_hub.sizes import format_size
 from cbd_hub.texts import texts_of
 from cbd_hub.upload import Publication
-from cbd_hub.weights import Checkpoint, load_tokenizer, same_vocabulary, tokenizer_file, weight_files
+from cbd_hub.weights import Checkpoint, load_tokenizer, same_vocabulary, settle_tokenizer, tokenizer_file, weight_files
 
 
 class Chain:
@@ -281,7 +281,7 @@ class ChainBuilder:
         )
 
     def finish(self, anchors: list[Anchor], links: list[Link], teacher: Teacher | None, *, recipe: str | None = None) -> Manifest:
-        """Write the tokenizer, the card (around it what people wrote into one that is there), the recipe where there is one, and at last chain.json."""
+        """Write the tokenizer, config.json, the card (around it what people wrote into one that is there), the recipe where there is one, and at last chain.json."""
         manifest = Manifest(
             name=self.name, created_with=f"cbd_hub {version('cbd-hub')}", teacher=teacher, anchors=anchors, links=links
         )
@@ -292,6 +292,7 @@ class ChainBuilder:
         write_text(card, merge_card(read_card(card), chain_card(manifest, recipe=recipe is not None or (self.root / "recipe.yaml").is_file())))
         if recipe is not None:
             write_text(self.root / "recipe.yaml", recipe)
+        write_text(self.root / "config.json", manifest.config())
         write_text(self.root / FILE_NAME, manifest.to_json())
         return manifest
 
@@ -380,6 +381,8 @@ def assemble_chain(
                 report("copying", len(anchors), len(found))
             name = unique_name(parameters, [anchor.name for anchor in anchors])
             copy_checkpoint(folder, builder.anchor_folder(name))
+            if not anchors:
+                settle_tokenizer(builder.anchor_folder(name))
             anchors.append(builder.record(name, origin="published", license=license_of(folder)))
         links = []
         folders = {anchor.name: folder for anchor, (_, folder, _) in zip(anchors, found)}

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "chain.json"
-MODEL_TYPE = "cbd_chain"  # in the config.json beside it on the Hub
+MODEL_TYPE = "cbd_chain"  # in the config.json beside it
 MAX_BYTES = 64 * 2**20
 # Several times what the largest published models have: layers times the wider of FFN and heads, and shapes on the way between two anchors.
 _MAX_UNITS = 2**24
@@ -376,6 +376,10 @@ class Manifest(Data):
     def to_json(self) -> str:
         """The text of chain.json."""
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def config(self) -> str:
+        """The text of the config.json beside it: for `cbd_hub.auto`, and for peft, which takes a vocabulary of another size for one that was resized in training."""
+        return json.dumps({"model_type": MODEL_TYPE, "size": None, "vocab_size": self.anchors[0].shape.vocab}, indent=2) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

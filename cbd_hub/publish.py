@@ -30,7 +30,7 @@ from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file
 from cbd_hub.hub import KEPT_FILE, TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
-from cbd_hub.manifest import FILE_NAME, MODEL_TYPE, Anchor, Location, Manifest, Preview, Shape, public
+from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape, public
 from cbd_hub.plans import anchor_config
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_bytes, with_error
@@ -362,7 +362,7 @@ def _index_files(files: ChainFiles, manifest: Manifest, recipe: bool) -> dict[st
     picture = curve_picture(manifest)
     if picture is not None:
         contents["curve.png"] = picture
-    contents["config.json"] = json.dumps({"model_type": MODEL_TYPE, "size": None}, indent=2).encode()
+    contents["config.json"] = manifest.config().encode()
     contents[FILE_NAME] = manifest.to_json().encode()
     return contents
 

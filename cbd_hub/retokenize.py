@@ -29,7 +29,7 @@ from cbd_hub.losses.alignment import byte_ends, check_faithful, check_whole, row
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import parse_size
-from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, write_safetensors
+from cbd_hub.weights import Checkpoint, check_read_back, load_model, load_tokenizer, write_safetensors
 
 
 _ROWS = 4096  # composed at once
@@ -113,10 +113,12 @@ def retokenize(
         raise VocabularyMismatchError(f"{source} has a tokenizer of {len(old):,} tokens and an embedding of {rows:,} rows; give the model its own tokenizer")
     if keep is not None:
         new, kept = trimmed(old, parse_size(keep), rows)
+        check_read_back(new, config, "the trimmed tokenizer")
         parts = [[token] for token in kept]
     else:
         assert tokenizer is not None
-        new = load_tokenizer(resolve_checkpoint(tokenizer))
+        new = load_tokenizer(resolve_checkpoint(tokenizer, weights=False))
+        check_read_back(new, config, os.fspath(tokenizer))
         check_faithful(old)
         parts = composition(old, new, rows)
     made = copy.deepcopy(config)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 import struct
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cbd_hub.configs import class_name, read_config
-from cbd_hub.errors import IntegrityError, StorageError, WeightsError, one_line
+from cbd_hub.errors import IntegrityError, StorageError, VocabularyMismatchError, WeightsError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.files import CheckedFile, sha256
+from cbd_hub.hub import TOKENIZER_FILES
 from cbd_hub.manifest import FileRecord
 
 
@@ -342,6 +345,41 @@ def tokenizer_sha256(tokenizer: Any, chats: bool = True) -> str:
     if chats:
         facts["cbd"] = [tokenizer.eos_token_id, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_read_back(tokenizer: Any, config: Any, name: str) -> None:
+    """Refuse a tokenizer that would not be read from a model folder as it is: of some architectures transformers reads every tokenizer in a way of their own.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: The model's config.
+        name: What the user called the tokenizer.
+
+    Raises:
+        VocabularyMismatchError: If so.
+    """
+    with TemporaryDirectory() as temporary:
+        config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        found = load_tokenizer(Path(temporary))
+    if tokenizer_sha256(found, chats=False) != tokenizer_sha256(tokenizer, chats=False):
+        raise VocabularyMismatchError(
+            f"in a folder of a {config.model_type} transformers reads {name} as a {type(found).__name__}, which makes other tokens of a text; give a tokenizer made for {config.model_type}, or take a model of another architecture"
+        )
+
+
+def settle_tokenizer(folder: Path) -> None:
+    """Write the tokenizer of a chain's first anchor as transformers reads it there, where its files alone, as they lie beside chain.json, would be read otherwise."""
+    if tokenizer_file(folder) is None:
+        return
+    tokenizer = load_tokenizer(folder)
+    with TemporaryDirectory() as temporary:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(temporary) / name)
+        alone = load_tokenizer(Path(temporary))
+    if tokenizer_sha256(alone, chats=False) != tokenizer_sha256(tokenizer, chats=False):
+        tokenizer.save_pretrained(folder)
 
 
 def tokenizer_file(folder: Path) -> Path | None:

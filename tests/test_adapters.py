@@ -546,6 +546,29 @@ def test_a_weight_that_was_trained_beside_the_lora_is_refused_at_home_too(tmp_pa
             act()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_copies_of_the_vocabularys_weights_that_peft_saves_are_no_hindrance(tied, tmp_path):
+    """peft takes a vocabulary that is not its base model's for a resized one, as beyond a bridge, and saves embedding and head with the factors."""
+    chain = chain_of(tmp_path, tiny.llama(layers=3, tied=tied, seed=1), tiny.llama(layers=2, tied=tied, seed=2))
+    plain = on(chain, "max", tmp_path / "plain", targets=["q_proj"])
+    assert all("lora" in name for name in load_file(plain / WEIGHTS)), "the chain's config.json says its vocabulary"
+    config = json.loads((chain / "config.json").read_text())
+    (chain / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    copied = on(chain, "max", tmp_path / "copied", targets=["q_proj"])
+    tensors = load_file(copied / WEIGHTS)
+    assert {name for name in tensors if "lora" not in name} >= {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"}
+    save_file({name: tensor for name, tensor in tensors.items() if "lora" in name}, plain / WEIGHTS)
+    for size in ("max", "min"):
+        expected = logits(CBDModel.from_chain(chain, size, adapter=plain))
+        torch.testing.assert_close(logits(CBDModel.from_chain(chain, size, adapter=copied)), expected, rtol=0, atol=0)
+    assert_all_ways_agree(chain, "min", copied, tmp_path)
+    model = CBDModel.from_chain(chain, "max")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-4:] += 1
+    with pytest.raises(ArgumentError, match="trained or resized beside the LoRA"):
+        carry_adapter(lora(model, tmp_path / "changed", targets=["q_proj"]), chain, "min")
+
+
 def test_the_base_model_can_be_named_at_home_too(chain, tmp_path):
     adapter = on(chain, "max", tmp_path / "lora", targets=["q_proj"])
     assert carry_adapter(adapter, chain, "min").plan.adapter["adapter"] == "lora", "what is published names no folder of this machine"
@@ -632,7 +655,7 @@ def test_files_that_are_missing_pickled_or_broken(chain, tmp_path):
         (edited(target_modules=["k_proj"]), "has factors of model.layers.0.self_attn.q_proj, which its adapter_config.json does not target"), (edited(rank_pattern=[1]), "rank_pattern of adapter_config.json cannot be read"), (edited(peft_type=None), "PEFT type None"), (edited(some_new_option=3), "some_new_option=3, which cannot be carried"),
         (retyped(lambda tensors: {name: tensor for name, tensor in tensors.items() if name != first}), "not both factors of model.layers.0.self_attn.q_proj"),
         (retyped(lambda tensors: tensors | {first: tensors[first] * float("nan")}), "no matrix of finite numbers"), (retyped(lambda tensors: tensors | {"base_model.model.x.bias": torch.ones(2)}), "no factor of a LoRA"),
-        (retyped(lambda tensors: {"x": torch.ones(2, 2)}), "no factor of a LoRA"), (retyped(lambda tensors: {}), "holds no factors"),
+        (retyped(lambda tensors: tensors | {first.replace("q_proj.lora_A.", "k_proj."): torch.ones(2, 2)}), "no factor of a LoRA"), (retyped(lambda tensors: {"x": torch.ones(2, 2)}), "no factor of a LoRA"), (retyped(lambda tensors: {}), "holds no factors"),
     ):
         with pytest.raises(CBDError, match=match) as caught:
             carry_adapter(broken(change), chain, "min")

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from conftest import ONE_FAMILY
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Tokenizer, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Tokenizer, LlamaForSequenceClassification
 
 from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub import chain as chain_room
@@ -189,7 +189,20 @@ def test_equal_tokenizer_files_are_not_read(tmp_path, monkeypatch):
     config = checkpoints[1] / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "<another>"}))
     monkeypatch.setattr("cbd_hub.weights.load_tokenizer", lambda folder: pytest.fail(f"{folder} was read"))
+    monkeypatch.setattr("cbd_hub.chain.settle_tokenizer", lambda folder: None)  # reads the first anchor's
     assert len({anchor.tokenizer_sha256 for anchor in assemble_chain(checkpoints, tmp_path / "chain").anchors}) == 1
+
+
+def test_a_chain_and_its_anchors_are_read_with_one_tokenizer(tmp_path):
+    """Of a Qwen2 transformers reads every tokenizer by Qwen2's rules; the chain's own folder names no architecture, and reads texts alike all the same."""
+    text = "A\u030a and 1234 \u2126."  # normalised by these rules, its digits one by one
+    chain = assemble_chain([tiny.save(tiny.qwen2(layers=layers), tmp_path / f"{layers}") for layers in (4, 2)], tmp_path / "chain")
+    expected = AutoTokenizer.from_pretrained(tmp_path / "4")(text).input_ids
+    assert expected != tiny.tokenizer()(text).input_ids
+    folders = [chain.files.root, *(chain.files.root / "anchors" / anchor.name for anchor in chain.anchors)]
+    assert [AutoTokenizer.from_pretrained(folder)(text).input_ids for folder in folders] == [expected] * 3
+    assert [chain.tokenizer(size)(text).input_ids for size in ("max", "min")] == [expected] * 2
+    assert len({anchor.tokenizer_sha256 for anchor in chain.anchors}) == 1
 
 
 def test_a_tokenizer_in_the_files_of_old_is_the_same_as_in_one(tmp_path):

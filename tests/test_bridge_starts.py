@@ -109,6 +109,7 @@ def test_random_weights_follow_the_seed(other):
     ("{origin: random, config: WHOLE, layers: 3, vocab: 7}", "vocab=7 is less than the 331 tokens", 3),
     ("{origin: random, config: {model_type: gpt9}, tokenizer: WHOLE}", "gpt9", 3),
     ("{origin: random, config: {model_type: gpt2, n_embed: 9}, tokenizer: WHOLE}", "n_embed is no field of a gpt2 config; did you mean n_embd", 3),
+    ("{origin: random, config: {model_type: qwen2, hidden_size: 32, num_attention_heads: 2, num_key_value_heads: 2, num_hidden_layers: 2, intermediate_size: 48}, tokenizer: WHOLE}", "reads .* as a Qwen2Tokenizer", 3),
     ("{origin: random, config: WHOLE, layers: 300}", "falling size", 3),
     ("{origin: cut, checkpoint: WHOLE, layers: 4096, ffn: 1048576}", "4,096 layers of 1,048,576 neurons", 3), ("{origin: random, config: WHOLE, layers: 4096, ffn: 1048576}", "4,096 layers of 1,048,576 neurons", 3),
 ])

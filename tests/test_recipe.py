@@ -56,7 +56,7 @@ def assert_same(first, second):
 
 def test_the_chain_is_complete(chain):
     names = {path.name for path in chain.iterdir()}
-    assert names == {"chain.json", "README.md", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "anchors", "maps", "chunks"}
+    assert names == {"chain.json", "config.json", "README.md", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "anchors", "maps", "chunks"}
     opened = Chain.from_pretrained(chain)
     assert [anchor.origin for anchor in opened.anchors] == ["source", "cut", "cut"]
     assert [anchor.parent for anchor in opened.anchors] == [None, opened.anchors[0].name, opened.anchors[1].name]

@@ -326,6 +326,7 @@ def test_auto_classes_open_a_chain(hub, wide, published):
     assert AutoTokenizer.from_pretrained("org/wide")("a").input_ids == tiny.tokenizer()("a").input_ids
     with pytest.raises(ArgumentError, match="say which"):
         AutoModelForCausalLM.from_pretrained("org/wide")
+    assert tiny.same(AutoModelForCausalLM.from_pretrained(wide, size="min"), CBDModel.from_chain(wide, size="min")), "a local chain too"
 
 
 def load(wide_id, shape, queue):

@@ -197,6 +197,19 @@ def test_what_is_refused(tmp_path):
         retokenize(source, tmp_path / "new", keep=300)
 
 
+def test_a_tokenizer_that_the_new_folder_would_be_read_otherwise_than_with_is_refused(tmp_path):
+    """Of a Qwen2 transformers takes every tokenizer for Qwen2's own, whose rules make other tokens, some of numbers without a row."""
+    source = saved(tmp_path / "old", family="qwen2", tokenizer="gpt2", padding=8)
+    assert AutoTokenizer.from_pretrained(source)(kinds.HARD)["input_ids"] != MADE["gpt2"](kinds.HARD)["input_ids"]
+    MADE["llama"].save_pretrained(tmp_path / "llama")
+    with pytest.raises(VocabularyMismatchError, match="in a folder of a qwen2 transformers reads .*llama as a Qwen2Tokenizer, which makes other tokens of a text; give a tokenizer made for qwen2"):
+        retokenize(source, tmp_path / "new", tokenizer=tmp_path / "llama")
+    assert not (tmp_path / "new").exists()
+    retokenize(source, tmp_path / "new", keep=300)  # its own, as it is read there
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "new"))
+    assert [new.decode(ids) for ids in new(kinds.HARD)["input_ids"]] == [old.decode(ids) for ids in old(kinds.HARD)["input_ids"]]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gemma"])
 def test_an_added_token_beyond_the_rows_is_no_hindrance(kind, tmp_path):
     """Gemma 3's text models have no row for the image token of their tokenizers: what comes out is what comes out without it."""

@@ -53,7 +53,7 @@ from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_size
-from cbd_hub.weights import load_model, load_tokenizer
+from cbd_hub.weights import load_model, load_tokenizer, settle_tokenizer
 
 
 _WORK = ".work"
@@ -269,6 +269,7 @@ class _Run:
             self.progress(f"teacher: {self.recipe.teacher} becomes anchor {name}")
             with staged_folder(folder) as staging:
                 copy_checkpoint(self.source, staging)
+                settle_tokenizer(staging)
         entry = self._remembered(f"{name}.evaluation", lambda: self._evaluation(self._load(name), name))
         return self.builder.record(name, origin="source", evaluations=[Evaluation(**{**entry, "bits_per_byte": self._bits(name, None)})])
 

@@ -19,7 +19,7 @@ from cbd_hub.families import family_of
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
-from cbd_hub.weights import Checkpoint, load_tokenizer, model_class
+from cbd_hub.weights import Checkpoint, check_read_back, load_tokenizer, model_class
 from cbd_hub.wishes import named_shape
 
 
@@ -163,6 +163,7 @@ def _random(data: StartData) -> Start:
             setattr(made, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
         made.architectures = [class_name(made, "the recipe")]
         family_of(made)
+        check_read_back(tokenizer, made, place)
     except CBDError as error:
         raise RecipeError(f"{data.axes or 'the shape'} of {config.model_type}: {one_line(error)}") from error
     return Start("random", made, None, folder, shapes.parameter_count(made), shape)
