@@ -135,7 +135,7 @@ def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Sta
         config, other = None, True
     made = getattr(config, "cbd", None)
     if other or (isinstance(made, Mapping) and "chain" in made and made_elsewhere(files, made)):
-        named = "" if other else str(made["chain"])[:120]
+        named = str(made["chain"])[:120] if isinstance(made, Mapping) and not other else ""
         what = f"is no {family.name}" if other else f"was made from {named}" if named != files.manifest.name else f"was made from another chain of the name {named}, or before it was made anew"
         raise ArgumentError(f"adapter {adapter.name} was trained on the model in {folder}, which {what}, and so is no model of {files.name}; give the chain that its model is from")
     try:

@@ -50,15 +50,15 @@ class _Lines(logging.Handler):
     """Shows what is logged as lines beside the output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(escape(record.getMessage()))
+        err.print(("warning: " if record.levelno >= logging.WARNING else "") + escape(record.getMessage()))
 
 
-def _tell_of_speed() -> None:
-    """What is timed takes some seconds, and is said; so is a prediction that was checked."""
-    told = logging.getLogger("cbd_hub.speed")
+def _tell() -> None:
+    """Show warnings, and what is timed, which takes some seconds; so is a prediction that was checked."""
+    told = logging.getLogger("cbd_hub")
     if not any(isinstance(handler, _Lines) for handler in told.handlers):
         told.addHandler(_Lines())
-    told.setLevel(logging.INFO)
+    logging.getLogger("cbd_hub.speed").setLevel(logging.INFO)
 
 
 for module in (chains, sizes, models, heal, carry, hub, space, speed):
@@ -72,7 +72,7 @@ def main() -> NoReturn:
     debug = "--debug" in options
     arguments = [word for word in options if word != "--debug"] + words[len(options) :]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is half-written is removed
-    _tell_of_speed()
+    _tell()
     if not debug:
         _quiet()
     try:

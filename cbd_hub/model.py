@@ -24,7 +24,7 @@ from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, OpenChain, open_chain
 from cbd_hub.interpolation.execute import lazy_state_dict, stream
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Anchor, Shape
-from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, weight_dtype
+from cbd_hub.plans import anchor_config, made_config, plan_in, stopwatch, warn_of_trough, weight_dtype
 from cbd_hub.remote import open_weights
 from cbd_hub.reporting import Report
 from cbd_hub.sizes import format_size
@@ -202,6 +202,7 @@ class CBDModel:
             files.glanced, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency,
             dtype=arguments.get("dtype"), shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
         )
+        warn_of_trough(files, plan)
         return plan if adapter is None else carried_to(files, plan, adapter, adapter_size, weights=False).plan
 
     @staticmethod
@@ -258,6 +259,7 @@ class CBDModel:
             files, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=arguments.get("dtype"),
             shape=shape, strategy=strategy, alpha=alpha, tolerance=tolerance, watch=watch,
         )
+        warn_of_trough(files, plan)
         if watch is not None and watch.device.type != "cpu" and arguments.get("device_map") is None:
             arguments["device_map"] = {"": watch.device}  # where it was timed
         carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
@@ -324,6 +326,7 @@ class CBDModel:
             files, size, memory_budget=memory_budget, min_tokens_per_second=min_tokens_per_second, max_latency=max_latency, dtype=dtype, shape=shape, strategy=strategy,
             alpha=alpha, tolerance=tolerance, watch=_watch(files, arguments, min_tokens_per_second, max_latency),
         )
+        warn_of_trough(files, plan)
         carried = None if adapter is None else carried_to(files, plan, adapter, adapter_size)
         changes = None if carried is None else {name: change.added_to for name, change in carried.changes().items()}
         plan = plan if carried is None else carried.plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,11 +37,14 @@ from cbd_hub.interpolation.planner import check_options, segment_of, segment_pla
 from cbd_hub.manifest import Anchor, Manifest, PathRecord, Shape
 from cbd_hub.precision import best_device
 from cbd_hub.remote import bytes_to_fetch, header_at_hand
-from cbd_hub.sizes import format_bytes, parse_bytes
+from cbd_hub.sizes import format_bytes, format_size, parse_bytes
 from cbd_hub.speed.measuring import Speed, SpeedWish
 from cbd_hub.speed.prediction import SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch, one_device
 from cbd_hub.weights import common_dtype, stored_dtype
+
+
+logger = logging.getLogger(__name__)
 
 
 def anchor_config(files: ChainFiles, anchor: Anchor) -> StoredConfig:
@@ -141,6 +145,13 @@ def plan_in(
     limit = None if size is None else files.manifest.size(size)
     plan = _plan(files, _size_that_is_fast(glance, wish, limit, watch, strategy, alpha), None, strategy, alpha, tolerance)
     return replace(plan, speed=speed_of(glance, plan, watch))
+
+
+def warn_of_trough(files: ChainFiles, plan: Plan) -> None:
+    """Say where a size is expected to be a poor choice, and which sizes between the same anchors are none."""
+    if plan.trough is not None:
+        sizes = ", ".join(format_size(size) for link in files.manifest.links if link.small == plan.small for size in link.recommended_sizes)
+        logger.warning("%s; %s", plan.trough, f"recommended between them: {sizes}" if sizes else "so are all sizes measured between them")
 
 
 def stopwatch(files: ChainFiles, dtype: Any = None, device_map: Any = None, attn_implementation: str | None = None, **options: Any) -> Stopwatch:

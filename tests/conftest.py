@@ -110,6 +110,7 @@ def cbd(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["cbd", *map(str, arguments)])
         monkeypatch.setattr(cli.out, "_file", None)
         monkeypatch.setattr(cli.out, "_width", 200)
+        capsys.readouterr()  # of what the test did before
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         printed = capsys.readouterr()

@@ -201,7 +201,7 @@ def test_a_trough_is_above_the_smaller_neighbour_or_the_chord():
     assert blind.trough(200, 9.0) is None
 
 
-def test_a_chain_recommends_what_is_no_trough(cbd, tmp_path):
+def test_a_chain_recommends_what_is_no_trough(cbd, tmp_path, caplog):
     """Untrained neighbours sag: their sizes are warned of in the plan and on the card, and are not recommended."""
     folders = [tiny.save(tiny.llama(layers=layers, seed=seed), tmp_path / f"m{seed}") for layers, seed in ((4, 0), (2, 1))]
     chain = assemble_chain(folders, tmp_path / "chain", calibration=tiny.texts(8))
@@ -220,6 +220,14 @@ def test_a_chain_recommends_what_is_no_trough(cbd, tmp_path):
     assert (code, said.count("\n")) == (0, 1)
     assert said.startswith("warning: ")
     assert f"{chord.losses[0]:.3f} nats per token" in printed
+    for number, act in enumerate((
+        lambda: CBDModel.plan(tmp_path / "chain", size, tolerance=0.2), lambda: CBDModel.from_chain(tmp_path / "chain", size, tolerance=0.2),
+        lambda: CBDModel.materialize(tmp_path / "chain", size, tolerance=0.2, output_dir=tmp_path / "made"),
+    )):
+        caplog.clear()
+        act()
+        assert [record.getMessage() for record in caplog.records if record.name == "cbd_hub.plans"] == [said.removeprefix("warning: ").strip()], number
+    assert cbd("make", tmp_path / "chain", "--size", size, "--tolerance", 0.2, "--out", tmp_path / "again")[2].startswith(said)
     assert "Note: " in chain_card(Chain.from_pretrained(tmp_path / "chain").manifest)
 
 

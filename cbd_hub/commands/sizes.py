@@ -34,7 +34,6 @@ from cbd_hub.commands.options import (
 )
 from cbd_hub.commands.printing import (
     adapter_text,
-    err,
     hush_bars,
     out,
     print_json,
@@ -57,7 +56,7 @@ def plan(
     """Say what a size would be made of, and what would be fetched, without touching a weight."""
     from cbd_hub.adapters import carried_to, check_home
     from cbd_hub.hub import open_chain
-    from cbd_hub.plans import plan_costs, plan_in
+    from cbd_hub.plans import plan_costs, plan_in, warn_of_trough
     check_home(adapter, adapter_size)
     files = open_chain(chain, revision=revision).glanced
     planned = plan_in(
@@ -96,10 +95,7 @@ def plan(
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out.print(table)
-    if planned.trough is not None:
-        links = [link for link in files.manifest.links if link.small == planned.small]
-        sizes = ", ".join(format_size(size) for link in links for size in link.recommended_sizes)
-        err.print(f"warning: {escape(planned.trough)}; {f'recommended between them: {sizes}' if sizes else 'so are all sizes measured between them'}")
+    warn_of_trough(files, planned)
 
 
 @commands.command()
