@@ -324,9 +324,14 @@ def _preview(files: ChainFiles, anchor: Anchor) -> Preview:
 
 
 def _say_dropped(publisher: Publisher, index: Repo, manifest: Manifest) -> None:
-    """Say which anchors that others added to the chain that is there are none of this one's."""
+    """Say where the chain that is there has nothing in common with this one, and which anchors that others added to it are none of this one's."""
     held = publisher.manifest(index.id, index.head) if FILE_NAME in index.there else None
     ours = [_weights_of(anchor) for anchor in manifest.anchors]
+    if held is not None and all(_weights_of(anchor) not in ours for anchor in held.anchors):
+        logger.warning(
+            "%s holds the chain %s (%s), which shares no anchor with this one and becomes its earlier revision; if it is another chain, push this one to another name and put that one back by its tag",
+            index.id, held.name, ", ".join(anchor.name for anchor in held.anchors),
+        )
     for anchor in [] if held is None else held.anchors:
         repo = anchor.location.repo_id
         if anchor.origin == "published" and repo != f"{index.id}-{anchor.name}" and _weights_of(anchor) not in ours:

@@ -37,8 +37,10 @@ def test_bytes_are_counted_where_a_document_begins_and_ends_inside_a_character(t
     documents = Documents.read([text * 9] * 3, tok, 64)
     assert sum(documents.lengths) == documents.tokens
     rows = [(tok(text * 2).input_ids, [-100] * 3 + tok(text * 2).input_ids[3:])]
-    answered = Documents.answered(rows, tok, 64)
+    answered = Documents.answered(rows, tok, 128)
     assert sum(answered.lengths) == answered.tokens
+    ended = Documents.answered([(ids + [tok.eos_token_id], labels + [tok.eos_token_id]) for ids, labels in rows], tok, 128)
+    assert (ended.tokens, ended.lengths) == (answered.tokens + 1, answered.lengths), "its end is predicted, and has no bytes"
 
 
 def test_standard_errors_agree_with_resampling():
@@ -104,7 +106,7 @@ def test_calibration_blocks_are_packed_as_training_packs_them(tok):
     assert len(packed.ids) == len(blocks)
     assert all(torch.equal(*pair) for pair in zip(packed.ids, blocks))
     assert packed.labels is None
-    assert packed.lengths == tuple(len(tok.decode(block[1:]).encode()) for block in blocks)
+    assert packed.lengths == tuple(len(tok.decode(block[1:], skip_special_tokens=True).encode()) for block in blocks)
     read = Calibration.read(texts, tok, 32, 10 * 32)
     assert len(read.blocks.ids) == 10
     assert all(torch.equal(*pair) for pair in zip(read.blocks.ids, blocks))

@@ -287,6 +287,17 @@ def test_an_anchors_place_is_its_chains(hub, llama, tmp_path, caplog):
     push_model(tmp_path / "made", taken)  # its chain is gone, whatever the cache still has of it
 
 
+def test_a_chain_that_shares_no_anchor_with_the_one_that_is_there_is_told_of_it(hub, llama, tmp_path, caplog):
+    chain = Chain.from_pretrained(llama)
+    chain.push_to_hub("org/tiny")
+    chain.push_to_hub("org/tiny")
+    assert "shares no anchor" not in caplog.text
+    other = assemble_chain([tiny.save(tiny.llama(layers=layers, seed=9), tmp_path / f"{layers}") for layers in (3, 1)], tmp_path / "other", align=False)
+    other.push_to_hub("org/tiny")
+    assert f"org/tiny holds the chain {chain.name} ({', '.join(anchor.name for anchor in chain.anchors)}), which shares no anchor with this one and becomes its earlier revision" in caplog.text
+    assert [anchor.parameters for anchor in Chain.from_pretrained("org/tiny", revision="v1").anchors] == [anchor.parameters for anchor in chain.anchors]
+
+
 def test_adapters_and_models_keep_their_places(hub, llama, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import tiny
+import tokenizers_for_bridge as kinds
 import torch
 import yaml
 from conftest import online
@@ -493,6 +494,11 @@ def test_the_command_end_to_end(cbd, tmp_path):
     for words in ("bytes per token", "KL of rounding", "tail mass", "KL to the student", "seconds", "next: teacher_cache"):
         assert words in printed
     assert "cache" in said
+    stranger = tiny.save(tiny.llama(layers=2, seed=3), tmp_path / "stranger")
+    kinds.byte_level(260).save_pretrained(stranger)
+    refused, _, told = cbd(*command, "--out", tmp_path / "d", "--student", stranger)
+    assert (refused, (tmp_path / "d").exists()) == (1, False)
+    assert "reads texts by another tokenizer" in told
     code, printed, said = cbd(*command, "--out", tmp_path / "d", "--tokens", 320, "--bits", 6, "--dtype", "bfloat16", "--json")
     facts = json.loads(printed)
     assert (code, said) == (0, "")

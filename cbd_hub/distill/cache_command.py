@@ -14,11 +14,11 @@ from cbd_hub.distill.data import read_rows
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import read_parts, stage_rows
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.errors import ArgumentError
+from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
 from cbd_hub.plans import weight_dtype
 from cbd_hub.precision import best_device
-from cbd_hub.weights import load_model, load_tokenizer
+from cbd_hub.weights import load_model, load_tokenizer, same_vocabulary, tokenizer_file
 
 
 def cache_text(
@@ -52,6 +52,7 @@ def cache_text(
 
     Raises:
         ArgumentError: If not one of text and recipe is given, or the dtype, the anchor or the name to push to is none.
+        VocabularyMismatchError: If the student has another tokenizer.
         CBDError: If a model, the text or the folder cannot be used.
     """
     if (text is None) == (recipe is None):
@@ -70,7 +71,11 @@ def cache_text(
         block_size = block_size or read.stage_arguments(stage)["block_size"]
         rows, _ = stage_rows(read, stage, read_parts(read))
     folder = resolve_checkpoint(teacher)
-    model, asked = _load(folder), None if student is None else _load(resolve_checkpoint(student))
+    if student is not None:
+        learning = resolve_checkpoint(student)
+        if tokenizer_file(learning) is not None and not same_vocabulary(folder, learning):
+            raise VocabularyMismatchError(f"{student} reads texts by another tokenizer than {teacher}, so that their tokens cannot be compared; give a student of the teacher's vocabulary")
+    model, asked = _load(folder), None if student is None else _load(learning)
     model.config._name_or_path = teacher  # loading leaves the folder of the download there
     if compute is not None and asked is not None:
         asked = asked.to(compute)

@@ -233,11 +233,15 @@ def _reader(tokenizer: Any) -> _Reader:
 
 
 def byte_counter(tokenizer: Any) -> Callable[[Sequence[int] | Tensor], int]:
-    """What counts the UTF-8 bytes that token ids stand for, also where they begin or end inside a character; of a tokenizer without byte offsets, those of their text."""
+    """What counts the UTF-8 bytes that token ids stand for, also where they begin or end inside a character; of a tokenizer without byte offsets, those of their text.
+
+    Special tokens, such as the one at an answer's end, stand for none: they are no part of a text.
+    """
     try:
-        sizes = _reader(tokenizer).sizes
+        sizes = _reader(tokenizer).sizes.copy()
     except ArgumentError:
-        return lambda ids: len(tokenizer.decode(ids).encode())
+        return lambda ids: len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    sizes[[token for token in tokenizer.all_special_ids if token < len(sizes)]] = 0
     return lambda ids: int(sizes[np.asarray(ids, np.int64)].sum())
 
 
