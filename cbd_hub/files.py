@@ -25,6 +25,7 @@ from cbd_hub.errors import CBDError, IntegrityError, StorageError
 
 CHUNK_BYTES = 4 * 2**20
 ASIDE = ".cbd-part"  # ends the name of what is being written
+LOCK = "lock"  # in a work folder that one process has
 _LAST = "chain.json"  # a chain that has one is whole
 
 
@@ -95,7 +96,7 @@ def held(folder: Path, what: str) -> Iterator[None]:
     Raises:
         StorageError: If another process has it, or the disk refuses.
     """
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)

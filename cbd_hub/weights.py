@@ -23,7 +23,7 @@ from cbd_hub.errors import IntegrityError, StorageError, VocabularyMismatchError
 from cbd_hub.families import family_of
 from cbd_hub.files import CheckedFile, sha256
 from cbd_hub.hub import TOKENIZER_FILES
-from cbd_hub.manifest import FileRecord
+from cbd_hub.manifest import FILE_NAME, FileRecord
 
 
 _DTYPES = {
@@ -107,8 +107,9 @@ def load_tokenizer(folder: Path) -> Any:
         WeightsError: If there is none that can be used.
     """
     try:
-        from transformers import AutoTokenizer
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        from transformers import AutoTokenizer, PreTrainedConfig
+        chain = {"config": PreTrainedConfig()} if (folder / FILE_NAME).is_file() else {}  # whose config.json is no model's
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **chain)
     except Exception as error:  # transformers raises many kinds for a broken or missing tokenizer
         raise WeightsError(f"{folder} has no tokenizer that can be used ({one_line(error)}); save one there with save_pretrained") from error
 

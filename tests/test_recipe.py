@@ -226,6 +226,19 @@ def test_a_run_of_another_recipe_is_not_mixed_in(tmp_path, monkeypatch):
         distill_chain({**plain, "seed": 1}, tmp_path / "out")
 
 
+@pytest.mark.parametrize("change", [{"stage": {"max_steps": 3}}, {"anchors": [{"layers": 3}, {"layers": 1}]}, {"anchors": [{"layers": 4, "ffn": 24}]}], ids=["steps", "size", "shape"])
+def test_an_anchor_that_learned_nothing_is_in_the_way_of_no_other(change, tmp_path, monkeypatch):
+    """A run that failed at its first step is corrected and run again: what was begun by other words, and the units that it kept, are forgotten."""
+    wrong, right = make_recipe(tmp_path, "llama", ANCHORS), make_recipe(tmp_path, "llama", ANCHORS)
+    right = {**right, **{key: {**right[key], **value} if isinstance(value, dict) else value for key, value in change.items()}}
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe_module, "ChainDistiller", lambda **_: (_ for _ in ()).throw(RuntimeError("it fails")))
+        with pytest.raises(RuntimeError):
+            distill_chain(wrong, tmp_path / "out")
+    assert list((tmp_path / "out" / "maps").iterdir())
+    assert_same(distill_chain(right, tmp_path / "whole").files.root, distill_chain(right, tmp_path / "out").files.root)
+
+
 def test_a_finished_chain_grows_by_a_longer_recipe(short, tmp_path, monkeypatch):
     """One anchor, then two more: bitwise the chain of all three at once, and nothing that was there is made again."""
     plain, target = short

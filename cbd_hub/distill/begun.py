@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
 from cbd_hub.distill.schema import telling
 from cbd_hub.errors import RecipeError, StorageError
-from cbd_hub.files import write_text
+from cbd_hub.files import LOCK, write_text
 
 
 if TYPE_CHECKING:
@@ -60,12 +63,33 @@ class Begun:
         """The anchors that are begun in a run's work folder; none where it is no such folder."""
         return {path.name.removesuffix(_SUFFIX) for path in work.glob(f"*{_SUFFIX}")}
 
-    def note(self, name: str) -> None:
-        """Write down that an anchor is begun."""
-        write_text(self._work / f"{name}{_SUFFIX}", json.dumps(self._wanted[name]))
+    def note(self, name: str) -> bool:
+        """Write down that an anchor is begun, and forget what there is of one of its name that nothing was learned by and that was asked for otherwise.
+
+        Returns:
+            Whether it is begun anew.
+        """
+        path = self._work / f"{name}{_SUFFIX}"
+        anew = not path.is_file() or self._changed(name) is not None
+        if anew:
+            self._forget(name)
+        write_text(path, json.dumps(self._wanted[name]))
+        return anew
+
+    def forget(self) -> list[str]:
+        """Forget anchors that the recipe does not make and nothing was learned by; their names."""
+        found = [name for name in self.names(self._work) - {*self._made, *self._wanted} if not self._learned(name)]
+        for name in found:
+            self._forget(name)
+        return found
+
+    def _forget(self, name: str) -> None:
+        shutil.rmtree(self._work / name, ignore_errors=True)
+        for path in self._work.glob(f"{name}.*"):
+            path.unlink()
 
     def check(self) -> None:
-        """Refuse a recipe that asks otherwise for what is begun.
+        """Refuse a recipe that asks otherwise for what is begun, where something was learned already.
 
         Raises:
             RecipeError: Naming the anchor and the key.
@@ -74,25 +98,36 @@ class Begun:
         found = self.names(self._work) - {*self._made}
         order = list(dict.fromkeys(name for name in [*self._wanted, *sorted(found)] if name in found))  # that of the chain
         for place, name in enumerate(order):
-            if self._made or not (root / "anchors" / name).exists():  # with all that learned from it
+            if not any(map(self._learned, order[place:])):
+                return
+            if self._made or not self._anchor(name).exists():  # with all that learned from it
                 anew = f"remove {' and '.join(path for below in order[place:] for path in self._paths(below))} to begin it anew"
             else:
                 anew = f"remove {root}"
             if name not in self._wanted:
                 raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
-            begun = json.loads((self._work / f"{name}{_SUFFIX}").read_text())
-            if "stage" in begun:
-                begun["stage"] = telling(begun["stage"])  # the first versions wrote all of it down
-            wanted = {key: value for key, value in self._wanted[name].items() if key in begun or key != "text"}  # which was not always written down
-            changed = difference(begun, wanted)
+            changed = self._changed(name)
             if changed is not None:
                 key, old, new = changed
                 raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
 
+    def _changed(self, name: str) -> tuple[str, Any, Any] | None:
+        """In what an anchor that is begun was asked for otherwise."""
+        begun = json.loads((self._work / f"{name}{_SUFFIX}").read_text())
+        if "stage" in begun:
+            begun["stage"] = telling(begun["stage"])  # the first versions wrote all of it down
+        return difference(begun, {key: value for key, value in self._wanted[name].items() if key in begun or key != "text"})  # which was not always written down
+
+    def _learned(self, name: str) -> bool:
+        """Whether there is an anchor, or a checkpoint of one."""
+        return self._anchor(name).exists() or has_checkpoint(self._work / name)
+
+    def _anchor(self, name: str) -> Path:
+        return self._work.parent / "anchors" / name
+
     def _paths(self, name: str) -> list[str]:
         """What there is of an anchor that is begun."""
-        anchor = self._work.parent / "anchors" / name
-        return [*([str(anchor)] if anchor.exists() else []), str(self._work / name), f"{self._work / name}.*"]
+        return [*([str(self._anchor(name))] if self._anchor(name).exists() else []), str(self._work / name), f"{self._work / name}.*"]
 
 
 def fingerprint(rows: Any) -> str:
@@ -103,22 +138,37 @@ def fingerprint(rows: Any) -> str:
 def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, Any] | None:
     """What an unfinished run has written down, what it was asked for among it (``asked``); None where there is none.
 
+    One that was asked for something else and has saved no checkpoint has learned nothing: all but the lock of its work folder goes.
+
     Args:
-        path: The record.
+        path: The record, in the work folder; checkpoints lie in ``run`` beside it.
         asked: What is asked for now.
         target: What the run makes.
 
     Raises:
-        StorageError: If it was asked for something else.
+        StorageError: If it was asked for something else and has learned already.
     """
     if not path.is_file():
         return None
     known: dict[str, Any] = json.loads(path.read_text())
     changed = difference(known["asked"], json.loads(json.dumps(asked, default=str)))
-    if changed is not None:
-        name, old, new = changed
-        raise StorageError(f"{target} has an unfinished run with {name}={old!r}, and {new!r} is asked; ask for the same, or remove {path.parent} to begin anew")
-    return known
+    if changed is None:
+        return known
+    if not has_checkpoint(path.parent / "run"):
+        for other in path.parent.iterdir():
+            if other.is_dir():
+                shutil.rmtree(other)
+            elif other.name != LOCK:
+                other.unlink()
+        return None
+    name, old, new = changed
+    raise StorageError(f"{target} has an unfinished run with {name}={old!r}, and {new!r} is asked; ask for the same, or remove {path.parent} to begin anew")
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a training has saved one in a folder, which need not be there, after its first step: healing saves its start too."""
+    last = get_last_checkpoint(run) if run.is_dir() else None
+    return last is not None and Path(last).name != f"{PREFIX_CHECKPOINT_DIR}-0"
 
 
 def difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:

@@ -171,6 +171,8 @@ class _Run:
         if self.finished is None and (self.target / "chain.json").is_file():
             raise StorageError(f"{self.target} was finished by another process meanwhile; run again")
         self._check_target()  # once more, now that no other process can change it
+        for name in self.begun.forget():
+            self.builder.maps_file(name).unlink(missing_ok=True)
         folders = {stage.name: self.builder.anchor_folder(stage.name) for stage in self.new}
         unknown = [str(folder) for name, folder in folders.items() if folder.exists() and not (self.work / f"{name}.training.json").is_file()]
         if unknown:
@@ -276,7 +278,8 @@ class _Run:
     def _anchor(self, stage: Stage, large: Any, anchors: list[Anchor]) -> tuple[Any, Cut | None, Importance | None]:
         """Make one anchor, or pick it up where it was; it is added to ``anchors``."""
         parent = anchors[-1]
-        self.begun.note(stage.name)
+        if self.begun.note(stage.name):
+            self.builder.maps_file(stage.name).unlink(missing_ok=True)  # of one that was begun before, and removed
         cut = importance = None
         maps: PathRecord | None = None
         folder = self.builder.anchor_folder(stage.name)
