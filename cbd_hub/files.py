@@ -6,14 +6,16 @@ and modification time, so that a second read pays nothing.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,9 +25,15 @@ from safetensors import SafetensorError
 from cbd_hub.errors import CBDError, IntegrityError, StorageError
 
 
+try:
+    import fcntl
+except ImportError:  # no POSIX: what a killed process wrote aside stays
+    fcntl = None  # type: ignore[assignment]
+
 CHUNK_BYTES = 4 * 2**20
 ASIDE = ".cbd-part"  # ends the name of what is being written
 LOCK = "lock"  # in a work folder that one process has
+_YOUNG = 10  # seconds
 _LAST = "chain.json"  # a chain that has one is whole
 
 
@@ -51,6 +59,8 @@ def check_absent(target: Path) -> None:
 def staged_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when the block ends well, and is removed when it does not. Its files may be read by all.
 
+    What a process that was killed has left of the same target is removed too.
+
     Args:
         target: The folder to make: absent or empty.
 
@@ -60,11 +70,15 @@ def staged_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target.expanduser()))
     check_absent(target)
     staging: Path | None = None
+    claim: int | None = None
     try:
         # A folder that is there already may be a mount point, which cannot be replaced: what is made moves into it.
         place = target if target.is_dir() else target.parent
         place.mkdir(parents=True, exist_ok=True)
+        for left in place.glob(f".{glob.escape(target.name)}.*{ASIDE}"):
+            _remove_abandoned(left)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ASIDE, dir=place))
+        claim = _claimed(staging)
         staging.chmod(0o755)
         yield staging
         for path in staging.rglob("*"):
@@ -83,6 +97,29 @@ def staged_folder(target: Path) -> Iterator[Path]:
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
+        if claim is not None:
+            os.close(claim)
+
+
+def _claimed(folder: Path) -> int | None:
+    """A handle of a folder that no other process has while it is open, however this one ends; None where another has it, or the file system knows no such thing."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a folder that a process wrote aside and no process claims any more; one that was only now made may not be claimed yet."""
+    with suppress(OSError):
+        if time.time() - folder.stat().st_mtime > _YOUNG and (claim := _claimed(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(claim)
 
 
 @contextmanager

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +19,7 @@ from cbd_hub import CBDModel, Chain, assemble_chain
 from cbd_hub import chain as chain_room
 from cbd_hub import links as links_room
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, StorageError, VocabularyMismatchError, WeightsError
-from cbd_hub.files import sha256
+from cbd_hub.files import sha256, staged_folder
 from cbd_hub.interpolation import align as align_room
 
 
@@ -257,6 +261,22 @@ def test_what_a_kill_left_in_an_empty_folder_is_not_in_the_way(tmp_path):
     assert assemble_chain(checkpoints, target).plan("max").parameters
     with pytest.raises(StorageError, match="already exists"):
         assemble_chain(checkpoints, target)
+
+
+def test_what_a_kill_left_beside_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+    target = tmp_path / "chain"
+    code = "import os, sys; from pathlib import Path; from cbd_hub.files import staged_folder\nwith staged_folder(Path(sys.argv[1])) as folder: os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(target)], check=False)
+    (left,) = tmp_path.glob(".chain.*.cbd-part")
+    with staged_folder(target) as written:
+        (written / "whole").write_text("x")
+        for folder in (left, written):
+            os.utime(folder, (0, 0))
+        with suppress(KeyError), staged_folder(target):
+            assert not left.exists()
+            raise KeyError
+    assert (target / "whole").is_file()
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_code_and_pickles_are_not_taken_over(tmp_path):
