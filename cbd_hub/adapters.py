@@ -8,6 +8,7 @@ training, no weight is read, and the rank stays what it is. At its own size an a
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -46,6 +47,9 @@ from cbd_hub.plans import anchor_config, made_config, plan_in, segment_between
 from cbd_hub.remote import open_weights
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import LOADING, stored_shapes
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +198,8 @@ def carried_to(
     source, glance = read_adapter(adapter, files.options), files.glanced
     home, target = home_of(glance, source, size), Stand.of(glance, plan)
     steps = route(glance, home, target)
+    if home.place.shape == target.place.shape and home.plan.strategy == target.plan.strategy == "blend" and not home.place.mix.near(target.place.mix):
+        logger.warning("adapter %s was trained on the blend of %s with %s, and this one has %s; name the alpha (alpha=%.4g) for that one", source.name, home.named(glance), home.place.mix.text, target.place.mix.text, home.place.mix.alpha)
     family, anchors = family_of(home.config), files.manifest.anchors
     copied = _copied(source, home.config)
     if weights and copied:

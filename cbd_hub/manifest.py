@@ -215,6 +215,16 @@ class Mix(Data):
     head_gain: float = Field(default=1.0, ge=0, le=1)
     channel_gain: float = Field(default=1.0, ge=0, le=1)
 
+    @property
+    def text(self) -> str:
+        """The weights in words, without gains of 1."""
+        weights = {name: getattr(self, name) for name in Mix.model_fields}
+        return ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in weights.items() if name == "alpha" or value != 1)
+
+    def near(self, other: Mix) -> bool:
+        """Whether another one makes the same of two anchors, but for rounding."""
+        return all(abs(getattr(self, name) - getattr(other, name)) < 0.005 for name in Mix.model_fields)
+
 
 class RoadPoint(Mix):
     """How a segment's blend was fitted at one size.

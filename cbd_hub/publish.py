@@ -156,7 +156,7 @@ def push_model(
     files: dict[str, Content] = {path.name: path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.suffix == ".safetensors"}
     card = interpolant_card(
         repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed,
-        base=chain_call(str(made.get("chain")), made, shapes.shape_of(config)) if adapter else None,
+        base=chain_call(chain or f"path/to/{made.get('chain')}", made, shapes.shape_of(config)) if adapter else None,
     )
     if adapter:
         files[ADAPTER_CONFIG] = _without_place(folder / ADAPTER_CONFIG)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -462,6 +463,16 @@ def test_an_adapter_on_some_layers_is_asked_for_its_size(narrow, tmp_path):
         assert CBDModel.plan(narrow, "max", adapter=adapter, adapter_size=where).adapter["home"]["parameters"] == CBDModel.plan(narrow, where).parameters
         with pytest.raises(ArgumentError, match="adapter_size='min', which is .* but "):
             carry_adapter(adapter, narrow, "min", adapter_size="min")
+
+
+def test_an_adapter_of_another_blend_of_the_same_shape_is_told_of(narrow, tmp_path, caplog):
+    CBDModel.materialize(narrow, middles(narrow)[0], alpha=0.3, output_dir=tmp_path / "made")
+    adapter = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "made"), tmp_path / "lora", targets=["q_proj"])
+    carry_adapter(adapter, narrow, middles(narrow)[0], alpha=0.3)
+    carry_adapter(adapter, narrow, "max")
+    assert not caplog.text
+    carry_adapter(adapter, narrow, middles(narrow)[0])
+    assert re.search(r"was trained on the blend of .* between .* with alpha 0\.30, and this one has alpha 0\.\d\d; name the alpha \(alpha=0\.3\) for that one", caplog.text)
 
 
 def test_the_record_of_the_base_models_folder_is_read_first(narrow, tmp_path):

@@ -377,6 +377,7 @@ def test_an_adapters_folder_names_no_place_and_pefts_form_stays_behind(hub, llam
     assert not [name for name, data in files.items() if str(tmp_path.parent).encode() in data]
     assert b"More Information Needed" not in files["README.md"]
     assert json.loads(files["adapter_config.json"])["r"] == 2
+    assert f'CBDModel.from_chain("path/to/{Chain.from_pretrained(llama).name}", ' in files["README.md"].decode(), "where its chain is here is nobody's business"
 
 
 def test_files_of_the_old_model_go_and_those_of_a_person_stay(hub, llama, tmp_path):

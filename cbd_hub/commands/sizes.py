@@ -79,8 +79,7 @@ def plan(
         "strategy": planned.strategy,
     }
     if planned.mix is not None:
-        weights = planned.mix.model_dump()
-        rows["weights"] = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in weights.items() if name == "alpha" or value != 1)
+        rows["weights"] = planned.mix.text
     if planned.note is not None:
         rows["note"] = planned.note
     rows["expected loss"] = "not measured" if planned.expected is None else f"{planned.expected:.3f} nats per token"

@@ -341,7 +341,7 @@ def _save(model: Any, chain: Chain, made: Mapping[str, Any], target: Path) -> No
     with staged_folder(target) as staging:
         if adapter:
             for config in model.peft_config.values():
-                config.base_model_name_or_path = made["chain"]
+                config.base_model_name_or_path = chain.files.name
         model.save_pretrained(staging, **({"save_embedding_layers": False} if adapter else {}))
         if adapter:
             model.config.save_pretrained(staging)
