@@ -477,6 +477,11 @@ def test_a_recipes_stage_learns_from_its_cache(cbd, tmp_path):
     again = distill_chain(tmp_path / "r.yaml", tmp_path / "again")
     assert [files(tmp_path / name / "anchors" / chain.anchors[-1].name) for name in ("chain", "again")][0] == files(tmp_path / "again" / "anchors" / again.anchors[-1].name)
     assert chain.anchors[-1].training.tokens == 4 * 4 * 32
+    second = {**plain, "anchors": [{"layers": 3}, {"layers": 2, "ffn": 24}], "stage": {key: value for key, value in plain["stage"].items() if key != "teacher_cache"}}
+    second["stages"] = {"layers=2,ffn=24": {"teacher_cache": str(tmp_path / "cache")}}
+    with pytest.raises(DataError, match=r"was made with a teacher of .*, and this stage's is the anchor of .* above it; make one of that anchor"):
+        distill_chain(second, tmp_path / "second")  # before the first stage trains
+    assert not (tmp_path / "second").exists()
     other = {**plain, "seed": 1}  # another split: held-out documents would be trained on
     with pytest.raises(DataError, match="another text"):
         distill_chain(other, tmp_path / "other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,16 @@ from cbd_hub.distill.hidden import check_layers
 from cbd_hub.distill.on_policy import check_sources
 from cbd_hub.distill.packing import is_joined, no_block, pack
 from cbd_hub.distill.teacher_cache import TeacherCache
-from cbd_hub.errors import ArgumentError, CBDError, RecipeError, one_line
-from cbd_hub.shapes import check_positions, shape_of
+from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, one_line
+from cbd_hub.shapes import check_positions, parameter_count, shape_of
+from cbd_hub.sizes import format_size
 
 
 if TYPE_CHECKING:
     from cbd_hub.distill.schema import Recipe
     from cbd_hub.distill.stages import Stage
+
+_SIZE = 0.05  # how far the anchor of a size that was asked for may be from it, and more
 
 
 def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, rows: Mapping[str, tuple[Any, Any]], tokenizers: Sequence[Any]) -> None:
@@ -43,10 +47,10 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
     layers = shape_of(teacher_config).layers
     with recipe.at(None):
         check_positions(recipe.data.block_size, teacher_config, f"block_size={recipe.data.block_size}")
-    above = teacher_config
+    above, size = teacher_config, parameter_count(teacher_config)
     caches: dict[str, str] = {}
     for stage, theirs, tokenizer in zip(stages, tokenizers, tokenizers[1:]):
-        teacher_config = above
+        teacher_config, teacher_size, size = above, size, stage.size or size
         above = stage.base(above)
         if not stage.own:
             layers = shape_of(above).layers
@@ -57,6 +61,8 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
             try:
                 if args.teacher_cache is not None and (first := caches.setdefault(args.teacher_cache, stage.wish)) != stage.wish:
                     raise ArgumentError(f"teacher_cache={args.teacher_cache} is of one teacher, and the stage of {first} has another; name it under stages, for one of them")
+                if args.teacher_cache is not None and not math.isclose(found := TeacherCache.open(args.teacher_cache).record.source.teacher.parameters, teacher_size, rel_tol=_SIZE):
+                    raise DataError(f"teacher_cache={args.teacher_cache} was made with a teacher of {format_size(found)}, and this stage's is the anchor of {format_size(teacher_size)} above it; make one of that anchor, once it has learned")
                 check_layers(args, layers)
                 check_positions(args.block_size, above if stage.bridged else teacher_config, f"block_size={args.block_size}")
                 check_sources(args, *rows[stage.name])
