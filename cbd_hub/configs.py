@@ -104,6 +104,11 @@ def class_name(config: Any, source: str) -> str:
     return name
 
 
+def adapter_alone(folder: Path) -> WeightsError:
+    """What to say of an adapter's folder where a model is wanted."""
+    return WeightsError(f"{folder} is an adapter, not a model; merge it into its base model, or carry it to a size by cbd make --adapter or cbd carry")
+
+
 def read_config(folder: Path) -> Any:
     """The transformers config of a model folder, freed of anything that would run code.
 
@@ -115,7 +120,7 @@ def read_config(folder: Path) -> Any:
         import transformers
         path = folder / "config.json"
         if (folder / "adapter_config.json").is_file() and not path.is_file():
-            raise WeightsError(f"{folder} is an adapter, not a model; merge it into its base model, or carry it to a size by cbd make --adapter or cbd carry")
+            raise adapter_alone(folder)
         raw = {"model_type": MODEL_TYPE} if (folder / FILE_NAME).is_file() and not path.is_file() else json.loads(path.read_bytes())
         if raw.get("model_type") == MODEL_TYPE:
             raise WeightsError(f"{folder} is a chain, not a model; name one of its anchors, or take a size of it by CBDModel.from_chain or cbd make")

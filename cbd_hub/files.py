@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from safetensors import SafetensorError
 
-from cbd_hub.errors import CBDError, IntegrityError, StorageError
+from cbd_hub.errors import CBDError, IntegrityError, StorageError, one_line
 
 
 try:
@@ -42,6 +42,24 @@ def disk_error(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno is not None
     return any(sign in str(error) for sign in ("os error", "inline_container", "No space left", "PytorchStreamWriter"))
+
+
+@contextmanager
+def disk_told(target: Path) -> Iterator[None]:
+    """Say in words of ours that the disk of a run that can be gone on with is full or refuses.
+
+    Args:
+        target: What the run makes.
+
+    Raises:
+        StorageError: If so.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own for a full disk
+        if isinstance(error, CBDError) or not disk_error(error):
+            raise
+        raise StorageError(f"cannot write {target}: {one_line(error)}; free or choose another disk and run again, it goes on") from error
 
 
 def check_absent(target: Path) -> None:

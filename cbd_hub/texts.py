@@ -6,7 +6,7 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,13 @@ def read_texts(path: str, column: str = "text") -> list[str]:
         column: Column that holds the text, where files have columns.
 
     Raises:
-        DataError: If no file matches, a format is unknown, or there is no text.
+        DataError: If no file matches, a format is unknown, there is no text, or a column of plain text is named.
     """
     texts: list[str] = []
-    for suffix, names in itertools.groupby(files_of(path), key=lambda name: Path(name).suffix.lower()):
+    found = files_of(path)
+    if column != "text" and all(FORMATS.get(Path(name).suffix.lower()) == "text" for name in found):
+        raise DataError(f'"{column}" names a column, and {path} is plain text, which has none; leave it out')
+    for suffix, names in itertools.groupby(found, key=lambda name: Path(name).suffix.lower()):
         if suffix not in FORMATS:
             raise DataError(f'"{suffix}" files are not read as text; give {", ".join(FORMATS)}')
         texts += _rows(FORMATS[suffix], list(names), column)
@@ -113,7 +116,7 @@ def _json_lines(name: str, column: str) -> list[str]:
     texts = []
     for number, row in json_rows(name):
         if column not in row:
-            raise DataError(f'{name} line {number} has no column "{column}"; it has {", ".join(row)[:100]}: name the column that holds the text')
+            raise DataError(f'{name} line {number} has no column "{column}"; it has {_columns(row)}')
         if row[column] is not None and not isinstance(row[column], str):
             raise DataError(f'{name} line {number}: "{column}" is no text but {type(row[column]).__name__}; name the column that holds the text')
         texts.append(row[column] or "")
@@ -141,11 +144,18 @@ def column_of(rows: Any, column: str, source: str) -> list[str]:
         DataError: If it has no such column, or a row has something else than text there.
     """
     if column not in rows.column_names:
-        raise DataError(f'{source} has no column "{column}"; it has {", ".join(rows.column_names)}: name the column that holds the text')
+        raise DataError(f'{source} has no column "{column}"; it has {_columns(rows.column_names)}')
     for number, text in enumerate(rows[column]):
         if text is not None and not isinstance(text, str):
             raise DataError(f'{source} row {number:,}: "{column}" is no text but {type(text).__name__}; name the column that holds the text')
     return [text for text in rows[column] if text]
+
+
+def _columns(names: Iterable[str]) -> str:
+    """What columns there are, and what to do."""
+    names = list(names)
+    todo = "plain text is wanted here, and these are chats or prompts: give a file of their texts" if {"messages", "prompt"} & set(names) else "name the column that holds the text"
+    return f"{', '.join(names)[:100]}: {todo}"
 
 
 def utf8(text: str, where: str = "the text") -> bytes:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cbd_hub.configs import class_name, read_config
+from cbd_hub.configs import adapter_alone, class_name, read_config
 from cbd_hub.errors import IntegrityError, StorageError, VocabularyMismatchError, WeightsError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.files import CheckedFile, sha256
@@ -235,8 +235,10 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        if found := sorted(folder.glob("*.safetensors")):
+        if found := sorted(path for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors"):
             return found
+        if (folder / "adapter_config.json").is_file():
+            raise adapter_alone(folder)
         raise WeightsError(f"{folder} has no .safetensors file; save the model with save_pretrained (pickle is never read)")
     try:
         names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})

@@ -228,6 +228,27 @@ def test_errors_are_one_line_with_the_way_out(cbd, chain, arguments, code, messa
     assert not list(tmp_path.iterdir())
 
 
+def test_what_has_no_effect_is_said(cbd, chain, text, tmp_path):
+    code, _, said = cbd("make", chain, "--size", "max", "--alpha", 0.5, "--strategy", "blend", "--out", tmp_path / "made")
+    assert (code, "is an anchor, and is itself whatever --strategy and --alpha say" in said) == (0, True)
+    assert "is an anchor" not in cbd("plan", chain, "--size", "max")[2]
+    code, _, said = cbd("eval", chain, "--text", text, "--column", "body")
+    assert (code, said) == (1, f'error: "body" names a column, and {text} is plain text, which has none; leave it out\n')
+
+
+def test_an_adapters_folder_is_no_model_and_chats_are_no_plain_text(cbd, chain, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    model = Chain.from_pretrained(chain).model("max")
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    model.config.save_pretrained(tmp_path / "lora")  # as `cbd heal` does
+    code, _, said = cbd("cut", tmp_path / "lora", "--size", "10K", "--out", tmp_path / "cut")
+    assert (code, "is an adapter, not a model; merge it into its base model" in said) == (1, True)
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    anchor = Chain.from_pretrained(chain).files.root / "anchors" / Chain.from_pretrained(chain).anchors[0].name
+    code, _, said = cbd("cut", anchor, "--size", "20K", "--text", tmp_path / "chats.jsonl", "--out", tmp_path / "cut")
+    assert (code, "plain text is wanted here, and these are chats or prompts" in said) == (1, True)
+
+
 @pytest.mark.parametrize("arguments", [["plan"], ["nope"], ["plan", "x", "--sise", "1M"], ["make", "x", "--size", "1M"], ["plan", "x", "--alpha", "much"]])
 def test_wrong_calls_exit_with_2(cbd, arguments):
     code, _, said = cbd(*arguments)

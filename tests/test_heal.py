@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from processes import launched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_hub import CBDModel, Chain, heal
+from cbd_hub import CBDModel, Chain, ChainDistiller, heal
 from cbd_hub.cards import interpolant_card
 from cbd_hub.distill import heal as module
 from cbd_hub.distill.cache_writing import write_cache
@@ -296,6 +296,24 @@ def test_a_teacher_cache_stands_in_for_the_neighbour(chain, tmp_path):
         heal(between(chain), chain, teacher_cache=below, eval_dataset=held, **options)
     with pytest.raises(DataError, match="is no teacher cache"):
         heal(between(chain), chain, teacher_cache=tmp_path, eval_dataset=held, **options)
+
+
+def test_a_full_disk_is_told_and_the_same_call_goes_on(chain, tmp_path, monkeypatch):
+    whole = heal(between(chain), chain, data(), output_dir=tmp_path / "whole", **OPTIONS)
+    with monkeypatch.context() as patch:
+        saved = []
+        save = ChainDistiller._save_checkpoint
+
+        def full(self, *args, **kwargs):
+            saved.append(1)
+            if len(saved) == 3:
+                raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0")  # what torch says of a full disk
+            return save(self, *args, **kwargs)
+
+        patch.setattr(ChainDistiller, "_save_checkpoint", full)
+        with pytest.raises(StorageError, match="cannot write .*out: .*; free or choose another disk and run again, it goes on"):
+            heal(between(chain), chain, data(), output_dir=tmp_path / "out", **OPTIONS)
+    assert tiny.same(heal(between(chain), chain, data(), output_dir=tmp_path / "out", **OPTIONS), whole)
 
 
 def test_what_is_refused(chain, tmp_path):

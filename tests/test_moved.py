@@ -66,6 +66,7 @@ def test_no_more_is_held_out_than_is_asked(source, tmp_path):
 def test_what_is_refused(source, tmp_path):
     for options, kind, said in (
         ({"bridge": "hidden"}, ArgumentError, "bridge='hidden' is not known here"), ({"steps": 0}, ArgumentError, "steps=0 trains nothing"),
+        ({"learning_rate": -1.0}, ArgumentError, "learning_rate=-1.0 teaches nothing"), ({"learning_rate": float("nan")}, ArgumentError, "learning_rate=nan teaches nothing"),
         ({"keep": 3}, ArgumentError, "keep=3 tokens"), ({"tokenizer": source / "tokenizer"}, ArgumentError, "give either keep"),
     ):
         with pytest.raises(kind, match=said):

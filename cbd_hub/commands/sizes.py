@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -34,6 +34,7 @@ from cbd_hub.commands.options import (
 )
 from cbd_hub.commands.printing import (
     adapter_text,
+    err,
     hush_bars,
     out,
     print_json,
@@ -42,6 +43,10 @@ from cbd_hub.commands.printing import (
 )
 from cbd_hub.errors import ArgumentError
 from cbd_hub.sizes import format_bytes, format_size, with_error
+
+
+if TYPE_CHECKING:
+    from cbd_hub.interpolation.plan import Plan
 
 
 commands = typer.Typer()
@@ -95,6 +100,7 @@ def plan(
         table.add_row(name, escape(value))
     out.print(table)
     warn_of_trough(files, planned)
+    _say_idle(planned, strategy, alpha)
 
 
 @commands.command()
@@ -114,6 +120,7 @@ def make(
         print_json({**made.summary(), "output_dir": str(out_dir)})
         return
     out.print(f"{made.parameters:,} parameters ({made.shape.text}, {made.strategy}) in {escape(str(out_dir))}")
+    _say_idle(made, strategy, alpha)
     if made.adapter is not None:
         out.print(f"with the adapter {escape(adapter_text(made.adapter))}, merged")
     if made.speed is not None:
@@ -174,6 +181,13 @@ def generate(
     if as_json:
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
         print_json({"prompt": prompt, "text": text, "new_tokens": ids.shape[1] - inputs["input_ids"].shape[1], **getattr(model.config, "cbd", {})})
+
+
+def _say_idle(planned: Plan, strategy: str, alpha: float | None) -> None:
+    """Say which options an anchor's own size leaves without effect."""
+    idle = [name for name, given in (("--strategy", strategy != "auto"), ("--alpha", alpha is not None)) if given]
+    if planned.strategy == "anchor" and idle:
+        err.print(f"note: {format_size(planned.parameters)} is an anchor, and is itself whatever {' and '.join(idle)} {'say' if len(idle) > 1 else 'says'}")
 
 
 _WISHES = ("size", "shape", "strategy", "alpha", "tolerance", "budget", "rate", "latency", "revision")  # what is asked of a chain

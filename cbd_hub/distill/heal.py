@@ -32,7 +32,7 @@ from cbd_hub.distill.wiring import check_adapter
 from cbd_hub.distill.wrapping import is_peft_model, plain_model, unadapted_on_failure
 from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError, one_line
 from cbd_hub.evaluation import Documents, document_losses
-from cbd_hub.files import check_absent, held, staged_folder, write_text
+from cbd_hub.files import check_absent, disk_told, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.manifest import Anchor
@@ -303,6 +303,7 @@ def _workplace(target: Path | None, asked: Mapping[str, Any], args: ChainDistill
                 places = [stack.enter_context(tempfile.TemporaryDirectory())]
             else:
                 check_absent(target)
+                stack.enter_context(disk_told(target))
                 places = [str(target.absolute().parent / f".{target.absolute().name}.work")]
                 stack.enter_context(held(Path(places[0]), str(target)))
                 record = Path(places[0]) / "asked.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.progress import show_stage
 from cbd_hub.errors import ArgumentError
 from cbd_hub.evaluation import BITS, Losses
-from cbd_hub.files import check_absent, held, staged_folder, write_text
+from cbd_hub.files import check_absent, disk_told, held, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Progress
@@ -83,6 +84,8 @@ def retokenize_and_train(
         raise ArgumentError(f"bridge={bridge!r} is not known here; choose one of {', '.join(_BRIDGES)}")
     if steps < 1:
         raise ArgumentError(f"steps={steps} trains nothing; give 1 or more, or use retokenize")
+    if not 0 < learning_rate < math.inf:
+        raise ArgumentError(f"learning_rate={learning_rate} teaches nothing; give a number above 0, such as 1e-4")
     target, say = Path(output_dir).expanduser(), progress or (lambda line: None)
     check_absent(target)
     parts = split_documents(text, heldout, 0.0, seed)
@@ -92,7 +95,7 @@ def retokenize_and_train(
         "text_sha256": hashlib.sha256(utf8("\0".join(text), "the text")).hexdigest(),
     }
     work = target.absolute().parent / f".{target.absolute().name}.work"
-    with held(work, str(target)):
+    with disk_told(target), held(work, str(target)):
         source = resolve_checkpoint(model, revision)
         found, made = _trained(work, target, source, [*parts.heldout, *parts.calibration], parts.rows(), asked, save_steps, quiet, say)
         with staged_folder(target) as staging:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -41,9 +40,9 @@ from cbd_hub.distill.stages import (
     stage_tokenizers,
     teacher_folder,
 )
-from cbd_hub.errors import ArgumentError, CBDError, DataError, RecipeError, StorageError, TrainingError, one_line
+from cbd_hub.errors import ArgumentError, DataError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import BITS, Calibration, Documents, document_losses
-from cbd_hub.files import ASIDE, disk_error, held, staged_folder, write_text
+from cbd_hub.files import ASIDE, disk_told, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.interpolation.plan import Kept
@@ -98,15 +97,10 @@ def distill_chain(
         _forget(target / _WORK, chain)
         return chain
     run = _Run(recipe, target, progress or (lambda line: None), chain)
-    try:
-        with held(run.work, str(target)):
-            run.carry_out()
-            shutil.rmtree(run.work, ignore_errors=True)
-        return Chain.from_pretrained(target)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own for a full disk
-        if isinstance(error, CBDError) or not disk_error(error):
-            raise
-        raise StorageError(f"cannot write {target}: {one_line(error)}; free or choose another disk and run again, it goes on") from error
+    with disk_told(target), held(run.work, str(target)):
+        run.carry_out()
+        shutil.rmtree(run.work, ignore_errors=True)
+    return Chain.from_pretrained(target)
 
 
 def _forget(work: Path, chain: Chain) -> None:
