@@ -46,6 +46,13 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
+def _end_bars() -> None:
+    """End the line of a progress bar that an error has cut short."""
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+    for bar in [bar for bar in bars if not bar.disable]:
+        bar.close()
+
+
 class _Lines(logging.Handler):
     """Shows what is logged as lines beside the output."""
 
@@ -80,11 +87,13 @@ def main() -> NoReturn:
     except CBDError as error:
         if debug:
             raise
+        _end_bars()
         err.print(f"error: {escape(str(error))}")
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except Exception as error:
         if debug:
             raise
+        _end_bars()
         text = str(error).strip().splitlines()
         err.print(f"error: {type(error).__name__}: {escape(text[0][:300] if text else '')}; run with --debug for the traceback")
         sys.exit(1)

@@ -264,6 +264,18 @@ def test_every_command_has_help_and_json(cbd, command):
     assert "--json" in printed
 
 
+def test_an_error_has_a_line_of_its_own_though_a_bar_is_on_the_way(cbd, monkeypatch):
+    from tqdm import tqdm
+    held = []
+
+    def fails(**_):
+        held.append(tqdm(total=10))
+        raise ArgumentError("it breaks")
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert cbd("plan")[2].endswith("\nerror: it breaks\n")
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     done = subprocess.run([sys.executable, "-m", "cbd_hub.cli", "plan", "/no/such", "--size", "1M", "--debug"], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1

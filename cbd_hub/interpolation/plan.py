@@ -325,7 +325,7 @@ class Plan:
         """Why the size that comes out is not the one asked for, where they are more than 0.2% apart."""
         if abs(self.parameters - self.asked) <= 0.002 * self.asked:
             return None
-        return f"between {self.small} and {self.large} sizes come in steps of whole layers, heads or channels; this is one beside what was asked ({self.parameters / self.asked - 1:+.2%})"
+        return f"between {self.small} and {self.large} sizes come in steps of whole layers, heads, channels or neurons; this is one beside what was asked ({self.parameters / self.asked - 1:+.2%})"
 
     def config(self, large: Any) -> Any:
         """The config of the model that comes out, from the larger neighbour's."""
