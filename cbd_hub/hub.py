@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import tempfile
+import threading
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +27,8 @@ from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Anchor, Manifest, PathRecord,
 from cbd_hub.ranges import PartialFile
 
 
+logger = logging.getLogger(__name__)
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt",
@@ -33,6 +37,7 @@ KEPT_FILE = "cbd_kept.tensors"  # of a model that was cut; in the format of .saf
 # What is taken over from a checkpoint: nothing that could be code or a pickle.
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
+_LONG = 3.0  # seconds for a first answer of the Hub
 _OTHER_WEIGHTS = ["consolidated*.safetensors"]  # the same weights once more in Mistral's own format
 
 
@@ -292,10 +297,23 @@ def open_chain(
     if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ManifestError(f"{name} is neither a folder nor a Hub id such as org/chain; check the path, or make a chain with `cbd distill`")
     try:
-        root = fetch(name, FILE_NAME, revision, options, MAX_BYTES).parent
+        with _patience(name):
+            root = fetch(name, FILE_NAME, revision, options, MAX_BYTES).parent
     except IntegrityError as error:
         raise ManifestError(f"{name} is a repo without {FILE_NAME}, so it is no chain; is it one of a chain's anchors?") from error
     return ChainFiles(Manifest.read(root), root, name, root.name, options)
+
+
+@contextmanager
+def _patience(name: str) -> Iterator[None]:
+    """Say that a name was taken for one on the Hub, where that takes long: it may be a path with a mistake, and the client asks again and again before it gives up."""
+    said = threading.Timer(_LONG, logger.warning, ("%s is no folder here; it is being asked for on the Hub", name))
+    said.daemon = True
+    said.start()
+    try:
+        yield
+    finally:
+        said.cancel()
 
 
 def fetch(repo_id: str, path: str, revision: str | None, options: dict[str, Any], limit: int | None = None) -> Path:
