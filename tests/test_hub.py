@@ -57,11 +57,11 @@ def test_what_is_not_on_the_hub_is_one_clear_line(hub, cbd, monkeypatch, tmp_pat
     code, _, said = cbd("show", "org/absent")
     assert (code, said.count("\n"), "no repo on the Hub" in said) == (1, 1, True)
     online(monkeypatch, "http://127.0.0.1:9", tmp_path / "other")
-    for patience, lines in ((60.0, 1), (0.0, 2)):  # where it takes long, that it is looked for there is said
+    for patience, lines in ((0.0, 2), (60.0, 1)):  # where it takes long, that it is looked for there is said
         monkeypatch.setattr("cbd_hub.hub._LONG", patience)
         code, _, said = cbd("show", "org/tiny")
         assert (code, said.count("\n"), "cannot be reached" in said) == (1, lines, True)
-    assert said.startswith("warning: org/tiny is no folder here; it is being asked for on the Hub\n")
+        assert said.startswith("warning: org/tiny is no folder here; it is being asked for on the Hub\n") == (lines == 2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     code, _, said = cbd("show", "org/tiny")
     assert (code, said.count("\n")) == (1, 1)
