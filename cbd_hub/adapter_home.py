@@ -74,7 +74,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
 
     As ``size`` says, made as the config.json below records it where that is of this size; else the config.json beside it or in its base model's folder, if cbd_hub
     wrote it; else its base model's name, where that is an anchor's, or a folder with the weights of one; else the one place that its modules and their shapes fit, as a chain makes it by its size.
-    All are checked against the modules and the shapes. A base model that is another one for all that can be read of it here is refused; one of which nothing can be read is warned of.
+    All are checked against the modules and the shapes. Where no size is said, a base model that is another one for all that can be read of it here is refused; one of which nothing can be read is warned of.
 
     Args:
         files: The chain.

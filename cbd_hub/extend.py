@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from cbd_hub.plans import coordinates_of, stored_coordinates
 from cbd_hub.publish import commit_index, push_anchor
 from cbd_hub.reporting import Progress
 from cbd_hub.upload import Publication
-from cbd_hub.weights import Checkpoint, weight_files
+from cbd_hub.weights import Checkpoint, settle_tokenizer, weight_files
 
 
 logger = logging.getLogger(__name__)
@@ -93,9 +95,11 @@ def add_anchor(
         )
     files = {path.name: path for path in (*weight_files(folder), *(folder / name for name in CHECKPOINT_FILES)) if path.is_file()}
     license = license_of(folder) or shared_license(chain.manifest, anchors)
-    commit = push_anchor(repo_id, files, chain, size, license=license, token=token, private=private, progress=progress)
     with tempfile.TemporaryDirectory() as temporary:
         builder = ChainBuilder(Path(temporary), chain.name)
+        if place == 0:  # the chain's tokenizer is the first anchor's
+            files |= _settled(files, builder.anchor_folder(name))
+        commit = push_anchor(repo_id, files, chain, size, license=license, token=token, private=private, progress=progress)
         chunks = {path.name: chunk_hashes(path) for path in files.values() if path.suffix == ".safetensors"}
         record = builder.save_chunks(name, chunks)
         maps = None if held is None else builder.save_kept(name, held.kept)
@@ -111,7 +115,7 @@ def add_anchor(
         manifest = manifest.model_copy(update={"links": [links.get((low.name, high.name)) or _link(low, high, configs) for low, high in pairs]})
         manifest = type(manifest).parse(json.loads(manifest.to_json()), "the extended chain")
         beside = {part.path: builder.root / part.path for part in (record, maps) if part is not None}
-        if place == 0:  # the chain's tokenizer is the first anchor's
+        if place == 0:
             beside |= {path: files[path] for path in TOKENIZER_FILES if path in files}
         if chain.files.revision is not None:
             return commit_index(chain.files, manifest, beside, anchor, folder, token=token, create_pr=create_pr, progress=progress)
@@ -171,6 +175,16 @@ def _held(chain: Chain, config: Any, above: Anchor, below: Anchor) -> _Held | No
     if below.parent != above.name and above.maps is not None:
         own = [int(layer) for layer in stored_coordinates(chain.files, above.maps)[0].layers[layers]]
     return _Held(above, below, layers, replace(kept, layers=np.array(own)), below.parent)
+
+
+def _settled(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """A model's tokenizer files as `settle_tokenizer` writes them, in a folder of their own."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", *TOKENIZER_FILES):
+        if name in files:
+            shutil.copyfile(files[name], folder / name)
+    settle_tokenizer(folder)
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def _link(small: Anchor, large: Anchor, configs: dict[str, Any]) -> Link:

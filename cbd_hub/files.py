@@ -6,6 +6,7 @@ and modification time, so that a second read pays nothing.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -33,23 +34,27 @@ except ImportError:  # no POSIX: what a killed process wrote aside stays
 CHUNK_BYTES = 4 * 2**20
 ASIDE = ".cbd-part"  # ends the name of what is being written
 LOCK = "lock"  # in a work folder that one process has
-_YOUNG = 10  # seconds
+_YOUNG = 3600  # seconds; the lock of a folder on a network may be known to one machine alone
+_REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE,
+}
 _LAST = "chain.json"  # a chain that has one is whole
 
 
 def disk_error(error: BaseException) -> bool:
-    """Whether an error says that a disk is full or refuses; torch and safetensors have texts of their own for it."""
+    """Whether an error says that a disk is full or refuses, and not that a file or a network is not there; torch and safetensors have texts of their own for it."""
     if isinstance(error, OSError):
-        return error.errno is not None
+        return error.errno in _REFUSALS
     return any(sign in str(error) for sign in ("os error", "inline_container", "No space left", "PytorchStreamWriter"))
 
 
 @contextmanager
-def disk_told(target: Path) -> Iterator[None]:
-    """Say in words of ours that the disk of a run that can be gone on with is full or refuses.
+def disk_told(target: Path, todo: str = "free or choose another disk and run again, it goes on") -> Iterator[None]:
+    """Say in words of ours that the disk is full or refuses.
 
     Args:
-        target: What the run makes.
+        target: What is made.
+        todo: What to do then.
 
     Raises:
         StorageError: If so.
@@ -59,7 +64,7 @@ def disk_told(target: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own for a full disk
         if isinstance(error, CBDError) or not disk_error(error):
             raise
-        raise StorageError(f"cannot write {target}: {one_line(error)}; free or choose another disk and run again, it goes on") from error
+        raise StorageError(f"cannot write {target}: {getattr(error, 'strerror', None) or one_line(error)}; {todo}") from error
 
 
 def check_absent(target: Path) -> None:
@@ -77,7 +82,7 @@ def check_absent(target: Path) -> None:
 def staged_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when the block ends well, and is removed when it does not. Its files may be read by all.
 
-    What a process that was killed has left of the same target is removed too.
+    What a process that was killed an hour ago or more has left of the same target is removed too, where the file system tells that it has ended.
 
     Args:
         target: The folder to make: absent or empty.
@@ -90,28 +95,24 @@ def staged_folder(target: Path) -> Iterator[Path]:
     staging: Path | None = None
     claim: int | None = None
     try:
-        # A folder that is there already may be a mount point, which cannot be replaced: what is made moves into it.
-        place = target if target.is_dir() else target.parent
-        place.mkdir(parents=True, exist_ok=True)
-        for left in place.glob(f".{glob.escape(target.name)}.*{ASIDE}"):
-            _remove_abandoned(left)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ASIDE, dir=place))
-        claim = _claimed(staging)
-        staging.chmod(0o755)
-        yield staging
-        for path in staging.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # some libraries write for their user alone
-        if place == target:
-            for path in sorted(staging.iterdir(), key=lambda path: path.name == _LAST):
-                os.replace(path, target / path.name)
-        else:
-            os.replace(staging, target)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CBDError) or not disk_error(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:160]
-        raise StorageError(f"cannot write {target}: {reason}; nothing was left behind, free or choose another disk") from error
+        with disk_told(target, "nothing was left behind, free or choose another disk"):
+            # A folder that is there already may be a mount point, which cannot be replaced: what is made moves into it.
+            place = target if target.is_dir() else target.parent
+            place.mkdir(parents=True, exist_ok=True)
+            for left in place.glob(f".{glob.escape(target.name)}.*{ASIDE}"):
+                _remove_abandoned(left)
+            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ASIDE, dir=place))
+            claim = _claimed(staging)
+            staging.chmod(0o755)
+            yield staging
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o644)  # some libraries write for their user alone
+            if place == target:
+                for path in sorted(staging.iterdir(), key=lambda path: path.name == _LAST):
+                    os.replace(path, target / path.name)
+            else:
+                os.replace(staging, target)
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
@@ -133,9 +134,10 @@ def _claimed(folder: Path) -> int | None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a folder that a process wrote aside and no process claims any more; one that was only now made may not be claimed yet."""
+    """Remove a folder that a process wrote aside, where nothing was written to it for an hour and no process claims it any more."""
     with suppress(OSError):
-        if time.time() - folder.stat().st_mtime > _YOUNG and (claim := _claimed(folder)) is not None:
+        latest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+        if time.time() - latest > _YOUNG and (claim := _claimed(folder)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(claim)
 

@@ -221,6 +221,20 @@ def test_a_tokenizer_in_the_files_of_old_is_the_same_as_in_one(tmp_path):
     assert {anchor.tokenizer_sha256 for anchor in assemble_chain(checkpoints, tmp_path / "chain").anchors} == {sha256(checkpoints[0] / "tokenizer.json")}
 
 
+def test_files_of_old_that_say_nothing_of_how_they_are_read_are_written_anew(tmp_path):
+    """Vocabulary and merges alone are read by the architecture beside them, and beside chain.json there is none."""
+    checkpoints, text = three("gpt2", tmp_path)[:2], "a b \u2126"
+    for folder in checkpoints:
+        vocab = AutoTokenizer.from_pretrained(folder).get_vocab()
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+        (folder / "vocab.json").write_text(json.dumps({**vocab, "<|endoftext|>": 2}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+    expected = AutoTokenizer.from_pretrained(checkpoints[0])(text).input_ids
+    chain = assemble_chain(checkpoints, tmp_path / "chain")
+    assert chain.tokenizer()(text).input_ids == AutoTokenizer.from_pretrained(tmp_path / "chain")(text).input_ids == expected
+
+
 @pytest.mark.parametrize("change", ["prefix space", "slow"])
 def test_tokenizers_that_read_a_text_otherwise_are_two(tmp_path, change):
     """Whether a file says so, the config beside it, or the two files of a tokenizer of old."""
@@ -270,8 +284,8 @@ def test_what_a_kill_left_beside_is_removed_by_the_next_and_what_is_being_writte
     (left,) = tmp_path.glob(".chain.*.cbd-part")
     with staged_folder(target) as written:
         (written / "whole").write_text("x")
-        for folder in (left, written):
-            os.utime(folder, (0, 0))
+        for path in (left, written / "whole", written):
+            os.utime(path, (0, 0))
         with suppress(KeyError), staged_folder(target):
             assert not left.exists()
             raise KeyError

@@ -298,6 +298,12 @@ def test_a_teacher_cache_stands_in_for_the_neighbour(chain, tmp_path):
         heal(between(chain), chain, teacher_cache=tmp_path, eval_dataset=held, **options)
 
 
+def test_what_is_not_there_is_no_full_disk(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(ChainDistiller, "_save_checkpoint", lambda *_, **__: (tmp_path / "no such file").read_bytes())
+    with pytest.raises(FileNotFoundError):
+        heal(between(chain), chain, data(), output_dir=tmp_path / "out", **OPTIONS)
+
+
 def test_a_full_disk_is_told_and_the_same_call_goes_on(chain, tmp_path, monkeypatch):
     whole = heal(between(chain), chain, data(), output_dir=tmp_path / "whole", **OPTIONS)
     with monkeypatch.context() as patch:

@@ -218,15 +218,27 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path, chain):
 
 
 def test_a_run_of_another_recipe_is_not_mixed_in(tmp_path, monkeypatch):
-    plain = make_recipe(tmp_path, "llama", ANCHORS)
-    monkeypatch.setattr(recipe_module, "ChainDistiller", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        distill_chain(plain, tmp_path / "out")
-    with pytest.raises(RecipeError, match="unfinished run whose anchor .* was begun with seed=0, and the recipe has 1"):
-        distill_chain({**plain, "seed": 1}, tmp_path / "out")
+    """One that has learned stays, also where it did so after the other recipe was looked at and before its turn came."""
+    plain, target = make_recipe(tmp_path, "llama", ANCHORS, stage={"save_steps": 1}), tmp_path / "out"
+
+    def killed_at(step):
+        with monkeypatch.context() as patch:
+            tiny.killed_in_training(patch, step)
+            with pytest.raises(tiny.Killed):
+                distill_chain(plain, target)
+
+    killed_at(1)
+    waiting = recipe_module._Run(Recipe.parse({**plain, "seed": 1}), target, print)
+    killed_at(3)
+    checkpoints = sorted(target.rglob("checkpoint-*/model.safetensors"))
+    assert checkpoints
+    for again in (waiting.carry_out, lambda: distill_chain({**plain, "seed": 1}, target)):
+        with pytest.raises(RecipeError, match="unfinished run whose anchor .* was begun with seed=0, and the recipe has 1"):
+            again()
+    assert sorted(target.rglob("checkpoint-*/model.safetensors")) == checkpoints
 
 
-@pytest.mark.parametrize("change", [{"stage": {"max_steps": 3}}, {"anchors": [{"layers": 3}, {"layers": 1}]}, {"anchors": [{"layers": 4, "ffn": 24}]}], ids=["steps", "size", "shape"])
+@pytest.mark.parametrize("change", [{"stage": {"max_steps": 3}}, {"anchors": [{"layers": 3}, {"layers": 1}]}, {"anchors": [{"layers": 4, "ffn": 24}]}, {"seed": 1}, {"data": {"block_size": 16}}], ids=["steps", "size", "shape", "seed", "data"])
 def test_an_anchor_that_learned_nothing_is_in_the_way_of_no_other(change, tmp_path, monkeypatch):
     """A run that failed at its first step is corrected and run again: what was begun by other words, and the units that it kept, are forgotten."""
     wrong, right = make_recipe(tmp_path, "llama", ANCHORS), make_recipe(tmp_path, "llama", ANCHORS)
@@ -451,9 +463,9 @@ def test_a_chain_with_an_anchor_of_somebody_else_does_not_grow(tmp_path):
 
 
 def test_text_that_changes_under_an_unfinished_run_is_refused(tmp_path, monkeypatch):
-    plain = make_recipe(tmp_path, "llama", [{"layers": 2, "ffn": 24}])
+    plain = make_recipe(tmp_path, "llama", [{"layers": 2, "ffn": 24}], stage={"save_steps": 1})
     with monkeypatch.context() as patch:
-        tiny.killed_in_training(patch, 1)
+        tiny.killed_in_training(patch, 3)
         with pytest.raises(tiny.Killed):
             distill_chain(plain, tmp_path / "chain")
     text = tmp_path / "text.txt"

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-
+from cbd_hub.distill.saving import has_checkpoint
 from cbd_hub.distill.schema import telling
 from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.files import LOCK, write_text
@@ -63,30 +62,34 @@ class Begun:
         """The anchors that are begun in a run's work folder; none where it is no such folder."""
         return {path.name.removesuffix(_SUFFIX) for path in work.glob(f"*{_SUFFIX}")}
 
-    def note(self, name: str) -> bool:
-        """Write down that an anchor is begun, and forget what there is of one of its name that nothing was learned by and that was asked for otherwise.
-
-        Returns:
-            Whether it is begun anew.
-        """
+    def note(self, name: str) -> None:
+        """Write down that an anchor is begun; where it was not written down, what there is of one of its name goes."""
         path = self._work / f"{name}{_SUFFIX}"
-        anew = not path.is_file() or self._changed(name) is not None
-        if anew:
+        if not path.is_file():
             self._forget(name)
         write_text(path, json.dumps(self._wanted[name]))
-        return anew
 
-    def forget(self) -> list[str]:
-        """Forget anchors that the recipe does not make and nothing was learned by; their names."""
-        found = [name for name in self.names(self._work) - {*self._made, *self._wanted} if not self._learned(name)]
-        for name in found:
+    def forget(self) -> None:
+        """Remove what is begun and asked for otherwise now, with all that would learn from it; `check` has found that nothing of it has learned."""
+        order = self._order()
+        first = next((place for place, name in enumerate(order) if name not in self._wanted or self._changed(name) is not None), len(order))
+        for name in reversed(order[first:]):  # who is killed in between finds what the rest depends on
             self._forget(name)
-        return found
+
+    def _order(self) -> list[str]:
+        """The anchors that are begun, in the chain's order; last those that the recipe does not make."""
+        found = self.names(self._work) - {*self._made}
+        return list(dict.fromkeys(name for name in [*self._wanted, *sorted(found)] if name in found))
 
     def _forget(self, name: str) -> None:
+        root, record = self._work.parent, self._work / f"{name}{_SUFFIX}"
+        if self._copied(name):
+            shutil.rmtree(self._anchor(name), ignore_errors=True)
+        for path in (root / "maps" / f"{name}.safetensors", root / "chunks" / f"{name}.json", *self._work.glob(f"{name}.*")):
+            if path != record:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self._work / name, ignore_errors=True)
-        for path in self._work.glob(f"{name}.*"):
-            path.unlink()
+        record.unlink(missing_ok=True)  # last, so that a kill in between is gone on with
 
     def check(self) -> None:
         """Refuse a recipe that asks otherwise for what is begun, where something was learned already.
@@ -95,8 +98,7 @@ class Begun:
             RecipeError: Naming the anchor and the key.
         """
         root = self._work.parent
-        found = self.names(self._work) - {*self._made}
-        order = list(dict.fromkeys(name for name in [*self._wanted, *sorted(found)] if name in found))  # that of the chain
+        order = self._order()
         for place, name in enumerate(order):
             if not any(map(self._learned, order[place:])):
                 return
@@ -119,8 +121,13 @@ class Begun:
         return difference(begun, {key: value for key, value in self._wanted[name].items() if key in begun or key != "text"})  # which was not always written down
 
     def _learned(self, name: str) -> bool:
-        """Whether there is an anchor, or a checkpoint of one."""
-        return self._anchor(name).exists() or has_checkpoint(self._work / name)
+        """Whether there is an anchor that has learned, or a checkpoint of one."""
+        return has_checkpoint(self._work / name) or (self._anchor(name).exists() and not self._copied(name))
+
+    def _copied(self, name: str) -> bool:
+        """Whether an anchor is the teacher, which is copied and learns nothing."""
+        record = self._work / f"{name}{_SUFFIX}"
+        return record.is_file() and "teacher" in json.loads(record.read_text())
 
     def _anchor(self, name: str) -> Path:
         return self._work.parent / "anchors" / name
@@ -158,17 +165,12 @@ def unfinished(path: Path, asked: Mapping[str, Any], target: Path) -> dict[str, 
         for other in path.parent.iterdir():
             if other.is_dir():
                 shutil.rmtree(other)
-            elif other.name != LOCK:
+            elif other.name not in (LOCK, path.name):
                 other.unlink()
+        path.unlink()  # last: a kill in between leaves no half of it to go on with
         return None
     name, old, new = changed
     raise StorageError(f"{target} has an unfinished run with {name}={old!r}, and {new!r} is asked; ask for the same, or remove {path.parent} to begin anew")
-
-
-def has_checkpoint(run: Path) -> bool:
-    """Whether a training has saved one in a folder, which need not be there, after its first step: healing saves its start too."""
-    last = get_last_checkpoint(run) if run.is_dir() else None
-    return last is not None and Path(last).name != f"{PREFIX_CHECKPOINT_DIR}-0"
 
 
 def difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:

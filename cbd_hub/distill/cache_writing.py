@@ -37,9 +37,9 @@ from cbd_hub.distill.cache_record import (
 from cbd_hub.distill.packing import collate, next_tokens, no_block
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
-from cbd_hub.errors import ArgumentError, CBDError, DataError, StorageError, VocabularyMismatchError, one_line
+from cbd_hub.errors import ArgumentError, DataError, StorageError, VocabularyMismatchError
 from cbd_hub.evaluation import IGNORED
-from cbd_hub.files import ASIDE, disk_error, sha256, write_text
+from cbd_hub.files import ASIDE, disk_told, sha256, write_text
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.losses.alignment import prefix_of
@@ -220,13 +220,8 @@ def write_cache(
     )
     if dtype is not None and teacher.dtype != dtype:
         teacher = copy.deepcopy(teacher).to(dtype)
-    try:
-        with frozen(teacher, *([] if student is None else [student])):
-            _write(target, source, blocks, (codec, tail), teacher, student, batch_size, report or (lambda what, done, total: None))
-    except OSError as error:
-        if isinstance(error, CBDError) or not disk_error(error):
-            raise
-        raise StorageError(f"cannot write {target}: {error.strerror or one_line(error)}; free or choose another disk and run again, it goes on") from error
+    with disk_told(target), frozen(teacher, *([] if student is None else [student])):
+        _write(target, source, blocks, (codec, tail), teacher, student, batch_size, report or (lambda what, done, total: None))
     return TeacherCache.open(target)
 
 

@@ -61,12 +61,13 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
             try:
                 if args.teacher_cache is not None and (first := caches.setdefault(args.teacher_cache, stage.wish)) != stage.wish:
                     raise ArgumentError(f"teacher_cache={args.teacher_cache} is of one teacher, and the stage of {first} has another; name it under stages, for one of them")
-                if args.teacher_cache is not None and not math.isclose(found := TeacherCache.open(args.teacher_cache).record.source.teacher.parameters, teacher_size, rel_tol=_SIZE):
+                cache = None if args.teacher_cache is None else TeacherCache.open(args.teacher_cache)
+                if cache is not None and not math.isclose(found := cache.record.source.teacher.parameters, teacher_size, rel_tol=_SIZE):
                     raise DataError(f"teacher_cache={args.teacher_cache} was made with a teacher of {format_size(found)}, and this stage's is the anchor of {format_size(teacher_size)} above it; make one of that anchor, once it has learned")
                 check_layers(args, layers)
                 check_positions(args.block_size, above if stage.bridged else teacher_config, f"block_size={args.block_size}")
                 check_sources(args, *rows[stage.name])
-                _check_text(args, rows[stage.name][0], theirs if args.bridge == "text" or (args.bridge and args.teacher_cache) else tokenizer)
+                _check_text(args, cache, rows[stage.name][0], theirs if args.bridge == "text" or (args.bridge and args.teacher_cache) else tokenizer)
                 if args.bridge is not None:
                     check_vocabularies(Bridge(args, tokenizer, theirs).rows, above.vocab_size, teacher_config.vocab_size)
             except CBDError as error:
@@ -102,13 +103,13 @@ def check_optimiser(args: ChainDistillerConfig) -> None:
         raise ArgumentError(one_line(error)) from error
 
 
-def _check_text(args: ChainDistillerConfig, rows: Any, tokenizer: Any) -> None:
-    """Open the teacher cache and compare it with the text; without one, see that the text fills a block.
+def _check_text(args: ChainDistillerConfig, cache: TeacherCache | None, rows: Any, tokenizer: Any) -> None:
+    """Compare the teacher cache with the text; without one, see that the text fills a block.
 
     Raises:
         DataError: If it does not, or the cache is another text's.
     """
-    if args.teacher_cache is not None:
-        TeacherCache.open(args.teacher_cache).check(tokenizer=tokenizer, rows=rows, block_size=args.block_size)
+    if cache is not None:
+        cache.check(tokenizer=tokenizer, rows=rows, block_size=args.block_size)
     elif not ((args.is_minillm or args.teacher_answers) and is_conversation(next(iter(rows), {}))) and next(pack(rows, tokenizer, args.block_size), None) is None:
         raise no_block(args.block_size, joined=is_joined(next(iter(rows), {"text": ""})))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from cbd_hub.ancestry import Ancestry
 from cbd_hub.distill.bridge_rows import COLUMNS
@@ -28,6 +28,7 @@ from cbd_hub.distill.on_policy import SamplingTrainer, unpacked
 from cbd_hub.distill.packing import CACHED, check_collator, collate, next_tokens
 from cbd_hub.distill.path import path_plan, segment_to
 from cbd_hub.distill.progress import MetricsFile
+from cbd_hub.distill.saving import last_checkpoint
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import wired
 from cbd_hub.distill.wrapping import (
@@ -367,7 +368,7 @@ class ChainDistiller(SamplingTrainer):
         if isinstance(resume_from_checkpoint, os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 logger.warning("%s has no whole checkpoint to go on from; training starts anew", self.args.output_dir)
         last = resume_from_checkpoint

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel, wait_for_everyone
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub.cards import Healed
 from cbd_hub.chain import Chain
@@ -27,6 +26,7 @@ from cbd_hub.distill.checks import check_optimiser
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.distill.progress import show_stage
+from cbd_hub.distill.saving import last_checkpoint
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import check_adapter
 from cbd_hub.distill.wrapping import is_peft_model, plain_model, unadapted_on_failure
@@ -170,7 +170,7 @@ def _train(healer: Healer, teacher: str, say: Progress) -> None:
     if not math.isfinite(start.mean):
         raise TrainingError(f"the model has the loss {start.mean} on the held-out text before anything is learned; look at its weights, and make it anew")
     show_stage(healer, f"heal {size}")
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    last = last_checkpoint(output_dir)
     say(
         f"{size}: {with_error(start.mean, start.stderr)} nats per token on {int(start.tokens.sum()):,} held-out tokens; "
         f"{'goes on from ' + Path(last).name if last else 'learns'} from {teacher}, {healer.args.max_steps:,} steps at most"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub.card_metadata import license_of
 from cbd_hub.cards import retokenized_card
@@ -25,6 +24,7 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.progress import show_stage
+from cbd_hub.distill.saving import last_checkpoint
 from cbd_hub.errors import ArgumentError
 from cbd_hub.evaluation import BITS, Losses
 from cbd_hub.files import check_absent, disk_told, held, staged_folder, write_text
@@ -151,7 +151,7 @@ def _train(
         model=student, teacher=teacher, args=args, train_dataset=rows, processing_class=tokenizers[1], teacher_processing_class=tokenizers[0],
     )
     show_stage(trainer, "retokenize")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(run_dir) if run_dir.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(run_dir))
     write_text(work / "training.json", json.dumps({"tokens": int(trainer.state.num_input_tokens_seen)}))
     with staged_folder(final) as staging:
         made = trainer.accelerator.unwrap_model(trainer.model)

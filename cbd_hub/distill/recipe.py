@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import shapes
 from cbd_hub.card_metadata import license_of
@@ -29,6 +28,7 @@ from cbd_hub.distill.growing import Finished, made_by
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.progress import METRICS, show_stage
 from cbd_hub.distill.same_bytes import SameBytes
+from cbd_hub.distill.saving import last_checkpoint
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import (
     CALIBRATION_TOKENS,
@@ -164,9 +164,9 @@ class _Run:
     def carry_out(self) -> None:
         if self.finished is None and (self.target / "chain.json").is_file():
             raise StorageError(f"{self.target} was finished by another process meanwhile; run again")
-        self._check_target()  # once more, now that no other process can change it
-        for name in self.begun.forget():
-            self.builder.maps_file(name).unlink(missing_ok=True)
+        self._check_target()  # both once more, now that no other process can change it
+        self.begun.check()
+        self.begun.forget()
         folders = {stage.name: self.builder.anchor_folder(stage.name) for stage in self.new}
         unknown = [str(folder) for name, folder in folders.items() if folder.exists() and not (self.work / f"{name}.training.json").is_file()]
         if unknown:
@@ -212,7 +212,7 @@ class _Run:
         """Remove what a run that was killed while it wrote has left: by the names under which it writes, and nothing else that is hidden."""
         names = [self.teacher_name, *(stage.name for stage in self.stages)]
         ours = {
-            self.target: ("recipe.yaml", "README.md", "chain.json", *TOKENIZER_FILES), self.target / "anchors": (*names, *(f"{name}.{METRICS}" for name in names)),
+            self.target: ("recipe.yaml", "README.md", "config.json", "chain.json", *TOKENIZER_FILES), self.target / "anchors": (*names, *(f"{name}.{METRICS}" for name in names)),
             self.target / "chunks": tuple(f"{name}.json" for name in names),
         }
         for folder, files in ours.items():
@@ -272,8 +272,7 @@ class _Run:
     def _anchor(self, stage: Stage, large: Any, anchors: list[Anchor]) -> tuple[Any, Cut | None, Importance | None]:
         """Make one anchor, or pick it up where it was; it is added to ``anchors``."""
         parent = anchors[-1]
-        if self.begun.note(stage.name):
-            self.builder.maps_file(stage.name).unlink(missing_ok=True)  # of one that was begun before, and removed
+        self.begun.note(stage.name)
         cut = importance = None
         maps: PathRecord | None = None
         folder = self.builder.anchor_folder(stage.name)
@@ -340,7 +339,7 @@ class _Run:
             text_dataset=text, teacher_processing_class=self.tokenizers[place - 1] if stage.bridged else None,
         )
         show_stage(trainer, stage.name)
-        last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
+        last = last_checkpoint(run_dir)
         self.progress(f"{stage.name}: {'goes on from ' + Path(last).name if last else 'learns'}, {arguments.max_steps} steps")
         started = time.monotonic()
         large.to("cpu" if arguments.teacher_cache is not None else arguments.device)  # where a cache stands in its place, an accelerator's memory is the student's

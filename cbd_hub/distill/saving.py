@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 
 from cbd_hub.ancestry import Ancestry
 from cbd_hub.card_metadata import license_of
@@ -149,3 +149,15 @@ class AnchorTrainer(Trainer):
                 output_dir=str(run_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
             )
         self.accelerator.wait_for_everyone()
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a training has saved one in a folder after its first step: healing saves its start too."""
+    last = last_checkpoint(run)
+    return last is not None and Path(last).name != f"{PREFIX_CHECKPOINT_DIR}-0"
+
+
+def last_checkpoint(run: str | os.PathLike[str]) -> str | None:
+    """The last checkpoint of a training's folder, which need not be there."""
+    found: str | None = get_last_checkpoint(run) if os.path.isdir(run) else None
+    return found

@@ -57,8 +57,7 @@ class Chord:
         if loss is None:
             return None
         if small is not None and loss > small:
-            digits = 3 if round(loss, 3) > round(small, 3) else 5
-            return f"{format_size(size)} is expected to lose {loss:.{digits}f} nats per token, more than the smaller {self.small} with {small:.{digits}f}"
+            return f"{format_size(size)} is expected to lose {loss:.3f} nats per token, {loss - small:.2g} more than the smaller {self.small}"
         if line is not None and loss > line + TROUGH:
             return f"{format_size(size)} is expected to lose {loss:.3f} nats per token, {loss - line:.3f} above the line from {self.small} to {self.large}"
         return None
