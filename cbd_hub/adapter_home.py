@@ -88,7 +88,13 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
     base = adapter.config.get("base_model_name_or_path")
     anchor = _named(files, base) if isinstance(base, str) else None
     folders = {"config.json": adapter.folder, **({"base_model_name_or_path": _path(base)} if isinstance(base, str) and base and anchor is None else {})}
-    recorded = next((found for by, folder in folders.items() if (found := _recorded(files, adapter, folder, by)) is not None), None)
+    try:
+        recorded = next((found for by, folder in folders.items() if (found := _recorded(files, adapter, folder, by)) is not None), None)
+    except ArgumentError as error:
+        if size is None:
+            raise
+        recorded = None
+        logger.warning("%s; it is carried as what adapter_size says", error)
     if size is not None:
         said = Stand.of(files, plan_in(files, size), "adapter_size")
         if recorded is not None and recorded.parameters == said.parameters:  # the same size, and besides how it was made
@@ -105,7 +111,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
     if isinstance(base, str) and base and base != files.name and _path(base).resolve() != files.root.resolve():
         if os.path.isfile(_path(base) / "config.json") and not os.path.isfile(_path(base) / FILE_NAME):
             raise ArgumentError(
-                f"adapter {adapter.name}: its base model {base} is no anchor of {files.name}, though {found.named(files)} has its shape; give the chain that its model is from, or say by adapter_size= that it is of that size"
+                f"adapter {adapter.name}: its base model {base} has the files of no anchor of {files.name}, though {found.named(files)} has its shape; give the chain that its model is from, or say by adapter_size= that it is of that size"
             )
         logger.warning("adapter %s names the base model %s, of which %s knows nothing: by its shapes it is of %s; adapter_size= says another", adapter.name, base, files.name, found.named(files))
     return found
@@ -136,8 +142,9 @@ def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Sta
     made = getattr(config, "cbd", None)
     if other or (isinstance(made, Mapping) and "chain" in made and made_elsewhere(files, made)):
         named = str(made["chain"])[:120] if isinstance(made, Mapping) and not other else ""
-        what = f"is no {family.name}" if other else f"was made from {named}" if named != files.manifest.name else f"was made from another chain of the name {named}, or before it was made anew"
-        raise ArgumentError(f"adapter {adapter.name} was trained on the model in {folder}, which {what}, and so is no model of {files.name}; give the chain that its model is from")
+        what = f"is no {family.name}" if other else f"was made from {named}" if named not in (files.name, files.manifest.name) else f"was made from another chain of the name {named}, or before it was made anew"
+        model = "the model of its config.json" if by == "config.json" else f"its base model {folder}"
+        raise ArgumentError(f"adapter {adapter.name}: {model} {what}, and so is no model of {files.name}; give the chain that its model is from, or its size by adapter_size=")
     try:
         if not isinstance(made, Mapping) or misfit_of(adapter, config) is not None:
             return None

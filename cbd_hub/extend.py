@@ -126,6 +126,7 @@ def add_anchor(
             write_bytes(root / target, source.read_bytes())
     card = root / "README.md"
     text = chain_card(manifest, recipe=(root / "recipe.yaml").is_file())
+    write_text(root / "config.json", manifest.config())
     write_text(root / FILE_NAME, manifest.to_json())
     for tokenizer_file in {*TOKENIZER_FILES} - {*beside} if place == 0 else ():
         (root / tokenizer_file).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ hashes and newer schemas are refused with the field named.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -196,6 +197,11 @@ class Anchor(Data):
     def weight_files(self) -> list[str]:
         """The safetensors files."""
         return sorted(path for path in self.files if path.endswith(".safetensors"))
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells its weights from others', wherever they lie: a hash of its weight files' hashes."""
+        return hashlib.sha256("".join(self.files[name].sha256 for name in self.weight_files).encode()).hexdigest()[:16]
 
 
 class Mix(Data):

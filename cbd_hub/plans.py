@@ -231,9 +231,10 @@ def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
     """The config of a plan's model, with ``cbd``: where it came from."""
     config: StoredConfig = plan.config(anchor_config(files, files.manifest.anchor(plan.large)))
     small = files.manifest.anchor(plan.small)
+    around = [small, *([] if plan.small == plan.large else [files.manifest.anchor(plan.large)])]
     config.cbd = {
         "chain": files.name if files.revision is not None else plan.chain, "revision": files.revision,
-        "neighbours": sorted({plan.small, plan.large}, key=lambda name: files.manifest.anchor(name).parameters),
+        "neighbours": [anchor.name for anchor in around], "fingerprints": [anchor.fingerprint for anchor in around],
         "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
         **({} if plan.small == plan.large or small.maps is None else {"maps": small.maps.sha256}),
         **({} if plan.adapter is None else {"adapter": dict(plan.adapter)}),
@@ -242,21 +243,25 @@ def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
 
 
 def made_elsewhere(files: ChainFiles, made: Mapping[str, Any]) -> bool:
-    """Whether a model of which `made_config` says where it came from is of another chain; a local copy of a chain on the Hub, and the other way round, has another name.
+    """Whether a model of which `made_config` says where it came from is of another chain: by its anchors' weights and maps, which a copy of its chain has too.
+
+    What was made before these were written down is told by names alone; a local copy of a chain on the Hub, and the other way round, has another name.
 
     Args:
         files: The chain.
         made: The model's ``config.cbd``.
     """
-    anchors = {anchor.name: anchor for anchor in files.manifest.anchors}
-    copied = (made.get("revision") is None) != (files.revision is None)
-    names = made.get("neighbours")
-    if not (copied or made.get("chain") in (files.name, files.manifest.name)) or not isinstance(names, Sequence) or not names or not all(name in anchors for name in map(str, names)):
+    names, anchors = made.get("neighbours"), {anchor.name: anchor for anchor in files.manifest.anchors}
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name in anchors for name in names):
         return True
-    below = anchors[str(names[0])]
-    if len(names) == 1:
-        return bool(made.get("parameters") != below.parameters)
-    return "maps" in made and (below.maps is None or made["maps"] != below.maps.sha256)
+    around = [anchors[name] for name in names]
+    if "fingerprints" in made:
+        other = made["fingerprints"] != [anchor.fingerprint for anchor in around]
+    else:
+        other = (made.get("revision") is None) == (files.revision is None) and made.get("chain") not in (files.name, files.manifest.name)
+    if len(around) == 1:
+        return bool(other or made.get("parameters") != around[0].parameters)
+    return bool(other or ("maps" in made and (around[0].maps is None or made["maps"] != around[0].maps.sha256)))
 
 
 def _dtype_of(files: ChainFiles, anchors: Sequence[Anchor], dtype: Any) -> torch.dtype:

@@ -148,7 +148,7 @@ def push_model(
         license = shared_license(manifest, [manifest.anchor(name) for name in made.get("neighbours", [])])
     told = {
         name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in made.items() if value is not None and name not in ("healed", "adapter", "maps")
+        for name, value in made.items() if value is not None and name not in ("healed", "adapter", "maps", "fingerprints")
     }
     facts = {**_shape_facts(shapes.shape_of(config), family_of(config).name), **told, "parameters": f"{made['parameters']:,}"}
     if isinstance(carried := made.get("adapter"), dict) and isinstance(home := carried.get("home"), dict):
@@ -326,20 +326,16 @@ def _preview(files: ChainFiles, anchor: Anchor) -> Preview:
 def _say_dropped(publisher: Publisher, index: Repo, manifest: Manifest) -> None:
     """Say where the chain that is there has nothing in common with this one, and which anchors that others added to it are none of this one's."""
     held = publisher.manifest(index.id, index.head) if FILE_NAME in index.there else None
-    ours = [_weights_of(anchor) for anchor in manifest.anchors]
-    if held is not None and all(_weights_of(anchor) not in ours for anchor in held.anchors):
+    ours = {anchor.fingerprint for anchor in manifest.anchors}
+    if held is not None and not ours & {anchor.fingerprint for anchor in held.anchors}:
         logger.warning(
             "%s holds the chain %s (%s), which shares no anchor with this one and becomes its earlier revision; if it is another chain, push this one to another name and put that one back by its tag",
             index.id, held.name, ", ".join(anchor.name for anchor in held.anchors),
         )
     for anchor in [] if held is None else held.anchors:
         repo = anchor.location.repo_id
-        if anchor.origin == "published" and repo != f"{index.id}-{anchor.name}" and _weights_of(anchor) not in ours:
+        if anchor.origin == "published" and repo != f"{index.id}-{anchor.name}" and anchor.fingerprint not in ours:
             logger.warning("%s has an anchor %s in %s, which this chain has not: it is no part of %s any more; `cbd add-anchor %s %s --repo %s` brings it back", index.id, anchor.name, repo, index.id, index.id, repo, repo)
-
-
-def _weights_of(anchor: Anchor) -> set[str]:
-    return {anchor.files[name].sha256 for name in anchor.weight_files}
 
 
 def _published(manifest: Manifest, repos: Mapping[str, str], pinned: Mapping[str, str | None], previews: Mapping[str, Preview]) -> Manifest:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -507,42 +508,47 @@ def test_the_home_of_a_padded_size_is_padded_unless_a_record_says_how_else_it_wa
     assert home(blended).mix.alpha == home(blended, middle).mix.alpha == 0.5
 
 
-def test_an_adapter_of_another_chain_is_refused_though_its_shapes_fit(narrow, tmp_path, caplog):
-    """What its base model's folder says decides; of a base model that is not at hand a word is said; a size that is named is believed where nothing speaks against it."""
-    paths = [tiny.save(tiny.llama(layers=layers, ffn=ffn, seed=seed), tmp_path / f"m{index}") for index, (layers, ffn, seed) in enumerate([(6, 48, 11), (4, 32, 12)])]
-    assemble_chain(paths, tmp_path / "chain", align=True)
-    other, size = tmp_path / "chain", middles(narrow)[0]
-    assert middles(other) == middles(narrow)
-
-    def trained_on(folder):
-        return lora(AutoModelForCausalLM.from_pretrained(folder), tmp_path / f"lora-{len(list(tmp_path.iterdir()))}")
-
-    for name, match in (("max", "which was made from another chain of the name chain"), (size, "which was made from another chain of the name chain")):
+@pytest.mark.parametrize("align", [True, False])
+def test_an_adapter_of_another_chain_is_refused_though_its_shapes_and_names_fit(align, narrow, tmp_path, caplog):
+    """Its base model's config.json knows the anchors' weights; a size that is named is believed, with a warning."""
+    paths = [tiny.save(tiny.llama(layers=layers, ffn=ffn, seed=seed), tmp_path / f"m{seed}") for layers, ffn, seed in ((6, 48, 11), (4, 32, 12))]
+    other = assemble_chain(paths, tmp_path / "chain", align=align)
+    other.save_pretrained(tmp_path / "copy")
+    assert [anchor.name for anchor in other.anchors] == [anchor.name for anchor in Chain.from_pretrained(narrow).anchors]
+    for name in ("max", "min", middles(narrow)[0]):
         folder = tmp_path / f"made-{name}"
-        CBDModel.materialize(other, name, output_dir=folder)
-        adapter = trained_on(folder)
-        assert carry_adapter(adapter, other, "min").plan.adapter["home"]["found_by"] == "base_model_name_or_path"
-        if name == "max":  # an anchor has no maps by which it could be told; its name tells it
-            record = json.loads((folder / "config.json").read_text())
-            record["cbd"]["chain"] = "other"
-            (folder / "config.json").write_text(json.dumps(record))
-            match = "which was made from other, "
-        with pytest.raises(ArgumentError, match=match):
-            carry_adapter(adapter, narrow, "min")
-        with pytest.raises(ArgumentError, match=match):
-            CBDModel.from_chain(narrow, "min", adapter=adapter)
-    plain = trained_on(tmp_path / "m0")
-    with pytest.raises(ArgumentError, match=r"its base model .*m0 is no anchor of .*, though .* has its shape.*say by adapter_size="):
-        carry_adapter(plain, narrow, "min")
-    assert carry_adapter(plain, narrow, "min", adapter_size="max").plan.adapter["home"]["found_by"] == "adapter_size"
-    config = json.loads((tmp_path / "m0" / "config.json").read_text())
-    (tmp_path / "m0" / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
-    with pytest.raises(ArgumentError, match="trained on the model in .*m0, which is no llama, and so is no model of"):
-        carry_adapter(plain, narrow, "min", adapter_size="max")
+        CBDModel.materialize(tmp_path / "chain", name, output_dir=folder)
+        adapter = lora(AutoModelForCausalLM.from_pretrained(folder), tmp_path / f"lora-{name}")
+        for right in (tmp_path / "chain", tmp_path / "copy"):
+            assert carry_adapter(adapter, right, "max").plan.adapter["home"]["found_by"] == "base_model_name_or_path"
+        for act in (partial(carry_adapter, adapter, narrow, "max"), partial(CBDModel.from_chain, narrow, "max", adapter=adapter)):
+            with pytest.raises(ArgumentError, match="its base model .*made-.* was made from another chain of the name chain, or before it was made anew, and so is no model of .*adapter_size="):
+                act()
+            assert not caplog.text
+            act(adapter_size=name)
+            assert "and so is no model of" in caplog.text
+            caplog.clear()
+        record = json.loads((folder / "config.json").read_text())  # as it was before fingerprints were written down: told by names
+        del record["cbd"]["fingerprints"]
+        (folder / "config.json").write_text(json.dumps({**record, "cbd": {**record["cbd"], "chain": "other"}}))
+        with pytest.raises(ArgumentError, match="was made from other, and so is no model of"):
+            carry_adapter(adapter, narrow, "max")
+
+
+def test_a_base_model_that_is_none_of_the_chains_is_refused_and_one_that_is_not_at_hand_is_told_of(narrow, tmp_path, caplog):
+    folder = tiny.save(tiny.llama(layers=6, ffn=48, seed=11), tmp_path / "plain")
+    adapter = lora(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "lora")
+    with pytest.raises(ArgumentError, match=r"its base model .*plain has the files of no anchor of .*, though .* has its shape.*say by adapter_size="):
+        carry_adapter(adapter, narrow, "min")
+    assert carry_adapter(adapter, narrow, "min", adapter_size="max").plan.adapter["home"]["found_by"] == "adapter_size"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
+    with pytest.raises(ArgumentError, match="its base model .*plain is no llama, and so is no model of"):
+        carry_adapter(adapter, narrow, "min")
     assert not caplog.text
-    gone = json.loads((plain / CONFIG).read_text()) | {"base_model_name_or_path": "someone/model"}
-    (plain / CONFIG).write_text(json.dumps(gone))
-    assert carry_adapter(plain, narrow, "min").plan.adapter["home"]["found_by"] == "shapes"
+    gone = json.loads((adapter / CONFIG).read_text()) | {"base_model_name_or_path": "someone/model"}
+    (adapter / CONFIG).write_text(json.dumps(gone))
+    assert carry_adapter(adapter, narrow, "min").plan.adapter["home"]["found_by"] == "shapes"
     assert "names the base model someone/model, of which" in caplog.text
 
 

@@ -405,9 +405,13 @@ def test_a_copy_of_the_chain_will_do_and_its_anchors_must_be_there(chain, tmp_pa
     model = between(chain)
     model.config.cbd = {**model.config.cbd, "chain": "org/chain", "revision": "0" * 40}
     assert heal(model, chain, data(), **OPTIONS).config.cbd["chain"] == "org/chain"
-    model.config.cbd = {**model.config.cbd, "chain": "mine", "revision": None}
-    with pytest.raises(ArgumentError, match="made from mine"):
-        heal(model, chain, data(), **OPTIONS)
+    made = {**between(chain).config.cbd, "chain": "mine"}
+    model.config.cbd = made
+    assert heal(model, chain, data(), **OPTIONS).config.cbd["chain"] == "mine", "its anchors are the same, whatever it is called"
+    for other in ({name: value for name, value in made.items() if name != "fingerprints"}, {**made, "fingerprints": made["fingerprints"][::-1]}):
+        model.config.cbd = other
+        with pytest.raises(ArgumentError, match="made from mine"):
+            heal(model, chain, data(), **OPTIONS)
 
 
 def heal_twice(folder, chain, processes):

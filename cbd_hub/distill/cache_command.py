@@ -18,7 +18,7 @@ from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
 from cbd_hub.plans import weight_dtype
 from cbd_hub.precision import best_device
-from cbd_hub.weights import load_model, load_tokenizer, same_vocabulary, tokenizer_file
+from cbd_hub.weights import load_model, load_tokenizer, same_vocabulary, tokenizer_file, weight_files
 
 
 def cache_text(
@@ -71,6 +71,7 @@ def cache_text(
         block_size = block_size or read.stage_arguments(stage)["block_size"]
         rows, _ = stage_rows(read, stage, read_parts(read))
     folder = resolve_checkpoint(teacher)
+    weight_files(folder)
     if student is not None:
         learning = resolve_checkpoint(student)
         if tokenizer_file(learning) is not None and not same_vocabulary(folder, learning):

@@ -94,7 +94,7 @@ def retokenize_and_train(
         "ce_weight": ce_weight, "learning_rate": learning_rate, "batch_size": batch_size, "block_size": block_size, "bf16": bf16, "heldout": heldout, "seed": seed,
         "text_sha256": hashlib.sha256(utf8("\0".join(text), "the text")).hexdigest(),
     }
-    work = target.absolute().parent / f".{target.absolute().name}.work"
+    work = target.absolute().parent / f".{target.absolute().name}.retokenize.work"
     with disk_told(target), held(work, str(target)):
         source = resolve_checkpoint(model, revision)
         found, made = _trained(work, target, source, [*parts.heldout, *parts.calibration], parts.rows(), asked, save_steps, quiet, say)
