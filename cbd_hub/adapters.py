@@ -36,13 +36,13 @@ from cbd_hub.adapter_files import (
 from cbd_hub.adapter_home import Stand, home_of, paths_of
 from cbd_hub.errors import ArgumentError, SizeError, WeightsError
 from cbd_hub.families import Family, TensorSpec, family_of
-from cbd_hub.files import check_absent, staged_folder, write_text
+from cbd_hub.files import check_absent, public, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, ChainFiles, open_chain
 from cbd_hub.interpolation.carrying import Changes, Place, carry
 from cbd_hub.interpolation.execute import materialise
 from cbd_hub.interpolation.low_rank import LowRank
 from cbd_hub.interpolation.plan import Plan
-from cbd_hub.manifest import Mix, Shape, public
+from cbd_hub.manifest import Mix, Shape
 from cbd_hub.plans import anchor_config, made_config, plan_in, segment_between
 from cbd_hub.remote import open_weights
 from cbd_hub.sizes import format_size

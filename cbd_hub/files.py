@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from safetensors import SafetensorError
 
-from cbd_hub.errors import CBDError, IntegrityError, StorageError, one_line
+from cbd_hub.errors import CBDError, IntegrityError, ManifestError, StorageError, one_line
 
 
 try:
@@ -309,3 +310,21 @@ class Verdicts:
             self._saved = set(self.known)
         except StorageError:
             return
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """The path of a chain's file, with links followed, refused where it leaves the folder.
+
+    Raises:
+        ManifestError: If a symbolic link leads out of the folder.
+    """
+    root = os.path.realpath(folder)
+    path = os.path.realpath(folder / relative)
+    if os.path.commonpath([root, path]) != root:
+        raise ManifestError(f"{folder / relative} leads out of the chain's folder; it is refused")
+    return Path(path)
+
+
+def public(text: str) -> str:
+    """A text that names no folder of this machine: of a path its last part stays."""
+    return re.sub(r"^(?:[~/]|[A-Za-z]:\\\\?).*[/\\](?=[^/\\]+$)", "", text)

@@ -22,8 +22,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from cbd_hub.client import NAME, Bar, api, explained
 from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError, StorageError, one_line
-from cbd_hub.files import CHUNK_BYTES, check_file, sha256
-from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Anchor, Manifest, PathRecord, inside
+from cbd_hub.files import CHUNK_BYTES, check_file, inside, sha256
+from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Anchor, Manifest, PathRecord
 from cbd_hub.ranges import PartialFile
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -442,21 +441,3 @@ def _between(small: Shape, large: Shape) -> int:
 
     groups = span(small.heads // small.kv_heads, large.heads // large.kv_heads)
     return span(small.layers, large.layers) * span(small.kv_heads, large.kv_heads) * groups * max(span(small.hidden, large.hidden), 2**10)
-
-
-def inside(folder: Path, relative: str) -> Path:
-    """The path of a chain's file, with links followed, refused where it leaves the folder.
-
-    Raises:
-        ManifestError: If a symbolic link leads out of the folder.
-    """
-    root = os.path.realpath(folder)
-    path = os.path.realpath(folder / relative)
-    if os.path.commonpath([root, path]) != root:
-        raise ManifestError(f"{folder / relative} leads out of the chain's folder; it is refused")
-    return Path(path)
-
-
-def public(text: str) -> str:
-    """A text that names no folder of this machine: of a path its last part stays."""
-    return re.sub(r"^(?:[~/]|[A-Za-z]:\\\\?).*[/\\](?=[^/\\]+$)", "", text)

@@ -28,9 +28,9 @@ from cbd_hub.client import TOKEN, reason
 from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, StorageError, WeightsError
 from cbd_hub.families import family_of
-from cbd_hub.files import check_file
+from cbd_hub.files import check_file, public
 from cbd_hub.hub import KEPT_FILE, TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
-from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape, public
+from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape
 from cbd_hub.plans import anchor_config
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_bytes, with_error

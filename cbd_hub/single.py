@@ -21,12 +21,12 @@ from cbd_hub.configs import read_config, read_generation_config
 from cbd_hub.cut import choose_cut, measure_importance, mixes
 from cbd_hub.errors import ArgumentError, DataError, SizeError
 from cbd_hub.evaluation import Documents, Losses, document_losses
-from cbd_hub.files import staged_folder, write_text
+from cbd_hub.files import public, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
 from cbd_hub.interpolation.plan import Kept, Plan
-from cbd_hub.manifest import Shape, public
+from cbd_hub.manifest import Shape
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Progress
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, parameter_count, shape_of

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from cbd_hub import CBDModel, Chain
 from cbd_hub.configs import read_config
 from cbd_hub.errors import CBDError, IntegrityError, ManifestError
+from cbd_hub.files import inside
 from cbd_hub.interpolation.plan import Plan
-from cbd_hub.manifest import Manifest, Preview, inside
+from cbd_hub.manifest import Manifest, Preview
 from cbd_hub.plans import anchor_config, plan_in
 from cbd_hub.remote import _previewed, spans_read
 from cbd_hub.weights import Checkpoint, read_header, stored_shapes

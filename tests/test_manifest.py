@@ -8,7 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 from cbd_hub.errors import ArchitectureError, ManifestError, SizeError
-from cbd_hub.manifest import Manifest, inside
+from cbd_hub.files import inside
+from cbd_hub.manifest import Manifest
 from cbd_hub.shapes import shape_of
 
 

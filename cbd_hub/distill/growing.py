@@ -10,7 +10,7 @@ from cbd_hub.configs import read_config
 from cbd_hub.distill.begun import difference
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.errors import DataError, RecipeError, StorageError
-from cbd_hub.manifest import public
+from cbd_hub.files import public
 from cbd_hub.sizes import with_error
 
 

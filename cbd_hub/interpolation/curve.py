@@ -29,7 +29,7 @@ class Chord:
         >>> round(chord.at(2 * 10**6), 3), chord.trough(2 * 10**6, 4.5)
         (4.5, None)
         >>> chord.trough(2 * 10**6, 5.25)
-        '2M is expected to lose 5.250 nats per token, more than the smaller 1M with 5.000'
+        '2M is expected to lose 5.250 nats per token, 0.25 more than the smaller 1M'
     """
 
     small: str
