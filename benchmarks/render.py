@@ -24,7 +24,7 @@ from cbd_hub.sizes import format_size
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = {
-    "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "quality_trained": "Sizes in between, against models trained for them", "quality_scratch": "A size in between against a model of its shape from scratch", "quality_rivals": "The same with a tenth of the tokens", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
+    "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "quality_trained": "Sizes in between, against models trained for them", "quality_today": "The same with today's importance", "quality_scratch": "A size in between against a model of its shape from scratch", "quality_rivals": "The same with a tenth of the tokens", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
     "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step", "step_fp32": "A distillation step in fp32", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding", "deploy": "A size in other formats",
@@ -132,7 +132,7 @@ def documents() -> dict[str, dict[str, str]]:
         "docs/how-to/heal.md": {"heal": said("heal")},
         "docs/how-to/adapters.md": {"adapter": said("adapter")},
         "docs/how-to/deploy.md": {"speed": said("speed"), "draft": said("draft"), "deploy": table("deploy")},
-        "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_trained", "quality_scratch", "quality_rivals")},
+        "benchmarks/quality/README.md": {name: table(name) for name in ("quality", "quality_trained", "quality_today", "quality_scratch", "quality_rivals")},
         "examples/paper/README.md": {"claims": claims.table(result), **{name: table(name) for name in ("paper", "alpha", "tasks", "lm_eval")}},
     }
 

@@ -195,6 +195,8 @@ def span(differences: Iterable[float]) -> str:
     """By how much losses are worse or better than the chain's, from one end to the other."""
     found = sorted(differences)
     words = [f"{abs(value):.2f} {'worse' if value > 0 else 'better'}" for value in (found[0], found[-1])]
+    if words[0] == words[1]:
+        return words[0]
     if words[0].split()[1] == words[1].split()[1]:
         return f"{min(map(abs, found)):.2f} to {max(map(abs, found)):.2f} {words[0].split()[1]}"
     return f"from {words[0]} to {words[1]}"
@@ -225,7 +227,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
     )
 
 
-quality_trained = quality_rivals
+quality_trained = quality_today = quality_rivals
 
 
 def quality_scratch(data: dict[str, Any]) -> str:

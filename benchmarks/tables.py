@@ -260,7 +260,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
     )
 
 
-quality_trained = quality_rivals
+quality_trained = quality_today = quality_rivals
 
 
 def quality_scratch(data: dict[str, Any]) -> str:
