@@ -228,7 +228,7 @@ def test_files_of_old_that_say_nothing_of_how_they_are_read_are_written_anew(tmp
         vocab = AutoTokenizer.from_pretrained(folder).get_vocab()
         for path in folder.glob("tokenizer*"):
             path.unlink()
-        (folder / "vocab.json").write_text(json.dumps({**vocab, "<|endoftext|>": 2}))
+        (folder / "vocab.json").write_text(json.dumps({"<|endoftext|>" if token == "<eos>" else token: place for token, place in vocab.items()}, sort_keys=True))
         (folder / "merges.txt").write_text("#version: 0.2\n")
     expected = AutoTokenizer.from_pretrained(checkpoints[0])(text).input_ids
     chain = assemble_chain(checkpoints, tmp_path / "chain")
