@@ -86,14 +86,15 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
     """
     files = files.glanced
     base = adapter.config.get("base_model_name_or_path")
-    anchor = _named(files, base) if isinstance(base, str) else None
-    folders = {"config.json": adapter.folder, **({"base_model_name_or_path": _path(base)} if isinstance(base, str) and base and anchor is None else {})}
+    base = base if isinstance(base, str) else ""
+    recorded = anchor = None
     try:
-        recorded = next((found for by, folder in folders.items() if (found := _recorded(files, adapter, folder, by)) is not None), None)
+        recorded = _recorded(files, adapter, adapter.folder, "config.json")
+        if recorded is None and base and (anchor := _named(files, base)) is None:
+            recorded = _recorded(files, adapter, _path(base), "base_model_name_or_path")
     except ArgumentError as error:
         if size is None:
             raise
-        recorded = None
         logger.warning("%s; it is carried as what adapter_size says", error)
     if size is not None:
         said = Stand.of(files, plan_in(files, size), "adapter_size")
@@ -108,7 +109,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
         _check(files, adapter, found, f"base_model_name_or_path is {base}")
         return found
     found = _by_shapes(files, adapter)
-    if isinstance(base, str) and base and base != files.name and _path(base).resolve() != files.root.resolve():
+    if base and base != files.name and _path(base).resolve() != files.root.resolve():
         if os.path.isfile(_path(base) / "config.json") and not os.path.isfile(_path(base) / FILE_NAME):
             raise ArgumentError(
                 f"adapter {adapter.name}: its base model {base} has the files of no anchor of {files.name}, though {found.named(files)} has its shape; give the chain that its model is from, or say by adapter_size= that it is of that size"
@@ -131,20 +132,17 @@ def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Sta
     """
     if not os.path.isfile(folder / "config.json") or os.path.isfile(folder / FILE_NAME):
         return None
-    family = family_of(anchor_config(files, files.manifest.anchors[0]))
     try:
         config = read_config(folder)
-        other = family_of(config) is not family
     except WeightsError:
         return None
     except ArchitectureError:
-        config, other = None, True
-    made = getattr(config, "cbd", None)
-    if other or (isinstance(made, Mapping) and "chain" in made and made_elsewhere(files, made)):
-        named = str(made["chain"])[:120] if isinstance(made, Mapping) and not other else ""
-        what = f"is no {family.name}" if other else f"was made from {named}" if named not in (files.name, files.manifest.name) else f"was made from another chain of the name {named}, or before it was made anew"
+        config = None
+    strange = _strange(files, config)
+    if strange is not None:
         model = "the model of its config.json" if by == "config.json" else f"its base model {folder}"
-        raise ArgumentError(f"adapter {adapter.name}: {model} {what}, and so is no model of {files.name}; give the chain that its model is from, or its size by adapter_size=")
+        raise ArgumentError(f"adapter {adapter.name}: {model} {strange}, and so is no model of {files.name}; give the chain that its model is from, or its size by adapter_size=")
+    made = getattr(config, "cbd", None)
     try:
         if not isinstance(made, Mapping) or misfit_of(adapter, config) is not None:
             return None
@@ -158,6 +156,18 @@ def _recorded(files: ChainFiles, adapter: Adapter, folder: Path, by: str) -> Sta
         return found if names == set(made.get("neighbours", ())) else None
     except (ArchitectureError, ArgumentError, SizeError, ValidationError, TypeError):
         return None
+
+
+def _strange(files: ChainFiles, config: Any) -> str | None:
+    """What a model's config (None of an unknown architecture) says against its being one of a chain, in words that follow its name; None where it says nothing."""
+    family = family_of(anchor_config(files, files.manifest.anchors[0]))
+    if config is None or family_of(config) is not family:
+        return f"is no {family.name}"
+    made = getattr(config, "cbd", None)
+    if not isinstance(made, Mapping) or "chain" not in made or not made_elsewhere(files, made):
+        return None
+    named = str(made["chain"])[:120]
+    return f"was made from another chain of the name {named}, or before it was made anew" if named in (files.name, files.manifest.name) else f"was made from {named}"
 
 
 def _named(files: ChainFiles, base: str) -> Anchor | None:

@@ -1,4 +1,4 @@
-"""``import cbd_hub.auto`` lets transformers' Auto classes open a chain, a local folder or on the Hub.
+"""``import cbd_hub.auto`` lets transformers' Auto classes open a chain, here or on the Hub.
 
 Example:
     >>> import cbd_hub.auto

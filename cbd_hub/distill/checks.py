@@ -89,6 +89,16 @@ def _check_trainer(args: ChainDistillerConfig) -> None:
     check_optimiser(args)
 
 
+def check_rate(learning_rate: float) -> None:
+    """Refuse a learning rate of a short training that would teach nothing.
+
+    Raises:
+        ArgumentError: If it is not above 0, or no finite number.
+    """
+    if not 0 < learning_rate < math.inf:
+        raise ArgumentError(f"learning_rate={learning_rate} teaches nothing; give a number above 0, such as 1e-4")
+
+
 def check_optimiser(args: ChainDistillerConfig) -> None:
     """Let transformers' Trainer say what it would refuse, on a model of one number.
 

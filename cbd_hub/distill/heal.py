@@ -22,7 +22,7 @@ from transformers import set_seed
 from cbd_hub.cards import Healed
 from cbd_hub.chain import Chain
 from cbd_hub.distill.begun import fingerprint, unfinished
-from cbd_hub.distill.checks import check_optimiser
+from cbd_hub.distill.checks import check_optimiser, check_rate
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.distill.progress import show_stage
@@ -282,8 +282,7 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
     args.eval_steps = args.save_steps = training.get("eval_steps", -(-steps // _EVALUATIONS))
     if "logging_steps" not in training:
         args.logging_steps = min(10, steps)
-    if not 0 < args.learning_rate < math.inf:
-        raise ArgumentError(f"learning_rate={args.learning_rate} teaches nothing; give a number above 0, such as 1e-4")
+    check_rate(args.learning_rate)
     with tempfile.TemporaryDirectory() as args.output_dir:
         check_optimiser(args)
     return args

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from cbd_hub.card_metadata import license_of
 from cbd_hub.cards import retokenized_card
 from cbd_hub.configs import read_config
 from cbd_hub.distill.begun import unfinished
+from cbd_hub.distill.checks import check_rate
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.distiller import ChainDistiller
@@ -84,8 +84,7 @@ def retokenize_and_train(
         raise ArgumentError(f"bridge={bridge!r} is not known here; choose one of {', '.join(_BRIDGES)}")
     if steps < 1:
         raise ArgumentError(f"steps={steps} trains nothing; give 1 or more, or use retokenize")
-    if not 0 < learning_rate < math.inf:
-        raise ArgumentError(f"learning_rate={learning_rate} teaches nothing; give a number above 0, such as 1e-4")
+    check_rate(learning_rate)
     target, say = Path(output_dir).expanduser(), progress or (lambda line: None)
     check_absent(target)
     parts = split_documents(text, heldout, 0.0, seed)
