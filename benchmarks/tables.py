@@ -223,6 +223,12 @@ def quality(data: dict[str, Any]) -> str:
     )
 
 
+def healed_by(rows: list[dict[str, Any]]) -> str:
+    """By what loss and learning rate models were healed; a stage's own, until `heal` had others by default."""
+    heal = next((row["heal"] for row in rows if "heal" in row), {"kd_weight": 1.0, "ce_weight": 1.0, "learning_rate": 4e-4})
+    return f"by {heal['kd_weight']:g} x KL + {heal['ce_weight']:g} x cross-entropy at a learning rate of {heal['learning_rate']:g}"
+
+
 def quality_rivals(data: dict[str, Any]) -> str:
     """The middle of each kind of segment against models that were trained for it: as made, and where all were healed alike."""
 
@@ -256,7 +262,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
     return (
         f"{made}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
         f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired."
-        + (f" All of them healed, on a 20th of those tokens:\n\n{side_by_side(healed)}\n\n" if healed else " ") + f"`{data['command']}`"
+        + (f" All of them healed {healed_by(healed)}, on a 20th of those tokens:\n\n{side_by_side(healed)}\n\n" if healed else " ") + f"`{data['command']}`"
     )
 
 
@@ -276,7 +282,7 @@ def quality_scratch(data: dict[str, Any]) -> str:
     head = ["segment and size", "the chain's", rival, "its less the chain's"]
     return (
         f"{table(head, rows)}\n\nThe chain's model took no step of its own; its smaller anchor learned from {data['stage_tokens']:,} tokens, the other from random weights, by "
-        f"cross-entropy, from as many times that as is said. {data['heldout_tokens']:,} held-out tokens, nats per token, paired. Healed: both, on a 20th of a stage's tokens. `{data['command']}`"
+        f"cross-entropy, from as many times that as is said. {data['heldout_tokens']:,} held-out tokens, nats per token, paired. Healed: both, {healed_by(data['rows'][1:])}, on a 20th of a stage's tokens. `{data['command']}`"
     )
 
 

@@ -25,6 +25,7 @@ class Healed(Data):
     Attributes:
         teacher: The anchor that it learned from.
         by: ``full``, or the adapter that was trained.
+        objective: The loss, term by term; of models healed by an earlier version None.
         steps: Optimiser steps of the weights that were kept.
         tokens: Tokens that these have learned from.
         loss: Held-out loss, nats per token, and ``stderr`` its standard error over documents, where there are two or more.
@@ -37,6 +38,7 @@ class Healed(Data):
 
     teacher: Name
     by: str = Field(max_length=64)
+    objective: str | None = Field(default=None, max_length=512)
     steps: int = Field(ge=0)
     tokens: int = Field(ge=0)
     loss: float
@@ -52,7 +54,7 @@ class Healed(Data):
     def table(self) -> dict[str, str]:
         """The same in words."""
         return {
-            "taught by": f"anchor {self.teacher}", "trained": self.by, "on": f"{self.tokens:,} tokens, {self.steps:,} optimiser steps",
+            "taught by": f"anchor {self.teacher}", "trained": self.by, **({} if self.objective is None else {"loss": self.objective}), "on": f"{self.tokens:,} tokens, {self.steps:,} optimiser steps",
             "held-out loss before": with_error(self.loss_before, self.stderr_before), "held-out loss after": with_error(self.loss, self.stderr),
             "difference": with_error(self.difference, self.difference_stderr, "+.3f"), "measured on": f"{self.heldout_tokens:,} tokens in {self.documents:,} documents",
         }

@@ -74,6 +74,7 @@ def test_the_loss_falls_and_the_record_is_what_is_measured(chain, tmp_path):
     assert (record["difference"], record["difference_stderr"]) == pytest.approx(after.minus((1.0, before)))
     assert record["difference"] < -3 * record["difference_stderr"]
     assert (record["teacher"], record["by"], record["steps"], record["tokens"]) == (Chain.from_pretrained(chain).anchors[0].name, "full", 6, 6 * 4 * 32)
+    assert record["objective"] == "0.1 x forward_kl at temperature 1 + 1 x cross-entropy"
     assert (record["documents"], record["heldout_tokens"]) == (13, held_documents().tokens)
     made = between(chain).config.cbd
     assert {name: value for name, value in loaded.config.cbd.items() if name != "healed"} == made
@@ -91,6 +92,14 @@ def test_a_model_comes_back_in_its_own_dtype_and_may_be_healed_again(chain):
     again = heal(model, Chain.from_pretrained(chain), data(), **OPTIONS).config.cbd["healed"]
     assert again["earlier"] == first
     assert again["loss_before"] == pytest.approx(first["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("given", "weights"), [
+    ({}, (0.1, 1.0)), ({"kd_weight": 1.0}, (1.0, 1.0)), ({"on_policy_fraction": 0.5}, (1.0, 1.0)), ({"objective": "minillm"}, (1.0, 0.0)),
+])
+def test_the_text_weighs_ten_times_what_the_teacher_says_unless_the_models_own_answers_are_judged(given, weights):
+    args = module._arguments({"bf16": False, **given}, None, None, adapter=False)
+    assert (args.kd_weight, args.ce_weight) == weights
 
 
 def test_no_document_is_both_trained_and_measured_on():
@@ -250,7 +259,7 @@ def test_stopped_in_a_notebook_the_same_call_goes_on(chain, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["at its last step", "early"])
 def test_killed_at_its_end_it_takes_no_further_step(chain, tmp_path, monkeypatch, stopped):
-    options = {**OPTIONS, **({"max_steps": 20, "learning_rate": 0.3} if stopped else {})}
+    options = {**OPTIONS, **({"max_steps": 20, "learning_rate": 3.0} if stopped else {})}
     whole = heal(between(chain), chain, data(), **options)
     result = module._result
 

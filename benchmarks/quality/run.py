@@ -5,7 +5,7 @@
 The teacher, text and split are those of `make demo`. Anchors of the same size are cut from the teacher (in depth, in FFN width, in hidden width, and
 as the least-loss cut chooses) and distilled alike, that of hidden width with a fifth of its steps on the path, as recipes do, and without, those of least loss and of FFN width without, as recipes do, and with; at a quarter, half and three quarters of each segment the chain's model is compared with the chord of
 its two ends, the smaller neighbour, the same shape merely cut, LaCo, weight selection and boomerang distillation; in the middle also with a student distilled for that shape alone, and
-after the same heal of all of them, a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, its student of its own and, but for hidden width, where it has no goal to meet, the improved boomerang, with other seeds;
+after the same heal of all of them, `cbd heal`'s loss and learning rate on a 20th of the stage's steps from the teacher, where that is more than warm-up (5 steps). ``--seeds`` repeats the middle of each segment, its student of its own and, but for hidden width, where it has no goal to meet, the improved boomerang, with other seeds;
 ``--seed`` does so alone, beside what is there. ``--scratch`` compares the middle, before and after that heal, with a model of its shape from random weights and nothing else: cross-entropy on so many times a stage's tokens.
 Held-out loss in nats per token, differences paired over documents. Every model and every loss is kept in ``--work``: a run that was stopped goes on.
 Writes benchmarks/results/quality.json, or quality_scratch.json there, after each segment; other segments of earlier runs stay in it.
@@ -35,6 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
+from cbd_hub.distill.heal import LEARNING_RATES, WEIGHTS
 from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts
 from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
@@ -60,6 +61,7 @@ SEGMENTS: dict[str, dict[str, int] | int] = {
 }
 PATH = dict.fromkeys(("hidden", "least loss, path", "ffn, path"), HIDDEN_PATH)  # the share of the anchor's steps on the path: recipes have it where hidden width moves
 HEAL = 0.05  # of a stage's steps
+HEALING: dict[str, Any] = {**WEIGHTS, "learning_rate": LEARNING_RATES["full"]}
 SCRATCH_RATE = 1e-3  # of AdamW, as in headline.py; not searched
 LEAST_HEAL = 5  # steps; with fewer a schedule with warm-up has hardly begun
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
@@ -176,8 +178,8 @@ class Bench:
         return self.losses(named, made), made
 
     def healed(self, name: str, start: Callable[[], Any]) -> Losses:
-        """Losses of a model after a short distillation from the teacher."""
-        return self.losses(f"{name}/healed", lambda: self.trained(f"{name}/healed", start, steps=self.heal_steps))
+        """Losses of a model after a short distillation from the teacher, by the loss and the learning rate of `heal`."""
+        return self.losses(f"{name}/healed", lambda: self.trained(f"{name}/healed", start, steps=self.heal_steps, **HEALING))
 
     def built(self, between: Between, plan: Plan) -> Any:
         """A plan's model with weights of its own."""
@@ -281,7 +283,7 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool) -> Ite
             continue
         healed = bench.healed(f"{name}/{share}/chain", functools.partial(bench.built, between, plan))
         after = {rival: bench.healed(f"{name}/{share}/{rival}", make) for rival, (_, make) in rivals.items()}
-        yield {**row(name, size, f"{plan.strategy}, healed", shape, healed, after), "share": share}
+        yield {**row(name, size, f"{plan.strategy}, healed", shape, healed, after), "share": share, "heal": HEALING}
 
 
 def middle(bench: Bench, name: str, seed: int = 0) -> tuple[Any, tuple[int, int], Plan, Between]:
@@ -319,7 +321,7 @@ def from_scratch(bench: Bench, name: str, times: int) -> Iterator[dict[str, Any]
     if bench.heal_steps >= LEAST_HEAL:
         healed = bench.healed(f"{name}/0.5/chain", functools.partial(bench.built, between, plan))
         after = {rival: bench.healed(f"{name}/0.5/{rival}", make)}
-        yield {**row(name, plan.parameters, f"{plan.strategy}, healed", plan.shape, healed, after), "share": 0.5}
+        yield {**row(name, plan.parameters, f"{plan.strategy}, healed", plan.shape, healed, after), "share": 0.5, "heal": HEALING}
 
 
 def row(segment: str, size: int, by: str, shape: Shape, ours: Losses, rivals: dict[str, Losses]) -> dict[str, Any]:

@@ -47,8 +47,9 @@ logger = logging.getLogger(__name__)
 
 STEPS = 100
 _EVALUATIONS = 5  # in a run, if eval_steps does not say otherwise
-_DEFAULTS: dict[str, Any] = {"ce_weight": 1.0, "bf16": True, "per_device_train_batch_size": 8, "seed": 0, "report_to": "none", "save_total_limit": 2}
-_LEARNING_RATES = {"full": 1e-4, "adapter": 1e-3}
+_DEFAULTS: dict[str, Any] = {"bf16": True, "per_device_train_batch_size": 8, "seed": 0, "report_to": "none", "save_total_limit": 2}
+LEARNING_RATES = {"full": 1e-4, "adapter": 1e-3}
+WEIGHTS = {"kd_weight": 0.1, "ce_weight": 1.0}  # with both alike, as in a stage, it gains little: benchmarks/quality/README.md
 _OWN = {
     "output_dir": "it is heal's own", "teacher_cache": "it is heal's own", "num_train_epochs": "give max_steps, or tokens", "bridge": "neighbours have one vocabulary",
     "path_fraction": "the model is itself one on the path", "eval_strategy": "eval_steps says when", "save_strategy": "eval_steps says when", "save_steps": "eval_steps says when",
@@ -65,11 +66,12 @@ def heal(
 ) -> Any:
     """Distil a model in between two anchors for a short while from the larger one, and give back the weights with the least held-out loss.
 
-    The loss is `ChainDistiller`'s, by default forward KL and cross-entropy alike. The held-out loss is measured on documents one by one, as `cbd eval` does,
+    The loss is `ChainDistiller`'s, by default cross-entropy and a tenth of forward KL: both alike, as in a stage, hold a model back that is near its teacher already
+    (benchmarks/quality/README.md). The held-out loss is measured on documents one by one, as `cbd eval` does,
     before, some times on the way, and after; if no evaluation is below the start, the model comes back as it was. Under ``torchrun`` or ``accelerate launch``
     every process calls it with the same arguments, and updates are those of one process.
 
-    ``model.config.cbd["healed"]`` holds what it learned from and how (``teacher``, ``by``), ``steps`` and ``tokens`` of the weights that were kept, ``loss`` and
+    ``model.config.cbd["healed"]`` holds what it learned from and how (``teacher``, ``by``, ``objective``), ``steps`` and ``tokens`` of the weights that were kept, ``loss`` and
     ``loss_before`` with their standard errors, the paired ``difference`` with its own, in nats per token, and the ``documents`` and ``heldout_tokens`` of which.
 
     Args:
@@ -88,7 +90,8 @@ def heal(
         teacher_cache: A `TeacherCache`, its folder or its Hub id, made with an anchor above the model, which is then not run.
         revision: Branch, tag or commit of a chain on the Hub; by default the one that the model was made from.
         progress: Called with a line for each step of the work.
-        **training: Fields of `ChainDistillerConfig`, such as ``max_steps``, ``learning_rate`` (1e-4, of an adapter 1e-3), ``eval_steps``, ``block_size`` or ``seed``.
+        **training: Fields of `ChainDistillerConfig`, such as ``max_steps``, ``learning_rate`` (1e-4, of an adapter 1e-3), ``kd_weight`` (0.1; 1 where the model's own answers are
+            judged), ``ce_weight`` (1), ``eval_steps``, ``block_size`` or ``seed``.
 
     Returns:
         The model in eval mode: of its plain class, or a ``PeftModel``.
@@ -124,11 +127,12 @@ def heal(
         raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset" if cache is not None else "neither dataset nor teacher_cache came; pass one")
     rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed, model.config.vocab_size)
     documents = documents_of(held_rows, tokenizer, args.block_size, heldout_tokens)
+    objective = "; ".join(args.facts().values())
     asked = {
         "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": fingerprint([rows if isinstance(rows, list) else [], held_rows]),
         **({} if cache is None else {"cache": fingerprint(cache.record.source.model_dump())}),
         "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
-        **training, "max_steps": args.max_steps, "processes": args.world_size,
+        **training, "max_steps": args.max_steps, "processes": args.world_size, "loss": objective,
     }
     target, first = None if output_dir is None else Path(output_dir).expanduser(), args.process_index == 0
     dtype = model.dtype
@@ -150,7 +154,7 @@ def heal(
                     parameter.data.copy_(before[name])
             raise
         healed = _result(healer, dtype, merge)
-        record = _record(healed, healer, documents, teacher=teacher.name, by=_way(peft_config), earlier=made.get("healed"))
+        record = _record(healed, healer, documents, teacher=teacher.name, by=_way(peft_config), objective=objective, earlier=made.get("healed"))
         healed.config.cbd = {**made, "healed": record.model_dump()}
         if progress is not None and first:
             told = record.table()
@@ -269,10 +273,11 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ArgumentError(f"{name}={value!r} is no whole number of 1 or more; give how much is to be learned from")
     block_size = {} if cache is None else {"block_size": cache.record.source.packing.block_size or max(len(cache.ids(0)), 2)}
-    rate = _LEARNING_RATES["adapter" if adapter else "full"]
+    rate = LEARNING_RATES["adapter" if adapter else "full"]
+    weights = {} if training.get("objective") == "minillm" else {"ce_weight": WEIGHTS["ce_weight"]} if training.get("on_policy_fraction") else WEIGHTS
     always = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
     try:
-        args = ChainDistillerConfig("unused", **{**_DEFAULTS, "learning_rate": rate, **block_size, **training, **always, "eval_steps": 1, "save_steps": 1, "max_steps": steps})
+        args = ChainDistillerConfig("unused", **{**_DEFAULTS, **weights, "learning_rate": rate, **block_size, **training, **always, "eval_steps": 1, "save_steps": 1, "max_steps": steps})
     except ArgumentError:
         raise
     except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:  # transformers' own
