@@ -128,7 +128,7 @@ def further_training(read: Results) -> str:
     """The smaller neighbour after the same heal."""
     healed, made = (_middles(read, "quality_trained", after) for after in (True, False))
     words = [f"{found(healed[name]['rivals']['smaller neighbour']['minus'])} ({name}; the chain's own heal: {healed[name]['loss'] - made[name]['loss']:+.3f})" for name in ("least loss", "ffn")]
-    return f"after the same 10 steps of heal the smaller neighbour is, beside the chain's middle, {' and '.join(words)}. `benchmarks/quality/README.md`"
+    return f"after the same 10 steps of a stage's own loss the smaller neighbour is, beside the chain's middle, {' and '.join(words)}. `benchmarks/quality/README.md`"
 
 
 def initialisers(read: Results) -> str:
@@ -145,7 +145,7 @@ def initialisers(read: Results) -> str:
     tenth = "; ".join(f"{found(row['rivals'][name]['minus'])} ({row['segment']})" for name in ("boomerang", "boomerang, improved") for row in first_rows(few))
     return (
         f"Learngene was not run. Same size, untrained: {free}. At {read('quality_trained')['stage_tokens']:,} tokens a stage, in the middle of segments, boomerang as published is {each(middles, 'boomerang')}; with our choice of layers "
-        f"{each(middles, 'boomerang, improved')}. At {few['stage_tokens']:,} tokens a stage, as published and then with our choice: {tenth}. A model distilled alone at that size is {each(middles, 'distilled alone')}, after the same heal of both "
+        f"{each(middles, 'boomerang, improved')}. At {few['stage_tokens']:,} tokens a stage, as published and then with our choice: {tenth}. A model distilled alone at that size is {each(middles, 'distilled alone')}, after 10 further steps of both "
         f"{each(healed, 'distilled alone')}. `benchmarks/quality/run.py`"
     )
 
@@ -176,7 +176,7 @@ CLAIMS = [
     Claim("At equal budget it beats scratch training", "averages of 46.33 against 39.67 from scratch at 138M, 78M tokens (Table 1)", at_equal_budget, "holds"),
     Claim(
         "It reaches scratch training's loss in up to 200 times fewer steps", "217.86x at 138M (two layers from an anchor), 3.5x to 4.4x at 220M (App. G)", after_a_heal,
-        "the start is near; a fifth of the tokens of heal bring it no nearer",
+        "the start is near; a fifth of the tokens of heal bring it half of the way there half way between anchors, and no nearer beside one",
     ),
     Claim(
         "Two anchors are better than one", "expansion of the smaller one alone is 0.4 to 3.0 points worse on average (Table 3); the mirror, a cut of the larger one alone, is absent", two_anchors,

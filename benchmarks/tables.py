@@ -223,10 +223,15 @@ def quality(data: dict[str, Any]) -> str:
     )
 
 
-def healed_by(rows: list[dict[str, Any]]) -> str:
-    """By what loss and learning rate models were healed; a stage's own, until `heal` had others by default."""
-    heal = next((row["heal"] for row in rows if "heal" in row), {"kd_weight": 1.0, "ce_weight": 1.0, "learning_rate": 4e-4})
-    return f"by {heal['kd_weight']:g} x KL + {heal['ce_weight']:g} x cross-entropy at a learning rate of {heal['learning_rate']:g}"
+STAGE = {"kd_weight": 1.0, "ce_weight": 1.0, "learning_rate": 4e-4}  # what models were healed by until `heal` had a loss of its own
+
+
+def healed_by(rows: Iterable[dict[str, Any]]) -> str:
+    """By what loss and learning rate models were healed."""
+    ways = dict.fromkeys(
+        f"{heal['kd_weight']:g} x KL + {heal['ce_weight']:g} x cross-entropy at a learning rate of {heal['learning_rate']:g}" for heal in (row.get("heal", STAGE) for row in rows)
+    )
+    return f"by {' or '.join(ways)}"
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
@@ -280,9 +285,11 @@ def quality_scratch(data: dict[str, Any]) -> str:
         for row in data["rows"]
     ]
     head = ["segment and size", "the chain's", rival, "its less the chain's"]
+    healed = [row for row in data["rows"] if "healed" in row["by"]]
+    after = f"Healed: both, {healed_by(healed)}, on a 20th of a stage's tokens." if healed else ""
     return (
         f"{table(head, rows)}\n\nThe chain's model took no step of its own; its smaller anchor learned from {data['stage_tokens']:,} tokens, the other from random weights, by "
-        f"cross-entropy, from as many times that as is said. {data['heldout_tokens']:,} held-out tokens, nats per token, paired. Healed: both, {healed_by(data['rows'][1:])}, on a 20th of a stage's tokens. `{data['command']}`"
+        f"cross-entropy, from as many times that as is said. {data['heldout_tokens']:,} held-out tokens, nats per token, paired. {after} `{data['command']}`"
     )
 
 
@@ -300,7 +307,7 @@ def heal(data: dict[str, Any]) -> str:
             f"{size} reaches it on none of these" if reached is None else f"{size} is there as made, untrained" if not reached else f"{size} reaches it on {reached:,} tokens, 1/{alone['tokens'] / reached:.0f}"
         )
     return (
-        f"{table(['size and tokens', 'loss', 'to its own'], rows)}\n\nHealed by default settings, against the same shape cut from the teacher and distilled on its own with a stage's settings; "
+        f"{table(['size and tokens', 'loss', 'to its own'], rows)}\n\nHealed {healed_by([data])}, against the same shape cut from the teacher and distilled on its own with a stage's settings; "
         f"{data['heldout_tokens']:,} held-out tokens, nats per token, differences paired: {'; '.join(words)}. `{data['command']}`"
     )
 

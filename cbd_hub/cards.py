@@ -54,7 +54,7 @@ class Healed(Data):
     def table(self) -> dict[str, str]:
         """The same in words."""
         return {
-            "taught by": f"anchor {self.teacher}", "trained": self.by, **({} if self.objective is None else {"loss": self.objective}), "on": f"{self.tokens:,} tokens, {self.steps:,} optimiser steps",
+            "taught by": f"anchor {self.teacher}", "trained": self.by, **({} if self.objective is None else {"learned by": self.objective}), "on": f"{self.tokens:,} tokens, {self.steps:,} optimiser steps",
             "held-out loss before": with_error(self.loss_before, self.stderr_before), "held-out loss after": with_error(self.loss, self.stderr),
             "difference": with_error(self.difference, self.difference_stderr, "+.3f"), "measured on": f"{self.heldout_tokens:,} tokens in {self.documents:,} documents",
         }
@@ -208,7 +208,7 @@ def interpolant_card(
     """
     return _render(
         "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=_cells(facts),
-        example="" if manifest is None else _span(manifest)["example"], healed=[] if healed is None else list(healed.table().items()),
+        example="" if manifest is None else _span(manifest)["example"], healed=[] if healed is None else _cells(healed.table()),
         teacher=None if healed is None else healed.teacher, base=base,
     )
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
 import claims  # noqa: E402
 import render  # noqa: E402
+import tables  # noqa: E402
 
 
 def test_the_page_is_written_from_the_results():
@@ -49,6 +50,12 @@ def test_a_benchmark_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypa
     good, bad = (bench.Benchmark(name) for name in ("good.py", "bad.py"))
     assert bench.run("good", good, good.command(False, None)) is None
     assert "bad ended with 1: no chain here" in bench.run("bad", bad, bad.command(False, None))
+
+
+def test_models_healed_in_several_ways_are_said_to_be():
+    now = {"heal": {"kd_weight": 0.1, "ce_weight": 1.0, "learning_rate": 1e-4}}
+    assert tables.healed_by([now, now]) == "by 0.1 x KL + 1 x cross-entropy at a learning rate of 0.0001"
+    assert tables.healed_by([{}, now]) == "by 1 x KL + 1 x cross-entropy at a learning rate of 0.0004 or 0.1 x KL + 1 x cross-entropy at a learning rate of 0.0001"
 
 
 def test_a_claim_whose_figures_are_not_there_is_not_measured():

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from cbd_hub.card_metadata import LICENSES, check_card, license_lines
-from cbd_hub.cards import anchor_card, interpolant_card
+from cbd_hub.cards import Healed, anchor_card, interpolant_card
 from cbd_hub.errors import ArgumentError
 
 
@@ -48,3 +48,10 @@ def test_what_the_hub_takes_passes():
     for licence in ("Apache-2.0", "SmolLM Community (v1)", "OpenRAIL++", "Lizenz für alle"):
         check_card(card(license_lines(licence).strip()), "org/x")
     check_card(card("license: other\nlicense_name: mine\nlicense_link: LICENSE"), "org/x")
+
+
+def test_what_a_folder_says_of_its_heal_is_a_cell_and_nothing_more():
+    healed = Healed(teacher="a", by="full", objective="x <!-- cbd_hub:end --> | y", steps=1, tokens=8, loss=1.0, loss_before=1.5, difference=-0.5, documents=1, heldout_tokens=9)
+    card = interpolant_card("org/b", 1000, chain=None, anchors=[], license=None, facts={}, healed=healed)
+    assert card.count("<!-- cbd_hub:end") == 1
+    assert len(next(line for line in card.splitlines() if line.startswith("| learned by")).replace("\\|", "").split("|")) == 4

@@ -236,7 +236,9 @@ def test_killed_and_run_again_is_the_run_never_killed(chain, tmp_path, monkeypat
     if stop > 2:
         with pytest.raises(StorageError, match="unfinished run with learning_rate=0.003, and 0.1 is asked; ask for the same, or remove"):
             call("again", learning_rate=0.1)
-    again = call("again")
+        with pytest.raises(StorageError, match="unfinished run with kd_weight=0.1, and 1.0 is asked"):
+            call("again", kd_weight=1)
+    again = call("again", kd_weight=0.1, ce_weight=1)  # what it has by default
     assert count[0] == stop + 6 - (stop - 1) // 2 * 2
     assert tiny.same(again, whole)
     assert again.config.cbd == whole.config.cbd
@@ -348,7 +350,7 @@ def test_what_is_refused(chain, tmp_path):
         (None, data(), {"learning_rat": 1.0}, ArgumentError, "did you mean learning_rate="), (None, data(), {"lr": 1.0}, ArgumentError, "ChainDistillerConfig; give such as .*learning_rate="), (None, data(), {"path_fraction": 0.3}, ArgumentError, "path_fraction= cannot be set here"),
         (None, data(), {"include_num_input_tokens_seen": False}, ArgumentError, "tokens are counted"),
         (None, data(), {"num_train_epochs": 3}, ArgumentError, "give max_steps, or tokens"), (None, data(), {"heldout": 1.0}, ArgumentError, "heldout=1.0"),
-        (None, data(), {"patience": 0}, ArgumentError, "patience=0"), (None, data(), {"block_size": 300}, ArgumentError, "more than the model's 256 positions"),
+        (None, data(), {"patience": 0}, ArgumentError, "patience=0"), (None, data(), {"kd_weight": 0.0}, ArgumentError, "kd_weight=0 leaves nothing to learn from the larger neighbour"), (None, data(), {"block_size": 300}, ArgumentError, "more than the model's 256 positions"),
         (None, data(), {"optim": "magic"}, ArgumentError, "magic"), (None, data(), {"adam_beta1": 2.0}, ArgumentError, "beta"), (None, data(["a b", "c d", "e f"]), {}, DataError, "does not fill one block"),
         (None, [{"prompt": text} for text in TEXTS], {}, DataError, "a prompt and no answer"), (None, [*({"text": text} for text in TEXTS), {"prompt": "a", "completion": "b"}], {}, DataError, "row 120 has prompts with answers, and .* text"),
         (None, [{"input_ids": [5, tiny.VOCAB]}], {}, DataError, "row 0: input_ids holds 260, and the model's vocabulary has 260 tokens"), (None, [{"input_ids": [[5]]}], {}, DataError, "no list of token ids"),

@@ -25,6 +25,7 @@ from rich.table import Table
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe, heal
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.data import as_row
+from cbd_hub.distill.heal import LEARNING_RATES, WEIGHTS
 from cbd_hub.distill.stages import calibration_of, read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner
@@ -82,7 +83,7 @@ class Bench:
         name = str(plan.parameters)
         alone = self.losses(f"{name}.alone", lambda: self.alone(plan))
         found = {0: self.losses(f"{name}.0", lambda: self.chain.model(plan.parameters, dtype=torch.float32))}
-        tag = "".join(f".{key}={value}" for key, value in options.items())
+        tag = "".join(f".{key}={value}" for key, value in options.items())  # of another loss or rate the losses are others
         for part in parts:
             tokens = self.tokens // part
             found[tokens] = self.losses(f"{name}.{tokens}{tag}", lambda tokens=tokens: self.healed(plan, tokens, **options))  # type: ignore[misc]
@@ -104,10 +105,10 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options.chain, options.work)
     largest, second = (anchor.parameters for anchor in bench.chain.anchors[:2])
-    given = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+    settings = {**WEIGHTS, "learning_rate": options.learning_rate or LEARNING_RATES["full"]}
     rows = []
     for size in (3 * largest // 4, (largest + second) // 2):
-        row = bench.row(size, tuple(map(int, options.parts.split(","))), given)
+        row = bench.row(size, tuple(map(int, options.parts.split(","))), settings)
         rows.append(row)
         alone = row["alone"]
         title = f"{format_size(row['parameters'])} ({row['shape']}); distilled on its own on {alone['tokens']:,} tokens: {alone['loss']:.3f} ± {alone['stderr']:.3f}"
@@ -117,7 +118,7 @@ def main() -> None:
             table.add_row(f"{point['tokens']:,} tokens", f"{point['loss']:.3f} ± {point['stderr']:.3f}", f"{difference[0]:+.3f} ± {difference[1]:.3f}")
         Console(width=120).print(table)
         write(options.out, {
-            "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), "rows": rows,
+            "heldout_tokens": bench.heldout.tokens, "documents": len(bench.heldout.ids), "heal": settings, "rows": rows,
         })
 
 

@@ -179,7 +179,8 @@ class Bench:
 
     def healed(self, name: str, start: Callable[[], Any]) -> Losses:
         """Losses of a model after a short distillation from the teacher, by the loss and the learning rate of `heal`."""
-        return self.losses(f"{name}/healed", lambda: self.trained(f"{name}/healed", start, steps=self.heal_steps, **HEALING))
+        named = f"{name}/healed by {', '.join(f'{key} {value:g}' for key, value in HEALING.items())}"
+        return self.losses(named, lambda: self.trained(named, start, steps=self.heal_steps, **HEALING))
 
     def built(self, between: Between, plan: Plan) -> Any:
         """A plan's model with weights of its own."""

@@ -44,7 +44,7 @@ def heal(
     lora: Annotated[int | None, typer.Option("--lora", metavar="RANK", min=1, help="Train a LoRA of this rank on all linear layers, and merge it.", show_default=False)] = None,
     merge: Annotated[bool, typer.Option("--merge/--no-merge", help="With --lora: the weights with the adapter in them, or the adapter alone, a PEFT folder.")] = True,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate; 1e-4 by default, 1e-3 with --lora.", show_default=False)] = None,
-    kd_weight: Annotated[float | None, typer.Option("--kd-weight", help="Weight of the divergence from the larger neighbour, beside a cross-entropy of weight 1; 0.1 by default.", show_default=False)] = None,
+    kd_weight: Annotated[float | None, typer.Option("--kd-weight", help="Weight of the divergence from the larger neighbour, or from the cache's teacher, beside a cross-entropy of weight 1; 0.1 by default.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a step and process.")] = 8,
     block_size: Annotated[int | None, typer.Option("--block-size", min=2, help="Tokens in a block; 128, or the cache's.", show_default=False)] = None,
     heldout: Annotated[float, typer.Option("--heldout", help="Share of the text that is held out.")] = 0.05,

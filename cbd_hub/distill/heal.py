@@ -90,8 +90,8 @@ def heal(
         teacher_cache: A `TeacherCache`, its folder or its Hub id, made with an anchor above the model, which is then not run.
         revision: Branch, tag or commit of a chain on the Hub; by default the one that the model was made from.
         progress: Called with a line for each step of the work.
-        **training: Fields of `ChainDistillerConfig`, such as ``max_steps``, ``learning_rate`` (1e-4, of an adapter 1e-3), ``kd_weight`` (0.1; 1 where the model's own answers are
-            judged), ``ce_weight`` (1), ``eval_steps``, ``block_size`` or ``seed``.
+        **training: Fields of `ChainDistillerConfig`, such as ``max_steps``, ``learning_rate`` (1e-4, of an adapter 1e-3), ``kd_weight`` (0.1) and ``ce_weight`` (1;
+            where the model's own answers are judged they are 1 and 1, and 1 and 0 for MiniLLM), ``eval_steps``, ``block_size`` or ``seed``.
 
     Returns:
         The model in eval mode: of its plain class, or a ``PeftModel``.
@@ -127,12 +127,11 @@ def heal(
         raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset" if cache is not None else "neither dataset nor teacher_cache came; pass one")
     rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed, model.config.vocab_size)
     documents = documents_of(held_rows, tokenizer, args.block_size, heldout_tokens)
-    objective = "; ".join(args.facts().values())
     asked = {
         "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": fingerprint([rows if isinstance(rows, list) else [], held_rows]),
         **({} if cache is None else {"cache": fingerprint(cache.record.source.model_dump())}),
         "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
-        **training, "max_steps": args.max_steps, "processes": args.world_size, "loss": objective,
+        **training, **{name: getattr(args, name) for name in ("kd_weight", "ce_weight", "learning_rate", "block_size", "max_steps")}, "processes": args.world_size,
     }
     target, first = None if output_dir is None else Path(output_dir).expanduser(), args.process_index == 0
     dtype = model.dtype
@@ -154,7 +153,7 @@ def heal(
                     parameter.data.copy_(before[name])
             raise
         healed = _result(healer, dtype, merge)
-        record = _record(healed, healer, documents, teacher=teacher.name, by=_way(peft_config), objective=objective, earlier=made.get("healed"))
+        record = _record(healed, healer, documents, teacher=teacher.name, by=_way(peft_config), objective="; ".join(args.facts().values()), earlier=made.get("healed"))
         healed.config.cbd = {**made, "healed": record.model_dump()}
         if progress is not None and first:
             told = record.table()
@@ -282,6 +281,8 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
         raise
     except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:  # transformers' own
         raise ArgumentError(one_line(error)) from error
+    if not (args.kd_weight or args.hidden_weight or args.teacher_answers):
+        raise ArgumentError("kd_weight=0 leaves nothing to learn from the larger neighbour; give a small one such as 0.01, or train on the text alone as docs/how-to/fine-tune.md shows")
     if tokens is not None:
         args.max_steps = steps = -(-tokens // args.step_tokens)
     args.eval_steps = args.save_steps = training.get("eval_steps", -(-steps // _EVALUATIONS))
