@@ -342,7 +342,7 @@ def _heal(read: Results) -> str:
     rows = read("heal")["rows"]
     found = [(row["curve"][-1]["loss"] - row["curve"][0]["loss"], format_size(row["parameters"])) for row in rows]
     words = ", ".join(f"{f'{abs(change):.3f} ' + ('worse' if change > 0 else 'better') if abs(change) >= 0.0005 else 'the same'} at {size}" for change, size in found)
-    return f"{words}, on {rows[0]['curve'][-1]['tokens']:,} tokens"
+    return f"{words}, on {rows[0]['curve'][-1]['tokens']:,} tokens; on text of another kind it may lose ([Heal a size](docs/how-to/heal.md))"
 
 
 def _apart(read: Results) -> str:
