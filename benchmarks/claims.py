@@ -176,7 +176,7 @@ CLAIMS = [
     Claim("At equal budget it beats scratch training", "averages of 46.33 against 39.67 from scratch at 138M, 78M tokens (Table 1)", at_equal_budget, "holds"),
     Claim(
         "It reaches scratch training's loss in up to 200 times fewer steps", "217.86x at 138M (two layers from an anchor), 3.5x to 4.4x at 220M (App. G)", after_a_heal,
-        "the start is near; a fifth of the tokens of heal bring it half of the way there half way between anchors, and no nearer beside one",
+        "the start is near; a fifth of the tokens of heal go half of the way at 117M, half way between anchors, and none at 101M, beside one",
     ),
     Claim(
         "Two anchors are better than one", "expansion of the smaller one alone is 0.4 to 3.0 points worse on average (Table 3); the mirror, a cut of the larger one alone, is absent", two_anchors,

@@ -66,10 +66,10 @@ def heal(
 ) -> Any:
     """Distil a model in between two anchors for a short while from the larger one, and give back the weights with the least held-out loss.
 
-    The loss is `ChainDistiller`'s, by default cross-entropy and a tenth of forward KL: both alike, as in a stage, hold a model back that is near its teacher already
-    (benchmarks/quality/README.md). The held-out loss is measured on documents one by one, as `cbd eval` does,
-    before, some times on the way, and after; if no evaluation is below the start, the model comes back as it was. Under ``torchrun`` or ``accelerate launch``
-    every process calls it with the same arguments, and updates are those of one process.
+    The loss is `ChainDistiller`'s, by default cross-entropy and a tenth of forward KL, which learns the given text and costs some loss on other text; with ``kd_weight=1``,
+    as in a stage, a model that is near its teacher already gains little and loses little (benchmarks/quality/README.md, Heals). The held-out loss is measured on documents
+    one by one, as `cbd eval` does, before, some times on the way, and after; if no evaluation is below the start, the model comes back as it was. Under ``torchrun`` or
+    ``accelerate launch`` every process calls it with the same arguments, and updates are those of one process.
 
     ``model.config.cbd["healed"]`` holds what it learned from and how (``teacher``, ``by``, ``objective``), ``steps`` and ``tokens`` of the weights that were kept, ``loss`` and
     ``loss_before`` with their standard errors, the paired ``difference`` with its own, in nats per token, and the ``documents`` and ``heldout_tokens`` of which.
