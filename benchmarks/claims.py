@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sentences import Results, first_rows, span
+from tables import healed_by
 
 from cbd_hub.sizes import format_size
 
@@ -128,7 +129,7 @@ def further_training(read: Results) -> str:
     """The smaller neighbour after the same heal."""
     healed, made = (_middles(read, "quality_trained", after) for after in (True, False))
     words = [f"{found(healed[name]['rivals']['smaller neighbour']['minus'])} ({name}; the chain's own heal: {healed[name]['loss'] - made[name]['loss']:+.3f})" for name in ("least loss", "ffn")]
-    return f"after the same 10 steps of a stage's own loss the smaller neighbour is, beside the chain's middle, {' and '.join(words)}. `benchmarks/quality/README.md`"
+    return f"after the same 10 steps {healed_by(healed.values())} the smaller neighbour is, beside the chain's middle, {' and '.join(words)}. `benchmarks/quality/README.md`"
 
 
 def initialisers(read: Results) -> str:
@@ -145,7 +146,7 @@ def initialisers(read: Results) -> str:
     tenth = "; ".join(f"{found(row['rivals'][name]['minus'])} ({row['segment']})" for name in ("boomerang", "boomerang, improved") for row in first_rows(few))
     return (
         f"Learngene was not run. Same size, untrained: {free}. At {read('quality_trained')['stage_tokens']:,} tokens a stage, in the middle of segments, boomerang as published is {each(middles, 'boomerang')}; with our choice of layers "
-        f"{each(middles, 'boomerang, improved')}. At {few['stage_tokens']:,} tokens a stage, as published and then with our choice: {tenth}. A model distilled alone at that size is {each(middles, 'distilled alone')}, after 10 further steps of both "
+        f"{each(middles, 'boomerang, improved')}. At {few['stage_tokens']:,} tokens a stage, as published and then with our choice: {tenth}. A model distilled alone at that size is {each(middles, 'distilled alone')}, after the same 10 steps of both {healed_by(healed.values())} "
         f"{each(healed, 'distilled alone')}. `benchmarks/quality/run.py`"
     )
 

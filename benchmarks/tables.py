@@ -223,14 +223,10 @@ def quality(data: dict[str, Any]) -> str:
     )
 
 
-STAGE = {"kd_weight": 1.0, "ce_weight": 1.0, "learning_rate": 4e-4}  # what models were healed by until `heal` had a loss of its own
-
-
 def healed_by(rows: Iterable[dict[str, Any]]) -> str:
     """By what loss and learning rate models were healed."""
-    ways = dict.fromkeys(
-        f"{heal['kd_weight']:g} x KL + {heal['ce_weight']:g} x cross-entropy at a learning rate of {heal['learning_rate']:g}" for heal in (row.get("heal", STAGE) for row in rows)
-    )
+    heals = (row["heal"] for row in rows)
+    ways = dict.fromkeys(f"{heal['kd_weight']:g} x KL + {heal['ce_weight']:g} x cross-entropy at a learning rate of {heal['learning_rate']:g}" for heal in heals)
     return f"by {' or '.join(ways)}"
 
 

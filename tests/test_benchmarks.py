@@ -53,9 +53,9 @@ def test_a_benchmark_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypa
 
 
 def test_models_healed_in_several_ways_are_said_to_be():
-    now = {"heal": {"kd_weight": 0.1, "ce_weight": 1.0, "learning_rate": 1e-4}}
+    now, before = ({"heal": {"kd_weight": weight, "ce_weight": 1.0, "learning_rate": rate}} for weight, rate in ((0.1, 1e-4), (1.0, 4e-4)))
     assert tables.healed_by([now, now]) == "by 0.1 x KL + 1 x cross-entropy at a learning rate of 0.0001"
-    assert tables.healed_by([{}, now]) == "by 1 x KL + 1 x cross-entropy at a learning rate of 0.0004 or 0.1 x KL + 1 x cross-entropy at a learning rate of 0.0001"
+    assert tables.healed_by([before, now]) == "by 1 x KL + 1 x cross-entropy at a learning rate of 0.0004 or 0.1 x KL + 1 x cross-entropy at a learning rate of 0.0001"
 
 
 def test_a_claim_whose_figures_are_not_there_is_not_measured():

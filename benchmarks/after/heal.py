@@ -25,7 +25,7 @@ from rich.table import Table
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe, heal
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.data import as_row
-from cbd_hub.distill.heal import LEARNING_RATES, WEIGHTS
+from cbd_hub.distill.heal import LEARNING
 from cbd_hub.distill.stages import calibration_of, read_parts
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner
@@ -100,12 +100,12 @@ def main() -> None:
     parser.add_argument("--chain", type=Path, default=Path("demo/chain"))
     parser.add_argument("--work", type=Path, default=Path("benchmarks/models/heal"), help="where losses are kept")
     parser.add_argument("--parts", default=",".join(map(str, PARTS)), help="healed on T divided by each of these")
-    parser.add_argument("--learning-rate", type=float, help="another than heal's own")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING["learning_rate"], help="heal's own by default")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/heal.json"))
     options = parser.parse_args()
     bench = Bench(options.chain, options.work)
     largest, second = (anchor.parameters for anchor in bench.chain.anchors[:2])
-    settings = {**WEIGHTS, "learning_rate": options.learning_rate or LEARNING_RATES["full"]}
+    settings = {**LEARNING, "learning_rate": options.learning_rate}
     rows = []
     for size in (3 * largest // 4, (largest + second) // 2):
         row = bench.row(size, tuple(map(int, options.parts.split(","))), settings)

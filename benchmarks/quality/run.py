@@ -35,7 +35,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
-from cbd_hub.distill.heal import LEARNING_RATES, WEIGHTS
+from cbd_hub.distill.heal import LEARNING
 from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts
 from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
@@ -61,7 +61,6 @@ SEGMENTS: dict[str, dict[str, int] | int] = {
 }
 PATH = dict.fromkeys(("hidden", "least loss, path", "ffn, path"), HIDDEN_PATH)  # the share of the anchor's steps on the path: recipes have it where hidden width moves
 HEAL = 0.05  # of a stage's steps
-HEALING: dict[str, Any] = {**WEIGHTS, "learning_rate": LEARNING_RATES["full"]}
 SCRATCH_RATE = 1e-3  # of AdamW, as in headline.py; not searched
 LEAST_HEAL = 5  # steps; with fewer a schedule with warm-up has hardly begun
 BOOMERANG: dict[str, Any] = {"ce_weight": 1.0, "kd_weight": 0.1, "hidden_weight": 2.0}
@@ -179,8 +178,8 @@ class Bench:
 
     def healed(self, name: str, start: Callable[[], Any]) -> Losses:
         """Losses of a model after a short distillation from the teacher, by the loss and the learning rate of `heal`."""
-        named = f"{name}/healed by {', '.join(f'{key} {value:g}' for key, value in HEALING.items())}"
-        return self.losses(named, lambda: self.trained(named, start, steps=self.heal_steps, **HEALING))
+        named = f"{name}/healed by {', '.join(f'{key} {value:g}' for key, value in LEARNING.items())}"
+        return self.losses(named, lambda: self.trained(named, start, steps=self.heal_steps, **LEARNING))
 
     def built(self, between: Between, plan: Plan) -> Any:
         """A plan's model with weights of its own."""
@@ -284,7 +283,7 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool) -> Ite
             continue
         healed = bench.healed(f"{name}/{share}/chain", functools.partial(bench.built, between, plan))
         after = {rival: bench.healed(f"{name}/{share}/{rival}", make) for rival, (_, make) in rivals.items()}
-        yield {**row(name, size, f"{plan.strategy}, healed", shape, healed, after), "share": share, "heal": HEALING}
+        yield {**row(name, size, f"{plan.strategy}, healed", shape, healed, after), "share": share, "heal": LEARNING}
 
 
 def middle(bench: Bench, name: str, seed: int = 0) -> tuple[Any, tuple[int, int], Plan, Between]:
@@ -322,7 +321,7 @@ def from_scratch(bench: Bench, name: str, times: int) -> Iterator[dict[str, Any]
     if bench.heal_steps >= LEAST_HEAL:
         healed = bench.healed(f"{name}/0.5/chain", functools.partial(bench.built, between, plan))
         after = {rival: bench.healed(f"{name}/0.5/{rival}", make)}
-        yield {**row(name, plan.parameters, f"{plan.strategy}, healed", plan.shape, healed, after), "share": 0.5, "heal": HEALING}
+        yield {**row(name, plan.parameters, f"{plan.strategy}, healed", plan.shape, healed, after), "share": 0.5, "heal": LEARNING}
 
 
 def row(segment: str, size: int, by: str, shape: Shape, ours: Losses, rivals: dict[str, Losses]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from cbd_hub.distill.checks import check_optimiser, check_rate
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.distill.progress import show_stage
+from cbd_hub.distill.sampling import text_default
 from cbd_hub.distill.saving import last_checkpoint
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import check_adapter
@@ -48,8 +49,8 @@ logger = logging.getLogger(__name__)
 STEPS = 100
 _EVALUATIONS = 5  # in a run, if eval_steps does not say otherwise
 _DEFAULTS: dict[str, Any] = {"bf16": True, "per_device_train_batch_size": 8, "seed": 0, "report_to": "none", "save_total_limit": 2}
-LEARNING_RATES = {"full": 1e-4, "adapter": 1e-3}
-WEIGHTS = {"kd_weight": 0.1, "ce_weight": 1.0}  # with both alike, as in a stage, it gains little: benchmarks/quality/README.md
+LEARNING: dict[str, Any] = {"kd_weight": 0.1, "ce_weight": 1.0, "learning_rate": 1e-4}  # of a whole model on text; with both weights alike, as in a stage, it gains little: benchmarks/quality/README.md
+_ADAPTER_RATE = 1e-3
 _OWN = {
     "output_dir": "it is heal's own", "teacher_cache": "it is heal's own", "num_train_epochs": "give max_steps, or tokens", "bridge": "neighbours have one vocabulary",
     "path_fraction": "the model is itself one on the path", "eval_strategy": "eval_steps says when", "save_strategy": "eval_steps says when", "save_steps": "eval_steps says when",
@@ -66,8 +67,8 @@ def heal(
 ) -> Any:
     """Distil a model in between two anchors for a short while from the larger one, and give back the weights with the least held-out loss.
 
-    The loss is `ChainDistiller`'s, by default cross-entropy and a tenth of forward KL, which learns the given text and costs some loss on other text; with ``kd_weight=1``,
-    as in a stage, a model that is near its teacher already gains little and loses little (benchmarks/quality/README.md, Heals). The held-out loss is measured on documents
+    The loss is `ChainDistiller`'s, by default cross-entropy and a tenth of forward KL, which learns the given text and may lose some of other text; with ``kd_weight=1``,
+    as in a stage, the demo's 117M gained little and lost little (benchmarks/quality/README.md, Heals). The held-out loss is measured on documents
     one by one, as `cbd eval` does, before, some times on the way, and after; if no evaluation is below the start, the model comes back as it was. Under ``torchrun`` or
     ``accelerate launch`` every process calls it with the same arguments, and updates are those of one process.
 
@@ -131,7 +132,7 @@ def heal(
         "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": fingerprint([rows if isinstance(rows, list) else [], held_rows]),
         **({} if cache is None else {"cache": fingerprint(cache.record.source.model_dump())}),
         "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
-        **training, **{name: getattr(args, name) for name in ("kd_weight", "ce_weight", "learning_rate", "block_size", "max_steps")}, "processes": args.world_size,
+        **training, **{name: getattr(args, name) for name in (*LEARNING, "block_size", "max_steps")}, "processes": args.world_size,
     }
     target, first = None if output_dir is None else Path(output_dir).expanduser(), args.process_index == 0
     dtype = model.dtype
@@ -272,17 +273,18 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ArgumentError(f"{name}={value!r} is no whole number of 1 or more; give how much is to be learned from")
     block_size = {} if cache is None else {"block_size": cache.record.source.packing.block_size or max(len(cache.ids(0)), 2)}
-    rate = LEARNING_RATES["adapter" if adapter else "full"]
-    weights = {} if training.get("objective") == "minillm" else {"ce_weight": WEIGHTS["ce_weight"]} if training.get("on_policy_fraction") else WEIGHTS
+    text = text_default(training)
+    judged = not text or training.get("on_policy_fraction")  # on its own answers the teacher's word is what there is to learn
+    learning = {**text, **({} if judged else {"kd_weight": LEARNING["kd_weight"]}), "learning_rate": _ADAPTER_RATE if adapter else LEARNING["learning_rate"]}
     always = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "restore_callback_states_from_checkpoint": True}
     try:
-        args = ChainDistillerConfig("unused", **{**_DEFAULTS, **weights, "learning_rate": rate, **block_size, **training, **always, "eval_steps": 1, "save_steps": 1, "max_steps": steps})
+        args = ChainDistillerConfig("unused", **{**_DEFAULTS, **learning, **block_size, **training, **always, "eval_steps": 1, "save_steps": 1, "max_steps": steps})
     except ArgumentError:
         raise
     except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:  # transformers' own
         raise ArgumentError(one_line(error)) from error
     if not (args.kd_weight or args.hidden_weight or args.teacher_answers):
-        raise ArgumentError("kd_weight=0 leaves nothing to learn from the larger neighbour; give a small one such as 0.01, or train on the text alone as docs/how-to/fine-tune.md shows")
+        raise ArgumentError("kd_weight=0 leaves nothing to learn from the larger neighbour; give a small one such as 0.01, or train on the text alone with transformers' Trainer")
     if tokens is not None:
         args.max_steps = steps = -(-tokens // args.step_tokens)
     args.eval_steps = args.save_steps = training.get("eval_steps", -(-steps // _EVALUATIONS))

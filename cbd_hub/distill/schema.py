@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from cbd_hub.distill.config import ChainDistillerConfig
+from cbd_hub.distill.sampling import text_default
 from cbd_hub.distill.starts import StartData
 from cbd_hub.errors import ArgumentError, CBDError, RecipeError, SizeError
 from cbd_hub.manifest import Shape
@@ -281,12 +282,11 @@ class Recipe(_Strict):
     def stage_arguments(self, anchor: str | int | dict[str, Any]) -> dict[str, Any]:
         """The training arguments of one anchor's stage: what the recipe says, else 100 steps in bf16 on divergence and cross-entropy alike.
 
-        The teacher alone teaches less of the text than text and teacher together (benchmarks/anchors.py); MiniLLM has a term of its own for text.
+        The teacher alone teaches less of the text than text and teacher together (benchmarks/anchors.py).
         """
         own = {key: value for key, value in self.stages.get(anchor_key(anchor), {}).items() if key not in StageData.model_fields}
         said = {**self.stage, **own}
-        text = {} if said.get("objective") == "minillm" else {"ce_weight": 1.0}
-        return {"max_steps": 100, "bf16": True, "block_size": (self.stage_data(anchor).data or self.data).block_size, **text, **said}
+        return {"max_steps": 100, "bf16": True, "block_size": (self.stage_data(anchor).data or self.data).block_size, **text_default(said), **said}
 
     def stage_data(self, anchor: str | int | dict[str, Any]) -> StageData:
         """The data of one anchor's stage, where it has its own."""
