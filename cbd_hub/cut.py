@@ -142,7 +142,7 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
                 block.get_submodule(family.heads_input).register_forward_pre_hook(on_heads(layer)),
             ]
         handles += [model.get_submodule(name).register_forward_hook(on_norm) for name in sorted(names)]
-        for ids in _equal_batches(documents):  # no padding: every position counts
+        for ids in equal_batches(documents):  # no padding: every position counts
             positions += ids.numel()
             with products(model.device, bf16=bf16):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
@@ -156,8 +156,8 @@ def _sum(values: Tensor) -> np.ndarray:
     return total
 
 
-def _equal_batches(documents: Documents) -> Iterator[Tensor]:
-    """Documents of equal length together, at most 16 at a time."""
+def equal_batches(documents: Documents) -> Iterator[Tensor]:
+    """Token ids of documents of equal length together, at most 16 at a time: shape (B, T)."""
     by_length: dict[int, list[Tensor]] = {}
     for ids in documents.ids:
         by_length.setdefault(len(ids), []).append(ids)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -346,14 +346,15 @@ class CBDModel:
 
     @staticmethod
     def from_pretrained(
-        model: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, calibration: Any = None,
+        model: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, calibration: Any = None, reconstruct: Literal["stream", "layer"] | None = "stream",
         revision: str | None = None, token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False, force_download: bool = False, **transformers_kwargs: Any,
     ) -> Any:
         """Any supported model cut by measured importance to a smaller size: no chain, no training.
 
-        Several mixes of fewer layers and narrower FFN are tried on calibration text, and the one that loses least is made. Half of the text is held
-        out: ``model.config.cbd`` holds the loss there with its standard error, the whole model's loss, and what the text was.
+        Several mixes of fewer layers and narrower FFN are tried on calibration text, and the one that loses least is made. What its FFN writes is then fitted to make
+        up for what was cut (`cbd_hub.reconstruct.reconstruct`). Half of the text is held out: ``model.config.cbd`` holds the loss there with its standard error,
+        ``sliced_loss`` before the fit, the whole model's loss, and what the text was.
 
         Args:
             model: A model folder or a Hub id.
@@ -362,6 +363,8 @@ class CBDModel:
             calibration: A text file or a pattern, a list of texts, or a ``datasets.Dataset`` with a column ``text``. None: the model writes its own, at
                 temperature 1 from its first token on. Its loss
                 is that of the model's own text, lower than of any other.
+            reconstruct: What to fit to: ``"stream"``, all that was cut; ``"layer"``, neurons and heads, for an anchor of a chain to be; None: nothing, and the model is slices of
+                the whole one.
             revision: Branch, tag or commit of a repo.
             token: Hub token; None for the stored one.
             cache_dir: Another place for the Hub's cache.
@@ -388,7 +391,7 @@ class CBDModel:
         options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
         weight_dtype(arguments.get("dtype"), torch.float32)  # refused before the work, not after it
         from cbd_hub.single import cut_single  # measures with live models, which a load from a chain does not need
-        cut = cut_single(model, size, shape=shape, calibration=calibration, revision=revision, options=options)
+        cut = cut_single(model, size, shape=shape, calibration=calibration, target=reconstruct, revision=revision, options=options)
         return _load_plan(cut.plan, cut.config, cut.read, cut.checkpoint.dtype, cut.source, cut.generation_config, arguments)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from cbd_hub.ancestry import Ancestry
 from cbd_hub.card_metadata import license_of
 from cbd_hub.cards import cut_card
 from cbd_hub.configs import read_config, read_generation_config
-from cbd_hub.cut import choose_cut, measure_importance, mixes
+from cbd_hub.cut import choose_cut, cut_model, measure_importance, mixes
 from cbd_hub.errors import ArgumentError, DataError, SizeError
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import public, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
-from cbd_hub.interpolation.plan import Kept, Plan
+from cbd_hub.interpolation.plan import Kept, Plan, Term
 from cbd_hub.manifest import Shape
 from cbd_hub.precision import best_device
+from cbd_hub.reconstruct import TOKENS, Target, check_target, reconstruct
 from cbd_hub.reporting import Progress
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
@@ -39,6 +40,8 @@ from cbd_hub.wishes import named_fields, named_shape
 OWN_TEXT = "text that the model wrote itself"
 _TOKENS = (512, 4096)  # least and most tokens of a trial
 _WORK = 3e11  # parameters times tokens of a trial: what bounds the time
+_MORE = 8  # times as much text is reconstructed on
+_FITTED = "reconstruction"  # what the plan calls the tensors that were fitted
 _SLACK = 0.02  # how far a shape may be from the size that came with it
 
 
@@ -49,10 +52,11 @@ class Single:
     Attributes:
         source: What the caller called the model.
         folder: Where its files are.
-        plan: The cut; its only anchor is the model itself.
+        plan: The cut, of the model itself and of what was fitted.
         config: Config of the model that comes out, with ``cbd`` saying where it came from.
         checkpoint: The opened weights.
         kept: Which of its units are kept.
+        fitted: What was fitted to make up for what was cut, in fp32, by checkpoint keys.
         text: What importance and losses were measured on.
         tried: Calibration loss in nats per token of each shape that was tried.
         whole: Losses of the whole model on the held-out part of the text.
@@ -65,14 +69,15 @@ class Single:
     config: Any
     checkpoint: Checkpoint
     kept: Kept
+    fitted: Mapping[str, Tensor]
     text: str
     tried: Mapping[Shape, float]
     whole: Losses
     losses: Losses
 
     def read(self, anchor: str, tensor: str) -> Tensor:
-        """A tensor of the model."""
-        return self.checkpoint[tensor]
+        """A tensor of the model, or one that was fitted."""
+        return self.fitted[tensor] if anchor == _FITTED else self.checkpoint[tensor]
 
     def generation_config(self) -> transformers.GenerationConfig | None:
         """The model's own, where it has one."""
@@ -108,7 +113,7 @@ class Single:
 
 def cut_single(
     model: str | os.PathLike[str], size: str | int | None = None, *, shape: Shape | Mapping[str, int] | None = None, calibration: Any = None,
-    column: str = "text", revision: str | None = None, options: Mapping[str, Any] | None = None, progress: Progress | None = None,
+    target: Target | None = "stream", column: str = "text", revision: str | None = None, options: Mapping[str, Any] | None = None, progress: Progress | None = None,
 ) -> Single:
     """The cut of a model that loses least at a size, untrained; see `CBDModel.from_pretrained`.
 
@@ -117,6 +122,7 @@ def cut_single(
         size: Parameters wanted.
         shape: The exact shape, whole or in part; with a size, the FFN fills the rest where it is not named.
         calibration: Text, as `CBDModel.from_pretrained` takes it.
+        target: What the FFN is fitted to so that it makes up for what was cut (`reconstruct`); None: nothing.
         column: Column of the text in files and data sets that have columns.
         revision: Branch, tag or commit of a repo.
         options: What `resolve_checkpoint` takes for the Hub.
@@ -132,13 +138,16 @@ def cut_single(
     checkpoint = Checkpoint(folder, config)
     name, whole = os.fspath(model), parameter_count(config)
     wanted, wish = _wish(name, size, shape, config)
+    if target is not None:
+        check_target(target, (wish or shape_of(config)).hidden, shape_of(config).hidden)
     live = load_model(folder, checkpoint.dtype).to(best_device())
-    tokens = min(max(round(_WORK / whole), _TOKENS[0]), _TOKENS[1])
+    tokens, more = (min(max(round(work / whole), _TOKENS[0]), most) for work, most in ((_WORK, _TOKENS[1]), (_MORE * _WORK, TOKENS)))
     if texts is None:
         say(f"{name} writes {tokens:,} tokens of text")
-        documents, heldout = _own_text(live, tokens)
+        fit_on, heldout = _own_text(live, tokens)
     else:
-        documents, heldout = _split(texts, source, load_tokenizer(folder), tokens, block_size(config))
+        fit_on, heldout = _split(texts, source, load_tokenizer(folder), more, tokens, block_size(config))
+    documents = fit_on.first(tokens)
     say(f"importance on {documents.tokens:,} tokens of {source}")
     importance = measure_importance(live, documents)
     cut = choose_cut(live, wanted, importance, documents, name=name, wish=wish)
@@ -146,14 +155,23 @@ def cut_single(
         say(f"  {tried.text:<22}{loss:.3f} nats per token")
     with frozen(live):
         before = document_losses(ModelRunner(live), heldout)
-        after = document_losses(Between({name: live}).run(cut.plan), heldout)
-    made, (difference, error) = cut.plan.config(config), after.minus((1.0, before))
+        after = sliced = document_losses(Between({name: live}).run(cut.plan), heldout)
+    plan, fitted = cut.plan, {}
+    if target is not None:
+        say(f"reconstruction by {target} on {fit_on.tokens:,} tokens")
+        student = cut_model(live, plan)
+        fitted = reconstruct(student, live, plan, fit_on, target=target)
+        with frozen(student):
+            after = document_losses(ModelRunner(student), heldout)
+        plan = replace(plan, tensors={**plan.tensors, **{key: (Term(_FITTED, key, 1.0),) for key in fitted}})
+    made, (difference, error) = plan.config(config), after.minus((1.0, before))
     made.cbd = {
         "model": name if is_repo_id(name) else Path(name).resolve().name, "revision": folder.name if is_repo_id(name) else None, "strategy": "cut",
-        "parameters": cut.plan.parameters, "whole_parameters": whole, "text": public(source), "tokens": int(after.tokens.sum()), "documents": len(after.tokens),
+        "parameters": plan.parameters, "whole_parameters": whole, "text": public(source), "tokens": int(after.tokens.sum()), "documents": len(after.tokens),
         "loss": after.mean, "stderr": after.stderr, "whole_loss": before.mean, "difference": difference, "difference_stderr": error,
+        "sliced_loss": sliced.mean, "reconstruction": target, "reconstruction_tokens": fit_on.tokens if target is not None else 0,
     }
-    return Single(name, folder, cut.plan, made, checkpoint, cut.kept, source, cut.tried, before, after)
+    return Single(name, folder, plan, made, checkpoint, cut.kept, fitted, source, cut.tried, before, after)
 
 
 def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | None, config: Any) -> tuple[int, Shape | None]:
@@ -180,14 +198,14 @@ def _wish(name: str, size: str | int | None, shape: Shape | Mapping[str, int] | 
     return size_found, found
 
 
-def _split(texts: Sequence[str], source: str, tokenizer: Any, tokens: int, block: int) -> tuple[Documents, Documents]:
-    """A part to measure importance and choose on, and a part to measure the result on; no text is in both."""
+def _split(texts: Sequence[str], source: str, tokenizer: Any, chosen: int, heldout: int, block: int) -> tuple[Documents, Documents]:
+    """So many tokens to choose and fit on, and so many to measure the result on; no text is in both."""
     unique = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode(errors="replace")).digest())
     half = len(unique) // 2
     if not half:
         raise DataError(f"{source} has one document, and choosing and measuring need one each; give more, separated by blank lines")
     try:
-        return Documents.packed(unique[half:], tokenizer, block, tokens), Documents.read(unique[:half], tokenizer, block, tokens)
+        return Documents.packed(unique[half:], tokenizer, block, chosen), Documents.read(unique[:half], tokenizer, block, heldout)
     except DataError as error:
         raise DataError(f"{source} is too short: half of it has to fill a block of {block} tokens; give a longer text") from error
 

@@ -500,14 +500,15 @@ def test_published_checkpoints_can_be_anchors(tmp_path):
     assert CBDModel.from_chain(tmp_path / "chain", middle).config.cbd["strategy"] == "blend"
 
 
-def test_a_field_that_says_nothing_makes_no_other_recipe():
-    """Chains made before ``align`` was one stay of their recipes: the hash is that of then."""
+@pytest.mark.parametrize(("field", "nothing", "something"), [("align", "auto", False), ("reconstruct", "layer", False), ("reconstruct", "layer", "stream")])
+def test_a_field_that_says_nothing_makes_no_other_recipe(field, nothing, something):
+    """Chains made before the field was one stay of their recipes: the hash is that of then."""
     plain = {"teacher": "a/b", "anchors": ["1M"], "data": {"path": "x.txt"}}
     before = Recipe.parse(plain).model_dump()
-    del before["align"]
-    assert Recipe.parse(plain).sha256() == Recipe.parse({**plain, "align": "auto"}).sha256() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
-    assert Recipe.parse(plain).sha256() != Recipe.parse({**plain, "align": False}).sha256()
-    assert Recipe.parse(plain).outcome() != Recipe.parse({**plain, "align": False}).outcome()
+    del before["align"], before["reconstruct"]
+    assert Recipe.parse(plain).sha256() == Recipe.parse({**plain, field: nothing}).sha256() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    assert Recipe.parse(plain).sha256() != Recipe.parse({**plain, field: something}).sha256()
+    assert Recipe.parse(plain).outcome() != Recipe.parse({**plain, field: something}).outcome()
 
 
 @pytest.fixture
@@ -552,6 +553,28 @@ def test_a_checkpoint_that_was_cut_from_the_anchor_above_keeps_its_coordinates(t
     assert all(torch.equal(told[name].long(), kept[name].long()) for name in ("kept.layers", "kept.ffn"))
 
 
+@pytest.mark.parametrize(("said", "targets"), [({}, ["layer"]), ({"reconstruct": "stream"}, ["stream"]), ({"reconstruct": False}, [])], ids=str)
+def test_an_anchor_begins_reconstructed_as_the_recipe_says(tmp_path, monkeypatch, said, targets):
+    """On training text, once; a stage that goes on from a checkpoint has its weights from there."""
+    fitted, lines, real = [], [], recipe_module.reconstruct
+    monkeypatch.setattr(recipe_module, "reconstruct", lambda *models, target: fitted.append(target) or real(*models, target=target))
+    plain = {**make_recipe(tmp_path, "llama", ANCHORS[:1], stage={"save_steps": 1}), **said}
+    with monkeypatch.context() as patch:
+        tiny.killed_in_training(patch, 2)
+        with pytest.raises(tiny.Killed):
+            distill_chain(plain, tmp_path / "chain", progress=lines.append)
+    assert fitted == targets
+    assert any(f"reconstruction by {target} on" in line for target in targets for line in lines) == bool(targets)
+    made = distill_chain(plain, tmp_path / "chain", progress=lines.append)
+    assert fitted == targets
+    assert_same(distill_chain(plain, tmp_path / "whole").files.root, made.files.root)
+
+
+def test_layers_of_another_hidden_width_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_module, "reconstruct", None)
+    distill_chain(make_recipe(tmp_path, "llama", [{"layers": 3, "ffn": 24, "hidden": 24}]), tmp_path / "chain")
+
+
 @pytest.mark.parametrize("name", ["measured_pair", "Link"])
 def test_stopped_while_it_aligns_it_goes_on_to_the_same_chain(strange, tmp_path, monkeypatch, name):
     whole = distill_chain(strange, tmp_path / "whole").files.root
@@ -592,6 +615,7 @@ stages:
     ("  1M: {", "  3M: {", r"line 10: stages.3M names no anchor"),
     ("[2M, 1M]", "[2M, 1Q]", 'size "1Q" cannot be read'),
     ("data:", "align: maybe\ndata:", "line 3: align: 'maybe' is not known; write auto, true or false"),
+    ("data:", "reconstruct: true\ndata:", "line 3: reconstruct: True is not known; write layer, stream or false"),
     ("block_size: 64", "block_size: many", "line 5: data.block_size"),
     ('path: "x.txt"', "heldout: 0.1", "line 3: data: give either path"),
     ("[2M, 1M]", "[]", "line 2: anchors"),

@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_model_on_held_out_text(source, tmp_path):
     from cbd_hub.single import _split
     from cbd_hub.weights import load_tokenizer
     tokenizer = load_tokenizer(source)
-    chosen, heldout = _split(TEXTS, "texts", tokenizer, 4096, 128)
+    chosen, heldout = _split(TEXTS, "texts", tokenizer, 4096, 4096, 128)
     joined = tokenizer.decode(torch.cat(chosen.ids))
     assert not any(tokenizer.decode(ids) in joined for ids in heldout.ids)
     cut = cut_single(source, int(0.8 * size_of(source)), calibration=TEXTS)
@@ -89,6 +89,30 @@ def test_an_exact_shape_is_the_model_sliced(source):
     filled = CBDModel.from_pretrained(source, np.int64(0.8 * size_of(source)), shape={"layers": np.int32(5)}, calibration=TEXTS)
     assert filled.config.num_hidden_layers == 5
     assert abs(filled.num_parameters() - int(0.8 * size_of(source))) <= 0.005 * size_of(source)
+
+
+@ONE_FAMILY
+def test_what_was_cut_is_made_up_for_or_not(source, tmp_path):
+    """Without the fit the model is slices of the whole one; with it the FFN's output alone is another, and file, model and record agree."""
+    whole = AutoModelForCausalLM.from_pretrained(source)
+    plain, *fitted = (CBDModel.from_pretrained(source, shape={"layers": 4, "ffn": 80}, calibration=TEXTS, reconstruct=target) for target in (None, "stream", "layer"))
+    columns = torch.cat([layer.mlp.down_proj.weight for layer in whole.model.layers], 1)
+    assert all(bool((columns == column[:, None]).all(0).any()) for column in plain.model.layers[3].mlp.down_proj.weight.T)
+    assert (plain.config.cbd["reconstruction"], plain.config.cbd["reconstruction_tokens"], plain.config.cbd["loss"]) == (None, 0, plain.config.cbd["sliced_loss"])
+    for model, target in zip(fitted, ("stream", "layer")):
+        moved = {name for name, tensor in model.named_parameters() if not tensor.equal(plain.get_parameter(name))}
+        assert moved == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)}
+        assert model.config.cbd["sliced_loss"] == plain.config.cbd["loss"]
+        assert model.config.cbd["reconstruction"] == target
+        assert model.config.cbd["reconstruction_tokens"] > 0
+    made = cut_single(source, shape={"layers": 4, "ffn": 80}, calibration=TEXTS)
+    made.save_pretrained(tmp_path / "made")
+    assert tiny.same(AutoModelForCausalLM.from_pretrained(tmp_path / "made"), fitted[0])
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert f"| loss before reconstruction | {plain.config.cbd['loss']:.3f} |" in card
+    assert "the residual stream" in card
+    half = CBDModel.from_pretrained(source, shape={"layers": 4, "ffn": 80}, calibration=TEXTS, dtype="bfloat16")
+    assert half.model.layers[3].mlp.down_proj.weight.equal(fitted[0].model.layers[3].mlp.down_proj.weight.bfloat16()), "rounded once"
 
 
 def test_loader_arguments_pass_through(source):
@@ -126,6 +150,8 @@ def test_the_same_call_gives_the_same_model(source):
     ({"shape": {"depth": 3}}, ArgumentError, 'no field "depth"'),
     ({"shape": "layers=2"}, ArgumentError, "shape='layers=2' is no shape"),
     ({"shape": {"layers": 6}}, SizeError, "is all of"),
+    ({"shape": {"layers": 5}, "reconstruct": "channel"}, ArgumentError, "reconstruct='channel' is not known; use stream or layer"),
+    ({"shape": {"hidden": 28}, "reconstruct": "layer"}, ArgumentError, "hidden=28 is another width"),
     ({"shape": {"hidden": 30}}, ArchitectureError, "cannot have the shape"),
     ({"shape": {"layers": 3, "ffn": 8}, "size": 50_000}, SizeError, "leave one of them out"),
     ({"size": 50_000, "calibration": []}, DataError, "holds no text"),
@@ -224,6 +250,10 @@ def test_the_command(cbd, source, tmp_path):
     assert "nats per token" in said
     assert "±" in printed
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "made").config.cbd["strategy"] == "cut"
+    assert "before reconstruction" in printed
+    code, printed, said = cbd("cut", source, "--shape", "layers=3", "--reconstruct", "none", "--out", tmp_path / "sliced")
+    assert code == 0
+    assert "reconstruction" not in printed + said + (tmp_path / "sliced" / "README.md").read_text()
     code, printed, said = cbd("cut", source, "--shape", "layers=3", "--out", tmp_path / "json", "--json")
     assert code == 0
     assert not said
@@ -234,7 +264,7 @@ def test_the_command(cbd, source, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (["--size", "900M"], 1, "a cut is smaller"), (["--size", "2K"], 1, "cannot be cut to 2K"), ([], 2, "neither size nor shape"),
-    (["--shape", "layers"], 2, "cannot be read"), (["--size", "40K", "--text", "/no/such.txt"], 1, "no file matches"),
+    (["--shape", "layers"], 2, "cannot be read"), (["--size", "40K", "--reconstruct", "channel"], 2, "is not known"), (["--size", "40K", "--text", "/no/such.txt"], 1, "no file matches"),
 ])
 def test_errors_of_the_command_are_one_line(cbd, source, arguments, code, message, tmp_path):
     got, printed, said = cbd("cut", source, "--out", tmp_path / "x", *arguments)

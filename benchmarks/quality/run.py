@@ -36,7 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
 from cbd_hub.distill.heal import LEARNING
-from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts, training_blocks
 from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
@@ -46,6 +46,7 @@ from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.manifest import Link, Shape
 from cbd_hub.measure import SHARES, best_order, measure_segment
 from cbd_hub.precision import has_bf16
+from cbd_hub.reconstruct import TOKENS, reconstruct
 from cbd_hub.shapes import count, shape_of
 from cbd_hub.weights import load_model
 
@@ -91,6 +92,11 @@ class Bench:
     def blocks(self) -> Documents:
         """The training text, packed."""
         return Documents.packed(self.parts.train, self.tokenizer, self.recipe.data.block_size, 10**9)
+
+    @functools.cached_property
+    def fit_on(self) -> Documents:
+        """What of it cuts are reconstructed on."""
+        return training_blocks(self.parts, self.tokenizer, self.recipe.data.block_size, TOKENS)
 
     @functools.cached_property
     def importance(self) -> Any:
@@ -139,18 +145,25 @@ class Bench:
             shape = self.whole.model_copy(update=wish)
         return Cut.of(self.teacher, shape, self.importance, "teacher")
 
+    def begun(self, plan: Plan) -> Any:
+        """A cut of the teacher, reconstructed as a recipe does it."""
+        student = cut_model(self.teacher, plan)
+        if plan.shape.hidden == self.whole.hidden:
+            reconstruct(student, self.teacher, plan, self.fit_on, target="layer")
+        return student
+
     def anchor(self, name: str, seed: int = 0) -> Any:
         """A segment's smaller end."""
         cut = self.cut(name)
         return self.trained(
-            f"{name}/anchor{_suffix(seed)}", lambda: cut_model(self.teacher, cut.plan), seed=seed, kept=cut.kept, order=self.importance.order(cut.kept),
+            f"{name}/anchor{_suffix(seed)}", lambda: self.begun(cut.plan), seed=seed, kept=cut.kept, order=self.importance.order(cut.kept),
             path_fraction=PATH.get(name, 0.0),
         )
 
-    def alone(self, name: str, cut: Callable[[], Any], seed: int = 0) -> tuple[Losses, Callable[[], Any]]:
+    def alone(self, name: str, cut: Plan, seed: int = 0) -> tuple[Losses, Callable[[], Any]]:
         """A student distilled for the middle of a segment alone, and how to make it."""
         named = f"{_kind(name)}/0.5/alone{_suffix(seed)}"
-        made = functools.partial(self.trained, named, cut, seed=seed)
+        made = functools.partial(self.trained, named, functools.partial(self.begun, cut), seed=seed)
         return self.losses(named, made), made
 
     def scratch(self, name: str, plan: Plan, times: int) -> tuple[Losses, Callable[[], Any]]:
@@ -260,7 +273,8 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool) -> Ite
         plan = segment_plan(segment, round(low + share * (high - low)))
         shape, size = plan.shape, plan.parameters
         ours = bench.losses(f"{name}/{share}/chain", functools.partial(between.run, plan))
-        cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", shape, bench.teacher, bench.importance.kept(shape)))
+        sliced = cut_plan("teacher", shape, bench.teacher, bench.importance.kept(shape))
+        cut = functools.partial(cut_model, bench.teacher, sliced)
         weights = functools.partial(selected, bench.teacher, shape)
         depth = bench.nearest_depth(size)
         folded = [functools.partial(collapsed, bench.teacher, depth.layers, text, merged) for merged in (1, 2)]
@@ -275,7 +289,7 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool) -> Ite
             rivals["boomerang"] = bench.boomerang(depth, low)
             rivals["boomerang, improved"] = bench.boomerang(depth, low, improved=True)
             if share == 0.5:
-                rivals["distilled alone"] = bench.alone(name, cut)
+                rivals["distilled alone"] = bench.alone(name, sliced)
         weight = math.log(high / size) / math.log(high / low)
         chord = ours.minus((weight, anchor), (1 - weight, teacher))
         yield {**row(name, size, plan.strategy, shape, ours, {rival: losses for rival, (losses, _) in rivals.items()}), "share": share, "to_chord": chord}
@@ -304,7 +318,7 @@ def again(bench: Bench, name: str, seed: int, free: bool) -> dict[str, Any]:
     chord = ours.minus((weight, anchor), (1 - weight, teacher))
     others = {"smaller neighbour": anchor}
     if not free:
-        cut = functools.partial(cut_model, bench.teacher, cut_plan("teacher", plan.shape, bench.teacher, bench.importance.kept(plan.shape)))
+        cut = cut_plan("teacher", plan.shape, bench.teacher, bench.importance.kept(plan.shape))
         others["distilled alone"], _ = bench.alone(name, cut, seed)
         if _kind(name) != "hidden":
             others["boomerang, improved"], _ = bench.boomerang(bench.nearest_depth(plan.parameters), low, improved=True, seed=seed)

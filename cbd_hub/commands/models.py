@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -26,6 +26,7 @@ def cut(
     size: Annotated[str | None, typer.Option("--size", help='Parameters wanted, fewer than the model has: "120M".', show_default=False)] = None,
     shape: Annotated[str | None, typer.Option("--shape", help='The shape instead, such as "layers=24,ffn=1192"; with --size the FFN fills the rest.', show_default=False)] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text to choose and measure on; by default the model writes its own.", show_default=False)] = None,
+    reconstruct: Annotated[str, typer.Option("--reconstruct", help="Fit its FFN on the text, by least squares, to make up for all that was cut (stream), for neurons and heads alone (layer: for an anchor of a chain to be), or for nothing (none).")] = "stream",
     column: ColumnOption = "text",
     revision: ModelRevisionOption = None,
     as_json: JsonOption = False,
@@ -39,7 +40,7 @@ def cut(
     hush_bars()
     check_absent(out_dir)
     made = cut_single(
-        model, size, shape=shape_of_text(shape), calibration=text, column=column, revision=revision,
+        model, size, shape=shape_of_text(shape), calibration=text, target=None if reconstruct == "none" else cast(Any, reconstruct), column=column, revision=revision,
         progress=printed(as_json),
     )
     made.save_pretrained(out_dir)
@@ -51,6 +52,7 @@ def cut(
     out.print(
         f"expected loss {with_error(facts['loss'], facts['stderr'])} nats per token on {facts['tokens']:,} held-out tokens of {escape(made.text)}; "
         f"the whole model has {facts['whole_loss']:.3f} (to it {with_error(facts['difference'], facts['difference_stderr'], '+.3f')}, paired)"
+        + (f"; before reconstruction {facts['sliced_loss']:.3f}" if reconstruct != "none" else "")
     )
     out.print(f'next: AutoModelForCausalLM.from_pretrained("{escape(str(out_dir))}")')
 

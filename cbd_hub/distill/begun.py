@@ -39,8 +39,10 @@ def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: P
         if not stage.arguments.get("text_weight"):
             del own["text_data"]
         found[stage.name] = {"anchors": recipe.anchors[: index + 1], **own, "stage": telling(stage.arguments)}
-        if stage.origin == "published" and not stage.bridged and recipe.align != "auto":  # so that runs begun before it was a field go on
+        if stage.origin == "published" and not stage.bridged and recipe.align != "auto":  # as the next one, so that runs begun before it was a field go on
             found[stage.name]["align"] = recipe.align
+        if stage.origin == "cut" and recipe.reconstruct != "layer":
+            found[stage.name]["reconstruct"] = recipe.reconstruct
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=str))
     return plain
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import set_seed
@@ -25,7 +25,6 @@ from cbd_hub.distill.begun import Begun, dependencies, fingerprint
 from cbd_hub.distill.checks import check_stages
 from cbd_hub.distill.distiller import ChainDistiller
 from cbd_hub.distill.growing import Finished, made_by
-from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.progress import METRICS, show_stage
 from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.distill.saving import last_checkpoint
@@ -39,6 +38,7 @@ from cbd_hub.distill.stages import (
     stage_rows,
     stage_tokenizers,
     teacher_folder,
+    training_blocks,
 )
 from cbd_hub.errors import ArgumentError, DataError, RecipeError, StorageError, TrainingError
 from cbd_hub.evaluation import BITS, Calibration, Documents, document_losses
@@ -50,6 +50,7 @@ from cbd_hub.links import FIT_TOKENS, cut_from, measured_pair
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
+from cbd_hub.reconstruct import TOKENS, reconstruct
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import load_model, load_tokenizer, settle_tokenizer
@@ -322,12 +323,29 @@ class _Run:
             return stage.start.random_model()
         whole = load_model(stage.start.folder, torch.float32).to(best_device())
         importance = measure_importance(whole, self.calibrations[self._place(stage.name)].blocks)
-        return cut_model(whole, self._cut(stage, whole, importance, parent).plan)
+        return self._cut_student(stage, whole, self._cut(stage, whole, importance, parent))
+
+    def _cut_student(self, stage: Stage, whole: Any, cut: Cut) -> Any:
+        """The untrained student of a stage that is cut, reconstructed where that is asked for and no checkpoint brings its weights."""
+        student, target = cut_model(whole, cut.plan), self._target(cut, whole)
+        if target and last_checkpoint(self.work / stage.name) is None:
+            text = self._training_blocks(stage, TOKENS)
+            self.progress(f"{stage.name}: reconstruction by {target} on {text.tokens:,} tokens")
+            reconstruct(student, whole, cut.plan, text, target=target)
+        return student
+
+    def _training_blocks(self, stage: Stage, tokens: int) -> Documents:
+        return training_blocks(self.parts, self.tokenizers[self._place(stage.name)], self.recipe.data.block_size, tokens)
+
+    def _target(self, cut: Cut, whole: Any) -> Literal["layer", "stream", False]:
+        """What a cut is reconstructed to: layers of another hidden width cannot be compared one by one."""
+        narrower = cut.plan.shape.hidden < shapes.shape_of(whole.config).hidden
+        return False if narrower and self.recipe.reconstruct == "layer" else self.recipe.reconstruct
 
     def _train(self, stage: Stage, large: Any, cut: Cut | None, importance: Importance | None, folder: Path, parent: Anchor) -> None:
         run_dir = self.work / stage.name
         set_seed(self.recipe.seed)
-        student = self._beginning(stage, parent) if cut is None else cut_model(large, cut.plan)
+        student = self._beginning(stage, parent) if cut is None else self._cut_student(stage, large, cut)
         kept: Kept | None = None if cut is None else cut.kept
         order = None if cut is None or importance is None else importance.order(cut.kept)
         arguments = stage.config(str(run_dir), self.recipe.seed)
@@ -380,7 +398,7 @@ class _Run:
                 return measure_segment(small, large, cut.kept, documents, self.dataset, names=names, first=importance.order(cut.kept), report=report).link().model_dump()
             self.builder.maps_file(names[0]).unlink(missing_ok=True)  # of a run that was killed meanwhile
             kept = cut_from(resolve_checkpoint(str(stage.checkpoint)), names[1], lambda: small, lambda: large) if self.recipe.align else None
-            fitted = self._to_fit_on(stage) if self.recipe.align and kept is None else documents
+            fitted = self._training_blocks(stage, FIT_TOKENS) if self.recipe.align and kept is None else documents
             joined = measured_pair(names, small, large, kept, self.recipe.align, Calibration(fitted, documents), self.dataset, report)
             if joined.kept is not None:
                 self.builder.save_kept(names[0], joined.kept, joined.maps)
@@ -391,9 +409,3 @@ class _Run:
             aligned = link.strategies.blend is not None and link.strategies.blend.align is not None
             anchors[-1] = anchors[-1].model_copy(update={"parent": names[1], "maps": self.builder.maps_record(names[0]), **({} if aligned else {"origin": "cut"})})
         return link
-
-    def _to_fit_on(self, stage: Stage) -> Documents:
-        """Blocks of the training text, on which coordinates are fitted: losses are measured on other text."""
-        size, tokenizer = self.recipe.data.block_size, self.tokenizers[self._place(stage.name)]
-        rows = (tokens.ids for tokens in tokenised(self.parts.rows(), tokenizer))
-        return Documents.joined(rows, tokenizer, size, FIT_TOKENS, name="the training text")

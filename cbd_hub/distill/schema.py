@@ -141,6 +141,8 @@ class Recipe(_Strict):
         seed: Seed of the split of the data, of the order of documents and of training.
         align: Whether an anchor that began as a checkpoint is brought into the coordinates of the one above it once it has learned: ``"auto"``: where that helps,
             and not where it was cut from it. True: always, but for those. False: never, as the paper has it.
+        reconstruct: What the FFN of an anchor that is cut is fitted to before it learns (`cbd_hub.reconstruct.reconstruct`): ``"layer"``: to make up for neurons and heads.
+            ``"stream"``: for layers too, by which the anchor gains more and sizes near the one above it lose. False: nothing.
     """
 
     teacher: str
@@ -151,6 +153,7 @@ class Recipe(_Strict):
     stages: dict[str, dict[str, Any]] = {}
     seed: int = Field(default=0, ge=0, lt=2**31)
     align: Literal["auto"] | bool = "auto"
+    reconstruct: Literal["layer", "stream", False] = "layer"
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     @field_validator("stages", mode="before")
@@ -164,6 +167,13 @@ class Recipe(_Strict):
         if align != "auto" and not isinstance(align, bool):
             raise ValueError(f"{align!r} is not known; write auto, true or false")
         return align
+
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _known_reconstruct(cls, reconstruct: Any) -> Any:
+        if reconstruct is not False and reconstruct not in ("layer", "stream"):
+            raise ValueError(f"{reconstruct!r} is not known; write layer, stream or false")
+        return reconstruct
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
@@ -309,7 +319,7 @@ class Recipe(_Strict):
 
     def _said(self) -> dict[str, Any]:
         """What the recipe says; a field younger than chains that exist only where it says something, so that these stay of their recipes."""
-        return {key: value for key, value in self.model_dump().items() if key != "align" or value != "auto"}
+        return {key: value for key, value in self.model_dump().items() if (key, value) not in (("align", "auto"), ("reconstruct", "layer"))}
 
     def to_yaml(self) -> str:
         """The recipe as YAML."""

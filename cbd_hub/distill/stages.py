@@ -292,6 +292,16 @@ def calibration_of(parts: Parts, tokenizer: Any, block_size: int) -> Calibration
     return Calibration(answers, answers)
 
 
+def training_blocks(parts: Parts, tokenizer: Any, block_size: int, tokens: int) -> Documents:
+    """So much of the training text, on which coordinates and reconstructions are fitted: losses are measured on other text.
+
+    Raises:
+        DataError: If there is less than a block.
+    """
+    rows = (row.ids for row in tokenised(parts.rows(), tokenizer))
+    return Documents.joined(rows, tokenizer, block_size, tokens, name="the training text")
+
+
 def calibrations(recipe: Recipe, parts: Parts, tokenizers: Sequence[Any]) -> list[Calibration]:
     """The calibration text as each tokenizer reads it, once for each that there is.
 

@@ -1,0 +1,152 @@
+"""Reconstruction of a cut: what its FFN writes, fitted to make up for what is gone."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from cbd_hub.cut import cut_model, cut_plan, measure_importance
+from cbd_hub.errors import ArgumentError
+from cbd_hub.evaluation import Documents
+from cbd_hub.families import family_of
+from cbd_hub.reconstruct import reconstruct
+from cbd_hub.shapes import shape_of
+
+
+def documents(count=80, length=32, seed=0):
+    ids = torch.randint(4, tiny.VOCAB, (count, length), generator=torch.Generator().manual_seed(seed))
+    return Documents(tuple(ids), (length,) * count)
+
+
+def cut_of(model, **axes):
+    """A cut to fewer layers, neurons or channels, and its plan."""
+    shape = shape_of(model.config).model_copy(update=axes)
+    plan = cut_plan("whole", shape, model, measure_importance(model, documents(), bf16=False).kept(shape))
+    return cut_model(model, plan).eval(), plan
+
+
+def seen(model, text, layer):
+    """Activations of a layer's FFN, its output (before a post-norm), and the stream after the layer; in float64, positions first."""
+    family, found = family_of(model.config), {}
+    block = model.get_submodule(family.blocks)[layer]
+    handles = [
+        block.get_submodule(family.ffn_input).register_forward_hook(lambda _, inputs, output: found.update(inputs=inputs[0], written=output)),
+        block.register_forward_hook(lambda _, inputs, output: found.update(stream=output[0] if isinstance(output, tuple) else output)),
+    ]
+    with torch.no_grad():
+        model(torch.stack(text.ids))
+    for handle in handles:
+        handle.remove()
+    return [found[name].double().flatten(0, -2) for name in ("inputs", "written", "stream")]
+
+
+def gone(model, whole, plan, text, layer):
+    """What the stream after a layer lacks, relative to its size at each position; the mean square."""
+    last = [*plan.layers[1:], shape_of(whole.config).layers][layer] - 1
+    wanted = seen(whole, text, last)[2]
+    return float((((wanted - seen(model, text, layer)[2]) ** 2).sum(1) / wanted.square().mean(1)).sum())
+
+
+@pytest.mark.parametrize("family", sorted(name for name in tiny.EVERY if name not in ("gemma3_text", "olmo2")))
+def test_the_fit_is_the_ridge_regression_of_the_docstring(family):
+    """Each layer's change is the least-squares solution in float64 of the problem written out: rows for positions, and rows that hold each neuron to what it wrote."""
+    whole = tiny.EVERY[family](layers=5, ffn=48).eval()
+    cut, plan = cut_of(whole, layers=3, ffn=32)
+    fitted = copy.deepcopy(cut)
+    spec, dim = family_of(cut.config).input_of(family_of(cut.config).ffn_input)
+    made = reconstruct(fitted, whole, plan, documents(), bf16=False)
+    names = family_of(cut.config).parameters(cut)
+    ends = [*plan.layers[1:], 5]
+    for layer in range(3):
+        inputs, _, stream = seen(cut, documents(), layer)
+        wanted = seen(whole, documents(), ends[layer] - 1)[2]
+        weight = wanted.square().mean(1, keepdim=True).rsqrt()
+        key = spec.name.format(layer=layer)
+        biased = key.removesuffix("weight") + "bias" in names
+        held = (inputs * weight).norm(dim=0) * (0.3 + 4096 / len(inputs)) ** 0.5
+        if biased:
+            inputs, held = torch.cat([inputs, torch.ones(len(inputs), 1)], 1), torch.cat([held, torch.zeros(1)])
+        rows = torch.cat([inputs * weight, held.diag()])
+        change = torch.linalg.lstsq(rows, torch.cat([(wanted - stream) * weight, torch.zeros(len(held), wanted.shape[1])])).solution
+        expected = names[key].detach() + (change[: len(change) - biased]).movedim(0, dim)
+        torch.testing.assert_close(made[key].double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        with torch.no_grad():  # the next layer is fitted on what comes out of this one
+            names[key].copy_(expected)
+            if biased:
+                bias = names[key.removesuffix("weight") + "bias"]
+                bias += change[-1]
+                torch.testing.assert_close(made[key.removesuffix("weight") + "bias"], bias, rtol=1e-3, atol=1e-5)
+    changed = {name for name, tensor in family_of(fitted.config).parameters(fitted).items() if not tensor.equal(family_of(fitted.config).parameters(cut_of(whole, layers=3, ffn=32)[0])[name])}
+    assert changed == set(made), "nothing else moves"
+
+
+@pytest.mark.parametrize("axes", [{"ffn": 32}, {"layers": 3, "ffn": 40}], ids=str)
+@pytest.mark.parametrize("family", sorted(tiny.EVERY))
+def test_every_layer_comes_nearer_to_the_whole_model_in_every_family(family, axes):
+    whole = tiny.EVERY[family](layers=5, ffn=48).eval()
+    cut, plan = cut_of(whole, **axes)
+    fitted = copy.deepcopy(cut)
+    reconstruct(fitted, whole, plan, documents(), bf16=False)
+    last = len(plan.layers) - 1
+    for text, share in ((documents(), 0.97), (documents(seed=1), 1.0)):  # also on text that it was not fitted on
+        before, after = (gone(model, whole, plan, text, last) for model in (cut, fitted))
+        assert after < share * before
+
+
+@pytest.mark.parametrize("family", sorted(tiny.EVERY))
+def test_what_was_not_missed_is_not_made_up_for(family):
+    """Neurons that write nothing can go, and nothing moves."""
+    whole = tiny.EVERY[family](layers=3, ffn=48).eval()
+    spec, dim = family_of(whole.config).input_of(family_of(whole.config).ffn_input)
+    parameters = family_of(whole.config).parameters(whole)
+    with torch.no_grad():
+        for layer in range(3):
+            parameters[spec.name.format(layer=layer)].movedim(dim, 0)[5:15] = 0
+    cut, plan = cut_of(whole, ffn=38)
+    before = copy.deepcopy(cut)
+    reconstruct(cut, whole, plan, documents(), bf16=False)
+    for name, tensor in cut.named_parameters():
+        torch.testing.assert_close(tensor, before.get_parameter(name), rtol=1e-4, atol=1e-6)
+
+
+def test_channels_that_were_cut_are_left_out_of_the_target():
+    whole = tiny.llama(layers=4, hidden=48, heads=4, ffn=48).eval()
+    cut, plan = cut_of(whole, hidden=32)
+    fitted = copy.deepcopy(cut)
+    reconstruct(fitted, whole, plan, documents(), bf16=False)
+    (term,) = plan.tensors["model.layers.3.mlp.down_proj.weight"]
+    (channels,) = (torch.from_numpy(take.index) for take in term.takes if take.dim == 0)
+    wanted = seen(whole, documents(), 3)[2][:, channels]
+    before, after = (float(((wanted - seen(model, documents(), 3)[2]) ** 2).sum()) for model in (cut, fitted))
+    assert after < before
+
+
+def test_documents_of_unequal_length_count_by_their_positions():
+    """Batches are of one length; the sums are over all of them."""
+    whole = tiny.llama(layers=4, ffn=48).eval()
+    text = documents()
+    mixed = Documents((*text.ids[:40], *(ids[:12] for ids in text.ids[40:])), (1,) * 80)
+    first, plan = cut_of(whole, layers=3, ffn=32)
+    second = copy.deepcopy(first)
+    made = reconstruct(first, whole, plan, mixed, bf16=False)
+    again = reconstruct(second, whole, plan, Documents(mixed.ids[::-1], mixed.lengths), bf16=False)
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, again[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ArgumentError, match="300"):
+        reconstruct(first, whole, plan, documents(2, 300), bf16=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+def test_a_neuron_that_is_never_active_stays_what_it_is(family):
+    whole = tiny.EVERY[family](layers=3, ffn=48).eval()
+    cut, plan = cut_of(whole, layers=2)
+    table = family_of(cut.config)
+    spec, dim = table.input_of(table.ffn_input)
+    parameters = table.parameters(cut)
+    silent = next(name for name in parameters if name.startswith(spec.name.partition("{")[0] + "0") and any(part in name for part in ("up_proj.weight", "fc1.weight")))
+    with torch.no_grad():
+        parameters[silent][7] = 0
+    before = parameters[spec.name.format(layer=0)].movedim(dim, 0)[7].clone()
+    reconstruct(cut, whole, plan, documents(), bf16=False)
+    assert parameters[spec.name.format(layer=0)].movedim(dim, 0)[7].equal(before)
