@@ -189,7 +189,7 @@ def test_one_wrong_part_ends_the_others(hub, wide, published, monkeypatch):
     """What would be refused in the end is not fetched to its end; Ctrl-C takes the same way."""
     monkeypatch.setattr("cbd_hub.ranges._JOB_CHUNKS", 1)
     hub.fail(parts_of(hub, wide), status=404)
-    hub.fail(parts_of(hub, wide), delay=0.5, times=99)
+    hub.fail(parts_of(hub, wide), delay=2.0, times=99)
     with pytest.raises(CBDError):
         CBDModel.from_chain("org/wide", shape=SHAPE)
     slow = [entry for entry in weights(hub) if entry.range and entry.status == 206]
