@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
-from cbd_hub.cut import Cut, cut_model, measure_importance
-from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts, training_blocks
+from cbd_hub.cut import Cut, measure_importance
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts, untrained
 from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.interpolation.live import ModelRunner
-from cbd_hub.reconstruct import TOKENS, reconstruct
 
 
 RIVALS: dict[str, dict[str, Any]] = {
@@ -47,13 +46,11 @@ def main() -> None:
     calibration = Documents.packed(parts.calibration, tokenizer, recipe.data.block_size, CALIBRATION_TOKENS)
     teacher = chain.model("max", dtype=torch.float32)
     importance = measure_importance(teacher, calibration)
-    fit_on = training_blocks(parts, tokenizer, recipe.data.block_size, TOKENS)
     cut = Cut.of(teacher, chain.anchors[1].shape, importance, "teacher")
     losses: dict[str, Losses] = {}
     for name, fields in RIVALS.items():
         transformers.set_seed(recipe.seed)
-        student = cut_model(teacher, cut.plan)
-        reconstruct(student, teacher, cut.plan, fit_on, target="layer")
+        student = untrained(recipe, teacher, cut.plan, parts, tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             stage = {**recipe.stage_arguments(recipe.anchors[0]), "save_strategy": "no", **fields}
             ChainDistiller(

@@ -34,15 +34,14 @@ from tasks import rows as task_rows
 from transformers import Trainer, TrainingArguments
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig, Recipe, distill_chain
-from cbd_hub.cut import Cut, cut_model, measure_importance
-from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts, training_blocks
+from cbd_hub.cut import Cut, measure_importance
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts, untrained
 from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder, write_text
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.interpolation.plan import Plan
 from cbd_hub.precision import has_bf16
 from cbd_hub.questions import choice_accuracy
-from cbd_hub.reconstruct import TOKENS, reconstruct
 from cbd_hub.retokenize import retokenize
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import load_model
@@ -131,9 +130,7 @@ class Bench:
         importance = measure_importance(self.teacher, self.calibration.blocks)
         cut = Cut.of(self.teacher, plan.shape, importance, "teacher")
         transformers.set_seed(self.options.seed)
-        student = cut_model(self.teacher, cut.plan)
-        reconstruct(student, self.teacher, cut.plan, training_blocks(self.parts, self.tokenizer, self.recipe.data.block_size, TOKENS), target="layer")
-        student.requires_grad_(True)
+        student = untrained(self.recipe, self.teacher, cut.plan, self.parts, self.tokenizer).requires_grad_(True)
         console.print(f"{format_size(plan.parameters)} on its own: {self.steps} steps")
         with tempfile.TemporaryDirectory() as folder:
             arguments = ChainDistillerConfig(folder, seed=self.options.seed, **{**self.recipe.stage_arguments(self.recipe.anchors[0]), "save_strategy": "no", "report_to": "none"})

@@ -16,11 +16,12 @@ from cbd_hub.evaluation import Documents
 from cbd_hub.families import family_of
 from cbd_hub.interpolation.live import frozen, hooks
 from cbd_hub.interpolation.plan import Plan, Term
+from cbd_hub.losses.hidden import LeastSquares, inverse_square
 from cbd_hub.precision import products
 from cbd_hub.shapes import check_positions, shape_of
 
 
-TOKENS = 16384  # of 4,096 it has two thirds of the gain, of 512 little (benchmarks/quality/README.md)
+TOKENS = 16384  # on 4,096 there is 40 to 90% of the gain (benchmarks/quality/README.md)
 Target = Literal["stream", "layer"]
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 _RIDGE, _NOISE = 0.3, 4096  # of each neuron's own square; the second over the positions
@@ -179,11 +180,9 @@ class _Fit:
     """
 
     def __init__(self, module: Any, norm: Any, offset: float) -> None:
-        self._module, self._norm, self._gain = module, norm, None if norm is None else norm.weight.float() + offset
-        self._biased = getattr(module, "bias", None) is not None
+        self._module, self._norm, self._offset = module, norm, offset
         self._positions = 0
-        self._squares: Any = 0.0
-        self._products: Any = 0.0
+        self._squares: LeastSquares | None = None
 
     def add(self, stream: _Stream, wanted: Tensor) -> None:
         """One batch more.
@@ -200,25 +199,20 @@ class _Fit:
         with hooks() as handles:
             handles += [module.register_forward_pre_hook(keep) for module in (self._module, self._norm) if module is not None]
             lack = (wanted - stream.next().float()).flatten(0, -2)
-        inputs = seen[0]
-        if self._biased:
-            inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
-        weight = 1 / wanted.flatten(0, -2).square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        if self._gain is not None:  # output = gain y / |y|: a change dy moves it by gain dy / |y|, but for what |y| itself changes
-            length = seen[1].square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-            lack, weight = lack * length / self._gain, weight / length.square()
-        weighed = (inputs * weight).T
-        self._positions += len(inputs)
-        self._squares += (weighed @ inputs).cpu().double()
-        self._products += (weighed @ lack).cpu().double()
+        weight = inverse_square(wanted.flatten(0, -2))
+        if self._norm is not None:  # output = gain y / |y|: a change dy moves it by gain dy / |y|, but for what |y| itself changes; where gain is 0 nothing moves it
+            gain, square = self._norm.weight.float() + self._offset, inverse_square(seen[1])
+            lack = torch.where(gain == 0, 0.0, lack / gain) * square.rsqrt()
+            weight = weight * square
+        self._positions += len(lack)
+        if self._squares is None:
+            self._squares = LeastSquares(seen[0].shape[1], lack.shape[1], products=torch.float32)
+        self._squares.add(seen[0], lack, weight)
 
     def changes(self, dim: int) -> list[Tensor]:
         """What is added to the weight, whose dimension ``dim`` is its input, and to the bias where there is one."""
-        own = self._squares.diagonal()
-        ridge = (_RIDGE + _NOISE / self._positions) * own + 1e-9 * own.mean() + torch.finfo(torch.float64).tiny  # the rest for neurons that are never active
-        if self._biased:
-            ridge[-1] = 0.0
-        change = torch.linalg.solve(self._squares + torch.diag(ridge), self._products)  # shape (inputs, H)
-        change = change.to(self._module.weight.device, torch.float32)
-        weight, bias = (change[:-1], [change[-1]]) if self._biased else (change, [])
-        return [weight.movedim(0, dim), *bias]
+        assert self._squares is not None
+        biased = getattr(self._module, "bias", None) is not None
+        weight, bias = self._squares.solve(ridge=_RIDGE + _NOISE / self._positions, each=True, bias=biased)
+        found = [weight.movedim(1, dim), *([bias] if biased else [])]
+        return [change.to(self._module.weight.device, torch.float32) for change in found]

@@ -24,7 +24,7 @@ from cbd_hub.evaluation import Documents, Losses, document_losses
 from cbd_hub.files import public, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
-from cbd_hub.interpolation.live import Between, ModelRunner, frozen
+from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.interpolation.plan import Kept, Plan, Term
 from cbd_hub.manifest import Shape
 from cbd_hub.precision import best_device
@@ -41,7 +41,6 @@ OWN_TEXT = "text that the model wrote itself"
 _TOKENS = (512, 4096)  # least and most tokens of a trial
 _WORK = 3e11  # parameters times tokens of a trial: what bounds the time
 _MORE = 8  # times as much text is reconstructed on
-_FITTED = "reconstruction"  # what the plan calls the tensors that were fitted
 _SLACK = 0.02  # how far a shape may be from the size that came with it
 
 
@@ -77,7 +76,7 @@ class Single:
 
     def read(self, anchor: str, tensor: str) -> Tensor:
         """A tensor of the model, or one that was fitted."""
-        return self.fitted[tensor] if anchor == _FITTED else self.checkpoint[tensor]
+        return self.checkpoint[tensor] if anchor == self.source else self.fitted[tensor]
 
     def generation_config(self) -> transformers.GenerationConfig | None:
         """The model's own, where it has one."""
@@ -153,17 +152,19 @@ def cut_single(
     cut = choose_cut(live, wanted, importance, documents, name=name, wish=wish)
     for tried, loss in sorted(cut.tried.items(), key=lambda entry: entry[1]):
         say(f"  {tried.text:<22}{loss:.3f} nats per token")
-    with frozen(live):
-        before = document_losses(ModelRunner(live), heldout)
-        after = sliced = document_losses(Between({name: live}).run(cut.plan), heldout)
-    plan, fitted = cut.plan, {}
+    plan, fitted, student = cut.plan, {}, cut_model(live, cut.plan).to(live.device)
+
+    def measured(model: Any) -> Losses:
+        with frozen(model):
+            return document_losses(ModelRunner(model), heldout)
+
+    before, sliced = measured(live), measured(student)
+    after = sliced
     if target is not None:
         say(f"reconstruction by {target} on {fit_on.tokens:,} tokens")
-        student = cut_model(live, plan)
         fitted = reconstruct(student, live, plan, fit_on, target=target)
-        with frozen(student):
-            after = document_losses(ModelRunner(student), heldout)
-        plan = replace(plan, tensors={**plan.tensors, **{key: (Term(_FITTED, key, 1.0),) for key in fitted}})
+        after = measured(student)
+        plan = replace(plan, tensors={**plan.tensors, **{key: (Term(f"{name}, {target}", key, 1.0),) for key in fitted}})
     made, (difference, error) = plan.config(config), after.minus((1.0, before))
     made.cbd = {
         "model": name if is_repo_id(name) else Path(name).resolve().name, "revision": folder.name if is_repo_id(name) else None, "strategy": "cut",

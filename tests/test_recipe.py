@@ -22,6 +22,7 @@ from cbd_hub import CBDModel, Chain, Recipe, assemble_chain, distill_chain, text
 from cbd_hub import chain as chain_module
 from cbd_hub.configs import read_config
 from cbd_hub.distill import recipe as recipe_module
+from cbd_hub.distill import stages as stages_module
 from cbd_hub.distill.data import split_documents
 from cbd_hub.distill.dry_run import dry_run
 from cbd_hub.distill.packing import packed_dataset
@@ -556,8 +557,8 @@ def test_a_checkpoint_that_was_cut_from_the_anchor_above_keeps_its_coordinates(t
 @pytest.mark.parametrize(("said", "targets"), [({}, ["layer"]), ({"reconstruct": "stream"}, ["stream"]), ({"reconstruct": False}, [])], ids=str)
 def test_an_anchor_begins_reconstructed_as_the_recipe_says(tmp_path, monkeypatch, said, targets):
     """On training text, once; a stage that goes on from a checkpoint has its weights from there."""
-    fitted, lines, real = [], [], recipe_module.reconstruct
-    monkeypatch.setattr(recipe_module, "reconstruct", lambda *models, target: fitted.append(target) or real(*models, target=target))
+    fitted, lines, real = [], [], stages_module.reconstruct
+    monkeypatch.setattr(stages_module, "reconstruct", lambda *models, target: fitted.append(target) or real(*models, target=target))
     plain = {**make_recipe(tmp_path, "llama", ANCHORS[:1], stage={"save_steps": 1}), **said}
     with monkeypatch.context() as patch:
         tiny.killed_in_training(patch, 2)
@@ -571,7 +572,7 @@ def test_an_anchor_begins_reconstructed_as_the_recipe_says(tmp_path, monkeypatch
 
 
 def test_layers_of_another_hidden_width_are_not_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe_module, "reconstruct", None)
+    monkeypatch.setattr(stages_module, "reconstruct", None)
     distill_chain(make_recipe(tmp_path, "llama", [{"layers": 3, "ffn": 24, "hidden": 24}]), tmp_path / "chain")
 
 

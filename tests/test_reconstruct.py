@@ -150,3 +150,18 @@ def test_a_neuron_that_is_never_active_stays_what_it_is(family):
     before = parameters[spec.name.format(layer=0)].movedim(dim, 0)[7].clone()
     reconstruct(cut, whole, plan, documents(), bf16=False)
     assert parameters[spec.name.format(layer=0)].movedim(dim, 0)[7].equal(before)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_a_channel_that_a_post_norm_silences_stays_and_spoils_nothing(family):
+    whole = tiny.EVERY[family](layers=3, ffn=48).eval()
+    with torch.no_grad():
+        for block in whole.model.layers:
+            block.post_feedforward_layernorm.weight[5] = -family_of(whole.config).norm_offset
+    cut, plan = cut_of(whole, layers=2)
+    before = copy.deepcopy(cut)
+    made = reconstruct(cut, whole, plan, documents(), bf16=False)
+    for name, tensor in made.items():
+        assert tensor.isfinite().all()
+        assert tensor[5].equal(before.get_parameter(name)[5])
+    assert any(not tensor[4].equal(before.get_parameter(name)[4]) for name, tensor in made.items())

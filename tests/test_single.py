@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -111,6 +112,8 @@ def test_what_was_cut_is_made_up_for_or_not(source, tmp_path):
     card = (tmp_path / "made" / "README.md").read_text()
     assert f"| loss before reconstruction | {plain.config.cbd['loss']:.3f} |" in card
     assert "the residual stream" in card
+    named = shutil.copytree(source, tmp_path / "reconstruction")
+    assert tiny.same(CBDModel.from_pretrained(named, shape={"layers": 4, "ffn": 80}, calibration=TEXTS), fitted[0]), "whatever it is called"
     half = CBDModel.from_pretrained(source, shape={"layers": 4, "ffn": 80}, calibration=TEXTS, dtype="bfloat16")
     assert half.model.layers[3].mlp.down_proj.weight.equal(fitted[0].model.layers[3].mlp.down_proj.weight.bfloat16()), "rounded once"
 

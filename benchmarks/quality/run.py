@@ -36,7 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_hub import Chain, ChainDistiller, ChainDistillerConfig, Recipe
 from cbd_hub.cut import Cut, choose_cut, cut_model, cut_plan, measure_importance
 from cbd_hub.distill.heal import LEARNING
-from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts, training_blocks
+from cbd_hub.distill.stages import CALIBRATION_TOKENS, HIDDEN_PATH, read_parts, untrained
 from cbd_hub.evaluation import Calibration, Documents, Losses, document_losses
 from cbd_hub.files import staged_folder
 from cbd_hub.interpolation.live import Between, ModelRunner, frozen
@@ -46,7 +46,6 @@ from cbd_hub.interpolation.planner import segment_plan
 from cbd_hub.manifest import Link, Shape
 from cbd_hub.measure import SHARES, best_order, measure_segment
 from cbd_hub.precision import has_bf16
-from cbd_hub.reconstruct import TOKENS, reconstruct
 from cbd_hub.shapes import count, shape_of
 from cbd_hub.weights import load_model
 
@@ -92,11 +91,6 @@ class Bench:
     def blocks(self) -> Documents:
         """The training text, packed."""
         return Documents.packed(self.parts.train, self.tokenizer, self.recipe.data.block_size, 10**9)
-
-    @functools.cached_property
-    def fit_on(self) -> Documents:
-        """What of it cuts are reconstructed on."""
-        return training_blocks(self.parts, self.tokenizer, self.recipe.data.block_size, TOKENS)
 
     @functools.cached_property
     def importance(self) -> Any:
@@ -146,11 +140,8 @@ class Bench:
         return Cut.of(self.teacher, shape, self.importance, "teacher")
 
     def begun(self, plan: Plan) -> Any:
-        """A cut of the teacher, reconstructed as a recipe does it."""
-        student = cut_model(self.teacher, plan)
-        if plan.shape.hidden == self.whole.hidden:
-            reconstruct(student, self.teacher, plan, self.fit_on, target="layer")
-        return student
+        """A cut of the teacher as a recipe begins with it."""
+        return untrained(self.recipe, self.teacher, plan, self.parts, self.tokenizer)
 
     def anchor(self, name: str, seed: int = 0) -> Any:
         """A segment's smaller end."""

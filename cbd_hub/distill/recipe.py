@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -39,9 +39,10 @@ from cbd_hub.distill.stages import (
     stage_tokenizers,
     teacher_folder,
     training_blocks,
+    untrained,
 )
 from cbd_hub.errors import ArgumentError, DataError, RecipeError, StorageError, TrainingError
-from cbd_hub.evaluation import BITS, Calibration, Documents, document_losses
+from cbd_hub.evaluation import BITS, Calibration, document_losses
 from cbd_hub.files import ASIDE, disk_told, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
@@ -50,7 +51,6 @@ from cbd_hub.links import FIT_TOKENS, cut_from, measured_pair
 from cbd_hub.manifest import Anchor, Evaluation, Link, PathRecord, Shape, Teacher, Training
 from cbd_hub.measure import measure_segment
 from cbd_hub.precision import best_device
-from cbd_hub.reconstruct import TOKENS, reconstruct
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import load_model, load_tokenizer, settle_tokenizer
@@ -326,21 +326,11 @@ class _Run:
         return self._cut_student(stage, whole, self._cut(stage, whole, importance, parent))
 
     def _cut_student(self, stage: Stage, whole: Any, cut: Cut) -> Any:
-        """The untrained student of a stage that is cut, reconstructed where that is asked for and no checkpoint brings its weights."""
-        student, target = cut_model(whole, cut.plan), self._target(cut, whole)
-        if target and last_checkpoint(self.work / stage.name) is None:
-            text = self._training_blocks(stage, TOKENS)
-            self.progress(f"{stage.name}: reconstruction by {target} on {text.tokens:,} tokens")
-            reconstruct(student, whole, cut.plan, text, target=target)
-        return student
-
-    def _training_blocks(self, stage: Stage, tokens: int) -> Documents:
-        return training_blocks(self.parts, self.tokenizers[self._place(stage.name)], self.recipe.data.block_size, tokens)
-
-    def _target(self, cut: Cut, whole: Any) -> Literal["layer", "stream", False]:
-        """What a cut is reconstructed to: layers of another hidden width cannot be compared one by one."""
-        narrower = cut.plan.shape.hidden < shapes.shape_of(whole.config).hidden
-        return False if narrower and self.recipe.reconstruct == "layer" else self.recipe.reconstruct
+        """The untrained student of a stage that is cut; not fitted where a checkpoint brings its weights."""
+        if last_checkpoint(self.work / stage.name) is not None:
+            return cut_model(whole, cut.plan)
+        tokenizer = self.tokenizers[self._place(stage.name)]
+        return untrained(self.recipe, whole, cut.plan, self.parts, tokenizer, lambda line: self.progress(f"{stage.name}: {line}"))
 
     def _train(self, stage: Stage, large: Any, cut: Cut | None, importance: Importance | None, folder: Path, parent: Anchor) -> None:
         run_dir = self.work / stage.name
@@ -398,7 +388,9 @@ class _Run:
                 return measure_segment(small, large, cut.kept, documents, self.dataset, names=names, first=importance.order(cut.kept), report=report).link().model_dump()
             self.builder.maps_file(names[0]).unlink(missing_ok=True)  # of a run that was killed meanwhile
             kept = cut_from(resolve_checkpoint(str(stage.checkpoint)), names[1], lambda: small, lambda: large) if self.recipe.align else None
-            fitted = self._training_blocks(stage, FIT_TOKENS) if self.recipe.align and kept is None else documents
+            fitted = documents if kept is not None or not self.recipe.align else training_blocks(
+                self.parts, self.tokenizers[self._place(stage.name)], self.recipe.data.block_size, FIT_TOKENS
+            )
             joined = measured_pair(names, small, large, kept, self.recipe.align, Calibration(fitted, documents), self.dataset, report)
             if joined.kept is not None:
                 self.builder.save_kept(names[0], joined.kept, joined.maps)

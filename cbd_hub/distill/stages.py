@@ -11,6 +11,7 @@ from typing import Any, Literal
 from cbd_hub import shapes
 from cbd_hub.chain import check_pair, unique_name
 from cbd_hub.configs import read_config
+from cbd_hub.cut import cut_model
 from cbd_hub.distill.config import BRIDGES, ChainDistillerConfig
 from cbd_hub.distill.data import (
     Parts,
@@ -28,7 +29,10 @@ from cbd_hub.distill.starts import Start
 from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError
 from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.hub import resolve_checkpoint
+from cbd_hub.interpolation.plan import Plan
 from cbd_hub.manifest import Shape
+from cbd_hub.reconstruct import TOKENS, reconstruct
+from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_size, matches, parse_size
 from cbd_hub.weights import Checkpoint, load_tokenizer
 from cbd_hub.wishes import named_shape
@@ -300,6 +304,31 @@ def training_blocks(parts: Parts, tokenizer: Any, block_size: int, tokens: int) 
     """
     rows = (row.ids for row in tokenised(parts.rows(), tokenizer))
     return Documents.joined(rows, tokenizer, block_size, tokens, name="the training text")
+
+
+def untrained(recipe: Recipe, whole: Any, plan: Plan, parts: Parts, tokenizer: Any, progress: Progress = lambda line: None) -> Any:
+    """A cut as a stage begins with it: reconstructed on training text, where the recipe asks for that.
+
+    Layers of another hidden width cannot be compared one by one, so that such a cut stays as it is by ``reconstruct: layer``.
+
+    Args:
+        recipe: The recipe.
+        whole: The model that is cut.
+        plan: The cut's plan.
+        parts: The recipe's documents.
+        tokenizer: The model's.
+        progress: Called with a line where it is reconstructed.
+
+    Raises:
+        DataError: If the training text has less than a block.
+    """
+    student, target = cut_model(whole, plan), recipe.reconstruct
+    if target is False or (target == "layer" and plan.shape.hidden < shapes.shape_of(whole.config).hidden):
+        return student
+    text = training_blocks(parts, tokenizer, recipe.data.block_size, TOKENS)
+    progress(f"reconstruction by {target} on {text.tokens:,} tokens")
+    reconstruct(student, whole, plan, text, target=target)
+    return student
 
 
 def calibrations(recipe: Recipe, parts: Parts, tokenizers: Sequence[Any]) -> list[Calibration]:
