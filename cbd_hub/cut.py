@@ -235,6 +235,12 @@ def mixes(size: int, config: Any, wish: Shape | None = None) -> list[Shape]:
     )
 
 
+def at_depth(size: int, layers: int, config: Any) -> Shape | None:
+    """The shape of so many layers with the FFN that makes up a size; None where they and no FFN meet it within 0.5%."""
+    shape = _narrowed(size, layers, config) if 1 <= layers <= shape_of(config).layers else None
+    return shape if shape is not None and abs(count(shape, config) - size) <= _MEETS * size else None
+
+
 def _narrowed(size: int, layers: int, config: Any) -> Shape | None:
     """The shape of so many layers with the FFN that brings it nearest to a size; None where only the whole model has so many."""
     whole = shape_of(config)
@@ -285,7 +291,6 @@ def choose_cut(model: Any, size: int, importance: Importance, documents: Documen
         ArgumentError: If the wished shape is no cut of the model.
         ArchitectureError: If the architecture cannot have it.
     """
-    whole = shape_of(model.config)
     tried: dict[Shape, float] = {}
     between = Between({name: model})
 
@@ -299,6 +304,6 @@ def choose_cut(model: Any, size: int, importance: Importance, documents: Documen
     shapes = mixes(size, model.config, wish)
     best = min(shapes, key=loss)
     if len(shapes) > 1:
-        beside = [_narrowed(size, best.layers + step, model.config) for step in (-1, 1) if 1 <= best.layers + step <= whole.layers]
-        best = min([best, *(shape for shape in beside if shape is not None and abs(count(shape, model.config) - size) <= _MEETS * size)], key=loss)
+        beside = [at_depth(size, best.layers + step, model.config) for step in (-1, 1)]
+        best = min([best, *(shape for shape in beside if shape is not None)], key=loss)
     return replace(Cut.of(model, best, importance, name), tried=tried)

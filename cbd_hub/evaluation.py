@@ -81,10 +81,18 @@ class Documents:
         return sum(int((labels[1:] != IGNORED).sum()) for labels in self.labels or self.ids)
 
     def first(self, tokens: int) -> Documents:
-        """As many documents as fit into so many tokens, at least one."""
-        totals = itertools.accumulate(len(ids) for ids in self.ids)
-        count = max(1, sum(total <= tokens for total in totals))
-        return Documents(self.ids[:count], self.lengths[:count], self.labels and self.labels[:count])
+        """As many documents as fit into so many tokens, at least one of those that there are."""
+        return self._part(slice(self._fitting(tokens)))
+
+    def after(self, tokens: int) -> Documents:
+        """The documents that are not the `first` of so many tokens; there may be none."""
+        return self._part(slice(self._fitting(tokens), None))
+
+    def _fitting(self, tokens: int) -> int:
+        return max(1, sum(total <= tokens for total in itertools.accumulate(len(ids) for ids in self.ids)))
+
+    def _part(self, part: slice) -> Documents:
+        return Documents(self.ids[part], self.lengths[part], self.labels and self.labels[part])
 
     def batch(self, chosen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
         """Some documents padded to one length: ids, attention mask (None without padding), and the token that each position predicts, -100 for none."""
@@ -186,7 +194,7 @@ class Documents:
             )
         if len(ids) * block_size < min(ENOUGH, max_tokens or ENOUGH):
             logger.warning(
-                "%s has %d tokens; with fewer than %d, layers and neurons are chosen clearly worse: give a longer text", name, len(ids) * block_size, ENOUGH
+                "%s has %d tokens; with fewer than %d, what is chosen or fitted on them is clearly worse: give a longer text", name, len(ids) * block_size, ENOUGH
             )
         counted = max(1, len(before))  # the first that can
         labels = tuple(torch.cat([block.new_full((counted,), IGNORED), block[counted:]]) for block in ids) if counted > 1 else None

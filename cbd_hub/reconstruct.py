@@ -1,45 +1,53 @@
-"""Layer-wise reconstruction: a cut's FFN outputs fitted, by least squares, so that its residual stream is the whole model's again. No training."""
+"""Layer-wise reconstruction: what a cut's attention and FFN write, fitted by least squares so that its residual stream is the whole model's again. No training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cbd_hub.cut import equal_batches
-from cbd_hub.errors import ArgumentError
-from cbd_hub.evaluation import Documents
+from cbd_hub.cut import Cut, Importance, at_depth, cut_model, equal_batches
+from cbd_hub.errors import ArgumentError, WeightsError
+from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.families import family_of
-from cbd_hub.interpolation.live import frozen, hooks
+from cbd_hub.interpolation.live import ModelRunner, frozen, hooks
 from cbd_hub.interpolation.plan import Plan, Term
 from cbd_hub.losses.hidden import LeastSquares, inverse_square
+from cbd_hub.manifest import Shape
 from cbd_hub.precision import products
+from cbd_hub.reporting import Progress
 from cbd_hub.shapes import check_positions, shape_of
 
 
 TOKENS = 16384  # on 4,096 there is 40 to 90% of the gain (benchmarks/quality/README.md)
 Target = Literal["stream", "layer"]
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+_TRIAL = (1024, 4096)  # tokens on which a shape is fitted and judged when it is tried; fewer do not tell which is better
+_EPS = 1e-5  # of a family whose config has none
+_GAIN = 0.03  # of the mean square of a post-norm's gains: how small a gain is too small to be made up for by what goes through it
 _RIDGE, _NOISE = 0.3, 4096  # of each neuron's own square; the second over the positions
 
 
 def reconstruct(
     student: Any, teacher: Any, plan: Plan, documents: Documents, *, target: Target = "stream", bf16: bool = True
 ) -> dict[str, Tensor]:
-    """Fit what the FFN of each layer of a cut writes, so that the layers and neurons that are gone are missed less.
+    """Fit what attention and FFN of each layer of a cut write, so that the layers, heads and neurons that are gone are missed less.
 
-    Layer by layer, from the first on. With ``A`` the FFN's activations in the cut, ``R`` what its residual stream lacks of the whole model's as that goes into the
-    next kept layer, and ``w`` one over the mean square of that stream at a position (the next norm divides by it), the output weight ``W`` becomes ``W + D``::
+    Layer by layer, from the first on, attention before FFN. With ``A`` what the output projection reads (the heads' outputs, the FFN's activations), ``R`` what the residual stream
+    lacks of the whole model's after it (of attention: after that layer's attention; of the FFN: where the stream goes into the next kept layer), and ``w`` one over the mean
+    square of the whole model's at a position (the next norm divides by it), the output weight ``W`` becomes ``W + D``::
 
         D = argmin  sum w |R - D A|^2 + sum_k g_k |D_k|^2,   g_k = (0.3 + 4096 / positions) sum w A_k^2
           = (sum w R A^T) (sum w A A^T + diag g)^-1
 
-    The ridge ``g`` holds each neuron to what it wrote before, without which D would be learned by heart, of a short text above all. The FFN before layers that were dropped makes up for these;
-    attention, norms and what the FFN reads stay. A bias is fitted along with the weight, without a ridge. Through a post-norm, R is taken back to first order in D.
+    The ridge ``g`` holds each input to what it wrote before, without which D would be learned by heart, of a short text above all. The FFN before layers that were dropped makes up for these;
+    norms and what attention and FFN read stay. A bias is fitted along with the weight, without a ridge. Where a norm follows the projection (post-norm), R is taken back through it with its denominator as it is, for channels
+    whose gain is small only in part (they could be moved only by so much that all others shrink), and w is divided by the square of that denominator.
     Such a regression for the channels of one layer is that of He et al. (https://huggingface.co/papers/1707.06168); with the stream of the whole model as its target it
     reaches over dropped layers and makes up for what earlier layers lost.
 
@@ -49,43 +57,95 @@ def reconstruct(
         plan: The cut's plan.
         documents: Text to fit on; what is judged by the outcome should be other text.
         target: ``"stream"``: as above. ``"layer"``: R is what a layer of the cut lacks of the whole model's same layer on the same input, so that it makes up for its own
-            neurons and heads alone. Anchors of a chain begin so: what makes up for whole layers is in the way where these come back in between. The hidden width has to be the
-            whole model's.
+            neurons and heads alone (attention that kept all of its heads stays as it is). Anchors of a chain begin so: what makes up for whole layers is in the way where these
+            come back in between. The hidden width has to be the whole model's.
         bf16: Whether products of the forward passes run in bf16.
 
     Returns:
-        What was fitted, in fp32, by checkpoint keys.
+        What was changed, in fp32, by checkpoint keys.
 
     Raises:
         ArgumentError: If a document is longer than the model has positions, or the target is not known or does not go with a narrower cut.
+        WeightsError: If what is fitted is not finite, as activations then were not.
     """
-    check_target(target, plan.shape.hidden, shape_of(teacher.config).hidden)
+    whole_shape = shape_of(teacher.config)
+    check_target(target, plan.shape.hidden, whole_shape.hidden)
     longest = max(len(ids) for ids in documents.ids)
     check_positions(longest, teacher.config, f"a row of {longest:,} tokens")
     student.to(teacher.device)
     family = family_of(student.config)
-    spec, dim = family.input_of(family.ffn_input)
     parameters, fitted = family.parameters(student), {}
-    places = [*plan.layers[1:], shape_of(teacher.config).layers]  # where the whole model's stream goes into the next kept layer
+    places = [*plan.layers, whole_shape.layers]
+    norms = family.post_norms or (None, None)
+    eps = _EPS if family.norm_eps is None else float(getattr(teacher.config, family.norm_eps))
+    sites = [_Site(family.heads_input, norms[0], 0), _Site(family.ffn_input, norms[-1], 1)]
+    if target == "layer" and plan.shape.heads == whole_shape.heads:
+        del sites[0]
     with frozen(student, teacher), products(teacher.device, bf16=bf16):
         batches = list(equal_batches(documents))
         streams = list(zip(_streams(student, batches), _streams(teacher, batches)))
         for layer, block in enumerate(student.get_submodule(family.blocks)):
-            names = [spec.name.format(layer=layer), spec.name.removesuffix("weight").format(layer=layer) + "bias"]
-            fit = _Fit(block.get_submodule(family.ffn_input), *((block.get_submodule(family.post_norms[-1]), family.norm_offset) if family.post_norms else (None, 0.0)))
-            for cut, whole in streams:
-                if target == "layer":
-                    wanted = replace(whole, hidden=cut.hidden, place=plan.layers[layer]).next().float()
-                else:
-                    whole.to(places[layer])
-                    wanted = _channels(whole.hidden, plan.tensors[names[0]][0], 1 - dim)
-                fit.add(cut, wanted)
-            for name, change in zip(names, fit.changes(dim)):
-                fitted[name] = parameters[name].float() + change
-                parameters[name].copy_(fitted[name])
-            for cut, _ in streams:
-                cut.to(layer + 1)
+            for site in sites:
+                spec, dim = family.input_of(site.module)
+                names = [spec.name.format(layer=layer), spec.name.removesuffix("weight").format(layer=layer) + "bias"]
+                fit = _Fit(block, site, eps, family.norm_offset)
+                for cut, whole in streams:
+                    if target == "layer":
+                        wanted = replace(whole, hidden=cut.hidden, place=places[layer]).at(site).after.float()
+                    else:
+                        whole.to(places[layer + site.ends])
+                        wanted = _channels(whole.hidden if site.ends else whole.at(site).after, plan.tensors[names[0]][0], 1 - dim)
+                    fit.add(cut.at(site), wanted)
+                for name, change in zip(names, fit.changes(dim)):
+                    if not change.isfinite().all():
+                        raise WeightsError(f"{name} would come out of the reconstruction with values that are no finite numbers; use float32 weights, or reconstruct=None (on the command line none, in a recipe false)")
+                    if change.any():
+                        fitted[name] = parameters[name].float() + change
+                        parameters[name].copy_(fitted[name])
+            for (cut, _), hidden in zip(streams, fit.streams()):  # of the FFN, which ends the layer
+                cut.hidden, cut.place = hidden, layer + 1
     return fitted
+
+
+def choose_reconstructed(
+    cut: Cut, model: Any, importance: Importance, documents: Documents, size: int, *, name: str = "large", target: Target = "stream", progress: Progress = lambda line: None
+) -> Cut:
+    """The cut to a size that loses least once it is reconstructed, found from the one that loses least as it is.
+
+    Layers that are gone are made up for better than neurons, which a choice among mere cuts (`choose_cut`) does not see. Depths around the best one are tried, first a
+    tenth of the layers away, then half as far and so on.
+
+    Args:
+        cut: Where to begin.
+        model: What it is a cut of.
+        importance: Measured on the model.
+        documents: Text: the first 1,024 tokens to fit on, at most half, and 4,096 more to judge by. Where it is a single document nothing is tried.
+        size: Parameters wanted.
+        name: Name of the model in the plan's terms.
+        target: What is fitted to; see `reconstruct`.
+        progress: Called with a line for each shape tried.
+    """
+    tokens = min(_TRIAL[0], documents.tokens // 2)
+    few, rest = documents.first(tokens), documents.after(tokens).first(_TRIAL[1])
+    tried: dict[Shape, float] = {}
+
+    def loss(shape: Shape) -> float:
+        if shape not in tried:
+            plan = Cut.of(model, shape, importance, name).plan
+            student = cut_model(model, plan).to(model.device)
+            reconstruct(student, model, plan, few, target=target)
+            with frozen(student):
+                tried[shape] = document_losses(ModelRunner(student), rest).mean
+            progress(f"  {shape.text:<22}{tried[shape]:.3f} nats per token, reconstructed on {few.tokens:,} tokens")
+        return tried[shape]
+
+    best, step = cut.plan.shape, max(1, round(shape_of(model.config).layers / 10)) if rest.ids else 0
+    while step:
+        around = [shape for layers in (best.layers - step, best.layers + step) if (shape := at_depth(size, layers, model.config)) is not None]
+        if (other := min([best, *around], key=loss)) == best:
+            step //= 2
+        best = other
+    return replace(Cut.of(model, best, importance, name), tried=cut.tried)
 
 
 def check_target(target: Any, hidden: int, whole: int) -> None:
@@ -95,7 +155,7 @@ def check_target(target: Any, hidden: int, whole: int) -> None:
         ArgumentError: Naming those that are.
     """
     if target not in get_args(Target):
-        raise ArgumentError(f"reconstruct={target!r} is not known; use {' or '.join(get_args(Target))}, or None (on the command line none)")
+        raise ArgumentError(f"reconstruct={target!r} is not known; use {', '.join(get_args(Target))} or none (None in Python)")
     if target == "layer" and hidden != whole:
         raise ArgumentError(f"reconstruct='layer' compares layers one by one, and hidden={hidden} is another width than the whole model's {whole}; use stream or none")
 
@@ -105,6 +165,24 @@ def _channels(stream: Tensor, term: Term, dim: int) -> Tensor:
     take = next((take for take in term.takes if take.dim == dim), None)
     chosen = stream if take is None else stream[..., torch.from_numpy(take.index).to(stream.device)]
     return term.weight * chosen.float()
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A linear module of a block that writes into the residual stream: its name, that of the norm in between (post-norm) or None, and whether it ends the block."""
+
+    module: str
+    norm: str | None
+    ends: int
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A batch at a site: what the module read, shape (B, T, width), what it gave, (B, T, H), and the stream after it."""
+
+    read: Tensor
+    gave: Tensor
+    after: Tensor
 
 
 @dataclass
@@ -130,6 +208,25 @@ class _Stream:
         after: Tensor = output[0] if isinstance(output, tuple) else output
         return after
 
+    def at(self, site: _Site) -> _Written:
+        """What happens at a site of the block that comes next."""
+        seen: list[Tensor] = []
+        block, after = self.blocks[self.place], self.hidden
+
+        def on_module(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.extend(part.view(*self.hidden.shape[:2], -1) for part in (inputs[0], output))  # some call it with (B T, width)
+
+        def on_attention(_: Any, __: Any, output: Tensor) -> None:
+            seen.append(output.view_as(self.hidden))
+            raise _Enough
+
+        with hooks() as handles, suppress(_Enough):
+            handles.append(block.get_submodule(site.module).register_forward_hook(on_module))
+            if not site.ends:
+                handles.append(block.get_submodule(site.norm or site.module).register_forward_hook(on_attention))
+            after = self.next()
+        return _Written(seen[0], seen[1], after if site.ends else self.hidden + seen[2])
+
     def to(self, place: int) -> None:
         """Go on to where the block at a place comes next."""
         while self.place < place:
@@ -137,8 +234,8 @@ class _Stream:
             self.place += 1
 
 
-class _Embedded(Exception):
-    """Stops a forward pass before the first block."""
+class _Enough(Exception):
+    """Stops a forward pass where the rest is not needed."""
 
 
 def _streams(model: Any, batches: Sequence[Tensor]) -> list[_Stream]:
@@ -162,57 +259,61 @@ def _stream(model: Any, ids: Tensor, alike: _Stream | None) -> _Stream:
         hidden.append(given.pop("hidden_states"))
         calls.append((args[1:], given))
         if alike is not None:
-            raise _Embedded
+            raise _Enough
 
-    with hooks() as handles, suppress(_Embedded):
+    with hooks() as handles, suppress(_Enough):
         handles += [block.register_forward_pre_hook(on_block, with_kwargs=True) for block in blocks]
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
     return _Stream(blocks, calls if alike is None else alike.calls, hidden[0])
 
 
 class _Fit:
-    """The regression of one layer.
+    """The regression of one layer's attention or FFN.
 
     Args:
-        module: The linear module whose weight is fitted.
-        norm: The norm that its output goes through before it is added to the stream, or None.
-        offset: What that adds to its stored weight.
+        block: The layer.
+        site: The module whose weight is fitted.
+        eps: What norms add to a mean square.
+        offset: What a norm adds to its stored weight.
     """
 
-    def __init__(self, module: Any, norm: Any, offset: float) -> None:
-        self._module, self._norm, self._offset = module, norm, offset
+    def __init__(self, block: Any, site: _Site, eps: float, offset: float) -> None:
+        self._module = block.get_submodule(site.module)
+        self._norm = None if site.norm is None else block.get_submodule(site.norm)
+        self._eps, self._offset = eps, offset
+        self._batches: list[_Written] = []
         self._positions = 0
         self._squares: LeastSquares | None = None
+        self._change: tuple[Tensor, Tensor] | None = None  # of weight (output, input) and bias
 
-    def add(self, stream: _Stream, wanted: Tensor) -> None:
-        """One batch more.
-
-        Args:
-            stream: The cut's, before the layer.
-            wanted: What it should be after it, shape (B, T, H).
-        """
-        seen: list[Tensor] = []
-
-        def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(inputs[0].float().flatten(0, -2))
-
-        with hooks() as handles:
-            handles += [module.register_forward_pre_hook(keep) for module in (self._module, self._norm) if module is not None]
-            lack = (wanted - stream.next().float()).flatten(0, -2)
-        weight = inverse_square(wanted.flatten(0, -2))
-        if self._norm is not None:  # output = gain y / |y|: a change dy moves it by gain dy / |y|, but for what |y| itself changes; where gain is 0 nothing moves it
-            gain, square = self._norm.weight.float() + self._offset, inverse_square(seen[1])
-            lack = torch.where(gain == 0, 0.0, lack / gain) * square.rsqrt()
+    def add(self, batch: _Written, wanted: Tensor) -> None:
+        """One batch of the cut's more, and what the stream should be after it, shape (B, T, H)."""
+        lack, weight = (wanted - batch.after.float()).flatten(0, -2), inverse_square(wanted.flatten(0, -2), self._eps)
+        if self._norm is not None:  # it adds gain y / |y|: with |y| taken as it is, a change of y moves that by gain / |y|, a small gain by next to nothing
+            gain, square = self._norm.weight.float() + self._offset, inverse_square(batch.gave.float().flatten(0, -2), self._eps)
+            squares = gain.square()
+            lack = lack * gain / (squares + _GAIN * squares.mean()).clamp(min=torch.finfo(torch.float32).tiny) * square.rsqrt()
             weight = weight * square
+        self._batches.append(batch)
         self._positions += len(lack)
         if self._squares is None:
-            self._squares = LeastSquares(seen[0].shape[1], lack.shape[1], products=torch.float32)
-        self._squares.add(seen[0], lack, weight)
+            self._squares = LeastSquares(batch.read.shape[-1], lack.shape[1], products=torch.float32)
+        self._squares.add(batch.read.flatten(0, -2), lack, weight)
 
     def changes(self, dim: int) -> list[Tensor]:
         """What is added to the weight, whose dimension ``dim`` is its input, and to the bias where there is one."""
         assert self._squares is not None
         biased = getattr(self._module, "bias", None) is not None
-        weight, bias = self._squares.solve(ridge=_RIDGE + _NOISE / self._positions, each=True, bias=biased)
-        found = [weight.movedim(1, dim), *([bias] if biased else [])]
-        return [change.to(self._module.weight.device, torch.float32) for change in found]
+        found = self._squares.solve(ridge=_RIDGE + _NOISE / self._positions, each=True, bias=biased)
+        weight, bias = (change.to(self._module.weight.device, torch.float32) for change in found)
+        self._change = weight, bias
+        return [weight.movedim(1, dim), *([bias] if biased else [])]
+
+    def streams(self) -> Iterator[Tensor]:
+        """The stream of each batch after the layer, changed."""
+        assert self._change is not None
+        for batch in self._batches:
+            change = F.linear(batch.read.float(), *self._change)
+            if self._norm is not None:
+                change = self._norm(batch.gave.float() + change) - self._norm(batch.gave.float())
+            yield (batch.after + change).to(batch.after.dtype)

@@ -28,7 +28,7 @@ from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.interpolation.plan import Kept, Plan, Term
 from cbd_hub.manifest import Shape
 from cbd_hub.precision import best_device
-from cbd_hub.reconstruct import TOKENS, Target, check_target, reconstruct
+from cbd_hub.reconstruct import TOKENS, Target, check_target, choose_reconstructed, reconstruct
 from cbd_hub.reporting import Progress
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, parameter_count, shape_of
 from cbd_hub.sizes import format_size, matches, parse_size
@@ -40,6 +40,7 @@ from cbd_hub.wishes import named_fields, named_shape
 OWN_TEXT = "text that the model wrote itself"
 _TOKENS = (512, 4096)  # least and most tokens of a trial
 _WORK = 3e11  # parameters times tokens of a trial: what bounds the time
+_ACCELERATED = 50  # times as much of it where there is an accelerator
 _MORE = 8  # times as much text is reconstructed on
 _SLACK = 0.02  # how far a shape may be from the size that came with it
 
@@ -140,7 +141,8 @@ def cut_single(
     if target is not None:
         check_target(target, (wish or shape_of(config)).hidden, shape_of(config).hidden)
     live = load_model(folder, checkpoint.dtype).to(best_device())
-    tokens, more = (min(max(round(work / whole), _TOKENS[0]), most) for work, most in ((_WORK, _TOKENS[1]), (_MORE * _WORK, TOKENS)))
+    work = _WORK * (1 if live.device.type == "cpu" else _ACCELERATED)
+    tokens, more = (min(max(round(share * work / whole), _TOKENS[0]), most) for share, most in ((1, _TOKENS[1]), (_MORE, TOKENS)))
     if texts is None:
         say(f"{name} writes {tokens:,} tokens of text")
         fit_on, heldout = _own_text(live, tokens)
@@ -152,6 +154,8 @@ def cut_single(
     cut = choose_cut(live, wanted, importance, documents, name=name, wish=wish)
     for tried, loss in sorted(cut.tried.items(), key=lambda entry: entry[1]):
         say(f"  {tried.text:<22}{loss:.3f} nats per token")
+    if target is not None and wish is None:
+        cut = choose_reconstructed(cut, live, importance, fit_on, wanted, name=name, target=target, progress=say)
     plan, fitted, student = cut.plan, {}, cut_model(live, cut.plan).to(live.device)
 
     def measured(model: Any) -> Losses:

@@ -419,6 +419,12 @@ def test_a_cut_model_is_pushed_as_what_it_is(hub, tmp_path):
         assert data.to_dict().get("base_model") == ("org/teacher" if name == "cut" else None)
         assert [text.count(words) for words in ("My own words.", "cbd_hub:begin", f'from_pretrained("org/{name}")')] == [1, 1, 2]
         assert str(tmp_path) not in text + hub.repos[f"org/{name}"].at("main")[1]["config.json"].decode()
+    config = json.loads((tmp_path / "cut/config.json").read_text())
+    for younger in ("sliced_loss", "reconstruction", "reconstruction_tokens"):
+        del config["cbd"][younger]
+    (tmp_path / "cut/config.json").write_text(json.dumps(config))
+    push_model(tmp_path / "cut", "org/older")
+    assert "before reconstruction" not in readme(hub, "org/older")
 
 
 def test_a_licence_on_a_local_models_card_goes_with_it(hub, llama, tmp_path):

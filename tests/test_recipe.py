@@ -29,6 +29,7 @@ from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.schema import anchor_key
 from cbd_hub.distill.stages import plan_stages
 from cbd_hub.errors import ArgumentError, CBDError, DataError, IntegrityError, RecipeError, StorageError
+from cbd_hub.evaluation import Documents
 from cbd_hub.files import held
 from cbd_hub.hub import KEPT_FILE
 from cbd_hub.interpolation.curve import Chord
@@ -569,6 +570,28 @@ def test_an_anchor_begins_reconstructed_as_the_recipe_says(tmp_path, monkeypatch
     made = distill_chain(plain, tmp_path / "chain", progress=lines.append)
     assert fitted == targets
     assert_same(distill_chain(plain, tmp_path / "whole").files.root, made.files.root)
+
+
+def test_an_anchor_begins_as_it_is_cut_where_there_is_no_text_to_fit_on(tmp_path, monkeypatch):
+    """A stage's own text may be all that is trained on."""
+    recipe = make_recipe(tmp_path, "llama", ANCHORS[:1])
+    monkeypatch.setattr(stages_module, "reconstruct", None)
+    monkeypatch.setattr(stages_module, "training_blocks", lambda *_: Documents.joined([[5] * 9], tiny.tokenizer(), 32, name="the training text"))
+    lines = []
+    distill_chain(recipe, tmp_path / "chain", progress=lines.append)
+    assert any("without reconstruction: the training text has 9 tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize(("begun", "said"), [({}, {"reconstruct": False}), ({"reconstruct": False}, {})], ids=str)
+def test_what_was_begun_is_told_by_the_words_of_recipes(tmp_path, monkeypatch, begun, said):
+    plain = make_recipe(tmp_path, "llama", ANCHORS[:1], stage={"save_steps": 1})
+    with monkeypatch.context() as patch:
+        tiny.killed_in_training(patch, 2)
+        with pytest.raises(tiny.Killed):
+            distill_chain({**plain, **begun}, tmp_path / "chain")
+    names = [repr({"reconstruct": "layer", **recipe}["reconstruct"]) for recipe in (begun, said)]
+    with pytest.raises(RecipeError, match=f"begun with reconstruct={names[0]}, and the recipe has {names[1]}; put it back"):
+        distill_chain({**plain, **said}, tmp_path / "chain")
 
 
 def test_layers_of_another_hidden_width_are_not_compared(tmp_path, monkeypatch):

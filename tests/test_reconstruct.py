@@ -1,17 +1,19 @@
-"""Reconstruction of a cut: what its FFN writes, fitted to make up for what is gone."""
+"""Reconstruction of a cut: what its attention and FFN write, fitted to make up for what is gone."""
 
 import copy
+import itertools
 
 import pytest
 import tiny
 import torch
 
-from cbd_hub.cut import cut_model, cut_plan, measure_importance
-from cbd_hub.errors import ArgumentError
-from cbd_hub.evaluation import Documents
+from cbd_hub.cut import Cut, at_depth, choose_cut, cut_model, cut_plan, measure_importance
+from cbd_hub.errors import ArgumentError, WeightsError
+from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.families import family_of
-from cbd_hub.reconstruct import reconstruct
-from cbd_hub.shapes import shape_of
+from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.reconstruct import choose_reconstructed, reconstruct
+from cbd_hub.shapes import count, shape_of
 
 
 def documents(count=80, length=32, seed=0):
@@ -26,26 +28,28 @@ def cut_of(model, **axes):
     return cut_model(model, plan).eval(), plan
 
 
-def seen(model, text, layer):
-    """Activations of a layer's FFN, its output (before a post-norm), and the stream after the layer; in float64, positions first."""
+def seen(model, text, layer, site="ffn_input"):
+    """What a layer's FFN or attention (heads_input) writes with, its output (before a post-norm), and the stream after it; in float64, positions first."""
     family, found = family_of(model.config), {}
     block = model.get_submodule(family.blocks)[layer]
     handles = [
-        block.get_submodule(family.ffn_input).register_forward_hook(lambda _, inputs, output: found.update(inputs=inputs[0], written=output)),
+        block.get_submodule(getattr(family, site)).register_forward_hook(lambda _, inputs, output: found.update(inputs=inputs[0], written=output)),
+        block.register_forward_pre_hook(lambda _, inputs: found.update(before=inputs[0])),
         block.register_forward_hook(lambda _, inputs, output: found.update(stream=output[0] if isinstance(output, tuple) else output)),
     ]
     with torch.no_grad():
         model(torch.stack(text.ids))
     for handle in handles:
         handle.remove()
-    return [found[name].double().flatten(0, -2) for name in ("inputs", "written", "stream")]
+    inputs, written, before, stream = (found[name].double().flatten(0, -2) for name in ("inputs", "written", "before", "stream"))
+    return inputs, written, before + written if site == "heads_input" else stream
 
 
 def gone(model, whole, plan, text, layer):
     """What the stream after a layer lacks, relative to its size at each position; the mean square."""
     last = [*plan.layers[1:], shape_of(whole.config).layers][layer] - 1
     wanted = seen(whole, text, last)[2]
-    return float((((wanted - seen(model, text, layer)[2]) ** 2).sum(1) / wanted.square().mean(1)).sum())
+    return float((((wanted - seen(model, text, layer)[2]) ** 2).sum(1) / wanted.square().mean(1).clamp(min=1e-12)).sum())
 
 
 @pytest.mark.parametrize("family", sorted(name for name in tiny.EVERY if name not in ("gemma3_text", "olmo2")))
@@ -54,13 +58,13 @@ def test_the_fit_is_the_ridge_regression_of_the_docstring(family):
     whole = tiny.EVERY[family](layers=5, ffn=48).eval()
     cut, plan = cut_of(whole, layers=3, ffn=32)
     fitted = copy.deepcopy(cut)
-    spec, dim = family_of(cut.config).input_of(family_of(cut.config).ffn_input)
     made = reconstruct(fitted, whole, plan, documents(), bf16=False)
     names = family_of(cut.config).parameters(cut)
-    ends = [*plan.layers[1:], 5]
-    for layer in range(3):
-        inputs, _, stream = seen(cut, documents(), layer)
-        wanted = seen(whole, documents(), ends[layer] - 1)[2]
+    ends = [*plan.layers, 5]
+    for layer, site in itertools.product(range(3), ("heads_input", "ffn_input")):
+        spec, dim = family_of(cut.config).input_of(getattr(family_of(cut.config), site))
+        inputs, _, stream = seen(cut, documents(), layer, site)
+        wanted = seen(whole, documents(), ends[layer] if site == "heads_input" else ends[layer + 1] - 1, site)[2]
         weight = wanted.square().mean(1, keepdim=True).rsqrt()
         key = spec.name.format(layer=layer)
         biased = key.removesuffix("weight") + "bias" in names
@@ -70,13 +74,13 @@ def test_the_fit_is_the_ridge_regression_of_the_docstring(family):
         rows = torch.cat([inputs * weight, held.diag()])
         change = torch.linalg.lstsq(rows, torch.cat([(wanted - stream) * weight, torch.zeros(len(held), wanted.shape[1])])).solution
         expected = names[key].detach() + (change[: len(change) - biased]).movedim(0, dim)
-        torch.testing.assert_close(made[key].double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
-        with torch.no_grad():  # the next layer is fitted on what comes out of this one
+        torch.testing.assert_close(made.get(key, names[key]).double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        with torch.no_grad():  # what comes next is fitted on what comes out of this
             names[key].copy_(expected)
             if biased:
                 bias = names[key.removesuffix("weight") + "bias"]
                 bias += change[-1]
-                torch.testing.assert_close(made[key.removesuffix("weight") + "bias"], bias, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(made.get(key.removesuffix("weight") + "bias", bias), bias, rtol=1e-3, atol=1e-5)
     changed = {name for name, tensor in family_of(fitted.config).parameters(fitted).items() if not tensor.equal(family_of(fitted.config).parameters(cut_of(whole, layers=3, ffn=32)[0])[name])}
     assert changed == set(made), "nothing else moves"
 
@@ -92,6 +96,19 @@ def test_every_layer_comes_nearer_to_the_whole_model_in_every_family(family, axe
     for text, share in ((documents(), 0.97), (documents(seed=1), 1.0)):  # also on text that it was not fitted on
         before, after = (gone(model, whole, plan, text, last) for model in (cut, fitted))
         assert after < share * before
+
+
+@pytest.mark.parametrize("target", ["stream", "layer"])
+@pytest.mark.parametrize("family", sorted(name for name in tiny.EVERY if name not in ("gpt2", "gpt_neox", "opt")))  # these cut heads with the hidden width
+def test_heads_that_are_gone_are_made_up_for_by_those_that_stay(family, target):
+    whole = tiny.EVERY[family](layers=3, ffn=48).eval()
+    cut, plan = cut_of(whole, heads=2, kv_heads=1)
+    fitted, table = copy.deepcopy(cut), family_of(cut.config)
+    made = reconstruct(fitted, whole, plan, documents(), target=target, bf16=False)
+    assert {table.input_of(table.heads_input)[0].name.format(layer=layer) for layer in range(3)} <= made.keys()
+    for text in (documents(), documents(seed=1)):
+        before, after = (gone(model, whole, plan, text, 0) for model in (cut, fitted))
+        assert after < before
 
 
 @pytest.mark.parametrize("family", sorted(tiny.EVERY))
@@ -165,3 +182,79 @@ def test_a_channel_that_a_post_norm_silences_stays_and_spoils_nothing(family):
         assert tensor.isfinite().all()
         assert tensor[5].equal(before.get_parameter(name)[5])
     assert any(not tensor[4].equal(before.get_parameter(name)[4]) for name, tensor in made.items())
+
+
+@pytest.mark.parametrize("family", sorted(tiny.EVERY))
+def test_a_stream_of_zeros_and_an_ffn_that_writes_nothing_spoil_nothing(family):
+    """A padding row that is also the first token of every text stays 0 in training; blocks that are grown begin with an FFN that writes nothing."""
+    whole = tiny.EVERY[family](layers=4, ffn=48, tied=False).eval() if family not in ("gpt2", "opt") else tiny.EVERY[family](layers=4, ffn=48).eval()
+    table = family_of(whole.config)
+    parameters = table.parameters(whole)
+    spec, _ = table.input_of(table.ffn_input)
+    with torch.no_grad():
+        parameters[table.embedding][2] = 0
+        for name in (spec.name.format(layer=1), spec.name.removesuffix("weight").format(layer=1) + "bias"):
+            if name in parameters:
+                parameters[name].zero_()
+    text = documents()
+    for ids in text.ids:
+        ids[0] = 2
+    for axes in ({"layers": 3}, {"ffn": 32}):
+        cut, plan = cut_of(whole, **axes)
+        before = copy.deepcopy(cut)
+        made = reconstruct(cut, whole, plan, text, bf16=False)
+        assert all(tensor.isfinite().all() for tensor in made.values())
+        assert gone(cut, whole, plan, text, len(plan.layers) - 1) < gone(before, whole, plan, text, len(plan.layers) - 1)
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.01, 0.001, 1e-5, 0.0])
+@pytest.mark.parametrize("axes", [{"ffn": 32}, {"layers": 2}], ids=str)
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_a_channel_that_a_post_norm_all_but_silences_makes_no_fit_worse(family, axes, gain):
+    whole = tiny.EVERY[family](layers=4, ffn=48).eval()
+    with torch.no_grad():
+        for block in whole.model.layers:
+            block.post_feedforward_layernorm.weight[5] = gain - family_of(whole.config).norm_offset
+    cut, plan = cut_of(whole, **axes)
+    before = copy.deepcopy(cut)
+    reconstruct(cut, whole, plan, documents(), bf16=False)
+    last = len(plan.layers) - 1
+    for text in (documents(), documents(seed=1)):
+        assert gone(cut, whole, plan, text, last) < gone(before, whole, plan, text, last)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    whole = tiny.llama(layers=3, ffn=48).eval()
+    cut, plan = cut_of(whole, ffn=32)
+    with torch.no_grad():
+        whole.model.layers[1].mlp.gate_proj.weight.fill_(float("inf"))
+    with pytest.raises(WeightsError, match="reconstruct=None"):
+        reconstruct(cut, whole, plan, documents(), bf16=False)
+
+
+def test_the_depth_is_chosen_by_the_loss_after_the_fit():
+    """No depth beside the chosen one loses less, each fitted on the first 1,024 tokens and judged on the others."""
+    whole, text = tiny.llama(layers=10, ffn=96, initializer_range=0.3).eval(), documents()
+    importance = measure_importance(whole, text, bf16=False)
+    size = count(shape_of(whole.config).model_copy(update={"layers": 8, "ffn": 80}), whole.config)
+    plain, lines = choose_cut(whole, size, importance, text, name="whole"), []
+    chosen = choose_reconstructed(plain, whole, importance, text, size, name="whole", progress=lines.append)
+
+    def loss(depth):
+        shape = at_depth(size, depth, whole.config)
+        if shape is None:
+            return float("inf")
+        plan = Cut.of(whole, shape, importance, "whole").plan
+        student = cut_model(whole, plan)
+        reconstruct(student, whole, plan, text.first(1024))
+        with frozen(student):
+            return document_losses(ModelRunner(student), text.after(1024)).mean
+
+    depth, start = (cut.plan.shape.layers for cut in (chosen, plain))
+    found = {layers: loss(layers) for layers in {depth - 1, depth, depth + 1, start}}
+    assert found[depth] == min(found.values())
+    assert any(f"{found[depth]:.3f} nats per token, reconstructed on {text.first(1024).tokens:,} tokens" in line for line in lines)
+    assert len(lines) == len(set(lines)), "no shape is tried twice"
+    assert chosen.tried == plain.tried
+    one = Documents(text.ids[:1], text.lengths[:1])
+    assert choose_reconstructed(plain, whole, importance, one, size, name="whole").plan.shape == plain.plan.shape, "one text cannot both fit and judge"

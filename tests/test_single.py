@@ -94,7 +94,7 @@ def test_an_exact_shape_is_the_model_sliced(source):
 
 @ONE_FAMILY
 def test_what_was_cut_is_made_up_for_or_not(source, tmp_path):
-    """Without the fit the model is slices of the whole one; with it the FFN's output alone is another, and file, model and record agree."""
+    """Without the fit the model is slices of the whole one; with it what attention and FFN write alone is another, and file, model and record agree."""
     whole = AutoModelForCausalLM.from_pretrained(source)
     plain, *fitted = (CBDModel.from_pretrained(source, shape={"layers": 4, "ffn": 80}, calibration=TEXTS, reconstruct=target) for target in (None, "stream", "layer"))
     columns = torch.cat([layer.mlp.down_proj.weight for layer in whole.model.layers], 1)
@@ -102,7 +102,8 @@ def test_what_was_cut_is_made_up_for_or_not(source, tmp_path):
     assert (plain.config.cbd["reconstruction"], plain.config.cbd["reconstruction_tokens"], plain.config.cbd["loss"]) == (None, 0, plain.config.cbd["sliced_loss"])
     for model, target in zip(fitted, ("stream", "layer")):
         moved = {name for name, tensor in model.named_parameters() if not tensor.equal(plain.get_parameter(name))}
-        assert moved == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)}
+        written = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)}
+        assert moved == written | ({f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(1, 4)} if target == "stream" else set()), "heads are all there, and so is all that the first layer reads"
         assert model.config.cbd["sliced_loss"] == plain.config.cbd["loss"]
         assert model.config.cbd["reconstruction"] == target
         assert model.config.cbd["reconstruction_tokens"] > 0
@@ -153,7 +154,7 @@ def test_the_same_call_gives_the_same_model(source):
     ({"shape": {"depth": 3}}, ArgumentError, 'no field "depth"'),
     ({"shape": "layers=2"}, ArgumentError, "shape='layers=2' is no shape"),
     ({"shape": {"layers": 6}}, SizeError, "is all of"),
-    ({"shape": {"layers": 5}, "reconstruct": "channel"}, ArgumentError, "reconstruct='channel' is not known; use stream or layer"),
+    ({"shape": {"layers": 5}, "reconstruct": "channel"}, ArgumentError, "reconstruct='channel' is not known; use stream, layer or none"),
     ({"shape": {"hidden": 28}, "reconstruct": "layer"}, ArgumentError, "hidden=28 is another width"),
     ({"shape": {"hidden": 30}}, ArchitectureError, "cannot have the shape"),
     ({"shape": {"layers": 3, "ffn": 8}, "size": 50_000}, SizeError, "leave one of them out"),
@@ -250,7 +251,8 @@ def test_the_command(cbd, source, tmp_path):
     code, printed, said = cbd("cut", source, "--size", wanted, "--text", tmp_path / "text.txt", "--out", tmp_path / "made")
     assert code == 0
     assert "expected loss" in printed
-    assert "nats per token" in said
+    assert "nats per token\n" in said
+    assert "nats per token, reconstructed on" in said
     assert "±" in printed
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "made").config.cbd["strategy"] == "cut"
     assert "before reconstruction" in printed
@@ -258,6 +260,7 @@ def test_the_command(cbd, source, tmp_path):
     assert code == 0
     assert "reconstruction" not in printed + said + (tmp_path / "sliced" / "README.md").read_text()
     code, printed, said = cbd("cut", source, "--shape", "layers=3", "--out", tmp_path / "json", "--json")
+    assert "reconstructed on" not in said, "there is nothing to choose"
     assert code == 0
     assert not said
     facts = json.loads(printed)

@@ -26,7 +26,7 @@ def cut(
     size: Annotated[str | None, typer.Option("--size", help='Parameters wanted, fewer than the model has: "120M".', show_default=False)] = None,
     shape: Annotated[str | None, typer.Option("--shape", help='The shape instead, such as "layers=24,ffn=1192"; with --size the FFN fills the rest.', show_default=False)] = None,
     text: Annotated[str | None, typer.Option("--text", help="Text to choose and measure on; by default the model writes its own.", show_default=False)] = None,
-    reconstruct: Annotated[str, typer.Option("--reconstruct", help="Fit its FFN on the text, by least squares, to make up for all that was cut (stream), for neurons and heads alone (layer: for an anchor of a chain to be), or for nothing (none).")] = "stream",
+    reconstruct: Annotated[str, typer.Option("--reconstruct", help="Fit what its attention and FFN write on the text, by least squares, to make up for what was cut: stream for all of it, layer for neurons and heads alone (an anchor of a chain to be); none: not at all.")] = "stream",
     column: ColumnOption = "text",
     revision: ModelRevisionOption = None,
     as_json: JsonOption = False,

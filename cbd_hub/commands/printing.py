@@ -96,7 +96,7 @@ def show_costs(costs: list[Any], parts: Any, as_json: bool) -> None:
     out.print("documents: " + ", ".join(f"{name} {'a stream' if count is None else f'{count:,}'}" for name, count in counts.items()))
     out.print(
         f"{duration(sum(cost.seconds for cost in costs))} in all. training: steps with clipping and optimiser, checkpoints; measuring: cut, loss, order, curve. "
-        "Sampling, hidden states and steps on the path come on top"
+        "Sampling, hidden states, steps on the path, reconstruction and aligning come on top"
     )
 
 

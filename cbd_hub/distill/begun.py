@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cbd_hub.distill.stages import Stage
 
 _SUFFIX = ".begun.json"
+_UNSAID = {"align": "auto", "reconstruct": "layer"}  # what a record without such a field means
 
 
 def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: Parts) -> dict[str, dict[str, Any]]:
@@ -39,9 +40,9 @@ def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: P
         if not stage.arguments.get("text_weight"):
             del own["text_data"]
         found[stage.name] = {"anchors": recipe.anchors[: index + 1], **own, "stage": telling(stage.arguments)}
-        if stage.origin == "published" and not stage.bridged and recipe.align != "auto":  # as the next one, so that runs begun before it was a field go on
+        if stage.origin == "published" and not stage.bridged and recipe.align != _UNSAID["align"]:  # as the next one, so that runs begun before it was a field go on
             found[stage.name]["align"] = recipe.align
-        if stage.origin == "cut" and recipe.reconstruct != "layer":
+        if stage.origin == "cut" and recipe.reconstruct != _UNSAID["reconstruct"]:
             found[stage.name]["reconstruct"] = recipe.reconstruct
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=str))
     return plain
@@ -112,7 +113,7 @@ class Begun:
                 raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
             changed = self._changed(name)
             if changed is not None:
-                key, old, new = changed
+                key, old, new = (_UNSAID.get(changed[0], value) if value is None else value for value in changed)
                 raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
 
     def _changed(self, name: str) -> tuple[str, Any, Any] | None:

@@ -26,7 +26,7 @@ from cbd_hub.distill.data import (
 from cbd_hub.distill.packing import tokenised
 from cbd_hub.distill.schema import Recipe, RecipeData, anchor_key
 from cbd_hub.distill.starts import Start
-from cbd_hub.errors import ArchitectureError, CBDError, RecipeError, VocabularyMismatchError
+from cbd_hub.errors import ArchitectureError, CBDError, DataError, RecipeError, VocabularyMismatchError
 from cbd_hub.evaluation import Calibration, Documents
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.plan import Plan
@@ -307,9 +307,9 @@ def training_blocks(parts: Parts, tokenizer: Any, block_size: int, tokens: int) 
 
 
 def untrained(recipe: Recipe, whole: Any, plan: Plan, parts: Parts, tokenizer: Any, progress: Progress = lambda line: None) -> Any:
-    """A cut as a stage begins with it: reconstructed on training text, where the recipe asks for that.
+    """A cut as a stage begins with it: reconstructed on the recipe's training text, where it asks for that.
 
-    Layers of another hidden width cannot be compared one by one, so that such a cut stays as it is by ``reconstruct: layer``.
+    Layers of another hidden width cannot be compared one by one, so that such a cut stays as it is by ``reconstruct: layer``; so does one where there is less than a block of text.
 
     Args:
         recipe: The recipe.
@@ -317,15 +317,16 @@ def untrained(recipe: Recipe, whole: Any, plan: Plan, parts: Parts, tokenizer: A
         plan: The cut's plan.
         parts: The recipe's documents.
         tokenizer: The model's.
-        progress: Called with a line where it is reconstructed.
-
-    Raises:
-        DataError: If the training text has less than a block.
+        progress: Called with a line that says whether it is reconstructed.
     """
     student, target = cut_model(whole, plan), recipe.reconstruct
     if target is False or (target == "layer" and plan.shape.hidden < shapes.shape_of(whole.config).hidden):
         return student
-    text = training_blocks(parts, tokenizer, recipe.data.block_size, TOKENS)
+    try:
+        text = training_blocks(parts, tokenizer, recipe.data.block_size, TOKENS)
+    except DataError as error:
+        progress(f"begins as it is cut, without reconstruction: {error}")
+        return student
     progress(f"reconstruction by {target} on {text.tokens:,} tokens")
     reconstruct(student, whole, plan, text, target=target)
     return student

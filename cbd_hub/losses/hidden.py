@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbd_hub.errors import ArgumentError
+from cbd_hub.precision import widest
 
 
 HIDDEN_LOSSES = ("cosine", "mse")
@@ -84,19 +85,20 @@ class LeastSquares:
     """
 
     def __init__(self, width: int, target: int, *, products: torch.dtype = torch.float64) -> None:
-        self._products = products
+        self._products, self._device = products, torch.device("cpu")
         self._inputs = torch.zeros(width + 1, width + 1, dtype=torch.float64)
         self._cross = torch.zeros(width + 1, target, dtype=torch.float64)
 
     def add(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> None:
         """Take in states of some positions, shapes (N, width) and (N, target), and how much each position weighs, shape (N, 1), where that is not one over the teacher's mean square."""
-        device = torch.device("cpu") if self._products == torch.float64 else student.device
+        self._device = device = torch.device("cpu") if self._products == torch.float64 else student.device
         ours, theirs = (states.detach().to(device).to(self._products) for states in (student, teacher))
         ours = torch.cat([ours, ours.new_ones(len(ours), 1)], -1)
         weight = inverse_square(theirs) if weight is None else weight.to(ours)
         weighed = (weight * ours).t()
-        self._inputs += (weighed @ ours).cpu()
-        self._cross += (weighed @ theirs).cpu()
+        with torch.autocast(device.type, enabled=False):
+            self._inputs += (weighed @ ours).cpu()
+            self._cross += (weighed @ theirs).cpu()
 
     def solve(self, *, ridge: float = _RIDGE, each: bool = False, bias: bool = True) -> tuple[Tensor, Tensor]:
         """Weight, shape (target, width), and bias, shape (target,), in fp64 on the CPU.
@@ -107,16 +109,19 @@ class LeastSquares:
             bias: Whether there is one; without it W alone is fitted, to states as they are, and the bias is 0.
         """
         tiny = torch.finfo(torch.float32).tiny
-        total = self._inputs[-1, -1].clamp(min=tiny)
-        mean_in, mean_out = bias * self._inputs[-1, :-1] / total, bias * self._cross[-1] / total
-        inputs = self._inputs[:-1, :-1] - total * torch.outer(mean_in, mean_in)
-        cross = self._cross[:-1] - total * torch.outer(mean_in, mean_out)
+        inputs, cross = self._inputs[:-1, :-1], self._cross[:-1]
+        mean_in, mean_out = torch.zeros_like(self._inputs[-1, :-1]), torch.zeros_like(self._cross[-1])
+        if bias:
+            total = self._inputs[-1, -1].clamp(min=tiny)
+            mean_in, mean_out = self._inputs[-1, :-1] / total, self._cross[-1] / total
+            inputs, cross = inputs - total * torch.outer(mean_in, mean_in), cross - total * torch.outer(mean_in, mean_out)
         own = self._inputs[:-1, :-1].diagonal()
         held = ridge * own + 1e-9 * own.mean() if each else (ridge * own.mean()).expand(len(own))
-        weight = torch.linalg.solve(inputs + torch.diag(held.clamp(min=tiny)), cross).t()
+        home = self._device if widest(self._device) == torch.float64 else torch.device("cpu")
+        weight = torch.linalg.solve((inputs + torch.diag(held.clamp(min=tiny))).to(home), cross.to(home)).t().cpu()
         return weight, mean_out - weight @ mean_in
 
 
-def inverse_square(states: Tensor) -> Tensor:
-    """One over the mean square of each position's state, shape (N, 1): what a position weighs where states of unlike scale are to count alike."""
-    return 1 / states.square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+def inverse_square(states: Tensor, eps: float = torch.finfo(torch.float32).tiny) -> Tensor:
+    """One over the mean square of each position's state plus eps, shape (N, 1): what a position weighs where states of unlike scale are to count alike."""
+    return 1 / (states.square().mean(-1, keepdim=True) + eps)
