@@ -27,7 +27,7 @@ from cbd_hub.shapes import check_positions, shape_of
 TOKENS = 16384  # on 4,096 there is 40 to 90% of the gain (benchmarks/quality/README.md)
 Target = Literal["stream", "layer"]
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-_TRIAL = (1024, 4096)  # tokens on which a shape is fitted and judged when it is tried; fewer do not tell which is better
+_TRIAL = (1024, 3072)  # tokens on which a shape is fitted and judged when it is tried; fewer do not tell which is better
 _EPS = 1e-5  # of a family whose config has none
 _GAIN = 0.03  # of the mean square of a post-norm's gains: how small a gain is too small to be made up for by what goes through it
 _RIDGE, _NOISE = 0.3, 4096  # of each neuron's own square; the second over the positions
@@ -83,7 +83,8 @@ def reconstruct(
         del sites[0]
     with frozen(student, teacher), products(teacher.device, bf16=bf16):
         batches = list(equal_batches(documents))
-        streams = list(zip(_streams(student, batches), _streams(teacher, batches)))
+        wholes = _streams(teacher, batches)
+        streams = list(zip(_cut_streams(student, wholes, batches, plan.layers), wholes))
         for layer, block in enumerate(student.get_submodule(family.blocks)):
             for site in sites:
                 spec, dim = family.input_of(site.module)
@@ -119,7 +120,7 @@ def choose_reconstructed(
         cut: Where to begin.
         model: What it is a cut of.
         importance: Measured on the model.
-        documents: Text: the first 1,024 tokens to fit on, at most half, and 4,096 more to judge by. Where it is a single document nothing is tried.
+        documents: Text: the first 1,024 tokens to fit on, at most half, and 3,072 more to judge by. Where it is a single document nothing is tried.
         size: Parameters wanted.
         name: Name of the model in the plan's terms.
         target: What is fitted to; see `reconstruct`.
@@ -240,16 +241,18 @@ class _Enough(Exception):
 
 def _streams(model: Any, batches: Sequence[Tensor]) -> list[_Stream]:
     """The streams of batches of token ids, shape (B, T) each, before the first block; what blocks are called with is found by one whole forward pass for each shape."""
-    found: list[_Stream] = []
-    known: dict[torch.Size, _Stream] = {}
-    for ids in batches:
-        found.append(_stream(model, ids, known.get(ids.shape)))
-        known.setdefault(ids.shape, found[-1])
-    return found
+    known: dict[torch.Size, Sequence[_Call]] = {}
+    return [_stream(model, ids, known) for ids in batches]
 
 
-def _stream(model: Any, ids: Tensor, alike: _Stream | None) -> _Stream:
-    """One of them; of a batch of the same shape as another it is known what blocks are called with."""
+def _cut_streams(student: Any, whole: Sequence[_Stream], batches: Sequence[Tensor], layers: Sequence[int]) -> list[_Stream]:
+    """Those of a cut, whose layers are called as the whole model's are that they were."""
+    known = {ids.shape: [stream.calls[layer] for layer in layers] for ids, stream in zip(batches, whole)}
+    return [_stream(student, ids, known) for ids in batches]
+
+
+def _stream(model: Any, ids: Tensor, known: dict[torch.Size, Sequence[_Call]]) -> _Stream:
+    """One of them; of a batch of a known shape it is known what blocks are called with."""
     blocks = list(model.get_submodule(family_of(model.config).blocks))
     calls: list[_Call] = []
     hidden: list[Tensor] = []
@@ -258,13 +261,13 @@ def _stream(model: Any, ids: Tensor, alike: _Stream | None) -> _Stream:
         given = {**dict(zip(("hidden_states",), args)), **kwargs}
         hidden.append(given.pop("hidden_states"))
         calls.append((args[1:], given))
-        if alike is not None:
+        if ids.shape in known:
             raise _Enough
 
     with hooks() as handles, suppress(_Enough):
         handles += [block.register_forward_pre_hook(on_block, with_kwargs=True) for block in blocks]
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    return _Stream(blocks, calls if alike is None else alike.calls, hidden[0])
+    return _Stream(blocks, known.setdefault(ids.shape, calls), hidden[0])
 
 
 class _Fit:

@@ -141,7 +141,7 @@ class Recipe(_Strict):
         seed: Seed of the split of the data, of the order of documents and of training.
         align: Whether an anchor that began as a checkpoint is brought into the coordinates of the one above it once it has learned: ``"auto"``: where that helps,
             and not where it was cut from it. True: always, but for those. False: never, as the paper has it.
-        reconstruct: What the FFN of an anchor that is cut is fitted to before it learns (`cbd_hub.reconstruct.reconstruct`): ``"layer"``: to make up for neurons and heads.
+        reconstruct: What attention and FFN of an anchor that is cut are fitted to before it learns (`cbd_hub.reconstruct.reconstruct`): ``"layer"``: to make up for neurons and heads.
             ``"stream"``: for layers too, by which the anchor gains more and sizes near the one above it lose. False: nothing.
     """
 

@@ -13,6 +13,7 @@ from cbd_hub.precision import widest
 
 
 HIDDEN_LOSSES = ("cosine", "mse")
+_STRIPS = 4  # of a product of which half is wanted
 _RIDGE = 1e-4  # of the mean square of the inputs
 
 
@@ -86,7 +87,7 @@ class LeastSquares:
 
     def __init__(self, width: int, target: int, *, products: torch.dtype = torch.float64) -> None:
         self._products, self._device = products, torch.device("cpu")
-        self._inputs = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self._inputs = torch.zeros(width + 1, width + 1, dtype=torch.float64)  # its upper triangle
         self._cross = torch.zeros(width + 1, target, dtype=torch.float64)
 
     def add(self, student: Tensor, teacher: Tensor, weight: Tensor | None = None) -> None:
@@ -97,7 +98,9 @@ class LeastSquares:
         weight = inverse_square(theirs) if weight is None else weight.to(ours)
         weighed = (weight * ours).t()
         with torch.autocast(device.type, enabled=False):
-            self._inputs += (weighed @ ours).cpu()
+            step = -(-len(weighed) // _STRIPS)
+            for start in range(0, len(weighed), step):
+                self._inputs[start : start + step, start:] += (weighed[start : start + step] @ ours[:, start:]).cpu()
             self._cross += (weighed @ theirs).cpu()
 
     def solve(self, *, ridge: float = _RIDGE, each: bool = False, bias: bool = True) -> tuple[Tensor, Tensor]:
@@ -110,15 +113,16 @@ class LeastSquares:
         """
         tiny = torch.finfo(torch.float32).tiny
         inputs, cross = self._inputs[:-1, :-1], self._cross[:-1]
-        mean_in, mean_out = torch.zeros_like(self._inputs[-1, :-1]), torch.zeros_like(self._cross[-1])
+        mean_in, mean_out = torch.zeros_like(self._inputs[:-1, -1]), torch.zeros_like(self._cross[-1])
         if bias:
             total = self._inputs[-1, -1].clamp(min=tiny)
-            mean_in, mean_out = self._inputs[-1, :-1] / total, self._cross[-1] / total
+            mean_in, mean_out = self._inputs[:-1, -1] / total, self._cross[-1] / total
             inputs, cross = inputs - total * torch.outer(mean_in, mean_in), cross - total * torch.outer(mean_in, mean_out)
         own = self._inputs[:-1, :-1].diagonal()
         held = ridge * own + 1e-9 * own.mean() if each else (ridge * own.mean()).expand(len(own))
         home = self._device if widest(self._device) == torch.float64 else torch.device("cpu")
-        weight = torch.linalg.solve((inputs + torch.diag(held.clamp(min=tiny))).to(home), cross.to(home)).t().cpu()
+        factor, _ = torch.linalg.cholesky_ex((inputs + torch.diag(held.clamp(min=tiny))).to(home), upper=True)
+        weight = torch.cholesky_solve(cross.to(home), factor, upper=True).t().cpu()
         return weight, mean_out - weight @ mean_in
 
 
