@@ -241,7 +241,7 @@ class _Enough(Exception):
 
 def _streams(model: Any, batches: Sequence[Tensor]) -> list[_Stream]:
     """The streams of batches of token ids, shape (B, T) each, before the first block; what blocks are called with is found by one whole forward pass for each shape."""
-    known: dict[torch.Size, Sequence[_Call]] = {}
+    known: dict[torch.Size, list[_Call]] = {}
     return [_stream(model, ids, known) for ids in batches]
 
 
@@ -251,7 +251,7 @@ def _cut_streams(student: Any, whole: Sequence[_Stream], batches: Sequence[Tenso
     return [_stream(student, ids, known) for ids in batches]
 
 
-def _stream(model: Any, ids: Tensor, known: dict[torch.Size, Sequence[_Call]]) -> _Stream:
+def _stream(model: Any, ids: Tensor, known: dict[torch.Size, list[_Call]]) -> _Stream:
     """One of them; of a batch of a known shape it is known what blocks are called with."""
     blocks = list(model.get_submodule(family_of(model.config).blocks))
     calls: list[_Call] = []
