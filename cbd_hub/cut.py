@@ -255,7 +255,7 @@ class Cut:
     Attributes:
         plan: The cut.
         kept: Which units stay, in order of importance.
-        tried: Loss in nats per token of each shape that was tried, untrained.
+        tried: Loss in nats per token of each shape that was tried as a mere cut.
     """
 
     plan: Plan

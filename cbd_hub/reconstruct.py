@@ -40,14 +40,14 @@ def reconstruct(
 
     Layer by layer, from the first on, attention before FFN. With ``A`` what the output projection reads (the heads' outputs, the FFN's activations), ``R`` what the residual stream
     lacks of the whole model's after it (of attention: after that layer's attention; of the FFN: where the stream goes into the next kept layer), and ``w`` one over the mean
-    square of the whole model's at a position (the next norm divides by it), the output weight ``W`` becomes ``W + D``::
+    square of the whole model's at a position (RMSNorm divides by it, LayerNorm by nearly the same), the output weight ``W`` becomes ``W + D``::
 
         D = argmin  sum w |R - D A|^2 + sum_k g_k |D_k|^2,   g_k = (0.3 + 4096 / positions) sum w A_k^2
           = (sum w R A^T) (sum w A A^T + diag g)^-1
 
     The ridge ``g`` holds each input to what it wrote before, without which D would be learned by heart, of a short text above all. The FFN before layers that were dropped makes up for these;
-    norms and what attention and FFN read stay. A bias is fitted along with the weight, without a ridge. Where a norm follows the projection (post-norm), R is taken back through it with its denominator as it is, for channels
-    whose gain is small only in part (they could be moved only by so much that all others shrink), and w is divided by the square of that denominator.
+    norms and what attention and FFN read stay. A bias is fitted along with the weight, without a ridge. Where a norm follows the projection (post-norm: it adds ``gain y / |y|``), R is taken back through its derivative: what
+    lies along y cannot be had, channels whose gain is small get only a part, and w is divided by the square of ``|y|``.
     Such a regression for the channels of one layer is that of He et al. (https://huggingface.co/papers/1707.06168); with the stream of the whole model as its target it
     reaches over dropped layers and makes up for what earlier layers lost.
 
@@ -78,13 +78,15 @@ def reconstruct(
     places = [*plan.layers, whole_shape.layers]
     norms = family.post_norms or (None, None)
     eps = _EPS if family.norm_eps is None else float(getattr(teacher.config, family.norm_eps))
-    sites = [_Site(family.heads_input, norms[0], 0), _Site(family.ffn_input, norms[-1], 1)]
-    if target == "layer" and plan.shape.heads == whole_shape.heads:
-        del sites[0]
+    sites = [_Site(family.ffn_input, norms[-1], True)]
+    if target == "stream" or plan.shape.heads < whole_shape.heads:
+        sites.insert(0, _Site(family.heads_input, norms[0], False))
     with frozen(student, teacher), products(teacher.device, bf16=bf16):
         batches = list(equal_batches(documents))
-        wholes = _streams(teacher, batches)
-        streams = list(zip(_cut_streams(student, wholes, batches, plan.layers), wholes))
+        calls: dict[torch.Size, list[_Call]] = {}
+        wholes = [_stream(teacher, ids, calls) for ids in batches]
+        kept = {shape: [calls[shape][layer] for layer in plan.layers] for shape in calls}
+        streams = [(_stream(student, ids, kept), whole) for ids, whole in zip(batches, wholes)]
         for layer, block in enumerate(student.get_submodule(family.blocks)):
             for site in sites:
                 spec, dim = family.input_of(site.module)
@@ -120,14 +122,15 @@ def choose_reconstructed(
         cut: Where to begin.
         model: What it is a cut of.
         importance: Measured on the model.
-        documents: Text: the first 1,024 tokens to fit on, at most half, and 3,072 more to judge by. Where it is a single document nothing is tried.
+        documents: Text: 1,024 tokens to fit on and 3,072 more to judge by. Where there are fewer nothing is tried: they do not tell one depth from the next.
         size: Parameters wanted.
         name: Name of the model in the plan's terms.
         target: What is fitted to; see `reconstruct`.
         progress: Called with a line for each shape tried.
     """
-    tokens = min(_TRIAL[0], documents.tokens // 2)
-    few, rest = documents.first(tokens), documents.after(tokens).first(_TRIAL[1])
+    if sum(len(ids) for ids in documents.ids) < sum(_TRIAL):
+        return cut
+    few, rest = documents.first(_TRIAL[0]), documents.after(_TRIAL[0]).first(_TRIAL[1])
     tried: dict[Shape, float] = {}
 
     def loss(shape: Shape) -> float:
@@ -137,10 +140,10 @@ def choose_reconstructed(
             reconstruct(student, model, plan, few, target=target)
             with frozen(student):
                 tried[shape] = document_losses(ModelRunner(student), rest).mean
-            progress(f"  {shape.text:<22}{tried[shape]:.3f} nats per token, reconstructed on {few.tokens:,} tokens")
+            progress(f"  {shape.text:<22}{tried[shape]:.3f} nats per token, reconstructed on {_TRIAL[0]:,} tokens")
         return tried[shape]
 
-    best, step = cut.plan.shape, max(1, round(shape_of(model.config).layers / 10)) if rest.ids else 0
+    best, step = cut.plan.shape, max(1, round(shape_of(model.config).layers / 10))
     while step:
         around = [shape for layers in (best.layers - step, best.layers + step) if (shape := at_depth(size, layers, model.config)) is not None]
         if (other := min([best, *around], key=loss)) == best:
@@ -174,7 +177,7 @@ class _Site:
 
     module: str
     norm: str | None
-    ends: int
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -239,20 +242,11 @@ class _Enough(Exception):
     """Stops a forward pass where the rest is not needed."""
 
 
-def _streams(model: Any, batches: Sequence[Tensor]) -> list[_Stream]:
-    """The streams of batches of token ids, shape (B, T) each, before the first block; what blocks are called with is found by one whole forward pass for each shape."""
-    known: dict[torch.Size, list[_Call]] = {}
-    return [_stream(model, ids, known) for ids in batches]
-
-
-def _cut_streams(student: Any, whole: Sequence[_Stream], batches: Sequence[Tensor], layers: Sequence[int]) -> list[_Stream]:
-    """Those of a cut, whose layers are called as the whole model's are that they were."""
-    known = {ids.shape: [stream.calls[layer] for layer in layers] for ids, stream in zip(batches, whole)}
-    return [_stream(student, ids, known) for ids in batches]
-
-
 def _stream(model: Any, ids: Tensor, known: dict[torch.Size, list[_Call]]) -> _Stream:
-    """One of them; of a batch of a known shape it is known what blocks are called with."""
+    """The stream of token ids, shape (B, T), before the first block.
+
+    What blocks are called with is found by one whole forward pass for each shape, where it is not known; the layers of a cut are called as the whole model's are that they were.
+    """
     blocks = list(model.get_submodule(family_of(model.config).blocks))
     calls: list[_Call] = []
     hidden: list[Tensor] = []
@@ -292,10 +286,12 @@ class _Fit:
     def add(self, batch: _Written, wanted: Tensor) -> None:
         """One batch of the cut's more, and what the stream should be after it, shape (B, T, H)."""
         lack, weight = (wanted - batch.after.float()).flatten(0, -2), inverse_square(wanted.flatten(0, -2), self._eps)
-        if self._norm is not None:  # it adds gain y / |y|: with |y| taken as it is, a change of y moves that by gain / |y|, a small gain by next to nothing
-            gain, square = self._norm.weight.float() + self._offset, inverse_square(batch.gave.float().flatten(0, -2), self._eps)
-            squares = gain.square()
-            lack = lack * gain / (squares + _GAIN * squares.mean()).clamp(min=torch.finfo(torch.float32).tiny) * square.rsqrt()
+        if self._norm is not None:  # it adds gain y / |y|, which a change of y along y leaves as it is, and one across it moves by gain / |y|: a small gain by next to nothing
+            gain, gave = self._norm.weight.float() + self._offset, batch.gave.float().flatten(0, -2)
+            square = inverse_square(gave, self._eps)
+            unit, squares = gave * square.sqrt(), gain.square()
+            lack = lack * gain / (squares + _GAIN * squares.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+            lack = (lack - unit * (unit * lack).mean(-1, keepdim=True)) * square.rsqrt()
             weight = weight * square
         self._batches.append(batch)
         self._positions += len(lack)

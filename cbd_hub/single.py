@@ -58,7 +58,7 @@ class Single:
         kept: Which of its units are kept.
         fitted: What was fitted to make up for what was cut, in fp32, by checkpoint keys.
         text: What importance and losses were measured on.
-        tried: Calibration loss in nats per token of each shape that was tried.
+        tried: Calibration loss in nats per token of each shape that was tried as a mere cut.
         whole: Losses of the whole model on the held-out part of the text.
         losses: Losses of the cut there.
     """
@@ -122,7 +122,7 @@ def cut_single(
         size: Parameters wanted.
         shape: The exact shape, whole or in part; with a size, the FFN fills the rest where it is not named.
         calibration: Text, as `CBDModel.from_pretrained` takes it.
-        target: What the FFN is fitted to so that it makes up for what was cut (`reconstruct`); None: nothing.
+        target: What attention and FFN are fitted to so that they make up for what was cut (`reconstruct`); None: nothing.
         column: Column of the text in files and data sets that have columns.
         revision: Branch, tag or commit of a repo.
         options: What `resolve_checkpoint` takes for the Hub.

@@ -139,6 +139,24 @@ def test_channels_that_were_cut_are_left_out_of_the_target():
     assert after < before
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "qwen3"])
+def test_a_narrower_stream_comes_nearer_too(family, seed):
+    """Also through post-norms, whose denominators are others where channels are gone."""
+    whole = tiny.EVERY[family](layers=3, hidden=48, heads=6, kv_heads=2, ffn=48, seed=seed).eval()
+    cut, plan = cut_of(whole, hidden=36)
+    text = torch.stack(documents(seed=1).ids)
+
+    def divergence():
+        with torch.no_grad():
+            wanted, made = (model(text).logits.log_softmax(-1) for model in (whole, cut))
+        return float((wanted.exp() * (wanted - made)).sum(-1).mean())
+
+    before = divergence()
+    reconstruct(cut, whole, plan, documents(400, seed=3), bf16=False)
+    assert divergence() < before
+
+
 def test_documents_of_unequal_length_count_by_their_positions():
     """Batches are of one length; the sums are over all of them."""
     whole = tiny.llama(layers=4, ffn=48).eval()
@@ -167,21 +185,6 @@ def test_a_neuron_that_is_never_active_stays_what_it_is(family):
     before = parameters[spec.name.format(layer=0)].movedim(dim, 0)[7].clone()
     reconstruct(cut, whole, plan, documents(), bf16=False)
     assert parameters[spec.name.format(layer=0)].movedim(dim, 0)[7].equal(before)
-
-
-@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
-def test_a_channel_that_a_post_norm_silences_stays_and_spoils_nothing(family):
-    whole = tiny.EVERY[family](layers=3, ffn=48).eval()
-    with torch.no_grad():
-        for block in whole.model.layers:
-            block.post_feedforward_layernorm.weight[5] = -family_of(whole.config).norm_offset
-    cut, plan = cut_of(whole, layers=2)
-    before = copy.deepcopy(cut)
-    made = reconstruct(cut, whole, plan, documents(), bf16=False)
-    for name, tensor in made.items():
-        assert tensor.isfinite().all()
-        assert tensor[5].equal(before.get_parameter(name)[5])
-    assert any(not tensor[4].equal(before.get_parameter(name)[4]) for name, tensor in made.items())
 
 
 @pytest.mark.parametrize("family", sorted(tiny.EVERY))
@@ -217,7 +220,8 @@ def test_a_channel_that_a_post_norm_all_but_silences_makes_no_fit_worse(family, 
             block.post_feedforward_layernorm.weight[5] = gain - family_of(whole.config).norm_offset
     cut, plan = cut_of(whole, **axes)
     before = copy.deepcopy(cut)
-    reconstruct(cut, whole, plan, documents(), bf16=False)
+    made = reconstruct(cut, whole, plan, documents(), bf16=False)
+    assert all(tensor.isfinite().all() for tensor in made.values())
     last = len(plan.layers) - 1
     for text in (documents(), documents(seed=1)):
         assert gone(cut, whole, plan, text, last) < gone(before, whole, plan, text, last)
@@ -234,7 +238,7 @@ def test_what_cannot_be_fitted_is_refused():
 
 def test_the_depth_is_chosen_by_the_loss_after_the_fit():
     """No depth beside the chosen one loses less, each fitted on the first 1,024 tokens and judged on the others."""
-    whole, text = tiny.llama(layers=10, ffn=96, initializer_range=0.3).eval(), documents()
+    whole, text = tiny.llama(layers=10, ffn=96, initializer_range=0.3).eval(), documents(150)
     importance = measure_importance(whole, text, bf16=False)
     size = count(shape_of(whole.config).model_copy(update={"layers": 8, "ffn": 80}), whole.config)
     plain, lines = choose_cut(whole, size, importance, text, name="whole"), []
@@ -248,13 +252,12 @@ def test_the_depth_is_chosen_by_the_loss_after_the_fit():
         student = cut_model(whole, plan)
         reconstruct(student, whole, plan, text.first(1024))
         with frozen(student):
-            return document_losses(ModelRunner(student), text.after(1024)).mean
+            return document_losses(ModelRunner(student), text.after(1024).first(3072)).mean
 
     depth, start = (cut.plan.shape.layers for cut in (chosen, plain))
     found = {layers: loss(layers) for layers in {depth - 1, depth, depth + 1, start}}
     assert found[depth] == min(found.values())
-    assert any(f"{found[depth]:.3f} nats per token, reconstructed on {text.first(1024).tokens:,} tokens" in line for line in lines)
+    assert any(f"{found[depth]:.3f} nats per token, reconstructed on 1,024 tokens" in line for line in lines)
     assert len(lines) == len(set(lines)), "no shape is tried twice"
     assert chosen.tried == plain.tried
-    one = Documents(text.ids[:1], text.lengths[:1])
-    assert choose_reconstructed(plain, whole, importance, one, size, name="whole").plan.shape == plain.plan.shape, "one text cannot both fit and judge"
+    assert choose_reconstructed(plain, whole, importance, documents(100), size, name="whole").plan.shape == plain.plan.shape, "so little text does not tell depths apart"

@@ -121,8 +121,10 @@ class LeastSquares:
         own = self._inputs[:-1, :-1].diagonal()
         held = ridge * own + 1e-9 * own.mean() if each else (ridge * own.mean()).expand(len(own))
         home = self._device if widest(self._device) == torch.float64 else torch.device("cpu")
-        factor, _ = torch.linalg.cholesky_ex((inputs + torch.diag(held.clamp(min=tiny))).to(home), upper=True)
+        factor, failed = torch.linalg.cholesky_ex((inputs + torch.diag(held.clamp(min=tiny))).to(home), upper=True)
         weight = torch.cholesky_solve(cross.to(home), factor, upper=True).t().cpu()
+        if failed:  # only of what is not finite
+            weight = torch.full_like(weight, torch.nan)
         return weight, mean_out - weight @ mean_in
 
 
