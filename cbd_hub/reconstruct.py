@@ -218,10 +218,10 @@ class _Stream:
         block, after = self.blocks[self.place], self.hidden
 
         def on_module(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.extend(part.view(*self.hidden.shape[:2], -1) for part in (inputs[0], output))  # some call it with (B T, width)
+            seen.extend(part.reshape(*self.hidden.shape[:2], -1) for part in (inputs[0], output))  # some call it with (B T, width)
 
         def on_attention(_: Any, __: Any, output: Tensor) -> None:
-            seen.append(output.view_as(self.hidden))
+            seen.append(output.reshape(self.hidden.shape))
             raise _Enough
 
         with hooks() as handles, suppress(_Enough):
