@@ -10,6 +10,7 @@ Held-out loss with its standard error over documents, differences paired. Writes
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ def main() -> None:
     teacher = chain.model("max", dtype=torch.float32)
     importance = measure_importance(teacher, calibration)
     cut = Cut.of(teacher, chain.anchors[1].shape, importance, "teacher")
+    begins = untrained(recipe, teacher, cut.plan, parts, tokenizer)
     losses: dict[str, Losses] = {}
     for name, fields in RIVALS.items():
         transformers.set_seed(recipe.seed)
-        student = untrained(recipe, teacher, cut.plan, parts, tokenizer)
+        student = copy.deepcopy(begins)
         with tempfile.TemporaryDirectory() as folder:
             stage = {**recipe.stage_arguments(recipe.anchors[0]), "save_strategy": "no", **fields}
             ChainDistiller(

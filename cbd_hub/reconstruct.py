@@ -128,7 +128,7 @@ def choose_reconstructed(
         target: What is fitted to; see `reconstruct`.
         progress: Called with a line for each shape tried.
     """
-    if sum(len(ids) for ids in documents.ids) < sum(_TRIAL):
+    if documents.tokens < sum(_TRIAL):
         return cut
     few, rest = documents.first(_TRIAL[0]), documents.after(_TRIAL[0]).first(_TRIAL[1])
     tried: dict[Shape, float] = {}
@@ -136,11 +136,11 @@ def choose_reconstructed(
     def loss(shape: Shape) -> float:
         if shape not in tried:
             plan = Cut.of(model, shape, importance, name).plan
-            student = cut_model(model, plan).to(model.device)
+            student = cut_model(model, plan)
             reconstruct(student, model, plan, few, target=target)
             with frozen(student):
                 tried[shape] = document_losses(ModelRunner(student), rest).mean
-            progress(f"  {shape.text:<22}{tried[shape]:.3f} nats per token, reconstructed on {_TRIAL[0]:,} tokens")
+            progress(f"  {shape.text:<22}{tried[shape]:.3f} nats per token, reconstructed on {few.tokens:,} tokens")
         return tried[shape]
 
     best, step = cut.plan.shape, max(1, round(shape_of(model.config).layers / 10))

@@ -252,7 +252,7 @@ def test_the_command(cbd, source, tmp_path):
     assert code == 0
     assert "expected loss" in printed
     assert "nats per token\n" in said
-    assert "nats per token, reconstructed on 1,024 tokens" in said
+    assert "nats per token, reconstructed on" in said
     assert "±" in printed
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "made").config.cbd["strategy"] == "cut"
     assert "before reconstruction" in printed

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbd_hub.distill.saving import has_checkpoint
-from cbd_hub.distill.schema import telling
+from cbd_hub.distill.schema import UNSAID, telling
 from cbd_hub.errors import RecipeError, StorageError
 from cbd_hub.files import LOCK, write_text
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from cbd_hub.distill.stages import Stage
 
 _SUFFIX = ".begun.json"
-_UNSAID = {"align": "auto", "reconstruct": "layer"}  # what a record without such a field means
 
 
 def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: Parts) -> dict[str, dict[str, Any]]:
@@ -40,9 +39,9 @@ def dependencies(recipe: Recipe, teacher: str, stages: Sequence[Stage], parts: P
         if not stage.arguments.get("text_weight"):
             del own["text_data"]
         found[stage.name] = {"anchors": recipe.anchors[: index + 1], **own, "stage": telling(stage.arguments)}
-        if stage.origin == "published" and not stage.bridged and recipe.align != _UNSAID["align"]:  # as the next one, so that runs begun before it was a field go on
+        if stage.origin == "published" and not stage.bridged and recipe.align != UNSAID["align"]:  # as the next one, so that runs begun before it was a field go on
             found[stage.name]["align"] = recipe.align
-        if stage.origin == "cut" and recipe.reconstruct != _UNSAID["reconstruct"]:
+        if stage.origin == "cut" and recipe.reconstruct != UNSAID["reconstruct"]:
             found[stage.name]["reconstruct"] = recipe.reconstruct
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(found, default=str))
     return plain
@@ -113,7 +112,7 @@ class Begun:
                 raise RecipeError(f"{root} holds an unfinished run with an anchor {name}, which the recipe does not make; put it back, or {anew}")
             changed = self._changed(name)
             if changed is not None:
-                key, old, new = (_UNSAID.get(changed[0], value) if value is None else value for value in changed)
+                key, old, new = (UNSAID.get(changed[0], value) if value is None else value for value in changed)
                 raise RecipeError(f"{root} holds an unfinished run whose anchor {name} was begun with {key}={old!r}, and the recipe has {new!r}; put it back, or {anew}")
 
     def _changed(self, name: str) -> tuple[str, Any, Any] | None:

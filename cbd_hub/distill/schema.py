@@ -319,11 +319,14 @@ class Recipe(_Strict):
 
     def _said(self) -> dict[str, Any]:
         """What the recipe says; a field younger than chains that exist only where it says something, so that these stay of their recipes."""
-        return {key: value for key, value in self.model_dump().items() if (key, value) not in (("align", "auto"), ("reconstruct", "layer"))}
+        return {key: value for key, value in self.model_dump().items() if (key, value) not in UNSAID.items()}
 
     def to_yaml(self) -> str:
         """The recipe as YAML."""
         return str(yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
+
+
+UNSAID = {name: Recipe.model_fields[name].default for name in ("align", "reconstruct")}  # fields younger than chains and runs that exist, and what these mean without them
 
 
 def anchor_key(anchor: str | int | dict[str, Any]) -> str:
