@@ -76,6 +76,7 @@ BENCHMARKS = {
     "paper": Benchmark("examples/paper/small.py", "--step all --out bench/paper --record benchmarks/results/paper.json", quick=None),
     "bridge, losses": Benchmark("benchmarks/bridge.py", "--models bench/inputs/models --train bench/inputs/train.jsonl --heldout bench/inputs/heldout.jsonl --work bench/bridge", quick=None, full="--only loss --only align"),
     "align": Benchmark("benchmarks/align.py", "--text demo/wikipedia.jsonl", quick=None),
+    "cut": Benchmark("benchmarks/cut.py", "--chain demo/chain --model bench/inputs/models/gemma3-270m", quick=None),
     "boomerang": Benchmark("benchmarks/boomerang.py", "--chain demo/chain", quick=None),
     "anchors": Benchmark("benchmarks/anchors.py", "--chain demo/chain", quick=None),
     "adapter": Benchmark("benchmarks/after/adapter.py", "--chain demo/chain --text bench/inputs/other.jsonl --work bench/adapter", quick=None),

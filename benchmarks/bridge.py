@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 from gold import GoldDistiller, HybridDistiller, available, gold_inputs, gold_loss
+from inputs import unpacked
 from measuring import Peak, whence
 from rich.console import Console
 from rich.table import Table
@@ -71,17 +72,7 @@ class Bench:
 
     def folder(self, name: str) -> Path:
         """A model or tokenizer, converted where it is a .gguf file."""
-        folder: Path = self.options.models / name
-        packed = folder.with_suffix(".gguf")
-        if not folder.is_dir() and packed.is_file():
-            settings = {"gguf_file": packed.name, "dtype": torch.float32, "quantization_config": transformers.GgufConfig(dequantize=True)}
-            model = transformers.AutoModelForCausalLM.from_pretrained(packed.parent, **settings)
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            with staged_folder(folder) as staging:
-                model.save_pretrained(staging)
-                transformers.AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(staging)
-        return folder
+        return unpacked(self.options.models / name)
 
     def model(self, name: str) -> Any:
         """A model in fp32."""

@@ -88,6 +88,21 @@ def models(out: Path) -> None:
                 (staging / Path(name).name).write_bytes(_read(packed, name))
 
 
+def unpacked(folder: Path) -> Path:
+    """A model's or tokenizer's folder, converted where there is a .gguf file in its place."""
+    packed = folder.with_suffix(".gguf")
+    if not folder.is_dir() and packed.is_file():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        model = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        with staged_folder(folder) as staging:
+            model.save_pretrained(staging)
+            AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(staging)
+    return folder
+
+
 def _read(archive: tarfile.TarFile, ending: str) -> bytes:
     member = next(member for member in archive.getmembers() if member.name.endswith(ending))
     return (archive.extractfile(member) or io.BytesIO()).read()

@@ -24,7 +24,7 @@ from cbd_hub.sizes import format_size
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = {
-    "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "quality_trained": "Sizes in between, against models trained for them", "quality_today": "The same with today's importance", "quality_scratch": "A size in between against a model of its shape from scratch", "quality_rivals": "The same with a tenth of the tokens", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
+    "demo": "The demo's chain", "headline": "Against training from scratch, and many sizes at once", "quality": "Sizes in between, by kind of segment", "quality_trained": "Sizes in between, against models trained for them", "quality_today": "The same with today's importance", "quality_scratch": "A size in between against a model of its shape from scratch", "quality_rivals": "The same with a tenth of the tokens", "cut": "Models cut without training", "boomerang": "Against boomerang distillation", "anchors": "Anchors against students of their own",
     "alpha": "The paper's sweep of alpha", "align": "Models trained apart, aligned", "step": "A distillation step", "step_fp32": "A distillation step in fp32", "head": "The loss head", "teacher_cache": "Teacher caches",
     "bridge": "Bridges across vocabularies", "loading": "Loading and writing a size", "memory": "Peak memory", "hub": "Loads from the Hub", "heal": "Healing",
     "adapter": "Adapters carried along the chain", "speed": "Predicted and measured speed", "draft": "Drafts for speculative decoding", "deploy": "A size in other formats",
@@ -36,7 +36,7 @@ INTRODUCTION = """# Benchmarks
 its tables are not typed by hand; a remark in italics may name a figure of a run whose results were not kept. Under each table stand its command and, of most runs since 27 November 2026, machine, versions and day; of others what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
 (Gemma-3-270M likewise), and `benchmarks/inputs.py` makes `other.jsonl`, `heldout.jsonl` and the models of `--models`. Runs take turns and figures are medians where it is time; losses have standard errors
 over documents, not over trainings where no seeds are named, and differences are paired. Stages are short: 20,480 tokens are 20 optimiser steps, 81,920 are 80, 199,680 are 195. `make bench` runs some of them with other settings than
-the command under the table (fewer items), `make bench-full` with more tokens, items and repeats (bridges: 500,000 tokens instead of 10,240 to 15,360); steps in fp32 on a CPU that has bf16, and lm-eval, are in neither. "The demo's chain" alone is of today's; "Healing" and the two sections on tasks are of that of 29 November 2026, whose anchors began as plain cuts (99M 3.521 instead of 3.483, 64M 4.269 instead of 4.202; sizes of the upper segment alike), all others of the one before, when importance was another (99M 3.562, 117M 3.231 instead of 3.217). Nor were the cuts reconstructed that other anchors and models distilled for one size began as, in any table; they are now, by the same commands. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
+the command under the table (fewer items), `make bench-full` with more tokens, items and repeats (bridges: 500,000 tokens instead of 10,240 to 15,360); steps in fp32 on a CPU that has bf16, and lm-eval, are in neither. "The demo's chain" and "Models cut without training" alone are of today's; "Healing" and the two sections on tasks are of that of 29 November 2026, whose anchors began as plain cuts (99M 3.521 instead of 3.483, 64M 4.269 instead of 4.202; sizes of the upper segment alike), all others of the one before, when importance was another (99M 3.562, 117M 3.231 instead of 3.217). Nor were the cuts reconstructed that other anchors and models distilled for one size began as, in any table; they are now, by the same commands. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
 in [quality/README.md](quality/README.md).
 """
 
@@ -128,6 +128,7 @@ def documents() -> dict[str, dict[str, str]]:
     """Each document's marked blocks."""
     return {
         "README.md": {"demo": table("demo"), "quality": answers("beside a size in between, which took no step, in nats per token", sentences.QUALITY), "cost": answers("cost", sentences.COST)},
+        "docs/explanation.md": {"cut": said("cut")},
         "docs/how-to/publish.md": {"hub": said("hub")},
         "docs/how-to/heal.md": {"heal": said("heal")},
         "docs/how-to/adapters.md": {"adapter": said("adapter")},

@@ -66,6 +66,17 @@ def align(data: dict[str, Any]) -> str:
     )
 
 
+def cut(data: dict[str, Any]) -> str:
+    """What a cut without training loses, and what the others do."""
+    parts = []
+    for name in dict.fromkeys(row["model"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["model"] == name]
+        sizes, losses = (", ".join(words) for words in zip(*((format_size(row["parameters"]), f"{row['to_whole'][0]:.2f}") for row in rows)))
+        rivals = ", ".join(f"{rival} {reach(rows, rival)}" for rival in rows[0]["rivals"])
+        parts.append(f"{name}, of {format_size(rows[0]['whole_parameters'])}, at {sizes} loses {losses} nats per token to the whole model ({rivals})")
+    return f"Cut and fitted, without training: {'; '.join(parts)}."
+
+
 def barriers(data: dict[str, Any], which: str) -> tuple[str, str]:
     """The barriers of both pairs as they are, and how much of them an alignment removes."""
     pairs = [data[f"{width}{which}"] for width in ("equal width", "unequal width")]
@@ -289,6 +300,11 @@ def _cut(read: Results) -> str:
     return f"{reach(rows, 'merely cut')} at {len(rows)} sizes; the smaller anchor itself {reach(rows, 'smaller neighbour')}"
 
 
+def _floor(read: Results) -> str:
+    rows = [row for row in read("cut")["rows"] if "the chain" in row["rivals"]]
+    return f"{span(-row['rivals']['the chain']['minus'][0] for row in rows)} at {', '.join(format_size(row['parameters']) for row in rows)}"
+
+
 def _chord(read: Results) -> str:
     rows = [row for row in first_rows(read("quality")) if row.get("to_chord")]
     worst = max(rows, key=lambda row: row["to_chord"][0])
@@ -351,7 +367,7 @@ def _apart(read: Results) -> str:
 
 
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
-    "the line between its anchors' losses (the chord)": ("quality", _chord), "the same shape, merely cut by importance": ("quality", _cut),
+    "the line between its anchors' losses (the chord)": ("quality", _chord), "the same shape, merely cut by importance": ("quality", _cut), "`cbd cut`, which fits a cut by least squares, without a chain (the demo's chain)": ("cut", _floor),
     "the same shape from random weights": ("quality_scratch", _scratch), "boomerang distillation as published": ("quality_trained", _trained("boomerang")),
     "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, further down a longer chain": ("headline", _alone),
     "itself, healed": ("heal", _heal), "between models trained apart, the smaller one distilled from the other": ("align", _apart),

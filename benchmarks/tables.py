@@ -109,6 +109,24 @@ def head(data: dict[str, Any]) -> str:
     return f"{table(names, rows)}\n\nForward and backward of the loss head, H 576, two CPU threads; ratios of time, less is faster. Peak memory above the inputs and a head's gradient in their dtype; ours is summed in fp32, of which the second half counts here in bf16. All are eager: Liger's `chunked_loss` with `compiled=False`, TRL's without its Triton kernel; on a GPU both have faster ways, which were not measured. `{data['command']}`"
 
 
+def cut(data: dict[str, Any]) -> str:
+    """Models cut without training, beside other ways to that size."""
+    rivals = list(data["rows"][0]["rivals"])
+    rows = []
+    for row in data["rows"]:
+        shapes = (f"{row[kind]['layers']} x {row[kind]['ffn']}" for kind in ("shape", "mere_shape"))
+        rows.append([
+            f"{row['model']}, {format_size(row['parameters'])}", *shapes, with_error(row["loss"], row["stderr"]), pair(row["to_whole"]), *(pair(row["rivals"].get(name, {}).get("minus")) for name in rivals),
+            f"{row['seconds']['cut']:.0f} ({row['seconds']['merely cut']:.0f})",
+        ])
+    wholes = ", ".join(f"{name} of {format_size(size)} {loss:.3f} on {tokens:,} tokens" for name, size, loss, tokens in dict.fromkeys((row["model"], row["whole_parameters"], row["whole_loss"], row["heldout_tokens"]) for row in data["rows"]))
+    head = ["cut to", "layers x FFN", "merely cut", "loss", "to the whole model", *rivals, "seconds (merely cut)"]
+    return (
+        f"{table(head, rows)}\n\nAn eighth, a quarter and three eighths fewer parameters in the blocks, fitted by least squares, without training; nats per token on held-out text ± standard error over documents. The whole models: {wholes}. "
+        f"A rival's column is its loss less that of `cbd cut`, paired: the same without the fit, at the shape that it then chooses; the layers of least influence dropped, and LaCo, at the depth nearest in size; the chain's size, which cost training. `{data['command']}`"
+    )
+
+
 def anchors(data: dict[str, Any]) -> str:
     """An anchor against students trained only for its size."""
     others = "; ".join(f"{name} {data['losses'][name]:.3f}, {pair(difference)}" for name, difference in data["to_default"].items())
