@@ -59,9 +59,10 @@ types: $(READY)dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# pictures from the code, pages with every warning an error
+# pictures and options from the code, pages with every warning an error
 docs: $(READY)dev
 	$(BIN)/python docs/figures.py
+	$(BIN)/python -m typer cbd_hub.cli utils docs --name cbd --title "Arguments and options" --output docs/reference/options.md >/dev/null
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(READY)all: $(READY)dev pyproject.toml

@@ -1,4 +1,4 @@
-"""Models cut without training: as `cbd cut` does it, merely cut, layers dropped, layers folded; beside a chain's size.
+"""Models cut without training: as `cbd cut` does it, unfitted, layers dropped, layers folded; beside a chain's size.
 
     python benchmarks/cut.py --chain demo/chain [--model bench/inputs/models/gemma3-270m]
 
@@ -79,8 +79,8 @@ class Bench:
             mere, mere_seconds = self.cut(size, None)
             depth = min(self.depths, key=lambda shape: abs(count(shape, self.whole.config) - size))
             rivals = {
-                "merely cut": self.losses(mere),
-                "layers dropped": self.losses(cut_model(self.whole, Cut.of(self.whole, depth, self.importance, "whole").plan)),
+                "unfitted": self.losses(mere),
+                "layers dropped (ShortGPT)": self.losses(cut_model(self.whole, Cut.of(self.whole, depth, self.importance, "whole").plan)),
                 "LaCo": min((self.losses(collapsed(self.whole, depth.layers, self.text, merged)) for merged in (1, 2)), key=lambda losses: losses.mean),
             }
             if chain is not None:
@@ -88,7 +88,7 @@ class Bench:
             yield {
                 "model": self.name, "whole_parameters": count(shape_of(self.whole.config), self.whole.config), "whole_loss": whole.mean, "parameters": count(shape, self.whole.config), "shape": shape.model_dump(),
                 "loss": ours.mean, "stderr": ours.stderr, "to_whole": ours.minus((1.0, whole)), "heldout_tokens": self.heldout.tokens,
-                "mere_shape": shape_of(mere.config).model_dump(), "dropped_parameters": count(depth, self.whole.config), "seconds": {"cut": seconds, "merely cut": mere_seconds},
+                "unfitted_shape": shape_of(mere.config).model_dump(), "dropped_parameters": count(depth, self.whole.config), "seconds": {"cut": seconds, "unfitted": mere_seconds},
                 "rivals": {name: {"loss": losses.mean, "minus": losses.minus((1.0, ours))} for name, losses in rivals.items()},
             }
 

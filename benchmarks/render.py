@@ -35,7 +35,7 @@ INTRODUCTION = """# Benchmarks
 `make bench` runs what takes minutes, `make bench-full` also what trains rivals for hours; both go on where they were stopped, and write this page from `benchmarks/results/*.json`:
 its tables are not typed by hand; a remark in italics may name a figure of a run whose results were not kept. Under each table stand its command and, of most runs since 27 November 2026, machine, versions and day; of others what was kept. The teacher SmolLM2-135M-Instruct is the 4-bit GGUF of a package, dequantised
 (Gemma-3-270M likewise), and `benchmarks/inputs.py` makes `other.jsonl`, `heldout.jsonl` and the models of `--models`. Runs take turns and figures are medians where it is time; losses have standard errors
-over documents, not over trainings where no seeds are named, and differences are paired. Stages are short: 20,480 tokens are 20 optimiser steps, 81,920 are 80, 199,680 are 195. `make bench` runs some of them with other settings than
+over documents, not over trainings where no seeds are named, and differences are paired. Segments go from 135M to an anchor of about 99M, and are called by what that one lacks: "least loss": layers and FFN neurons, as the cut chooses; "depth": layers; "ffn" and "hidden": width; with "path" (hidden width: without "no path") a fifth of its steps went to models in between. Stages are short: 20,480 tokens are 20 optimiser steps, 81,920 are 80, 199,680 are 195. `make bench` runs some of them with other settings than
 the command under the table (fewer items), `make bench-full` with more tokens, items and repeats (bridges: 500,000 tokens instead of 10,240 to 15,360); steps in fp32 on a CPU that has bf16, and lm-eval, are in neither. "The demo's chain" and "Models cut without training" alone are of today's; "Healing" and the two sections on tasks are of that of 29 November 2026, whose anchors began as plain cuts (99M 3.521 instead of 3.483, 64M 4.269 instead of 4.202; sizes of the upper segment alike), all others of the one before, when importance was another (99M 3.562, 117M 3.231 instead of 3.217). Nor were the cuts reconstructed that other anchors and models distilled for one size began as, in any table; they are now, by the same commands. Machines were shared with other work unless said: CPU times and ratios of one run are sounder than seconds. What was tried without success is
 in [quality/README.md](quality/README.md).
 """
@@ -128,7 +128,8 @@ def documents() -> dict[str, dict[str, str]]:
     """Each document's marked blocks."""
     return {
         "README.md": {"demo": table("demo"), "quality": answers("beside a size in between, which took no step, in nats per token", sentences.QUALITY), "cost": answers("cost", sentences.COST)},
-        "docs/explanation.md": {"cut": said("cut")},
+        "docs/explanation.md": {"cut": table("cut")},
+        "docs/how-to/bridge.md": {"bridge": said("bridge")},
         "docs/how-to/publish.md": {"hub": said("hub")},
         "docs/how-to/heal.md": {"heal": said("heal")},
         "docs/how-to/adapters.md": {"adapter": said("adapter")},

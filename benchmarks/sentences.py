@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -68,13 +69,15 @@ def align(data: dict[str, Any]) -> str:
 
 def cut(data: dict[str, Any]) -> str:
     """What a cut without training loses, and what the others do."""
-    parts = []
-    for name in dict.fromkeys(row["model"] for row in data["rows"]):
-        rows = [row for row in data["rows"] if row["model"] == name]
-        sizes, losses = (", ".join(words) for words in zip(*((format_size(row["parameters"]), f"{row['to_whole'][0]:.2f}") for row in rows)))
-        rivals = ", ".join(f"{rival} {reach(rows, rival)}" for rival in rows[0]["rivals"])
-        parts.append(f"{name}, of {format_size(rows[0]['whole_parameters'])}, at {sizes} loses {losses} nats per token to the whole model ({rivals})")
-    return f"Cut and fitted, without training: {'; '.join(parts)}."
+    rows = data["rows"]
+    rivals = ", ".join(f"{name} {reach([row for row in rows if name in row['rivals']], name)}" for name in rows[0]["rivals"])
+    return f"Cut without training by an eighth to three eighths of their blocks and fitted by least squares, {' and '.join(dict.fromkeys(row['model'] for row in rows))} lose {span_of(row['to_whole'][0] for row in rows)} nats per token. At the same sizes: {rivals}."
+
+
+def span_of(values: Iterable[float]) -> str:
+    """From the least to the most."""
+    found = sorted(values)
+    return f"{found[0]:.2f} to {found[-1]:.2f}"
 
 
 def barriers(data: dict[str, Any], which: str) -> tuple[str, str]:
@@ -107,7 +110,7 @@ def heal(data: dict[str, Any]) -> str:
             f"{last['loss'] - made['loss']:+.3f} nats per token at {format_size(row['parameters'])} by {last['tokens']:,} tokens ({made['loss']:.3f} as made, {last['loss']:.3f} healed, {row['alone']['loss']:.3f} of the same "
             f"shape distilled on its own on {row['alone']['tokens']:,})"
         )
-    return f"On the demo's chain, on text that the heal did not measure itself on: {'; '.join(parts)}."
+    return f"On an earlier chain of the demo, on text that the heal did not measure itself on: {'; '.join(parts)}."
 
 
 def adapter(data: dict[str, Any]) -> str:
@@ -295,6 +298,11 @@ def _trained(name: str) -> Callable[[Results], str]:
     return lambda read: reach(first_rows(read("quality_trained")), name)
 
 
+def _published(read: Results) -> str:
+    enough, few = read("quality_trained"), read("quality_rivals")
+    return f"{reach(first_rows(enough), 'boomerang')} on {enough['stage_tokens']:,}, {reach(first_rows(few), 'boomerang')} on {few['stage_tokens']:,}"
+
+
 def _cut(read: Results) -> str:
     rows = first_rows(read("quality"))
     return f"{reach(rows, 'merely cut')} at {len(rows)} sizes; the smaller anchor itself {reach(rows, 'smaller neighbour')}"
@@ -302,7 +310,7 @@ def _cut(read: Results) -> str:
 
 def _floor(read: Results) -> str:
     rows = [row for row in read("cut")["rows"] if "the chain" in row["rivals"]]
-    return f"{span(-row['rivals']['the chain']['minus'][0] for row in rows)} at {', '.join(format_size(row['parameters']) for row in rows)}"
+    return f"{span(-row['rivals']['the chain']['minus'][0] for row in rows)} at {', '.join(format_size(row['parameters']) for row in rows)} of the demo's chain"
 
 
 def _chord(read: Results) -> str:
@@ -314,12 +322,32 @@ def _chord(read: Results) -> str:
 def _alone(read: Results) -> str:
     data = read("headline")
     own = [-row["chain_to_alone"][0] for row in data["sizes"]]
-    return f"{span(own)} at {len(own)} sizes of a chain of {', '.join(data['anchors'])}, on one stage's tokens against its {len(data['anchors']) - 1} stages"
+    large, small = list(data["anchors"])[-2:]
+    return f"{span(own)} at {len(own)} sizes between {large} and {small}, on one stage's tokens against the chain's {len(data['anchors']) - 1} stages (one run)"
 
 
 def _costs(read: Results) -> str:
-    cross = read("headline")["costs"]["crossover"]
-    return f"the chain needs fewer tokens from {cross['tokens']} sizes on, less time from {cross['seconds']} on"
+    data = read("headline")
+    cross = data["costs"]["crossover"]
+    return f"{len(data['anchors']) - 1} stages instead of N: fewer tokens from {cross['tokens']} sizes on; less time from {cross['seconds']} on, with stages of 20 steps, beside which measuring takes long"
+
+
+def _elsewhere(read: Results) -> str:
+    data = read("adapter")
+    whole, (*between, anchor) = data["anchor"], data["rows"]
+    span_of_sizes = math.log(whole["parameters"] / anchor["parameters"])
+    weights = [math.log(whole["parameters"] / row["parameters"]) / span_of_sizes for row in between]  # of the smaller anchor on the chord
+    over = [weight * anchor["base"][0] + (1 - weight) * whole["base"][0] - row["base"][0] for weight, row in zip(weights, between)]
+    middle = between[len(between) // 2]
+    return f"{span(over)} at {', '.join(format_size(row['parameters']) for row in between)}; {format_size(middle['parameters'])} loses {middle['base'][0] - whole['base'][0]:.2f} nats to the whole model there"
+
+
+def _right(read: Results) -> str:
+    rows = [row for row in read("tasks")["rows"] if row["task"] in ("arc_easy", "sciq")]
+    models = list(dict.fromkeys(row["model"] for row in rows))[:3]  # the largest anchor, a size in between, the anchor below
+    shares = {model: " and ".join(f"{row['accuracy']:.2f}" for row in rows if row["model"] == model) for model in models}
+    large, between, small = models
+    return f"{between} has {shares[between]}, {large} {shares[large]}, {small} {shares[small]} (errors up to {max(row['accuracy_stderr'] for row in rows):.2f}, {rows[0]['questions']} items each)"
 
 
 def _scratch(read: Results) -> str:
@@ -351,7 +379,11 @@ def _making(read: Results) -> str:
 def _adapter(read: Results) -> str:
     rows = read("adapter")["rows"]
     first, *_, last = rows
-    return f"of its gain at {format_size(read('adapter')['anchor']['parameters'])} it keeps {first['kept'][0]:.0%} at {format_size(first['parameters'])}, {last['kept'][0]:.0%} at {format_size(last['parameters'])}"
+    anew = next(row for row in rows if row.get("anew"))
+    return (
+        f"of its gain at {format_size(read('adapter')['anchor']['parameters'])} it keeps {first['kept'][0]:.0%} at {format_size(first['parameters'])}, {last['kept'][0]:.0%} at {format_size(last['parameters'])}; "
+        f"at {format_size(anew['parameters'])} it gains {anew['gain'][0]:.2f} nats, one trained there {anew['anew_gain'][0]:.2f}"
+    )
 
 
 def _heal(read: Results) -> str:
@@ -367,12 +399,12 @@ def _apart(read: Results) -> str:
 
 
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
-    "the line between its anchors' losses (the chord)": ("quality", _chord), "the same shape, merely cut by importance": ("quality", _cut), "`cbd cut`, which fits a cut by least squares, without a chain (the demo's chain)": ("cut", _floor),
-    "the same shape from random weights": ("quality_scratch", _scratch), "boomerang distillation as published": ("quality_trained", _trained("boomerang")),
-    "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, further down a longer chain": ("headline", _alone),
+    "the line between its anchors' losses (the chord)": ("quality", _chord), "the chord on text of a kind that no anchor was trained on (Shakespeare)": ("adapter", _elsewhere), "its neighbours, on ARC-Easy and SciQ": ("tasks", _right), "the same shape, merely cut by importance": ("quality", _cut), "what `cbd cut` makes of the teacher at that size, fitted by least squares": ("cut", _floor),
+    "the same shape from random weights": ("quality_scratch", _scratch), "boomerang distillation as published, on as few tokens (its authors use 2.1 billion)": ("quality_trained", _published),
+    "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, in the second segment of a chain": ("headline", _alone),
     "itself, healed": ("heal", _heal), "between models trained apart, the smaller one distilled from the other": ("align", _apart),
 }
 COST: dict[str, tuple[str, Callable[[Results], str]]] = {
-    "N sizes, against N distillations": ("headline", _costs), "a distillation step": ("step", _step), "`from_chain`, then every weight read, against `from_pretrained`": ("loading", _loading),
+    "N sizes, against N distillations": ("headline", _costs), "a distillation step on two CPU cores": ("step", _step), "`from_chain`, then every weight read, against `from_pretrained`": ("loading", _loading),
     "mergekit's `linear`, against `cbd make`": ("loading", _making), "a LoRA of the largest anchor, carried without training": ("adapter", _adapter),
 }

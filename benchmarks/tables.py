@@ -114,16 +114,16 @@ def cut(data: dict[str, Any]) -> str:
     rivals = list(data["rows"][0]["rivals"])
     rows = []
     for row in data["rows"]:
-        shapes = (f"{row[kind]['layers']} x {row[kind]['ffn']}" for kind in ("shape", "mere_shape"))
+        shapes = (f"{row[kind]['layers']} x {row[kind]['ffn']}" for kind in ("shape", "unfitted_shape"))
         rows.append([
             f"{row['model']}, {format_size(row['parameters'])}", *shapes, with_error(row["loss"], row["stderr"]), pair(row["to_whole"]), *(pair(row["rivals"].get(name, {}).get("minus")) for name in rivals),
-            f"{row['seconds']['cut']:.0f} ({row['seconds']['merely cut']:.0f})",
+            f"{row['seconds']['cut']:.0f} ({row['seconds']['unfitted']:.0f})",
         ])
     wholes = ", ".join(f"{name} of {format_size(size)} {loss:.3f} on {tokens:,} tokens" for name, size, loss, tokens in dict.fromkeys((row["model"], row["whole_parameters"], row["whole_loss"], row["heldout_tokens"]) for row in data["rows"]))
-    head = ["cut to", "layers x FFN", "merely cut", "loss", "to the whole model", *rivals, "seconds (merely cut)"]
+    head = ["cut to", "layers x FFN", "unfitted", "loss", "to the whole model", *(f"{name}, to that" for name in rivals), "seconds (unfitted)"]
     return (
         f"{table(head, rows)}\n\nAn eighth, a quarter and three eighths fewer parameters in the blocks, fitted by least squares, without training; nats per token on held-out text ± standard error over documents. The whole models: {wholes}. "
-        f"A rival's column is its loss less that of `cbd cut`, paired: the same without the fit, at the shape that it then chooses; the layers of least influence dropped, and LaCo, at the depth nearest in size; the chain's size, which cost training. `{data['command']}`"
+        f"Last columns: another's loss less that of the fitted cut, paired. Unfitted: `--reconstruct none`, at the shape that it then chooses; ShortGPT and LaCo: at the depth nearest in size; the chain's size cost training. `{data['command']}`"
     )
 
 
