@@ -3,7 +3,7 @@
     python benchmarks/cut.py --chain demo/chain [--model bench/inputs/models/gemma3-270m]
 
 The chain's largest anchor, and every ``--model`` (where there is a .gguf file instead of the folder it is converted first), at an eighth, a quarter and three eighths fewer parameters in their blocks. Text and split are the chain's:
-training text to measure importance, choose and fit on, held-out text for all losses here. Rivals: the same without the fit, each at the shape that it chooses for itself; the layers of least influence dropped (ShortGPT,
+training text to measure importance, choose and fit on (for ShortGPT and LaCo calibration text), held-out text for all losses here. Rivals: the same without the fit, each at the shape that it chooses for itself; the layers of least influence dropped (ShortGPT,
 https://huggingface.co/papers/2403.03853) and LaCo (https://huggingface.co/papers/2402.11187), both at the depth nearest in size. What the chain has at that size cost training. Seconds are of `CBDModel.from_pretrained`, loading included, without imports.
 Writes benchmarks/results/cut.json.
 """

@@ -22,7 +22,7 @@ from cbd_hub.interpolation.live import Between, frozen, hooks
 from cbd_hub.interpolation.plan import Kept, Plan, Segment
 from cbd_hub.manifest import Mix, Shape
 from cbd_hub.precision import products
-from cbd_hub.shapes import check_cut, check_positions, count, fill_ffn, shape_of
+from cbd_hub.shapes import check_cut, count, fill_ffn, shape_of
 from cbd_hub.sizes import format_size
 from cbd_hub.weights import LOADING
 
@@ -92,9 +92,9 @@ def measure_importance(model: Any, documents: Documents, *, bf16: bool = True) -
 
     Raises:
         ArgumentError: If a document is longer than the model has positions.
+        DataError: If one holds a token for which the model has no row.
     """
-    longest = max(len(ids) for ids in documents.ids)
-    check_positions(longest, model.config, f"a row of {longest:,} tokens")
+    documents.check(model.config)
     family, shape = family_of(model.config), shape_of(model.config)
     blocks = list(model.get_submodule(family.blocks))
     weights = family.parameters(model)

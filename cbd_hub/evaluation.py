@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cbd_hub.errors import DataError
-from cbd_hub.interpolation.live import Runner
+from cbd_hub.interpolation.live import ModelRunner, Runner, frozen
 from cbd_hub.losses.alignment import byte_counter, check_rows, end_of, prefix_of, rowless_tokens
 from cbd_hub.losses.log_probs import token_losses
 from cbd_hub.precision import has_bf16, products
+from cbd_hub.shapes import check_positions
 from cbd_hub.texts import utf8
 
 
@@ -79,6 +80,19 @@ class Documents:
     def tokens(self) -> int:
         """Predicted tokens of all documents."""
         return sum(int((labels[1:] != IGNORED).sum()) for labels in self.labels or self.ids)
+
+    def check(self, config: Any) -> None:
+        """Refuse documents that a model cannot read.
+
+        Raises:
+            ArgumentError: If one is longer than the model has positions.
+            DataError: If one holds a token for which the model has no row.
+        """
+        longest = max(len(ids) for ids in self.ids)
+        check_positions(longest, config, f"a row of {longest:,} tokens")
+        rows, last = config.get_text_config().vocab_size, max(int(ids.max()) for ids in self.ids)
+        if last >= rows:
+            raise DataError(f"the text holds the token {last:,}, and the model has rows for {rows:,}; take what it stands for (such as an image's place) out of the text, or use the model's own tokenizer")
 
     def first(self, tokens: int) -> Documents:
         """As many documents as fit into so many tokens, at least one of those that there are."""
@@ -288,7 +302,12 @@ def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) 
 
     Returns:
         The losses, in the documents' order.
+
+    Raises:
+        ArgumentError: If a document is longer than the model has positions.
+        DataError: If one holds a token for which the model has no row.
     """
+    documents.check(runner.config)
     by_length = sorted(range(len(documents.ids)), key=lambda index: len(documents.ids[index]))
     nats, tokens = np.zeros(len(by_length)), np.zeros(len(by_length), dtype=np.int64)
     start = 0
@@ -301,6 +320,12 @@ def document_losses(runner: Runner, documents: Documents, *, bf16: bool = True) 
             nats[index], tokens[index] = total, count
         start = stop
     return Losses(nats, tokens)
+
+
+def model_losses(model: Any, documents: Documents) -> Losses:
+    """Loss of a loaded model on each document, in eval mode; see `document_losses`."""
+    with frozen(model):
+        return document_losses(ModelRunner(model), documents)
 
 
 def batch_losses(runner: Runner, documents: Documents, chosen: Sequence[int], bf16: bool) -> list[tuple[float, int]]:

@@ -353,7 +353,7 @@ class CBDModel:
         """Any supported model cut by measured importance to a smaller size: no chain, no training.
 
         Several mixes of fewer layers and narrower FFN are tried on calibration text, and the one that loses least is made. What its attention and FFN write is then fitted
-        to make up for what was cut (`cbd_hub.reconstruct.reconstruct`), which is part of the trials. Half of the text is held out: ``model.config.cbd`` holds the loss there with its standard error,
+        to make up for what was cut (`cbd_hub.reconstruct.reconstruct`), and where there is text enough to tell them apart other depths are tried so. Half of the text is held out: ``model.config.cbd`` holds the loss there with its standard error,
         ``sliced_loss`` before the fit, the whole model's loss, and what the text was.
 
         Args:

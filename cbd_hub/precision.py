@@ -53,10 +53,19 @@ def _bf16_speed() -> float:
 
 
 def products(device: torch.device, *, bf16: bool = True) -> contextlib.AbstractContextManager[object]:
-    """A block in which products run in bf16 by autocast, where that is wanted and quick."""
+    """A block in which products run in bf16 by autocast, where that is wanted and quick.
+
+    Weights are rounded anew for each product: autocast would keep what it has rounded until the block ends, also of a weight that is changed in it.
+    """
     if not (bf16 and has_bf16(device.type)):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def quick(dtype: torch.dtype) -> bool:
+    """Whether the device here computes quickly in a dtype."""
+    device = best_device().type
+    return device != "cpu" or dtype in (torch.float32, torch.float64) or (dtype is torch.bfloat16 and has_bf16(device))
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from cbd_hub.cut import Cut, Importance, at_depth, cut_model, equal_batches
 from cbd_hub.errors import ArgumentError, WeightsError
-from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.evaluation import Documents, model_losses
 from cbd_hub.families import family_of
-from cbd_hub.interpolation.live import ModelRunner, frozen, hooks
+from cbd_hub.interpolation.live import frozen, hooks
 from cbd_hub.interpolation.plan import Plan, Term
 from cbd_hub.losses.hidden import LeastSquares, inverse_square
 from cbd_hub.manifest import Shape
 from cbd_hub.precision import products
 from cbd_hub.reporting import Progress
-from cbd_hub.shapes import check_positions, shape_of
+from cbd_hub.shapes import shape_of
 
 
 TOKENS = 16384  # on 4,096 there is 40 to 90% of the gain (benchmarks/quality/README.md)
@@ -65,13 +65,13 @@ def reconstruct(
         What was changed, in fp32, by checkpoint keys.
 
     Raises:
+        DataError: If a document holds a token for which the model has no row.
         ArgumentError: If a document is longer than the model has positions, or the target is not known or does not go with a narrower cut.
         WeightsError: If what is fitted is not finite, as activations then were not.
     """
     whole_shape = shape_of(teacher.config)
     check_target(target, plan.shape.hidden, whole_shape.hidden)
-    longest = max(len(ids) for ids in documents.ids)
-    check_positions(longest, teacher.config, f"a row of {longest:,} tokens")
+    documents.check(teacher.config)
     student.to(teacher.device)
     family = family_of(student.config)
     parameters, fitted = family.parameters(student), {}
@@ -129,6 +129,7 @@ def choose_reconstructed(
         progress: Called with a line for each shape tried.
     """
     if documents.tokens < sum(_TRIAL):
+        progress(f"  no other depths are tried with reconstruction: {documents.tokens:,} tokens are less than the {sum(_TRIAL):,} that tell one from the next")
         return cut
     few, rest = documents.first(_TRIAL[0]), documents.after(_TRIAL[0]).first(_TRIAL[1])
     tried: dict[Shape, float] = {}
@@ -138,8 +139,7 @@ def choose_reconstructed(
             plan = Cut.of(model, shape, importance, name).plan
             student = cut_model(model, plan)
             reconstruct(student, model, plan, few, target=target)
-            with frozen(student):
-                tried[shape] = document_losses(ModelRunner(student), rest).mean
+            tried[shape] = model_losses(student, rest).mean
             progress(f"  {shape.text:<22}{tried[shape]:.3f} nats per token, reconstructed on {few.tokens:,} tokens")
         return tried[shape]
 

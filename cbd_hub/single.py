@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,15 @@ from cbd_hub.card_metadata import license_of
 from cbd_hub.cards import cut_card
 from cbd_hub.configs import read_config, read_generation_config
 from cbd_hub.cut import choose_cut, cut_model, measure_importance, mixes
-from cbd_hub.errors import ArgumentError, DataError, SizeError
-from cbd_hub.evaluation import Documents, Losses, document_losses
+from cbd_hub.errors import ArgumentError, DataError, SizeError, WeightsError
+from cbd_hub.evaluation import Documents, Losses, model_losses
 from cbd_hub.files import public, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, is_repo_id, resolve_checkpoint
 from cbd_hub.interpolation.execute import stream
-from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.interpolation.live import frozen
 from cbd_hub.interpolation.plan import Kept, Plan, Term
 from cbd_hub.manifest import Shape
-from cbd_hub.precision import best_device
+from cbd_hub.precision import best_device, quick
 from cbd_hub.reconstruct import TOKENS, Target, check_target, choose_reconstructed, reconstruct
 from cbd_hub.reporting import Progress
 from cbd_hub.shapes import block_size, check_cut, count, fill_ffn, parameter_count, shape_of
@@ -140,7 +141,7 @@ def cut_single(
     wanted, wish = _wish(name, size, shape, config)
     if target is not None:
         check_target(target, (wish or shape_of(config)).hidden, shape_of(config).hidden)
-    live = load_model(folder, checkpoint.dtype).to(best_device())
+    live = load_model(folder, checkpoint.dtype if quick(checkpoint.dtype) else torch.float32).to(best_device())
     work = _WORK * (1 if live.device.type == "cpu" else _ACCELERATED)
     tokens, more = (min(max(round(share * work / whole), _TOKENS[0]), most) for share, most in ((1, _TOKENS[1]), (_MORE, TOKENS)))
     if texts is None:
@@ -148,7 +149,9 @@ def cut_single(
         fit_on, heldout = _own_text(live, tokens)
     else:
         fit_on, heldout = _split(texts, source, load_tokenizer(folder), more, tokens, block_size(config))
-    documents = fit_on.first(tokens)
+    documents, before = fit_on.first(tokens), model_losses(live, heldout)
+    if not math.isfinite(before.mean):
+        raise WeightsError(f"{name} has the loss {before.mean} on the held-out text in {live.dtype}, of which nothing can be chosen; look at its weights, or save them as float32 or bfloat16 where float16 is too narrow for it")
     say(f"importance on {documents.tokens:,} tokens of {source}")
     importance = measure_importance(live, documents)
     cut = choose_cut(live, wanted, importance, documents, name=name, wish=wish)
@@ -157,17 +160,11 @@ def cut_single(
     if target is not None and wish is None:
         cut = choose_reconstructed(cut, live, importance, fit_on, wanted, name=name, target=target, progress=say)
     plan, fitted, student = cut.plan, {}, cut_model(live, cut.plan).to(live.device)
-
-    def measured(model: Any) -> Losses:
-        with frozen(model):
-            return document_losses(ModelRunner(model), heldout)
-
-    before, sliced = measured(live), measured(student)
-    after = sliced
+    sliced = after = model_losses(student, heldout)
     if target is not None:
         say(f"reconstruction by {target} on {fit_on.tokens:,} tokens")
         fitted = reconstruct(student, live, plan, fit_on, target=target)
-        after = measured(student)
+        after = model_losses(student, heldout)
         plan = replace(plan, tensors={**plan.tensors, **{key: (Term(f"{name}, {target}", key, 1.0),) for key in fitted}})
     made, (difference, error) = plan.config(config), after.minus((1.0, before))
     made.cbd = {

@@ -215,7 +215,9 @@ def test_distil_and_assemble(cbd, tmp_path):
     (["heal", "CHAIN", "--size", "min", "--text", "a", "--steps", "3", "--tokens", "9", "--out", "x"], 2, "--tokens 9 came with --steps 3"),
     (["retokenize", "CHAIN", "--keep", "300", "--bridge", "span", "--out", "x"], 2, "--bridge is of a training"),
     (["cache-teacher", "CHAIN", "--recipe", "r.yaml", "--column", "body", "--out", "x"], 2, "--column is of --text"),
-    (["push", "CHAIN/anchors", "org/model", "--tag", "v1"], 2, "--tag is of a chain's index"),
+    (["push", "CHAIN/anchors", "org/model", "--tag", "v1"], 2, "--tag is of a chain's index"), (["push", "CHAIN/anchors", "org/model", "--no-collection"], 2, "--collection is of a chain's index"),
+    (["retokenize", "CHAIN", "--keep", "300", "--column", "body", "--out", "x"], 2, "--column is of the text"),
+    (["draft", "CHAIN", "--column", "body"], 2, "--column is of the documents of --prompts"), (["draft", "CHAIN", "--count", "2"], 2, "--count is of the documents of --prompts"),
 ])
 def test_errors_are_one_line_with_the_way_out(cbd, chain, arguments, code, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

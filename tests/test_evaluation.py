@@ -9,6 +9,7 @@ import tokenizers_for_bridge as kinds
 import torch
 from test_packing import with_bos
 
+from cbd_hub.cut import measure_importance
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.same_bytes import SameBytes
 from cbd_hub.errors import DataError
@@ -28,6 +29,16 @@ def test_document_losses_are_each_documents_own(family):
         assert losses.tokens[index] == ids.shape[1] - 1
     bytes_ = sum(len(tok.decode(tok(text).input_ids[1:64]).encode()) for text in texts)
     assert bits_per_byte(losses, documents) == pytest.approx(losses.nats.sum() / math.log(2) / bytes_)
+
+
+def test_a_token_without_a_row_is_told():
+    """As of an image's place, which gemma 3's tokenizers have and its text models have no row for."""
+    model = tiny.llama()
+    documents = Documents((torch.tensor([5, 6, model.config.vocab_size, 7]),), (3,))
+    with pytest.raises(DataError, match=f"holds the token {model.config.vocab_size}, and the model has rows for {model.config.vocab_size}"):
+        document_losses(ModelRunner(model), documents)
+    with pytest.raises(DataError, match="has rows for"):
+        measure_importance(model, documents)
 
 
 @pytest.mark.parametrize("text", ["Все люди рождаются свободными. ", "人人生而自由，", "free and equal "])

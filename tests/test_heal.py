@@ -238,7 +238,7 @@ def test_killed_and_run_again_is_the_run_never_killed(chain, tmp_path, monkeypat
             call("again", learning_rate=0.1)
         with pytest.raises(StorageError, match="unfinished run with kd_weight=0.1, and 1.0 is asked"):
             call("again", kd_weight=1)
-    again = call("again", kd_weight=0.1, ce_weight=1)  # what it has by default
+    again = call("again", kd_weight=0.1, ce_weight=1, disable_tqdm=True, logging_steps=3)  # what it has by default, and what only tells
     assert count[0] == stop + 6 - (stop - 1) // 2 * 2
     assert tiny.same(again, whole)
     assert again.config.cbd == whole.config.cbd

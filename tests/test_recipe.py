@@ -101,6 +101,15 @@ def test_the_same_recipe_twice_gives_the_same_chain(tmp_path):
 ], ids=["hidden width", "only where it moves", "named", "on policy", "minillm", "hidden states alone", "noise"])
 def test_an_anchor_of_another_hidden_width_is_trained_on_the_path_too(tmp_path, anchors, stage, expected):
     plain = make_recipe(tmp_path, "llama", anchors, stage=stage, teacher={"layers": 6, "hidden": 32, "ffn": 128})
+    check_path(plain, expected)
+
+
+@pytest.mark.parametrize(("anchor", "expected"), [({"heads": 2}, [0.2]), ({"hidden": 16}, [0.2]), ({"layers": 4}, [0.0])], ids=str)
+def test_so_is_one_whose_hidden_width_follows_from_its_heads(tmp_path, anchor, expected):
+    check_path(make_recipe(tmp_path, "gpt2", [anchor], teacher={"layers": 6, "hidden": 32, "heads": 4}), expected)
+
+
+def check_path(plain, expected):
     read = Recipe.parse(plain)
     stages = plan_stages(read, Path(read.teacher), read_config(Path(read.teacher)))
     assert [stage.config("unused").path_fraction for stage in stages] == expected
@@ -580,6 +589,13 @@ def test_an_anchor_begins_as_it_is_cut_where_there_is_no_text_to_fit_on(tmp_path
     lines = []
     distill_chain(recipe, tmp_path / "chain", progress=lines.append)
     assert any("without reconstruction: the training text has 9 tokens" in line for line in lines)
+
+
+def test_an_anchor_of_another_hidden_width_says_that_it_begins_as_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages_module, "reconstruct", None)
+    lines = []
+    distill_chain(make_recipe(tmp_path, "llama", [{"hidden": 16}]), tmp_path / "chain", progress=lines.append)
+    assert any("begins as it is cut: layers of another hidden width cannot be compared" in line for line in lines)
 
 
 @pytest.mark.parametrize(("begun", "said"), [({}, {"reconstruct": False}), ({"reconstruct": False}, {})], ids=str)

@@ -227,6 +227,22 @@ def test_a_channel_that_a_post_norm_all_but_silences_makes_no_fit_worse(family, 
         assert gone(cut, whole, plan, text, last) < gone(before, whole, plan, text, last)
 
 
+def test_in_bf16_each_fit_sees_the_weights_that_were_fitted_before_it(monkeypatch):
+    """Autocast keeps the rounded copy of a weight, of one that has changed since too, unless it is told not to."""
+    monkeypatch.setattr("cbd_hub.precision.has_bf16", lambda device: True)
+    whole = tiny.llama(layers=4, ffn=48).eval()
+    cut, plan = cut_of(whole, layers=3, ffn=32)
+    made = reconstruct(copy.deepcopy(cut), whole, plan, documents())
+
+    def forgets(*_, **__):
+        return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+
+    monkeypatch.setattr("cbd_hub.reconstruct.products", forgets)
+    wanted = reconstruct(copy.deepcopy(cut), whole, plan, documents())
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+
+
 def test_what_cannot_be_fitted_is_refused():
     whole = tiny.llama(layers=3, ffn=48).eval()
     cut, plan = cut_of(whole, ffn=32)
@@ -260,4 +276,7 @@ def test_the_depth_is_chosen_by_the_loss_after_the_fit():
     assert any(f"{found[depth]:.3f} nats per token, reconstructed on {text.first(1024).tokens:,} tokens" in line for line in lines)
     assert len(lines) == len(set(lines)), "no shape is tried twice"
     assert chosen.tried == plain.tried
+    short = []
+    assert choose_reconstructed(plain, whole, importance, text.first(4000), size, name="whole", progress=short.append) is plain
+    assert "no other depths are tried" in short[0]
     assert choose_reconstructed(plain, whole, importance, documents(100), size, name="whole").plan.shape == plain.plan.shape, "so little text does not tell depths apart"

@@ -267,9 +267,34 @@ def test_the_command(cbd, source, tmp_path):
     assert facts["difference"] == pytest.approx(facts["loss"] - facts["whole_loss"])
 
 
+@ONE_FAMILY
+@pytest.mark.parametrize(("dtype", "quick"), [("bfloat16", False), ("bfloat16", True), ("float16", False), ("float32", True)])
+def test_it_is_measured_in_fp32_where_the_weights_dtype_is_slow(source, dtype, quick, tmp_path, monkeypatch):
+    stored, asked = getattr(torch, dtype), []
+    AutoModelForCausalLM.from_pretrained(source, dtype=stored).save_pretrained(tmp_path / "model")
+    shutil.copy(source / "tokenizer.json", tmp_path / "model")
+    monkeypatch.setattr("cbd_hub.precision.has_bf16", lambda device: quick)
+    monkeypatch.setattr("cbd_hub.single.measure_importance", lambda model, documents: asked.append(model.dtype) or measure_importance(model, documents))
+    made = CBDModel.from_pretrained(tmp_path / "model", int(0.8 * size_of(source)), calibration=TEXTS)
+    assert asked == [stored if quick else torch.float32]
+    assert made.dtype == stored
+
+
+@ONE_FAMILY
+def test_a_model_that_loses_no_number_is_refused_before_anything_is_chosen(source, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        for name in ("up_proj", "gate_proj"):
+            model.model.layers[1].mlp.get_submodule(name).weight.fill_(1e30)
+    model.save_pretrained(tmp_path / "model")
+    shutil.copy(source / "tokenizer.json", tmp_path / "model")
+    with pytest.raises(WeightsError, match="has the loss (nan|inf) on the held-out text in torch.float32"):
+        CBDModel.from_pretrained(tmp_path / "model", int(0.8 * size_of(source)), calibration=TEXTS, reconstruct=None)
+
+
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (["--size", "900M"], 1, "a cut is smaller"), (["--size", "2K"], 1, "cannot be cut to 2K"), ([], 2, "neither size nor shape"),
-    (["--shape", "layers"], 2, "cannot be read"), (["--size", "40K", "--reconstruct", "channel"], 2, "is not known"), (["--size", "40K", "--text", "/no/such.txt"], 1, "no file matches"),
+    (["--size", "40K", "--column", "body"], 2, "--column is of the text, and no --text was given"), (["--shape", "layers"], 2, "cannot be read"), (["--size", "40K", "--reconstruct", "channel"], 2, "is not known"), (["--size", "40K", "--text", "/no/such.txt"], 1, "no file matches"),
 ])
 def test_errors_of_the_command_are_one_line(cbd, source, arguments, code, message, tmp_path):
     got, printed, said = cbd("cut", source, "--out", tmp_path / "x", *arguments)

@@ -15,6 +15,9 @@ from cbd_hub.manifest import Shape
 from cbd_hub.shapes import shape_of
 
 
+_Placed = tuple[int, torch.nn.Module]  # a layer of the whole model, where it stood there
+
+
 def selected(model: Any, shape: Shape) -> Any:
     """Weight selection (https://huggingface.co/papers/2311.18823): the first layers, and evenly spaced units on every other axis."""
     whole = shape_of(model.config)
@@ -41,11 +44,15 @@ def collapsed(model: Any, layers: int, text: torch.Tensor, merged: int = 2) -> A
     """
     family = family_of(model.config)
     best = copy.deepcopy(model)
-    blocks = list(best.get_submodule(family.blocks))
+    blocks = list(enumerate(best.get_submodule(family.blocks)))
+    lists = {name: values for name in family.single_layer_fields if (values := getattr(model.config, name, None)) is not None}
 
     @torch.no_grad()
-    def states(blocks: list[torch.nn.Module]) -> torch.Tensor:
-        best.set_submodule(family.blocks, torch.nn.ModuleList(blocks))
+    def states(blocks: list[_Placed]) -> torch.Tensor:
+        best.set_submodule(family.blocks, torch.nn.ModuleList(block for _, block in blocks))
+        for name, values in lists.items():  # a layer's type travels with it
+            setattr(best.config, name, [values[place] for place, _ in blocks])
+        setattr(best.config, family.fields["layers"], len(blocks))
         return best.base_model(input_ids=text.to(model.device), use_cache=False).last_hidden_state
 
     target = states(blocks)
@@ -54,15 +61,15 @@ def collapsed(model: Any, layers: int, text: torch.Tensor, merged: int = 2) -> A
         trials = [_fold(blocks, at, step) for at in range(len(blocks) - 1 - step, 0, -1)]
         blocks = max(trials, key=lambda trial: float(torch.nn.functional.cosine_similarity(states(trial), target, dim=-1).mean()))
     states(blocks)
-    setattr(best.config, family.fields["layers"], len(blocks))
     return best
 
 
 @torch.no_grad()
-def _fold(blocks: list[torch.nn.Module], at: int, step: int) -> list[torch.nn.Module]:
+def _fold(blocks: list[_Placed], at: int, step: int) -> list[_Placed]:
     """The blocks with those at + 1 to at + step folded into the one at ``at``."""
-    folded = copy.deepcopy(blocks[at])
-    for other in blocks[at + 1 : at + 1 + step]:
+    place, into = blocks[at]
+    folded = copy.deepcopy(into)
+    for _, other in blocks[at + 1 : at + 1 + step]:
         for name, tensor in folded.named_parameters():
-            tensor.add_(other.get_parameter(name) - blocks[at].get_parameter(name))
-    return [*blocks[:at], folded, *blocks[at + 1 + step :]]
+            tensor.add_(other.get_parameter(name) - into.get_parameter(name))
+    return [*blocks[:at], (place, folded), *blocks[at + 1 + step :]]

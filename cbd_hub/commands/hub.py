@@ -57,7 +57,7 @@ def push(
     if (folder / FILE_NAME).is_file():
         done = Chain.from_pretrained(folder).push_to_hub(repo_id, tag=tag, collection=collection, **how)
     else:
-        refuse_given(context, ("tag",), "is of a chain's index, and this folder holds a model; leave it out")
+        refuse_given(context, ("tag", "collection"), "is of a chain's index, and this folder holds a model; leave it out")
         done = push_model(folder, repo_id, **how)
     if as_json:
         print_json(dataclasses.asdict(done))

@@ -21,6 +21,7 @@ commands = typer.Typer()
 
 @commands.command()
 def cut(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model: local folder or Hub id.", show_default=False)],
     out_dir: OutOption,
     size: Annotated[str | None, typer.Option("--size", help='Parameters wanted, fewer than the model has: "120M".', show_default=False)] = None,
@@ -38,6 +39,8 @@ def cut(
     from cbd_hub.files import check_absent
     from cbd_hub.single import cut_single
     hush_bars()
+    if text is None:
+        refuse_given(context, ("column",), "is of the text, and no --text was given; name a file, or leave it out")
     check_absent(out_dir)
     made = cut_single(
         model, size, shape=shape_of_text(shape), calibration=text, target=None if reconstruct == "none" else cast(Any, reconstruct), column=column, revision=revision,
@@ -89,6 +92,8 @@ def retokenize(
         raise ArgumentError("--steps trains on text, and none came; give --text too")
     if not steps:
         refuse_given(context, ("bridge", "learning_rate", "batch_size", "block_size"), "is of a training, which --steps asks for; give --steps such as 100, or leave it out")
+    if text is None:
+        refuse_given(context, ("column",), "is of the text, and no --text was given; name a file, or leave it out")
     texts = None if text is None else read_texts(text, column)
     if steps and texts is not None:
         with resumable():

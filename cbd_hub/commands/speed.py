@@ -7,9 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cbd_hub.commands.options import ChainArgument, ColumnOption, DtypeOption, JsonOption, RevisionOption, sizes_of_text
+from cbd_hub.commands.options import (
+    ChainArgument,
+    ColumnOption,
+    DtypeOption,
+    JsonOption,
+    RevisionOption,
+    refuse_given,
+    sizes_of_text,
+)
 from cbd_hub.commands.printing import hush_bars, out, print_json, reported, table_of
-from cbd_hub.errors import ArgumentError
 from cbd_hub.sizes import format_seconds, format_size
 
 
@@ -66,6 +73,7 @@ def speed(
 
 @commands.command()
 def draft(
+    context: typer.Context,
     chain: ChainArgument,
     target: Annotated[str, typer.Option("--target", help="The size that answers.")] = "max",
     sizes: Annotated[str | None, typer.Option("--sizes", help='Draft sizes, such as "64M,80M"; the anchors below the target and what is recommended in between by default.', show_default=False)] = None,
@@ -81,8 +89,8 @@ def draft(
     Acceptance: of the drafted tokens, the share that the target keeps. Tokens a second: new tokens by the time of whole answers, in turns without and with
     the draft.
     """
-    if count is not None and prompts is None:
-        raise ArgumentError("--count is of the documents of --prompts, and no --prompts was given; name a text file, or leave it out")
+    if prompts is None:
+        refuse_given(context, ("count", "column"), "is of the documents of --prompts, and no --prompts was given; name a text file, or leave it out")
     from cbd_hub.chain import Chain
     from cbd_hub.drafting import draft_table
     from cbd_hub.speed.stopwatch import named_device

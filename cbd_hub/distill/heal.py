@@ -28,14 +28,14 @@ from cbd_hub.distill.healing import Healer, divided, documents_of
 from cbd_hub.distill.progress import show_stage
 from cbd_hub.distill.sampling import text_default
 from cbd_hub.distill.saving import last_checkpoint
+from cbd_hub.distill.schema import telling
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import check_adapter
 from cbd_hub.distill.wrapping import is_peft_model, plain_model, unadapted_on_failure
 from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError, one_line
-from cbd_hub.evaluation import Documents, document_losses
+from cbd_hub.evaluation import Documents, model_losses
 from cbd_hub.files import check_absent, disk_told, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES
-from cbd_hub.interpolation.live import ModelRunner, frozen
 from cbd_hub.manifest import Anchor
 from cbd_hub.plans import made_elsewhere
 from cbd_hub.reporting import Progress
@@ -132,7 +132,7 @@ def heal(
         "chain": made["chain"], "teacher": teacher.name, "model": weights_sha256(model), "text": fingerprint([rows if isinstance(rows, list) else [], held_rows]),
         **({} if cache is None else {"cache": fingerprint(cache.record.source.model_dump())}),
         "peft_config": None if peft_config is None else json.dumps(peft_config.to_dict(), sort_keys=True, default=_as_text), "merge": merge, "heldout_tokens": heldout_tokens, "patience": patience,
-        **training, **{name: getattr(args, name) for name in (*LEARNING, "block_size", "max_steps")}, "processes": args.world_size,
+        **telling(training), **{name: getattr(args, name) for name in (*LEARNING, "block_size", "max_steps")}, "processes": args.world_size,
     }
     target, first = None if output_dir is None else Path(output_dir).expanduser(), args.process_index == 0
     dtype = model.dtype
@@ -187,8 +187,7 @@ def _train(healer: Healer, teacher: str, say: Progress) -> None:
 
 def _record(model: Any, healer: Healer, documents: Documents, **facts: Any) -> Healed:
     """What came of it, measured on the model as it is given back."""
-    with frozen(model):
-        after = document_losses(ModelRunner(plain_model(model)), documents)
+    after = model_losses(plain_model(model), documents)
     (step, tokens), (difference, error) = healer.best, after.minus((1.0, healer.start))
     return Healed(
         steps=step, tokens=tokens, loss=after.mean, stderr=after.stderr, loss_before=healer.start.mean, stderr_before=healer.start.stderr, difference=difference,

@@ -20,8 +20,7 @@ from cbd_hub.distill.packing import row_documents
 from cbd_hub.distill.rows import check_ready, check_row
 from cbd_hub.distill.wrapping import plain_model, shards
 from cbd_hub.errors import ArgumentError, DataError, one_line
-from cbd_hub.evaluation import IGNORED, Documents, Losses, document_losses
-from cbd_hub.interpolation.live import ModelRunner, frozen
+from cbd_hub.evaluation import IGNORED, Documents, Losses, model_losses
 
 
 def divided(dataset: Any, eval_dataset: Any, heldout: float, seed: int, vocab: float = math.inf) -> tuple[Any, list[Mapping[str, Any]]]:
@@ -161,9 +160,7 @@ class Healer(ChainDistiller):
 
     def losses(self) -> Losses:
         """Loss of the student, as it is now, on each held-out document."""
-        module = self.accelerator.unwrap_model(self.model)
-        with frozen(module):
-            return document_losses(ModelRunner(plain_model(module)), self._documents)
+        return model_losses(plain_model(self.accelerator.unwrap_model(self.model)), self._documents)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Mean loss on the held-out documents, the same on every process."""

@@ -42,7 +42,7 @@ from cbd_hub.distill.stages import (
     untrained,
 )
 from cbd_hub.errors import ArgumentError, DataError, RecipeError, StorageError, TrainingError
-from cbd_hub.evaluation import BITS, Calibration, document_losses
+from cbd_hub.evaluation import BITS, Calibration, model_losses
 from cbd_hub.files import ASIDE, disk_told, held, staged_folder, write_text
 from cbd_hub.hub import TOKENIZER_FILES, resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner, frozen
@@ -236,8 +236,7 @@ class _Run:
 
     def _evaluation(self, model: Any, name: str) -> dict[str, Any]:
         documents = self.calibrations[self._place(name)].documents
-        with frozen(model):
-            losses = document_losses(ModelRunner(model), documents)
+        losses = model_losses(model, documents)
         if not math.isfinite(losses.mean):
             raise TrainingError(f"a model of {self.target} has the loss {losses.mean} on the calibration text; lower learning_rate, or look at the weights")
         entry = Evaluation(loss=losses.mean, stderr=losses.stderr, tokens=int(losses.tokens.sum()), dataset=self.dataset)

@@ -171,8 +171,8 @@ def plan_stages(recipe: Recipe, teacher: Path, teacher_config: Any, made: Sequen
                 own = config
                 source, whole, exact = (size, folder, config), shapes.shape_of(config), True
             elif isinstance(wish, dict):
-                narrower = wish.get("hidden", whole.hidden) != whole.hidden
-                shape = whole = _wished_shape(wish, whole, exact, own)
+                shape = _wished_shape(wish, whole, exact, own)
+                narrower, whole = shape.hidden != whole.hidden, shape
                 size, exact = shapes.count(shape, own), True
                 alone = not arguments.get("kd_weight", 1.0) and not arguments.get("ce_weight")  # hidden states, of which a model in between has none
                 if narrower and not alone and not any(arguments.get(name) for name in NO_PATH) and arguments.get("objective") != "minillm":
@@ -320,7 +320,10 @@ def untrained(recipe: Recipe, whole: Any, plan: Plan, parts: Parts, tokenizer: A
         progress: Called with a line that says whether it is reconstructed.
     """
     student, target = cut_model(whole, plan), recipe.reconstruct
-    if target is False or (target == "layer" and plan.shape.hidden < shapes.shape_of(whole.config).hidden):
+    if target is False:
+        return student
+    if target == "layer" and plan.shape.hidden < shapes.shape_of(whole.config).hidden:
+        progress("begins as it is cut: layers of another hidden width cannot be compared")
         return student
     try:
         text = training_blocks(parts, tokenizer, recipe.data.block_size, TOKENS)

@@ -16,7 +16,7 @@ from cbd_hub.client import counted
 from cbd_hub.errors import ArgumentError, BusyError
 from cbd_hub.model import load
 from cbd_hub.plans import anchor_config, plan_costs, weight_dtype
-from cbd_hub.precision import best_device, has_bf16
+from cbd_hub.precision import best_device, quick
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space.facts import Picker
 
@@ -65,12 +65,6 @@ class Loading:
     def tick(self) -> None:
         """Note one more slice."""
         self.read += 1
-
-
-def quick(dtype: torch.dtype) -> bool:
-    """Whether the device here computes quickly in a dtype."""
-    device = best_device().type
-    return device != "cpu" or dtype in (torch.float32, torch.float64) or (dtype is torch.bfloat16 and has_bf16(device))
 
 
 class ModelCache:
