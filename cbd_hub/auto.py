@@ -55,6 +55,8 @@ class CBDChainModel(PreTrainedModel):
             )
         for name in ("adapter_kwargs", "_from_auto", "_commit_hash", "commit_hash"):  # what the Auto classes add of their own
             kwargs.pop(name, None)
+        if getattr(config, "_attn_implementation", None) is not None:  # transformers takes it into the config
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
         if not kwargs.get("subfolder"):
             kwargs.pop("subfolder", None)
         return CBDModel.from_chain(pretrained_model_name_or_path, **wishes, **kwargs)

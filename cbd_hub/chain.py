@@ -20,7 +20,7 @@ from cbd_hub.ancestry import Ancestry
 from cbd_hub.card_metadata import license_of, merge_card, read_card
 from cbd_hub.cards import chain_card
 from cbd_hub.configs import read_config
-from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError
+from cbd_hub.errors import ArchitectureError, ArgumentError, VocabularyMismatchError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import CHUNK_BYTES, chunk_hashes, sha256, staged_folder, write_bytes, write_text
 from cbd_hub.hub import CHECKPOINT_FILES, TOKENIZER_FILES, ChainFiles, OpenChain, open_chain, resolve_checkpoint
@@ -129,7 +129,10 @@ class Chain:
         if anchor.tokenizer_sha256 == first.tokenizer_sha256:
             found = self.files.tokenizer_files()
             return load_tokenizer(found[0].parent if found else self.files.root)
-        return load_tokenizer([self.files.checked(anchor, name) for name in TOKENIZER_FILES if name in anchor.files][0].parent)
+        own = [self.files.checked(anchor, name) for name in TOKENIZER_FILES if name in anchor.files]
+        if not own:
+            raise WeightsError(f"anchor {anchor.name} reads texts otherwise than {first.name}, and has no tokenizer among its files; add one to it")
+        return load_tokenizer(own[0].parent)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Copy the chain, with every anchor, to a local folder: absent or empty.

@@ -18,7 +18,7 @@ from cbd_hub.evaluation import BITS, Documents, Losses, bits_per_byte, document_
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.losses.alignment import rowless_tokens
-from cbd_hub.precision import best_device
+from cbd_hub.precision import best_device, quick
 from cbd_hub.questions import Question, choice_accuracy
 from cbd_hub.reporting import Report
 from cbd_hub.shapes import check_positions, parameter_count, shape_of
@@ -155,14 +155,15 @@ def evaluate_sizes(
     for place, contender in enumerate(contenders):
         if report is not None:
             report(f"measuring {contender.name}", place, len(contenders))
-        runner = ModelRunner(contender.model().to(best_device()))
+        model = contender.model().to(best_device())
+        runner = ModelRunner(model if quick(model.dtype) else model.float())  # its weights as they are, computed with where that is quick
         answers += [{**contender.facts, "task": name, **choice_accuracy(runner, asked, tokenizers[contender.source])} for name, asked in questions.items()]
         if texts is not None:
             measured, compared = texts.measured(runner, contender)
             difference = {} if first is None else dict(zip(("difference", "difference_stderr"), compared.minus((1.0, first))))
             results.append({**contender.facts, **measured, **difference})
             first = first or compared
-        del runner  # the next one is to have its room
+        del model, runner  # the next one is to have its room
     return Evaluated(results, answers, {} if texts is None else texts.counts, texts is None or texts.one_vocabulary)
 
 

@@ -19,7 +19,7 @@ from cbd_hub.manifest import Anchor
 from cbd_hub.plans import usual_sizes
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Report
-from cbd_hub.shapes import check_positions
+from cbd_hub.shapes import check_ids, check_positions
 from cbd_hub.sizes import as_int, format_size
 from cbd_hub.speed.measuring import GREEDY
 
@@ -278,6 +278,8 @@ def draft_sizes(chain: Chain, target: int, sizes: Sequence[str | int] | None = N
 def _encoded(tokenizer: Any, prompts: Sequence[str], most: int, model: Any) -> list[Tensor]:
     found = [tokenizer(prompt, truncation=True, max_length=most, return_tensors="pt")["input_ids"].to(model.device) for prompt in prompts]
     found = [ids.long() for ids in found if ids.shape[1]]
+    for ids in found:
+        check_ids(int(ids.max()), model.config)
     if not found:
         raise ArgumentError("there is no prompt with a token in it; give a few lines of text to go on from")
     return found

@@ -22,7 +22,7 @@ from cbd_hub.interpolation.live import ModelRunner, Runner, frozen
 from cbd_hub.losses.alignment import byte_counter, check_rows, end_of, prefix_of, rowless_tokens
 from cbd_hub.losses.log_probs import token_losses
 from cbd_hub.precision import has_bf16, products
-from cbd_hub.shapes import check_positions
+from cbd_hub.shapes import check_ids, check_positions
 from cbd_hub.texts import utf8
 
 
@@ -90,9 +90,7 @@ class Documents:
         """
         longest = max(len(ids) for ids in self.ids)
         check_positions(longest, config, f"a row of {longest:,} tokens")
-        rows, last = config.get_text_config().vocab_size, max(int(ids.max()) for ids in self.ids)
-        if last >= rows:
-            raise DataError(f"the text holds the token {last:,}, and the model has rows for {rows:,}; take what it stands for (such as an image's place) out of the text, or use the model's own tokenizer")
+        check_ids(max(int(ids.max()) for ids in self.ids), config)
 
     def first(self, tokens: int) -> Documents:
         """As many documents as fit into so many tokens, at least one of those that there are."""

@@ -315,12 +315,15 @@ class Verdicts:
 def inside(folder: Path, relative: str) -> Path:
     """The path of a chain's file, with links followed, refused where it leaves the folder.
 
+    A snapshot in the Hub's cache, as ``snapshot_download`` gives it, consists of links to the blobs of its repo.
+
     Raises:
         ManifestError: If a symbolic link leads out of the folder.
     """
-    root = os.path.realpath(folder)
+    root = Path(os.path.realpath(folder))
     path = os.path.realpath(folder / relative)
-    if os.path.commonpath([root, path]) != root:
+    places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    if not any(os.path.commonpath([place, path]) == str(place) for place in places):
         raise ManifestError(f"{folder / relative} leads out of the chain's folder; it is refused")
     return Path(path)
 

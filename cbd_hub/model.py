@@ -39,6 +39,8 @@ LOADER_ARGUMENTS = frozenset({
     "output_loading_info", "quantization_config", "torch_dtype", "tp_plan", "tp_size", "device_mesh", "tqdm_class", "trust_remote_code", "use_kernels",
     "use_safetensors", "weights_only",
 })
+# What a checkpoint on disk would not show.
+_OF_A_LOAD = ("generation_config", "quantization_config", "output_loading_info")
 # What transformers accepts and drops.
 _DROPPED = frozenset({"low_cpu_mem_usage", "from_tf", "from_flax", "mirror", "_fast_init", "offload_state_dict", "proxies"})
 _REFUSED = {
@@ -314,9 +316,13 @@ class CBDModel:
 
         Raises:
             StorageError: If the folder is in the way or the disk is full.
+            ArgumentError: If an argument would not show in what is written.
             CBDError: As `from_chain`.
         """
         arguments = _check_loader_arguments({"dtype": dtype, **transformers_kwargs}, CBDModel.materialize)
+        for name in _OF_A_LOAD:
+            if arguments.get(name):
+                raise ArgumentError(f"{name}= is of a load, and nothing on disk would show it; give it to from_pretrained of what is written here, or to from_chain")
         check_home(adapter, adapter_size)
         dtype = arguments.get("dtype")
         files = open_chain(

@@ -65,7 +65,7 @@ def products(device: torch.device, *, bf16: bool = True) -> contextlib.AbstractC
 def quick(dtype: torch.dtype) -> bool:
     """Whether the device here computes quickly in a dtype."""
     device = best_device().type
-    return device != "cpu" or dtype in (torch.float32, torch.float64) or (dtype is torch.bfloat16 and has_bf16(device))
+    return has_bf16(device) if dtype is torch.bfloat16 else device != "cpu" or dtype in (torch.float32, torch.float64)
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -134,10 +134,14 @@ def choice_nats(runner: Runner, questions: Sequence[Question], tokenizer: Any, *
 
     Returns:
         For each question one loss per choice.
+
+    Raises:
+        DataError: If a question holds a token for which the model has no row.
     """
     room = getattr(runner.config, "max_position_embeddings", None)
     rows = [_row(tokenizer, context, choice, room) for question in questions for context, choice in zip(question.contexts, question.choices)]
     documents = Documents(tuple(ids for ids, _ in rows), (), tuple(labels for _, labels in rows))
+    documents.check(runner.config)
     nats = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     for first in range(0, len(order), _BATCH_ROWS):

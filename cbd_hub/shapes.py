@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from cbd_hub.configs import whole_config
-from cbd_hub.errors import ArchitectureError, ArgumentError, SizeError
+from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError
 from cbd_hub.families import Family, family_of
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import format_size
@@ -157,6 +157,21 @@ def _differences(first: Any, second: Any, names: Iterable[str]) -> list[str]:
         shape.add(family.norm_eps)  # it goes with the hidden width
     ours, theirs = first.to_dict(), second.to_dict()
     return sorted(name for name in set(names) - shape - _NO_MATTER if ours.get(name) != theirs.get(name) and not name.endswith(("pdrop", "dropout")))
+
+
+def check_ids(last: int, config: Any) -> None:
+    """Refuse a token for which a model has no row, as of an image's place, which gemma 3's tokenizers have and its text models have not.
+
+    Args:
+        last: The largest id of a text.
+        config: A transformers config.
+
+    Raises:
+        DataError: If the model has fewer rows.
+    """
+    rows = config.get_text_config().vocab_size
+    if last >= rows:
+        raise DataError(f"the text holds the token {last:,}, and the model has rows for {rows:,}; take what it stands for (such as an image's place) out of the text, or use the model's own tokenizer")
 
 
 def check_positions(tokens: int, config: Any, what: str) -> None:

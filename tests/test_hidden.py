@@ -11,7 +11,7 @@ from conftest import ONE_FAMILY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_distill import lora, rows, weights
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
@@ -108,6 +108,18 @@ def test_evaluations_of_a_balanced_run_are_of_one_kind(tmp_path):
     again = trainer_of("llama", tmp_path, eval_dataset=rows(8, seed=1), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [*losses, again.evaluate()["eval_loss"]] == pytest.approx([before] * 4, rel=1e-6)
+
+
+def test_deepspeed_which_loads_a_model_by_itself_brings_the_term_back_too(tmp_path, monkeypatch):
+    trainer = trainer_of("llama", tmp_path, hidden_balance=True, save_strategy="steps", save_steps=1)
+    trainer.train()
+    again = trainer_of("llama", tmp_path, hidden_balance=True)
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
+    for enabled in (False, True):
+        again.is_deepspeed_enabled = enabled
+        again._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-2"))
+        assert again.hidden.ready == enabled
+    assert again.hidden.first_scale == trainer.hidden.first_scale
 
 
 def test_a_checkpoint_without_the_first_balance_goes_on(tmp_path):

@@ -122,6 +122,13 @@ def test_what_is_made_loads_without_cbd_hub(chain, tmp_path):
     assert "randomly initialized" not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize("argument", ["generation_config", "quantization_config", "output_loading_info"])
+def test_what_would_not_show_on_disk_is_refused(chain, tmp_path, argument):
+    with pytest.raises(ArgumentError, match=f"{argument}= is of a load"):
+        CBDModel.materialize(chain, "min", output_dir=tmp_path / "out", **{argument: True})
+    assert not list(tmp_path.iterdir())
+
+
 def test_materialize_leaves_nothing_behind_when_the_place_is_taken(chain, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -10,6 +10,7 @@ from cbd_hub import ChainDistillerConfig
 from cbd_hub.evaluation import Documents, document_losses
 from cbd_hub.interpolation.live import ModelRunner
 from cbd_hub.precision import _bf16_speed, has_bf16, products, say_fp32
+from cbd_hub.precision import quick as is_quick
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -56,6 +57,9 @@ def test_a_gpu_that_emulates_bf16_is_not_quick(tmp_path, monkeypatch, caplog, qu
     assert has_bf16("cuda") == quick
     assert asked == [False]
     has_bf16.cache_clear()
+    monkeypatch.setattr("cbd_hub.precision.best_device", lambda: torch.device("cuda"))
+    assert is_quick(torch.bfloat16) == quick
+    assert is_quick(torch.float16)
     if not quick:
         for module in ("precision", "distill.config"):
             monkeypatch.setattr(f"cbd_hub.{module}.best_device", lambda: torch.device("cuda"))

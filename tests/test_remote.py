@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import tiny
 import torch
 from conftest import assembled
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -326,7 +327,15 @@ def test_auto_classes_open_a_chain(hub, wide, published):
     assert AutoTokenizer.from_pretrained("org/wide")("a").input_ids == tiny.tokenizer()("a").input_ids
     with pytest.raises(ArgumentError, match="say which"):
         AutoModelForCausalLM.from_pretrained("org/wide")
+    assert AutoModelForCausalLM.from_pretrained("org/wide", size="min", attn_implementation="eager").config._attn_implementation == "eager"
     assert tiny.same(AutoModelForCausalLM.from_pretrained(wide, size="min"), CBDModel.from_chain(wide, size="min")), "a local chain too"
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_chain_too(hub, wide, published):
+    """Its files are links to the blobs of its repo, beside the snapshots."""
+    folder = Path(snapshot_download("org/wide"))
+    assert (folder / "chain.json").is_symlink()
+    assert tiny.same(CBDModel.from_chain(folder, size="min"), CBDModel.from_chain(wide, size="min"))
 
 
 def load(wide_id, shape, queue):

@@ -421,9 +421,9 @@ def test_archives_are_bounded_and_the_oldest_goes_first(desk, tmp_path):
 def test_a_device_that_is_slow_in_bf16_computes_in_fp32(desk, monkeypatch):
     config = SimpleNamespace(dtype=torch.bfloat16)
     monkeypatch.setattr("cbd_hub.space.models.anchor_config", lambda files, anchor: config)
-    monkeypatch.setattr("cbd_hub.space.models.best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("cbd_hub.precision.best_device", lambda: torch.device("cpu"))
     for quick, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("cbd_hub.space.models.has_bf16", lambda device, quick=quick: quick)
+        monkeypatch.setattr("cbd_hub.precision.has_bf16", lambda device, quick=quick: quick)
         assert ModelCache(desk.picker, 10**9).dtype is dtype
     assert ModelCache(desk.picker, 10**9, torch.bfloat16).dtype is torch.bfloat16, "who names one gets it"
     assert ModelCache(desk.picker, 3 * desk.picker.largest).dtype is torch.bfloat16, "in fp32 the largest would not fit"

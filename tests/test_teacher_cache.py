@@ -282,7 +282,13 @@ def test_bf16_files_and_their_fp32_load_are_one_teacher(tmp_path):
     cache = write(tmp_path / "c", teacher)
     assert cache.record.source.teacher.dtype == "bfloat16"
     cache.check(teacher=tiny.llama().bfloat16().float())
-    assert write(tmp_path / "d", tiny.llama(), dtype=torch.bfloat16).record.source.teacher.dtype == "bfloat16"
+    cast = write(tmp_path / "d", tiny.llama(), dtype=torch.bfloat16)
+    assert cast.record.source.teacher.dtype == "bfloat16"
+    tiny.save(tiny.llama(), tmp_path / "model")
+    write(tmp_path / "e", AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16))
+    made, loaded = ({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.arrow")} for name in ("d", "e"))
+    assert made
+    assert made == loaded, "the frequencies of rotary positions are exact in both"
 
 
 def test_a_teacher_in_several_files_is_the_same_teacher(family, tmp_path):

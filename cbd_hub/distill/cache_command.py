@@ -14,6 +14,7 @@ from cbd_hub.distill.data import read_rows
 from cbd_hub.distill.schema import Recipe
 from cbd_hub.distill.stages import read_parts, stage_rows
 from cbd_hub.distill.teacher_cache import TeacherCache
+from cbd_hub.distill.wrapping import cast_weights
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
 from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
 from cbd_hub.plans import weight_dtype
@@ -79,7 +80,7 @@ def cache_text(
     model, asked = _load(folder), None if student is None else _load(learning)
     model.config._name_or_path = teacher  # loading leaves the folder of the download there
     if compute is not None and asked is not None:
-        asked = asked.to(compute)
+        asked = cast_weights(asked, compute)
     began = time.monotonic()
     with tqdm(desc="cache", unit="block", disable=quiet) as bar:
 

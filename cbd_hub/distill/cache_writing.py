@@ -37,6 +37,7 @@ from cbd_hub.distill.cache_record import (
 from cbd_hub.distill.packing import collate, next_tokens, no_block
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
+from cbd_hub.distill.wrapping import cast_weights
 from cbd_hub.errors import ArgumentError, DataError, StorageError, VocabularyMismatchError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.files import ASIDE, disk_told, sha256, write_text
@@ -219,7 +220,7 @@ def write_cache(
         student_sha256=None if student is None else weights_sha256(student), token_log_probs=True, tail_draws=tail.draws,
     )
     if dtype is not None and teacher.dtype != dtype:
-        teacher = copy.deepcopy(teacher).to(dtype)
+        teacher = cast_weights(copy.deepcopy(teacher), dtype)
     with disk_told(target), frozen(teacher, *([] if student is None else [student])):
         _write(target, source, blocks, (codec, tail), teacher, student, batch_size, report or (lambda what, done, total: None))
     return TeacherCache.open(target)

@@ -32,6 +32,7 @@ from cbd_hub.distill.saving import last_checkpoint
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import wired
 from cbd_hub.distill.wrapping import (
+    cast_weights,
     compile_base,
     inside,
     is_sharded,
@@ -182,7 +183,7 @@ class ChainDistiller(SamplingTrainer):
             self._neighbour = teacher if args.path_fraction else None
             if args.bf16 and teacher.dtype == torch.float32 and not is_sharded(teacher):
                 # Autocast would cast the frozen weights anew at every step. The path needs the exact ones, and so may the caller.
-                teacher = copy.deepcopy(teacher).to(torch.bfloat16)
+                teacher = cast_weights(copy.deepcopy(teacher), torch.bfloat16)
             if args.torch_compile:
                 for compiled in (student, teacher):
                     compile_base(compiled, args.torch_compile_backend, args.torch_compile_mode)
@@ -326,6 +327,8 @@ class ChainDistiller(SamplingTrainer):
 
         if not is_sharded(self.model):
             self.model.to(self.args.device)  # where the Trainer moves it only with training's first step, as it does under FSDP
+            for projector in self.hidden.projectors:  # which are not attached yet
+                projector.to(self.args.device)
         with frozen(self.model):
             self.hidden.start(batches)
 
@@ -335,10 +338,11 @@ class ChainDistiller(SamplingTrainer):
         if self.hidden is not None:
             self.hidden.save(folder, self.args.should_save)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def load_beside(self, folder: Path) -> None:
+        """Read them again."""
+        super().load_beside(folder)
         if self.hidden is not None:
-            self.hidden.load(Path(resume_from_checkpoint))
+            self.hidden.load(folder)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -383,7 +387,7 @@ class ChainDistiller(SamplingTrainer):
                     self._load_best_model()
                 return TrainOutput(state.global_step, 0.0, {})
         student = plain_model(self.model)
-        with short_attention(self.args, student, self.teacher, self._neighbour):
+        with short_attention(self.args, self.train_dataset, student, self.teacher, self._neighbour):
             if self.hidden is None:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             if not isinstance(last, str):

@@ -31,7 +31,7 @@ from cbd_hub.distill.saving import last_checkpoint
 from cbd_hub.distill.schema import telling
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wiring import check_adapter
-from cbd_hub.distill.wrapping import is_peft_model, plain_model, unadapted_on_failure
+from cbd_hub.distill.wrapping import cast_weights, is_peft_model, plain_model, unadapted_on_failure
 from cbd_hub.errors import ArgumentError, DataError, SizeError, TrainingError, one_line
 from cbd_hub.evaluation import Documents, model_losses
 from cbd_hub.files import check_absent, disk_told, held, staged_folder, write_text
@@ -143,12 +143,12 @@ def heal(
         try:
             with unadapted_on_failure(model):
                 healer = Healer(
-                    documents, patience, model=_cast(model, torch.float32), teacher=opened.model(teacher.parameters, dtype=torch.bfloat16 if args.bf16 and cache is None else None),
+                    documents, patience, model=cast_weights(model, torch.float32), teacher=opened.model(teacher.parameters, dtype=torch.bfloat16 if args.bf16 and cache is None else None),
                     args=args, train_dataset=rows, processing_class=tokenizer, teacher_cache=cache, peft_config=peft_config,
                 )
                 _train(healer, teacher.name, progress if progress is not None and first else lambda line: None)
         except BaseException:
-            _cast(extract_model_from_parallel(model, keep_fp32_wrapper=False), dtype)
+            cast_weights(extract_model_from_parallel(model, keep_fp32_wrapper=False), dtype)
             for name, parameter in model.named_parameters():  # as it came, so that the same call goes on
                 if name in before:
                     parameter.data.copy_(before[name])
@@ -323,22 +323,12 @@ def _workplace(target: Path | None, asked: Mapping[str, Any], args: ChainDistill
         shutil.rmtree(places[0], ignore_errors=True)
 
 
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its weights in a dtype, in place; an adapter that was trained stays in fp32, and what is no weight as it is."""
-    for parameter in model.parameters():
-        if not (is_peft_model(model) and parameter.requires_grad):
-            parameter.data = parameter.data.to(dtype)
-    base = plain_model(model)
-    base.config.dtype = dtype
-    return model
-
-
 def _result(healer: Healer, dtype: torch.dtype, merge: bool) -> Any:
     """The healed model in its own dtype, in eval mode."""
     model = healer.accelerator.unwrap_model(healer.model, keep_fp32_wrapper=False)
     if is_peft_model(model) and merge:
         model = model.merge_and_unload().requires_grad_(True)
-    return _cast(model, dtype).eval()
+    return cast_weights(model, dtype).eval()
 
 
 def _save(model: Any, chain: Chain, made: Mapping[str, Any], target: Path) -> None:

@@ -283,9 +283,10 @@ class SamplingTrainer(EvaluatingTrainer):
             turn, rollouts = self._rollouts
             save_file(rollout_tensors(rollouts), folder / ROLLOUTS, metadata={"turn": str(turn)})
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ROLLOUTS
+    def load_beside(self, folder: Path) -> None:
+        """Read it again; None where a checkpoint has none."""
+        super().load_beside(folder)
+        path = folder / ROLLOUTS
         self._rollouts = None
         if path.is_file():
             with safe_open(path, "pt") as file:

@@ -37,6 +37,18 @@ class AnchorTrainer(Trainer):
     def save_beside(self, folder: Path) -> None:
         """Write what a checkpoint holds besides the Trainer's own; every process calls it."""
 
+    def load_beside(self, folder: Path) -> None:
+        """Read it again where a training goes on."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_beside(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # by which the Trainer loads the model, without the call above
+            self.load_beside(Path(checkpoint))
+
     # -- the Hub -------------------------------------------------------------------------------------------------------------
 
     def push_to_hub(

@@ -7,6 +7,7 @@ Of the paths here those through accelerate's FSDP and DeepSpeed need accelerator
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -22,7 +23,8 @@ from cbd_hub.errors import ArgumentError
 
 
 T = TypeVar("T")
-_SHORT = 128  # tokens of a block
+_SHORT = 128  # tokens of a row
+_LOOKED_AT = 32  # rows
 
 
 def without_compiler(model: Any) -> Any:
@@ -134,21 +136,39 @@ def compile_base(model: Any, backend: str | None, mode: str | None) -> None:
     model.base_model.compile(**settings)
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in a dtype, in place, as transformers loads one in it: an adapter that is trained stays in fp32, and what is no weight, such as rotary frequencies, as it is."""
+    for parameter in model.parameters():
+        if not (is_peft_model(model) and parameter.requires_grad):
+            parameter.data = parameter.data.to(dtype)
+    plain_model(model).config.dtype = dtype
+    return model
+
+
 @contextmanager
-def short_attention(args: Any, *models: Any) -> Iterator[None]:
-    """Where a CPU trains on short blocks in bf16, attention by two plain products while the block runs: the fused kernel's backward pass takes several times as long there.
+def short_attention(args: Any, rows: Any, *models: Any) -> Iterator[None]:
+    """Where a CPU trains on short rows in bf16, attention by two plain products while the block runs: the fused kernel's backward pass takes several times as long there.
 
     Args:
         args: The trainer's `ChainDistillerConfig`.
+        rows: What is trained on; the first rows say how long they are, those of a stream by ``block_size``.
         models: Loaded models or None; one whose attention is not the default ``sdpa`` keeps it.
     """
-    short = args.device.type == "cpu" and args.bf16 and args.block_size <= _SHORT and not (args.on_policy_fraction or args.is_minillm)
+    grows = args.on_policy_fraction or args.is_minillm or args.teacher_answers
+    short = args.device.type == "cpu" and args.bf16 and args.block_size <= _SHORT and not grows and _longest(rows) <= _SHORT
     with ExitStack() as stack:
         for model in models:
             if short and model is not None and model.config._attn_implementation == "sdpa":
                 model.set_attn_implementation("eager")
                 stack.callback(model.set_attn_implementation, "sdpa")
         yield
+
+
+def _longest(rows: Any) -> int:
+    """Tokens of the longest of the first rows, for either tokenizer; 0 of a stream, whose rows come once."""
+    if not hasattr(rows, "__len__"):
+        return 0
+    return max((len(values) for row in itertools.islice(rows, _LOOKED_AT) for name, values in row.items() if name.endswith("input_ids")), default=0)
 
 
 @contextmanager

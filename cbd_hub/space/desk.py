@@ -18,6 +18,7 @@ import psutil
 from cbd_hub.chain import Chain
 from cbd_hub.errors import ArgumentError, BusyError, CBDError, DataError, StorageError
 from cbd_hub.model import CBDModel
+from cbd_hub.shapes import check_ids
 from cbd_hub.sizes import format_bytes, format_size
 from cbd_hub.space.facts import Picker
 from cbd_hub.space.limits import Limits
@@ -135,7 +136,7 @@ class Desk:
 
         Raises:
             ArgumentError: If it is too long.
-            DataError: If it has fewer than two tokens.
+            DataError: If it has fewer than two tokens, or one for which the model has no row.
         """
         if not text.strip():
             return []
@@ -146,6 +147,7 @@ class Desk:
             raise DataError("the text to measure has fewer than two tokens; give a sentence or two")
         if len(ids) > (most := self._room(size)):
             raise ArgumentError(f"the text to measure has {len(ids):,} tokens, more than {most:,}; shorten it")
+        check_ids(max(ids), self._config(size))
         return ids
 
     def _room(self, size: int, new_tokens: int = 0) -> int:
@@ -158,6 +160,7 @@ class Desk:
 
         Raises:
             ArgumentError: If it is empty or too long, or more tokens are asked for than there may be.
+            DataError: If it holds a token for which the model has no row.
         """
         if not prompt.strip():
             raise ArgumentError("the prompt is empty; give a few words to continue")
@@ -170,6 +173,7 @@ class Desk:
         most = self._room(size, int(sampling.new_tokens))
         if len(ids) > most:
             raise ArgumentError(f"the {what} has {len(ids):,} tokens, more than {max(most, 0):,}; {remedy}, or ask for fewer new tokens")
+        check_ids(max(ids, default=0), self._config(size))
         return ids
 
     def _config(self, size: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -276,7 +277,7 @@ class Picker:
         pinned = "" if self.files.revision is None else f', revision="{self.files.revision}"'
         return "\n".join([
             "# pip install cbd-hub", "from cbd_hub import CBDModel, Chain", "",
-            f"chain = {self.files.name!r}".replace("'", '"'),
+            f"chain = {json.dumps(self.files.name, ensure_ascii=False)}",
             f"model = CBDModel.from_chain(chain, size={wanted}{pinned})   # {facts.name}: a plain {plain_name(self.files, facts.large)}",
             f"tokenizer = Chain.from_pretrained(chain{pinned}).tokenizer({wanted})", "",
             'inputs = tokenizer("The history of the city begins", return_tensors="pt")',
