@@ -289,6 +289,15 @@ def test_numbers_out_of_range_are_refused(wrong):
         Sampling(**wrong)
 
 
+def test_a_token_for_which_the_model_has_no_row_is_told(desk, monkeypatch):
+    """On a GPU it would end the process for all visitors."""
+    few = SimpleNamespace(max_position_embeddings=999, get_text_config=lambda: SimpleNamespace(vocab_size=9))
+    monkeypatch.setattr(desk, "_config", lambda size: few)
+    for call in (lambda: last(desk.generate("min", "the river", Sampling(new_tokens=2))), lambda: desk._passage(desk.chain.anchors[-1].parameters, "the river")):
+        with pytest.raises(DataError, match="the model has rows for 9"):
+            call()
+
+
 def test_a_temperature_next_to_nothing_is_none(desk):
     texts = [last(desk.generate("min", "the river", Sampling(temperature=temperature, new_tokens=6))).text for temperature in (0.0, 1e-300, 0.009)]
     assert len(set(texts)) == 1
