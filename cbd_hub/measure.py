@@ -248,7 +248,7 @@ def measure_segment(
         plans: dict[Literal["blend", "patch"], Plan] = {"blend": blend_plan(segment, shape, point)}
         if segment.patch:
             plans["patch"] = patch_plan(segment, shape)
-        for strategy, plan in plans.items():
-            curve.append(CurvePoint(size=size, strategy=strategy, **measured(between.run(plan))))
+        with frozen(small, large):
+            curve += [CurvePoint(size=size, strategy=strategy, **measured(between.run(plan))) for strategy, plan in plans.items()]
     ends = Evaluation(**measured(ModelRunner(small))), Evaluation(**measured(ModelRunner(large)))
     return Measured(dataclasses.replace(segment, curve=tuple(curve)), curve, ends)

@@ -201,6 +201,8 @@ def _renumbered(value: Any, places: Mapping[int, int]) -> Any:
         return {tuple(places[token] for token in key): bias for key, bias in value.items() if all(token in places for token in key)} or None
     if not isinstance(value, list):
         return places.get(value)
+    if value and all(isinstance(part, list) and len(part) == 2 and isinstance(part[0], list) and isinstance(part[1], float) for part in value):  # a dict's pairs, as JSON has them
+        return [[[places[token] for token in tokens], bias] for tokens, bias in value if all(token in places for token in tokens)] or None
     found = [_renumbered(part, places) for part in value]
     if value and isinstance(value[0], list):
         return [part for part, whole in zip(found, value) if part is not None and len(part) == len(whole)] or None

@@ -1,5 +1,6 @@
 """Alignment: what leaves a function alone is found again, and nothing else is changed."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -93,6 +94,19 @@ def test_a_permuted_copy_aligns_back(name):
     back = align(other, model)
     torch.testing.assert_close(logits(back), logits(model), atol=1e-3, rtol=1e-3)
     same_parameters(back, model, 1e-3)
+
+
+@pytest.mark.parametrize(("small", "large"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+def test_models_in_half_precision_are_aligned_in_fp32_and_rounded_once(small, large, caplog):
+    ids = [torch.randint(tiny.VOCAB, (32,), generator=torch.Generator().manual_seed(place)) for place in range(8)]
+    model, reference = tiny.llama(layers=3, ffn=48, tied=False, seed=3).to(small), tiny.llama(layers=4, tied=False, seed=4).to(large)
+    exact = align(copy.deepcopy(model).float(), copy.deepcopy(reference).float(), ids)
+    aligned = align(model, reference, ids)
+    assert "computes nearly" not in caplog.text
+    assert (model.dtype, reference.dtype) == (small, large)
+    assert aligned.dtype == small
+    for name, tensor in exact.named_parameters():
+        assert torch.equal(aligned.get_parameter(name), tensor.to(small)), name
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])

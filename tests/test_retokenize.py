@@ -178,6 +178,16 @@ def test_tokens_that_a_generation_config_names_are_renumbered(tmp_path):
     assert found.forced_eos_token_id is None
 
 
+@pytest.mark.parametrize(("bias", "expected"), [([[[270, 300], -0.6], [[399], 2.0]], [[[270, 300], -0.6]]), ([[[399], -1.0]], None)], ids=["one is kept", "none"])
+def test_a_bias_by_tokens_as_json_has_it_is_renumbered(tmp_path, bias, expected):
+    """Its value is no token's number, be it whole."""
+    source = saved(tmp_path / "old")
+    GenerationConfig(eos_token_id=MADE["gpt2"].eos_token_id, sequence_bias=bias).save_pretrained(source)
+    retokenize(source, tmp_path / "new", keep=320)
+    kept, found = trimmed(MADE["gpt2"], 320)[1], GenerationConfig.from_pretrained(tmp_path / "new").sequence_bias
+    assert (None if found is None else [[[kept[token] for token in tokens], value] for tokens, value in found]) == expected
+
+
 def test_what_is_refused(tmp_path):
     source = saved(tmp_path / "old")
     for options, kind, said in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -105,6 +106,7 @@ def fit(
     for name, one in (("model", model), ("reference", reference)):
         if not isinstance(one, PreTrainedModel):
             raise ArgumentError(f"the {name} to align is {type(one).__name__}; give a loaded transformers model")
+    model, reference = (_exact(one, reference.device) for one in (model, reference))
     family = family_of(model.config)
     if family is not family_of(reference.config):
         raise ArchitectureError(f"a {family.name} and a {family_of(reference.config).name} are of two architectures; only models of one can be aligned")
@@ -141,6 +143,13 @@ def fit(
             best = replace(best, maps=maps)
             best = replace(best, error=_error(best, model, reference))
     return best
+
+
+def _exact(model: Any, device: torch.device) -> Any:
+    """The model where it computes in fp32 or wider on a device, else a copy that does."""
+    if model.device == device and torch.finfo(model.dtype).bits >= 32:
+        return model
+    return copy.deepcopy(model).to(device=device, dtype=torch.promote_types(model.dtype, torch.float32))
 
 
 def _check_calibration(calibration: Sequence[Tensor], *configs: Any) -> None:
@@ -210,12 +219,12 @@ def segment_with(alignment: Alignment, model: Any, reference: Any) -> Segment:
 
 
 def apply(alignment: Alignment, model: Any, reference: Any) -> Any:
-    """The model in the reference's coordinates, by fitted maps."""
+    """The model in the reference's coordinates, by fitted maps; in its own dtype, to which it is rounded once."""
     family, small, large = family_of(model.config), shape_of(model.config), shape_of(reference.config)
     kept, maps, segment = alignment.kept, alignment.maps, segment_with(alignment, model, reference)
     widened = large.model_copy(update={"layers": small.layers})
     plan = blend_plan(segment, widened, Mix(alpha=1.0, layer_gain=0.0, neuron_gain=0.0, head_gain=0.0, channel_gain=0.0))
-    live = {"small": family.parameters(model), "large": family.parameters(reference)}
+    live = {name: family.parameters(_exact(one, model.device)) for name, one in (("small", model), ("large", reference))}
     config = plan.config(reference.config)
     state: dict[str, Tensor] = {}
     for spec, layer, name in family.stored(config):
