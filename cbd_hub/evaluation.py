@@ -88,9 +88,9 @@ class Documents:
             ArgumentError: If one is longer than the model has positions.
             DataError: If one holds a token for which the model has no row.
         """
-        longest = max(len(ids) for ids in self.ids)
+        longest = max((len(ids) for ids in self.ids), default=0)
         check_positions(longest, config, f"a row of {longest:,} tokens")
-        check_ids(max(int(ids.max()) for ids in self.ids), config)
+        check_ids(max((int(ids.max()) for ids in self.ids), default=0), config)
 
     def first(self, tokens: int) -> Documents:
         """As many documents as fit into so many tokens, at least one of those that there are."""
