@@ -291,7 +291,7 @@ def test_numbers_out_of_range_are_refused(wrong):
 
 def test_a_token_for_which_the_model_has_no_row_is_told(desk, monkeypatch):
     """On a GPU it would end the process for all visitors."""
-    few = SimpleNamespace(max_position_embeddings=999, get_text_config=lambda: SimpleNamespace(vocab_size=9))
+    few = SimpleNamespace(max_position_embeddings=999, vocab_size=9)
     monkeypatch.setattr(desk, "_config", lambda size: few)
     for call in (lambda: last(desk.generate("min", "the river", Sampling(new_tokens=2))), lambda: desk._passage(desk.chain.anchors[-1].parameters, "the river")):
         with pytest.raises(DataError, match="the model has rows for 9"):

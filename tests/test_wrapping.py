@@ -61,13 +61,13 @@ def test_attention_is_plain_on_short_blocks_in_bf16_and_what_it_was_afterwards(t
 
     def within(**options: object) -> list[str]:
         args = ChainDistillerConfig(str(tmp_path), use_cpu=True, **{"bf16": True, "block_size": 128, **options})
-        with short_attention(args, model, other, None):
+        with short_attention(args, [], model, other, None):
             return [each.config._attn_implementation for each in (model, other)]
 
     assert within() == ["eager", "eager"]
     assert [model.config._attn_implementation, other.config._attn_implementation] == ["sdpa", "eager"]
     for options in ({"block_size": 129}, {"bf16": False}, {"on_policy_fraction": 0.5}):
         assert within(**options) == ["sdpa", "eager"], options
-    with pytest.raises(ZeroDivisionError), short_attention(ChainDistillerConfig(str(tmp_path), use_cpu=True, bf16=True), model):
+    with pytest.raises(ZeroDivisionError), short_attention(ChainDistillerConfig(str(tmp_path), use_cpu=True, bf16=True), [], model):
         1 / 0  # noqa: B018
     assert model.config._attn_implementation == "sdpa"
