@@ -25,14 +25,14 @@ def memory(data: dict[str, Any]) -> str:
 def head(data: dict[str, Any]) -> str:
     """The loss head against Liger."""
     def span(kind: str, name: str) -> str:
-        rivals = [(case[kind]["cbd_hub"], [value for rival, value in case[kind].items() if rival.startswith(name)]) for case in data["cases"]]
+        rivals = [(case[kind]["cbd_hub"], [value for rival, value in case[kind].items() if rival.startswith(name)]) for case in data["cases"] if not case["masked"]]
         shares = [ours / min(theirs) for ours, theirs in rivals if theirs]
         return f"{min(shares):.2f} to {max(shares):.2f}"
 
     unnoted = "" if data.get("machine") else " The CPU was not noted."
     return (
         f"Of the time of Liger's chunked loss, at its best of several sizes of chunk, ours takes {span('seconds', 'Liger')}, of its memory {span('peak_mib', 'Liger')}; of TRL's chunked loss {span('seconds', 'TRL')} and "
-        f"{span('peak_mib', 'TRL')} ({len(data['cases'])} cases, all eager, two CPU threads). Liger compiled, and Triton's kernels on a GPU, were not measured.{unnoted}"
+        f"{span('peak_mib', 'TRL')} ({sum(not case['masked'] for case in data['cases'])} cases without masked rows, all eager, two CPU threads; where half are masked, ours leaves them out and the others, as they were called, compute them). Liger compiled, and Triton's kernels on a GPU, were not measured.{unnoted}"
     )
 
 
@@ -70,8 +70,8 @@ def align(data: dict[str, Any]) -> str:
 def cut(data: dict[str, Any]) -> str:
     """What a cut without training loses, and what the others do."""
     rows = data["rows"]
-    rivals = ", ".join(f"{name} {reach([row for row in rows if name in row['rivals']], name)}" for name in rows[0]["rivals"])
-    return f"Cut without training by an eighth to three eighths of their blocks and fitted by least squares, {' and '.join(dict.fromkeys(row['model'] for row in rows))} lose {span_of(row['to_whole'][0] for row in rows)} nats per token. At the same sizes: {rivals}."
+    rivals = ", ".join(f"{name} {reach(rows, name)}" for name in rows[0]["rivals"])
+    return f"Cut without training by an eighth to three eighths of their blocks and fitted by least squares, {' and '.join(dict.fromkeys(row['model'] for row in rows))} lose {span_of(row['to_whole'][0] for row in rows)} nats per token. At these sizes, ShortGPT and LaCo at the nearest depth: {rivals}."
 
 
 def span_of(values: Iterable[float]) -> str:
@@ -217,8 +217,8 @@ def span(differences: Iterable[float]) -> str:
 
 
 def reach(rows: list[dict[str, Any]], name: str) -> str:
-    """By how much a rival is worse or better than the chain's models."""
-    return span(row["rivals"][name]["minus"][0] for row in rows)
+    """By how much a rival is worse or better than ours, where it was measured."""
+    return span(row["rivals"][name]["minus"][0] for row in rows if name in row["rivals"])
 
 
 def quality_rivals(data: dict[str, Any]) -> str:
@@ -236,8 +236,8 @@ def quality_rivals(data: dict[str, Any]) -> str:
     names = ", ".join(f"`{row['segment']}`" for row in rows)
     return (
         f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({names}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
-        f"{reach(rows, 'distilled alone')}; boomerang as published {reach(rows, 'boomerang')}, with layers by influence and the best order {reach(rows, 'boomerang, improved')}; merely cut {reach(rows, 'merely cut')}; the smaller neighbour {reach(rows, 'smaller neighbour')}."
-        + (f" Over {max(map(len, seeds.values()))} seeds that boomerang stands at {'; '.join(f'{spread(found)} in {segment}' for segment, found in seeds.items())}." if seeds else "")
+        f"{reach(rows, 'distilled alone')}; boomerang's losses with evenly spaced layers {reach(rows, 'boomerang')}, with layers by influence and the best order {reach(rows, 'boomerang, improved')}; merely cut {reach(rows, 'merely cut')}; the smaller neighbour {reach(rows, 'smaller neighbour')}."
+        + (f" Over {max(map(len, seeds.values()))} seeds that boomerang stands at {'; '.join(f'{spread(found)} in {segment}' for segment, found in seeds.items())}{f' (not repeated in {once})' if (once := ', '.join(sorted(improved.keys() - seeds.keys()))) else ''}." if seeds else "")
     )
 
 
@@ -400,7 +400,7 @@ def _apart(read: Results) -> str:
 
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
     "the line between its anchors' losses (the chord)": ("quality", _chord), "the chord on text of a kind that no anchor was trained on (Shakespeare)": ("adapter", _elsewhere), "its neighbours, on ARC-Easy and SciQ": ("tasks", _right), "the same shape, merely cut by importance": ("quality", _cut), "what `cbd cut` makes of the teacher at that size, fitted by least squares": ("cut", _floor),
-    "the same shape from random weights": ("quality_scratch", _scratch), "boomerang distillation as published, on as few tokens (its authors use 2.1 billion)": ("quality_trained", _published),
+    "the same shape from random weights": ("quality_scratch", _scratch), "boomerang's losses and evenly spaced layers, on as few tokens (its authors: the first two and every second layer of a Llama, 2.1 billion tokens)": ("quality_trained", _published),
     "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, in the second segment of a chain": ("headline", _alone),
     "itself, healed": ("heal", _heal), "between models trained apart, the smaller one distilled from the other": ("align", _apart),
 }

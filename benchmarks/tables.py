@@ -43,7 +43,7 @@ def boomerang(data: dict[str, Any]) -> str:
     """Boomerang at equal tokens and parameters."""
     best = min(data["boomerang"].values())
     return (
-        f"At {format_size(data['parameters'])}, the middle of the demo's larger segment, against boomerang distillation as published, at equal tokens "
+        f"At {format_size(data['parameters'])}, the middle of the demo's larger segment, against boomerang's losses with evenly spaced layers, at equal tokens "
         f"({data['steps']} steps) and parameters: {data['chain']:.3f} nats per token against {best:.3f}, {pair([data['difference'], data['stderr']])} (paired). "
         f"`{data['command']}`"
     )
@@ -117,13 +117,13 @@ def cut(data: dict[str, Any]) -> str:
         shapes = (f"{row[kind]['layers']} x {row[kind]['ffn']}" for kind in ("shape", "unfitted_shape"))
         rows.append([
             f"{row['model']}, {format_size(row['parameters'])}", *shapes, with_error(row["loss"], row["stderr"]), pair(row["to_whole"]), *(pair(row["rivals"].get(name, {}).get("minus")) for name in rivals),
-            f"{row['seconds']['cut']:.0f} ({row['seconds']['unfitted']:.0f})",
+            format_size(row["dropped_parameters"]), f"{row['seconds']['cut']:.0f} ({row['seconds']['unfitted']:.0f})",
         ])
     wholes = ", ".join(f"{name} of {format_size(size)} {loss:.3f} on {tokens:,} tokens" for name, size, loss, tokens in dict.fromkeys((row["model"], row["whole_parameters"], row["whole_loss"], row["heldout_tokens"]) for row in data["rows"]))
-    head = ["cut to", "layers x FFN", "unfitted", "loss", "to the whole model", *(f"{name}, to that" for name in rivals), "seconds (unfitted)"]
+    head = ["cut to", "layers x FFN", "unfitted", "loss", "to the whole model", *(f"{name}, to that" for name in rivals), "size of ShortGPT's and LaCo's", "seconds (unfitted)"]
     return (
         f"{table(head, rows)}\n\nAn eighth, a quarter and three eighths fewer parameters in the blocks, fitted by least squares, without training; nats per token on held-out text ± standard error over documents. The whole models: {wholes}. "
-        f"Last columns: another's loss less that of the fitted cut, paired. Unfitted: `--reconstruct none`, at the shape that it then chooses; ShortGPT and LaCo: at the depth nearest in size; the chain's size cost training. `{data['command']}`"
+        f"Last columns: another's loss less that of the fitted cut, paired. Unfitted: `--reconstruct none`, at the shape that it then chooses; ShortGPT and LaCo: at the depth nearest in size, which is another size; LaCo's places are searched on one block of calibration text, the better of folding one or two layers at a time is taken on the held-out text. The chain's size cost training. `{data['command']}`"
     )
 
 
@@ -280,8 +280,9 @@ def quality_rivals(data: dict[str, Any]) -> str:
         made += f"\n\nAnchor, chain and the rivals that are trained, learned anew with other seeds; ± is the standard error over seeds:\n\n{spread}"
     return (
         f"{made}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
-        f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired."
-        + (f" All of them healed {healed_by(healed)}, on a 20th of those tokens:\n\n{side_by_side(healed)}\n\n" if healed else " ") + f"`{data['command']}`"
+        f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired. Boomerang: its losses, evenly spaced layers (20 of 30; of a Llama its authors keep the first two and every second one), put back from the last on; improved: the layers of most influence, in the best order. "
+        f"{'It and LaCo, at the nearest depth, are the same models in all columns, and columns of one shape share the one distilled alone, so that errors are not independent between columns; that one is left out where the middle has another shape. ' if len(first) > 2 else ''}"
+        + (f"All of them healed {healed_by(healed)}, on a 20th of those tokens:\n\n{side_by_side(healed)}\n\n" if healed else "") + f"`{data['command']}`"
     )
 
 

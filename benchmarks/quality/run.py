@@ -81,6 +81,10 @@ class Bench:
         self.whole = shape_of(self.teacher.config)
         for folder in ("models", "losses", "segments"):
             (work / folder).mkdir(parents=True, exist_ok=True)
+        record, made_by = work / "made_by.json", {"recipe": self.recipe.model_dump(mode="json"), "steps": steps, "heldout_tokens": heldout_tokens}
+        if record.is_file() and json.loads(record.read_text()) != made_by:
+            raise SystemExit(f"{work} holds models and losses of another recipe, number of steps or held-out tokens; give another --work")
+        record.write_text(json.dumps(made_by, indent=1))
 
     @property
     def heal_steps(self) -> int:
@@ -153,7 +157,7 @@ class Bench:
 
     def alone(self, name: str, cut: Plan, seed: int = 0) -> tuple[Losses, Callable[[], Any]]:
         """A student distilled for the middle of a segment alone, and how to make it."""
-        named = f"{_kind(name)}/0.5/alone{_suffix(seed)}"
+        named = f"{_kind(name)}/0.5/alone, {cut.shape.text}{_suffix(seed)}"
         made = functools.partial(self.trained, named, functools.partial(self.begun, cut), seed=seed)
         return self.losses(named, made), made
 
@@ -243,7 +247,7 @@ class Bench:
 
 
 def _kind(name: str) -> str:
-    """What is cut, whether or not steps are on the path: one shape begins both, and one student of that size alone is the rival of both."""
+    """What is cut, whether or not steps are on the path: one shape begins both, and one student is the rival of both where their middles have one shape."""
     return name.partition(",")[0]
 
 
