@@ -236,7 +236,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
     names = ", ".join(f"`{row['segment']}`" for row in rows)
     return (
         f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({names}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
-        f"{reach(rows, 'distilled alone')}; boomerang's losses with evenly spaced layers {reach(rows, 'boomerang')}, with layers by influence and the best order {reach(rows, 'boomerang, improved')}; merely cut {reach(rows, 'merely cut')}; the smaller neighbour {reach(rows, 'smaller neighbour')}."
+        f"{reach(rows, 'distilled alone')}; boomerang's losses with evenly spaced layers {reach(rows, 'boomerang')}{', with the first two of them kept ' + reach(rows, 'boomerang, first two layers') if any('boomerang, first two layers' in row['rivals'] for row in rows) else ''}, with layers by influence and the best order {reach(rows, 'boomerang, improved')}; merely cut {reach(rows, 'merely cut')}; the smaller neighbour {reach(rows, 'smaller neighbour')}."
         + (f" Over {max(map(len, seeds.values()))} seeds that boomerang stands at {'; '.join(f'{spread(found)} in {segment}' for segment, found in seeds.items())}{f' (not repeated in {once})' if (once := ', '.join(sorted(improved.keys() - seeds.keys()))) else ''}." if seeds else "")
     )
 
@@ -300,7 +300,8 @@ def _trained(name: str) -> Callable[[Results], str]:
 
 def _published(read: Results) -> str:
     enough, few = read("quality_trained"), read("quality_rivals")
-    return f"{reach(first_rows(enough), 'boomerang')} on {enough['stage_tokens']:,}, {reach(first_rows(few), 'boomerang')} on {few['stage_tokens']:,}"
+    two = reach(first_rows(read("quality_today")), "boomerang, first two layers")
+    return f"{reach(first_rows(enough), 'boomerang')} on {enough['stage_tokens']:,} (with the first two layers kept, as its authors do in a Llama, {two}), {reach(first_rows(few), 'boomerang')} on {few['stage_tokens']:,}"
 
 
 def _cut(read: Results) -> str:
@@ -400,7 +401,7 @@ def _apart(read: Results) -> str:
 
 QUALITY: dict[str, tuple[str, Callable[[Results], str]]] = {
     "the line between its anchors' losses (the chord)": ("quality", _chord), "the chord on text of a kind that no anchor was trained on (Shakespeare)": ("adapter", _elsewhere), "its neighbours, on ARC-Easy and SciQ": ("tasks", _right), "the same shape, merely cut by importance": ("quality", _cut), "what `cbd cut` makes of the teacher at that size, fitted by least squares": ("cut", _floor),
-    "the same shape from random weights": ("quality_scratch", _scratch), "boomerang's losses and evenly spaced layers, on as few tokens (its authors: the first two and every second layer of a Llama, 2.1 billion tokens)": ("quality_trained", _published),
+    "the same shape from random weights": ("quality_scratch", _scratch), "boomerang's losses and evenly spaced layers, on as few tokens (its authors use 2.1 billion)": ("quality_trained", _published),
     "boomerang, layers chosen by influence, best order": ("quality_trained", _trained("boomerang, improved")), "the same shape, distilled for that size alone": ("quality_trained", _trained("distilled alone")), "the same, in the second segment of a chain": ("headline", _alone),
     "itself, healed": ("heal", _heal), "between models trained apart, the smaller one distilled from the other": ("align", _apart),
 }

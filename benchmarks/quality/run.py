@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -217,32 +218,34 @@ class Bench:
         shapes = [self.whole.model_copy(update={"layers": layers}) for layers in range(1, self.whole.layers + 1)]
         return min(shapes, key=lambda shape: abs(count(shape, self.teacher.config) - size))
 
-    def boomerang(self, depth: Shape, low: int, *, improved: bool = False, seed: int = 0) -> tuple[Losses, Callable[[], Any]]:
+    def boomerang(self, depth: Shape, low: int, layers: str = "even", *, seed: int = 0) -> tuple[Losses, Callable[[], Any]]:
         """Boomerang distillation patched to a depth, and how to make it.
 
-        As published its small model has every n-th layer; improved, the layers of most influence, which come back in the best order. Of both embeddings
-        the better one on the held-out text, in its favour.
+        Its small model has every n-th layer (``even``), of the layers but the first every n-th beside that one (``first two``: its authors keep both in a Llama), or those of most ``influence``, which
+        come back in the best order; the others from the last on or, of ``first two``, from the first. Of both embeddings and orders the best on the held-out text, in its favour.
         """
         small = self.nearest_depth(low)
-        kept = self.importance.kept(small) if improved else Kept.even(small, self.whole)
-        order = self.importance.order(kept) if improved else kept.dropped[::-1]
-        name = f"{'influence' if improved else 'even'}{_suffix(seed)}"
+        kept = self.importance.kept(small) if layers == "influence" else Kept.even(small, self.whole)
+        if layers == "first two":
+            kept = dataclasses.replace(kept, layers=np.concatenate([[0], 1 + np.rint(np.linspace(0, self.whole.layers - 2, small.layers - 1)).astype(np.int64)]))
+        orders = {"influence": [self.importance.order(kept)], "even": [kept.dropped[::-1]], "first two": [kept.dropped[::-1], kept.dropped]}[layers]
+        name = f"{layers}{_suffix(seed)}"
         student = self.trained(f"boomerang/{name}", lambda: cut_model(self.teacher, cut_plan("teacher", small, self.teacher, kept)), seed=seed, kept=kept, **BOOMERANG)
         between = Between({"small": student, "large": self.teacher})
-        segment = Segment("small", "large", small, self.whole, kept, order, self.teacher.config, patch=True)
-        if improved:
+        segment = Segment("small", "large", small, self.whole, kept, orders[0], self.teacher.config, patch=True)
+        if layers == "influence":
             path = self.work / "segments" / f"boomerang{_suffix(seed).replace('/', ', ')}.order.json"
             if not path.is_file():
-                path.write_text(json.dumps(best_order(segment, {"small": student, "large": self.teacher}, self.calibration.documents, order)))
-            segment = dataclasses.replace(segment, order=json.loads(path.read_text()))
-        plan = patch_plan(segment, depth)
-        tensors = plan.tensors
+                path.write_text(json.dumps(best_order(segment, {"small": student, "large": self.teacher}, self.calibration.documents, orders[0])))
+            orders = [json.loads(path.read_text())]
         found = []
-        for end in ("small", "large"):
-            swapped = {key: tuple(dataclasses.replace(term, anchor=end) for term in terms) if "embed" in key else terms for key, terms in tensors.items()}
-            ended = dataclasses.replace(plan, tensors=swapped)
-            losses = self.losses(f"boomerang/{name}/{depth.layers}/{end}", functools.partial(between.run, ended))
-            found.append((losses, functools.partial(self.built, between, ended)))
+        for place, order in enumerate(orders):
+            plan = patch_plan(dataclasses.replace(segment, order=order), depth)
+            for end in ("small", "large"):
+                swapped = {key: tuple(dataclasses.replace(term, anchor=end) for term in terms) if "embed" in key else terms for key, terms in plan.tensors.items()}
+                ended = dataclasses.replace(plan, tensors=swapped)
+                losses = self.losses(f"boomerang/{name}/{depth.layers}/{end}{', from the first' if place else ''}", functools.partial(between.run, ended))
+                found.append((losses, functools.partial(self.built, between, ended)))
         return min(found, key=lambda pair: pair[0].mean)
 
 
@@ -282,7 +285,8 @@ def rows_of(bench: Bench, name: str, shares: Sequence[float], free: bool) -> Ite
         }
         if not free:
             rivals["boomerang"] = bench.boomerang(depth, low)
-            rivals["boomerang, improved"] = bench.boomerang(depth, low, improved=True)
+            rivals["boomerang, first two layers"] = bench.boomerang(depth, low, "first two")
+            rivals["boomerang, improved"] = bench.boomerang(depth, low, "influence")
             if share == 0.5:
                 rivals["distilled alone"] = bench.alone(name, sliced)
         weight = math.log(high / size) / math.log(high / low)
@@ -316,7 +320,7 @@ def again(bench: Bench, name: str, seed: int, free: bool) -> dict[str, Any]:
         cut = cut_plan("teacher", plan.shape, bench.teacher, bench.importance.kept(plan.shape))
         others["distilled alone"], _ = bench.alone(name, cut, seed)
         if _kind(name) != "hidden":
-            others["boomerang, improved"], _ = bench.boomerang(bench.nearest_depth(plan.parameters), low, improved=True, seed=seed)
+            others["boomerang, improved"], _ = bench.boomerang(bench.nearest_depth(plan.parameters), low, "influence", seed=seed)
     return {**row(name, plan.parameters, f"{plan.strategy}, seed {seed}", plan.shape, ours, others), "share": 0.5, "to_chord": chord}
 
 
