@@ -142,12 +142,15 @@ def initialisers(read: Results) -> str:
     def each(entries: dict[str, dict[str, Any]], rival: str) -> str:
         return "; ".join(f"{found(entries[name]['rivals'][rival]['minus'])} ({name})" for name in segments)
 
+    hurt = [healed[name]["loss"] - middles[name]["loss"] for name in segments]
+    hurt += [healed[name]["rivals"][rival]["loss"] - middles[name]["rivals"][rival]["loss"] for name in segments for rival in ("smaller neighbour", "distilled alone")]
+    today = {name: row["rivals"]["distilled alone"]["minus"] for name, row in _middles(read, "quality_today", True).items()}
     few = read("quality_rivals")
     tenth = "; ".join(f"{found(row['rivals'][name]['minus'])} ({row['segment']})" for name in ("boomerang", "boomerang, improved") for row in first_rows(few))
     return (
         f"Learngene was not run. Same size, untrained: {free}. At {read('quality_trained')['stage_tokens']:,} tokens a stage, in the middle of segments, boomerang's losses with evenly spaced layers are {each(middles, 'boomerang')}; with our choice of layers "
         f"{each(middles, 'boomerang, improved')}. At {few['stage_tokens']:,} tokens a stage, so and then with our choice: {tenth}. A model distilled alone at that size is {each(middles, 'distilled alone')}, after the same 10 steps of both {healed_by(healed.values())} "
-        f"{each(healed, 'distilled alone')}, which makes models that have been trained, the chain's too, 0.01 to 0.10 worse (by `cbd heal`'s own it stays 0.06 ahead). `benchmarks/quality/run.py`"
+        f"{each(healed, 'distilled alone')}, which makes models that have been trained, the chain's too, {span(hurt)} (by `cbd heal`'s own it is {'; '.join(f'{found(minus)} ({name})' for name, minus in today.items())}). `benchmarks/quality/run.py`"
     )
 
 

@@ -26,10 +26,9 @@ from rich.table import Table
 from cbd_hub import CBDModel, Chain, Recipe
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.stages import CALIBRATION_TOKENS, read_parts
-from cbd_hub.evaluation import Documents, Losses, document_losses
-from cbd_hub.interpolation.live import ModelRunner
+from cbd_hub.evaluation import Documents, Losses, model_losses
 from cbd_hub.precision import best_device
-from cbd_hub.shapes import count, shape_of
+from cbd_hub.shapes import count, parameter_count, shape_of
 from cbd_hub.sizes import format_size, with_error
 from cbd_hub.weights import load_model, load_tokenizer
 
@@ -51,18 +50,19 @@ class Bench:
         self.heldout = Documents.read(self.parts.heldout, tokenizer, block, heldout_tokens)
         calibration = Documents.packed(self.parts.calibration, tokenizer, block, CALIBRATION_TOKENS)
         self.whole = load_model(folder, torch.float32).to(best_device())
+        self.parameters = parameter_count(self.whole.config)
         self.importance = measure_importance(self.whole, calibration)
         self.text = torch.stack(calibration.ids[:1])
         self.depths = [shape_of(self.whole.config).model_copy(update={"layers": layers}) for layers in range(1, shape_of(self.whole.config).layers)]
 
     def losses(self, model: Any) -> Losses:
         """Its held-out losses."""
-        return document_losses(ModelRunner(model.to(best_device()).eval()), self.heldout)
+        return model_losses(model.to(best_device()), self.heldout)
 
     def sizes(self) -> list[int]:
         """The sizes to cut to."""
         per_layer = count(self.depths[-1], self.whole.config) - count(self.depths[-2], self.whole.config)
-        return [round(count(shape_of(self.whole.config), self.whole.config) - gone * per_layer * (len(self.depths) + 1)) for gone in GONE]
+        return [round(self.parameters - gone * per_layer * (len(self.depths) + 1)) for gone in GONE]
 
     def cut(self, size: int, target: Any) -> tuple[Any, float]:
         """A cut as users make it, and its seconds."""
@@ -86,7 +86,7 @@ class Bench:
             if chain is not None:
                 rivals["the chain"] = self.losses(CBDModel.from_chain(chain, size, dtype=torch.float32))
             yield {
-                "model": self.name, "whole_parameters": count(shape_of(self.whole.config), self.whole.config), "whole_loss": whole.mean, "parameters": count(shape, self.whole.config), "shape": shape.model_dump(),
+                "model": self.name, "whole_parameters": self.parameters, "whole_loss": whole.mean, "parameters": count(shape, self.whole.config), "shape": shape.model_dump(),
                 "loss": ours.mean, "stderr": ours.stderr, "to_whole": ours.minus((1.0, whole)), "heldout_tokens": self.heldout.tokens,
                 "unfitted_shape": shape_of(mere.config).model_dump(), "dropped_parameters": count(depth, self.whole.config), "seconds": {"cut": seconds, "unfitted": mere_seconds},
                 "rivals": {name: {"loss": losses.mean, "minus": losses.minus((1.0, ours))} for name, losses in rivals.items()},

@@ -9,6 +9,7 @@ from typing import Any
 
 from tables import beside_mergekit, pair
 
+from cbd_hub.interpolation.curve import Chord
 from cbd_hub.sizes import format_size
 
 
@@ -70,14 +71,8 @@ def align(data: dict[str, Any]) -> str:
 def cut(data: dict[str, Any]) -> str:
     """What a cut without training loses, and what the others do."""
     rows = data["rows"]
-    rivals = ", ".join(f"{name} {reach(rows, name)}" for name in rows[0]["rivals"])
-    return f"Cut without training by an eighth to three eighths of their blocks and fitted by least squares, {' and '.join(dict.fromkeys(row['model'] for row in rows))} lose {span_of(row['to_whole'][0] for row in rows)} nats per token. At these sizes, ShortGPT and LaCo at the nearest depth: {rivals}."
-
-
-def span_of(values: Iterable[float]) -> str:
-    """From the least to the most."""
-    found = sorted(values)
-    return f"{found[0]:.2f} to {found[-1]:.2f}"
+    rivals, lost = ", ".join(f"{name} {reach(rows, name)}" for name in rows[0]["rivals"]), [row["to_whole"][0] for row in rows]
+    return f"Cut without training by an eighth to three eighths of their blocks and fitted by least squares, {' and '.join(dict.fromkeys(row['model'] for row in rows))} lose {min(lost):.2f} to {max(lost):.2f} nats per token. At these sizes, ShortGPT and LaCo at the nearest depth: {rivals}."
 
 
 def barriers(data: dict[str, Any], which: str) -> tuple[str, str]:
@@ -234,9 +229,11 @@ def quality_rivals(data: dict[str, Any]) -> str:
             improved.setdefault(f"`{row['segment']}`", []).append(row["rivals"]["boomerang, improved"]["minus"][0])
     seeds = {segment: found for segment, found in improved.items() if len(found) > 1}
     names = ", ".join(f"`{row['segment']}`" for row in rows)
+    kinds = {"boomerang": "boomerang's losses with evenly spaced layers", "boomerang, first two layers": "with the first two of them kept", "boomerang, improved": "with layers by influence and the best order"}
+    boomerangs = ", ".join(f"{title} {reach(rows, name)}" for name, title in kinds.items() if any(name in row["rivals"] for row in rows))
     return (
         f"At the middle of {len(rows)} segment{'s' if len(rows) > 1 else ''} ({names}), {data['stage_tokens']:,} tokens a stage, in nats against the chain's model, which took no step: distilled for that size alone "
-        f"{reach(rows, 'distilled alone')}; boomerang's losses with evenly spaced layers {reach(rows, 'boomerang')}{', with the first two of them kept ' + reach(rows, 'boomerang, first two layers') if any('boomerang, first two layers' in row['rivals'] for row in rows) else ''}, with layers by influence and the best order {reach(rows, 'boomerang, improved')}; merely cut {reach(rows, 'merely cut')}; the smaller neighbour {reach(rows, 'smaller neighbour')}."
+        f"{reach(rows, 'distilled alone')}; {boomerangs}; merely cut {reach(rows, 'merely cut')}; the smaller neighbour {reach(rows, 'smaller neighbour')}."
         + (f" Over {max(map(len, seeds.values()))} seeds that boomerang stands at {'; '.join(f'{spread(found)} in {segment}' for segment, found in seeds.items())}{f' (not repeated in {once})' if (once := ', '.join(sorted(improved.keys() - seeds.keys()))) else ''}." if seeds else "")
     )
 
@@ -336,9 +333,8 @@ def _costs(read: Results) -> str:
 def _elsewhere(read: Results) -> str:
     data = read("adapter")
     whole, (*between, anchor) = data["anchor"], data["rows"]
-    span_of_sizes = math.log(whole["parameters"] / anchor["parameters"])
-    weights = [math.log(whole["parameters"] / row["parameters"]) / span_of_sizes for row in between]  # of the smaller anchor on the chord
-    over = [weight * anchor["base"][0] + (1 - weight) * whole["base"][0] - row["base"][0] for weight, row in zip(weights, between)]
+    chord = Chord("", "", (anchor["parameters"], whole["parameters"]), (anchor["base"][0], whole["base"][0]))
+    over = [(chord.at(row["parameters"]) or math.nan) - row["base"][0] for row in between]
     middle = between[len(between) // 2]
     return f"{span(over)} at {', '.join(format_size(row['parameters']) for row in between)}; {format_size(middle['parameters'])} loses {middle['base'][0] - whole['base'][0]:.2f} nats to the whole model there"
 

@@ -273,6 +273,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
     first = [row for row in data["rows"] if row not in healed and row not in again]
     seeds = {row["segment"]: [row, *found] for row in first if (found := [other for other in again if other["segment"] == row["segment"]])}
     made = side_by_side(first)
+    two = any("boomerang, first two layers" in row["rivals"] for row in first)
     if seeds:
         names = ["", *dict.fromkeys(name for row in again for name in row["rivals"])]
         heads = [f"{segment}: {format_size(found[0]['parameters'])}, {len(found)} seeds" for segment, found in seeds.items()]
@@ -280,7 +281,7 @@ def quality_rivals(data: dict[str, Any]) -> str:
         made += f"\n\nAnchor, chain and the rivals that are trained, learned anew with other seeds; ± is the standard error over seeds:\n\n{spread}"
     return (
         f"{made}\n\nThe middle of segments of SmolLM2-135M-Instruct and a 99M anchor, {data['stage_tokens']:,} tokens a stage and "
-        f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired. Boomerang: its losses, evenly spaced layers (20 of 30; of a Llama its authors keep the first two and every second one), put back from the last on; first two layers: these and evenly spaced ones, from the last or the first on, whichever is better on the held-out text; improved: the layers of most influence, in the best order. "
+        f"for every rival that is trained; {data['heldout_tokens']:,} held-out tokens, nats per token. A rival's line is its loss less the chain's, paired. Boomerang: its losses, evenly spaced layers (20 of 30; of a Llama its authors keep the first two and every second one), put back from the last on; {'first two layers: these and evenly spaced ones, from the last or the first on, whichever is better on the held-out text; ' if two else ''}improved: the layers of most influence, in the best order. "
         f"{'It and LaCo, at the nearest depth, are the same models in all columns, and columns of one shape share the one distilled alone, so that errors are not independent between columns; that one is left out where the middle has another shape. ' if len(first) > 2 else ''}"
         + (f"All of them healed {healed_by(healed)}, on a 20th of those tokens:\n\n{side_by_side(healed)}\n\n" if healed else "") + f"`{data['command']}`"
     )

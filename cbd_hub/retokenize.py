@@ -34,7 +34,7 @@ from cbd_hub.weights import Checkpoint, check_read_back, load_model, load_tokeni
 
 _ROWS = 4096  # composed at once
 _ROLES = ("eos", "bos", "pad", "unk", "sep", "cls", "mask")
-_TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias")
+_TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
 _OWN_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
 
 
@@ -193,16 +193,16 @@ def _renumber(holder: Any, old: Any, new: Any, places: Mapping[int, int] | None)
     for name in _TOKEN_LISTS:
         if getattr(holder, name, None) is not None:
             setattr(holder, name, None if places is None else _renumbered(getattr(holder, name), places))
+    biases = getattr(holder, "sequence_bias", None)
+    if biases is not None:  # tokens with a bias each, as a dict or, from JSON, as pairs
+        pairs = [] if places is None else biases.items() if isinstance(biases, dict) else biases
+        holder.sequence_bias = [[[places[token] for token in tokens], bias] for tokens, bias in pairs if places is not None and all(token in places for token in tokens)] or None
 
 
 def _renumbered(value: Any, places: Mapping[int, int]) -> Any:
-    """New numbers of tokens in lists, lists of lists and biases by tokens; what holds a token that is gone is left out. None where nothing is left."""
-    if isinstance(value, dict):
-        return {tuple(places[token] for token in key): bias for key, bias in value.items() if all(token in places for token in key)} or None
+    """New numbers of tokens in lists and lists of lists; what holds a token that is gone is left out. None where nothing is left."""
     if not isinstance(value, list):
         return places.get(value)
-    if value and all(isinstance(part, list) and len(part) == 2 and isinstance(part[0], list) and isinstance(part[1], float) for part in value):  # a dict's pairs, as JSON has them
-        return [[[places[token] for token in tokens], bias] for tokens, bias in value if all(token in places for token in tokens)] or None
     found = [_renumbered(part, places) for part in value]
     if value and isinstance(value[0], list):
         return [part for part, whole in zip(found, value) if part is not None and len(part) == len(whole)] or None

@@ -149,9 +149,10 @@ def cut_single(
         fit_on, heldout = _own_text(live, tokens)
     else:
         fit_on, heldout = _split(texts, source, load_tokenizer(folder), more, tokens, block_size(config))
-    documents, before = fit_on.first(tokens), model_losses(live, heldout)
+    before = model_losses(live, heldout)
     if not math.isfinite(before.mean):
         raise WeightsError(f"{name} has the loss {before.mean} on the held-out text in {live.dtype}, of which nothing can be chosen; look at its weights, or save them as float32 or bfloat16 where float16 is too narrow for it")
+    documents = fit_on.first(tokens)
     say(f"importance on {documents.tokens:,} tokens of {source}")
     importance = measure_importance(live, documents)
     cut = choose_cut(live, wanted, importance, documents, name=name, wish=wish)

@@ -216,7 +216,7 @@ def test_distil_and_assemble(cbd, tmp_path):
     (["retokenize", "CHAIN", "--keep", "300", "--bridge", "span", "--out", "x"], 2, "--bridge is of a training"),
     (["cache-teacher", "CHAIN", "--recipe", "r.yaml", "--column", "body", "--out", "x"], 2, "--column is of --text"),
     (["push", "CHAIN/anchors", "org/model", "--tag", "v1"], 2, "--tag is of a chain's index"), (["push", "CHAIN/anchors", "org/model", "--no-collection"], 2, "--collection is of a chain's index"),
-    (["retokenize", "CHAIN", "--keep", "300", "--column", "body", "--out", "x"], 2, "--column is of the text"),
+    (["retokenize", "CHAIN", "--keep", "300", "--column", "body", "--out", "x"], 2, "--column is of --text"),
     (["draft", "CHAIN", "--column", "body"], 2, "--column is of the documents of --prompts"), (["draft", "CHAIN", "--count", "2"], 2, "--count is of the documents of --prompts"),
 ])
 def test_errors_are_one_line_with_the_way_out(cbd, chain, arguments, code, message, tmp_path, monkeypatch):

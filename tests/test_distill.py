@@ -19,7 +19,6 @@ from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.chain import ChainBuilder
 from cbd_hub.cut import Cut, cut_model, measure_importance
 from cbd_hub.distill.path import path_plan
-from cbd_hub.distill.wrapping import short_attention
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, TrainingError, VocabularyMismatchError
 from cbd_hub.evaluation import Documents
 from cbd_hub.hub import open_chain
@@ -243,18 +242,6 @@ def test_the_teacher_is_left_as_it_was(tmp_path, monkeypatch):
     assert trainer.teacher.dtype == trainer.teacher.config.dtype == torch.bfloat16
     assert trainer.teacher.base_model.rotary_emb.inv_freq.dtype == torch.float32, "as where transformers loads one in bf16"
     assert trainer.model.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("rows", "options", "attention"), [
-    ([{"input_ids": [5] * 64}], {}, "eager"), ([{"input_ids": [5] * 300}], {}, "sdpa"), ([{"input_ids": [5] * 9, "teacher_input_ids": [5] * 300}], {}, "sdpa"),
-    ([{"prompt": "a"}], {"teacher_answers": True}, "sdpa"), (iter([{"input_ids": [5] * 300}]), {}, "eager"),
-], ids=["short", "long", "the teacher's", "answers", "a stream, by its block size"])
-def test_short_rows_on_a_cpu_in_bf16_have_plain_attention(tmp_path, monkeypatch, rows, options, attention):
-    monkeypatch.setattr("cbd_hub.distill.config.has_bf16", lambda device: True)
-    model, args = tiny.llama(), ChainDistillerConfig(str(tmp_path), bf16=True, use_cpu=True, **options)
-    with short_attention(args, rows, model, None):
-        assert model.config._attn_implementation == attention
-    assert model.config._attn_implementation == "sdpa"
 
 
 def resumed(family, folder, stop, **options):

@@ -294,7 +294,7 @@ def test_a_model_that_loses_no_number_is_refused_before_anything_is_chosen(sourc
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (["--size", "900M"], 1, "a cut is smaller"), (["--size", "2K"], 1, "cannot be cut to 2K"), ([], 2, "neither size nor shape"),
-    (["--size", "40K", "--column", "body"], 2, "--column is of the text, and no --text was given"), (["--shape", "layers"], 2, "cannot be read"), (["--size", "40K", "--reconstruct", "channel"], 2, "is not known"), (["--size", "40K", "--text", "/no/such.txt"], 1, "no file matches"),
+    (["--size", "40K", "--column", "body"], 2, "--column is of --text, and none was given"), (["--shape", "layers"], 2, "cannot be read"), (["--size", "40K", "--reconstruct", "channel"], 2, "is not known"), (["--size", "40K", "--text", "/no/such.txt"], 1, "no file matches"),
 ])
 def test_errors_of_the_command_are_one_line(cbd, source, arguments, code, message, tmp_path):
     got, printed, said = cbd("cut", source, "--out", tmp_path / "x", *arguments)

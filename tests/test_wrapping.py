@@ -71,3 +71,15 @@ def test_attention_is_plain_on_short_blocks_in_bf16_and_what_it_was_afterwards(t
     with pytest.raises(ZeroDivisionError), short_attention(ChainDistillerConfig(str(tmp_path), use_cpu=True, bf16=True), [], model):
         1 / 0  # noqa: B018
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("rows", "options", "attention"), [
+    ([{"input_ids": [5] * 64}], {}, "eager"), ([{"input_ids": [5] * 300}], {}, "sdpa"), ([{"input_ids": [5] * 9, "teacher_input_ids": [5] * 300}], {}, "sdpa"),
+    ([{"prompt": "a"}], {"teacher_answers": True}, "sdpa"), (iter([{"input_ids": [5] * 300}]), {}, "eager"),
+], ids=["short", "long", "the teacher's", "answers", "a stream, by its block size"])
+def test_short_rows_on_a_cpu_in_bf16_have_plain_attention(tmp_path, monkeypatch, rows, options, attention):
+    monkeypatch.setattr("cbd_hub.distill.config.has_bf16", lambda device: True)
+    model, args = tiny.llama(), ChainDistillerConfig(str(tmp_path), bf16=True, use_cpu=True, **options)
+    with short_attention(args, rows, model, None):
+        assert model.config._attn_implementation == attention
+    assert model.config._attn_implementation == "sdpa"

@@ -40,7 +40,7 @@ def cut(
     from cbd_hub.single import cut_single
     hush_bars()
     if text is None:
-        refuse_given(context, ("column",), "is of the text, and no --text was given; name a file, or leave it out")
+        refuse_given(context, ("column",), "is of --text, and none was given; leave it out")
     check_absent(out_dir)
     made = cut_single(
         model, size, shape=shape_of_text(shape), calibration=text, target=None if reconstruct == "none" else cast(Any, reconstruct), column=column, revision=revision,
@@ -93,7 +93,7 @@ def retokenize(
     if not steps:
         refuse_given(context, ("bridge", "learning_rate", "batch_size", "block_size"), "is of a training, which --steps asks for; give --steps such as 100, or leave it out")
     if text is None:
-        refuse_given(context, ("column",), "is of the text, and no --text was given; name a file, or leave it out")
+        refuse_given(context, ("column",), "is of --text, and none was given; leave it out")
     texts = None if text is None else read_texts(text, column)
     if steps and texts is not None:
         with resumable():
