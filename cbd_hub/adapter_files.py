@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -174,6 +175,9 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     for key, value in config.items():
         if key not in _FREE and key != "bias" and value not in (None, False, [], {}, ""):
             raise ArgumentError(f"adapter {name} has {key[:60]}={str(value)[:60]}, which cannot be carried{': ' + _WHY[key] if key in _WHY else ''}; train it as a plain LoRA")
+    dropout = config.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise WeightsError(f"adapter {name}: {CONFIG} has lora_dropout={str(dropout)[:60]}, which is no share; save it again")
     for key, kind in _NAMING.items():
         value = config.get(key)
         if not (value is None or isinstance(value, kind) or (isinstance(value, list) and all(isinstance(part, kind) for part in value))):
@@ -231,7 +235,7 @@ def _by_pattern(name: str, config: Mapping[str, Any], patterns: str, common: str
                 break
     except (re.error, AttributeError, TypeError) as error:
         raise WeightsError(f"adapter {name}: {patterns} of {CONFIG} cannot be read ({one_line(error)}); save it again") from error
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise WeightsError(f"adapter {name}: {CONFIG} gives {path[:120]} {common}={str(value)[:40]}, which is no number; save it again")
     return value
 

@@ -86,7 +86,7 @@ def home_of(files: ChainFiles, adapter: Adapter, size: str | int | None = None) 
     """
     files = files.glanced
     base = adapter.config.get("base_model_name_or_path")
-    base = base if isinstance(base, str) else ""
+    base = base if isinstance(base, str) and base.isprintable() else ""  # of others there is no path
     recorded = anchor = None
     try:
         recorded = _recorded(files, adapter, adapter.folder, "config.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import yaml
 from huggingface_hub import RepoCard, metadata_load
 
 from cbd_hub.errors import ArgumentError
-from cbd_hub.manifest import Anchor, Manifest
 
 
 _BEGIN, _END = "<!-- cbd_hub:begin", "<!-- cbd_hub:end -->"
@@ -37,10 +35,10 @@ def license_lines(license: str | None) -> str:
 
     Example:
         >>> license_lines("apache-2.0"), license_lines("My Licence"), license_lines(None)
-        ('license: apache-2.0\n', 'license: other\nlicense_name: my-licence\n', '')
+        ('license: apache-2.0\n', 'license: other\nlicense_name: "my-licence"\n', '')
     """
     name = "" if license is None else _license_id(license)
-    return f"license: {name}\n" if name in LICENSES else f"license: other\nlicense_name: {name}\n" if name else ""
+    return f"license: {name}\n" if name in LICENSES else f'license: other\nlicense_name: "{name}"\n' if name else ""
 
 
 def _license_id(license: str) -> str:
@@ -60,13 +58,6 @@ def license_of(folder: Path) -> str | None:
     return found if isinstance(found, str) and found.isprintable() and 0 < len(found) <= 128 else None
 
 
-def shared_license(manifest: Manifest, anchors: Iterable[Anchor]) -> str | None:
-    """The licence of some anchors, each one's own or else the teacher's; None where it is unknown or they differ."""
-    inherited = manifest.teacher.license if manifest.teacher is not None else None
-    found = {anchor.license or inherited for anchor in anchors}
-    return found.pop() if len(found) == 1 else None
-
-
 def check_card(text: str, name: str) -> None:
     """What the Hub would refuse in a card's metadata, found before anything is sent.
 
@@ -77,10 +68,7 @@ def check_card(text: str, name: str) -> None:
     Raises:
         ArgumentError: Naming the first field that is wrong.
     """
-    try:
-        data = RepoCard(text, ignore_metadata_errors=False).data.to_dict()
-    except Exception as error:  # whatever a broken YAML block raises
-        raise ArgumentError(f"the card of {name} has metadata that is not YAML ({str(error).splitlines()[0][:120]}); mend the block at the top of its README") from error
+    data = _metadata(text, name, strict=True)
     bases = data.get("base_model") or []
     lists = {field: data.get(field) or [] for field in ("tags", "datasets", "language")}
     for field, value in lists.items():
@@ -99,19 +87,30 @@ def check_card(text: str, name: str) -> None:
         raise ArgumentError(f'the card of {name} has license_name: {str(named)[:80]}; it goes with license: other, in lower case with "-" and "."')
 
 
+def _metadata(text: str, name: str, *, strict: bool = False) -> dict[str, Any]:
+    """The metadata of a card, whose ``name`` is for the error; ``strict`` refuses also what the client could leave out."""
+    try:
+        found: dict[str, Any] = RepoCard(text, ignore_metadata_errors=not strict).data.to_dict()
+    except Exception as error:  # whatever a broken YAML block raises
+        raise ArgumentError(f"the card of {name} has metadata that is not YAML ({str(error).splitlines()[0][:120]}); mend the block at the top of its README") from error
+    return found
+
+
 def read_card(path: Path, name: str | None = None) -> str | None:
     """The text of a README, whatever system it was written on; None where there is none. ``name`` says whose it is.
 
     Raises:
-        ArgumentError: If it is no UTF-8, since what people wrote would be lost.
+        ArgumentError: If it is no UTF-8, or has metadata that is no YAML, since what people wrote would be lost.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError:
         return None
     except UnicodeDecodeError as error:
         whose = path if name is None else f"the README of {name}"
         raise ArgumentError(f"{whose} is not UTF-8 (byte {error.start:,}), and its words could not be kept; save it as UTF-8 and run the same command again") from error
+    _metadata(text, str(name or path))
+    return text
 
 
 def is_ours(card: str) -> bool:

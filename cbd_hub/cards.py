@@ -6,16 +6,16 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from pydantic import Field
 
-from cbd_hub.card_metadata import hub_id, license_lines, repeated, shared_license
+from cbd_hub.card_metadata import hub_id, license_lines, repeated
 from cbd_hub.hub import KEPT_FILE, is_repo_id
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.planner import PADDING
-from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Mix, Name, Shape
+from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Measured, Mix, Name, Parameters, Shape
 from cbd_hub.sizes import format_size, with_error
 
 
@@ -60,6 +60,36 @@ class Healed(Data):
         }
 
 
+class Made(Data):
+    """What ``config.cbd`` says of any model that came from a chain or a cut, of what a card tells."""
+
+    parameters: Parameters
+    strategy: str = Field(default="", max_length=64)
+    chain: str | None = Field(default=None, max_length=256)
+    revision: str | None = Field(default=None, max_length=64)
+    neighbours: list[Name] = Field(default=[], max_length=2)
+    license: str | None = Field(default=None, max_length=128)
+
+
+class CutLosses(Data):
+    """What ``config.cbd`` says beside it of a model that `cbd_hub.single` cut: losses in nats per token, of the whole model and before the fit too, on how much of which text."""
+
+    model: str = Field(max_length=256)
+    revision: str | None = Field(max_length=64)
+    whole_parameters: Parameters
+    text: str = Field(max_length=256)
+    tokens: int = Field(ge=1)
+    documents: int = Field(ge=1)
+    loss: Measured
+    stderr: Measured | None
+    whole_loss: Measured
+    difference: float
+    difference_stderr: Measured | None
+    sliced_loss: Measured | None = None
+    reconstruction: Literal["stream", "layer"] | None = None
+    reconstruction_tokens: int = Field(default=0, ge=0)
+
+
 def chain_card(
     manifest: Manifest, *, repo_id: str | None = None, anchor_repos: Mapping[str, str] | None = None, recipe: bool = True, datasets: Sequence[str] = (),
 ) -> str:
@@ -81,6 +111,7 @@ def chain_card(
             "name": anchor.name, "parameters": anchor.parameters, "shape": anchor.shape, "origin": _origin(anchor),
             "loss": _loss(anchor.evaluations[-1]) if anchor.evaluations else "not measured",
             "path": anchor_repos[anchor.name] if anchor_repos else f"{name}/anchors/{anchor.name}",
+            "subfolder": anchor.location.subfolder if anchor_repos and (anchor_repos[anchor.name] == repo_id or anchor.location.repo_id != ".") else None,
         }
         for anchor in manifest.anchors
     ]
@@ -100,7 +131,7 @@ def chain_card(
     ]
     return _render(
         "chain.md.j2", aligned=aligned, cuts=all(anchor.origin == "cut" for anchor in manifest.anchors[1:]), name=name, published=repo_id is not None, anchors=anchors, curve=curve, troughs=troughs, recommended=recommended, **_span(manifest),
-        teacher_repo=hub_id(teacher.repo_id) if teacher else None, license=license_lines(shared_license(manifest, manifest.anchors)),
+        teacher_repo=hub_id(teacher.repo_id) if teacher else None, license=license_lines(manifest.shared_license(manifest.anchors)),
         teacher_parameters=format_size(teacher.parameters) if teacher else None, recipe=recipe,
         dataset=cell(measured[-1].dataset) if measured else None, tokens=f"{measured[-1].tokens:,}" if measured else None, datasets=list(datasets),
     )
@@ -188,7 +219,7 @@ def retokenized_card(name: str, source: str, facts: dict[str, Any], *, trimmed: 
 
 def interpolant_card(
     name: str, parameters: int, *, chain: str | None, anchors: Sequence[str], license: str | None, facts: dict[str, str], manifest: Manifest | None = None,
-    healed: Healed | None = None, base: str | None = None,
+    healed: Healed | None = None, base: str | None = None, mixed: bool = True,
 ) -> str:
     """The README of a model made from a chain, or of an adapter that heals one.
 
@@ -202,6 +233,7 @@ def interpolant_card(
         manifest: The chain, where it has a repo.
         healed: How it was healed.
         base: For an adapter alone, the Python that makes the model that it belongs on.
+        mixed: Whether it is a mix of anchors, and not one of them as it is.
 
     Returns:
         Markdown with the metadata of a model card.
@@ -209,7 +241,7 @@ def interpolant_card(
     return _render(
         "interpolant.md.j2", name=name, parameters=parameters, chain=chain, anchors=list(anchors), license=license_lines(license), facts=_cells(facts),
         example="" if manifest is None else _span(manifest)["example"], healed=[] if healed is None else _cells(healed.table()),
-        teacher=None if healed is None else healed.teacher, base=base,
+        teacher=None if healed is None else healed.teacher, base=base, mixed=mixed,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cbd_hub import shapes
-from cbd_hub.card_metadata import license_of, merge_card, read_card, shared_license
+from cbd_hub.card_metadata import license_of, merge_card, read_card
 from cbd_hub.cards import chain_card
 from cbd_hub.chain import Chain, ChainBuilder, check_pair, unique_name
 from cbd_hub.configs import read_config
@@ -94,7 +94,7 @@ def add_anchor(
             "measure them with cbd eval", below.name, above.name, name,
         )
     files = {path.name: path for path in (*weight_files(folder), *(folder / name for name in CHECKPOINT_FILES)) if path.is_file()}
-    license = license_of(folder) or shared_license(chain.manifest, anchors)
+    license = license_of(folder) or chain.manifest.shared_license(anchors)
     with tempfile.TemporaryDirectory() as temporary:
         builder = ChainBuilder(Path(temporary), chain.name)
         if place == 0:  # the chain's tokenizer is the first anchor's

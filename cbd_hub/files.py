@@ -315,14 +315,17 @@ class Verdicts:
 def inside(folder: Path, relative: str) -> Path:
     """The path of a chain's file, with links followed, refused where it leaves the folder.
 
-    A snapshot in the Hub's cache, as ``snapshot_download`` gives it, consists of links to the blobs of its repo.
+    A snapshot in the Hub's cache, as ``snapshot_download`` gives it, consists of links to the blobs of its repo, and these may be links to blobs that repos share.
 
     Raises:
         ManifestError: If a symbolic link leads out of the folder.
     """
     root = Path(os.path.realpath(folder))
     path = os.path.realpath(folder / relative)
-    places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    places = [root]
+    if root.parent.name == "snapshots":
+        repo, cache = root.parents[1], root.parents[2]
+        places += [repo / "blobs", *([cache / "blobs"] if (cache / "blobs" / ".huggingface-shared-blobs").is_file() else [])]
     if not any(os.path.commonpath([place, path]) == str(place) for place in places):
         raise ManifestError(f"{folder / relative} leads out of the chain's folder; it is refused")
     return Path(path)

@@ -408,24 +408,6 @@ def check_repo_id(name: str) -> None:
         raise ArgumentError(f'"{name}" cannot be the name of a repo; give one such as "org/name" of letters, digits, ".", "_" and "-"') from error
 
 
-def upload(
-    folder: Path, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None, message: str,
-    repo_type: str | None = None,
-) -> Any:
-    """Put a folder's files into a repo, which is made where it is not there, in one commit.
-
-    Returns:
-        The client's commit info.
-
-    Raises:
-        StorageError: If the Hub cannot be reached or refuses.
-    """
-    with explained(repo_id, token, pushing=True):
-        client = api(token)
-        made = client.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
-        return client.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message, repo_type=repo_type)
-
-
 def reachable(timeout: float = 5.0) -> bool:
     """Whether the Hub answers within ``timeout`` seconds; False at once in offline mode."""
     if constants.HF_HUB_OFFLINE:

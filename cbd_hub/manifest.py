@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -42,6 +43,7 @@ SafePath = Annotated[str, Field(max_length=512), AfterValidator(_safe_path)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Parameters = Annotated[int, Field(gt=0, le=10**15)]
+Measured = Annotated[float, Field(ge=0, le=10**6)]
 
 
 class Data(BaseModel):
@@ -143,9 +145,9 @@ class Teacher(Data):
 class Evaluation(Data):
     """A measured loss, in nats per token, with its standard error over documents; in bits per byte too where the chain has several vocabularies."""
 
-    loss: float
-    bits_per_byte: float | None = None
-    stderr: float | None = None
+    loss: Measured
+    bits_per_byte: Measured | None = None
+    stderr: Measured | None = None
     tokens: int = Field(ge=0)
     dataset: str = Field(max_length=256)
 
@@ -339,6 +341,12 @@ class Manifest(Data):
             if anchor.name == name:
                 return anchor
         raise ManifestError(f'no anchor is named "{name}"; there are {", ".join(a.name for a in self.anchors)}')
+
+    def shared_license(self, anchors: Iterable[Anchor]) -> str | None:
+        """The licence of some anchors, each one's own or else the teacher's; None where it is unknown or they differ."""
+        inherited = self.teacher.license if self.teacher is not None else None
+        found = {anchor.license or inherited for anchor in anchors}
+        return found.pop() if len(found) == 1 else None
 
     def size(self, wish: str | int) -> int:
         """The parameters that a wish means: text, an int, "min" or "max".

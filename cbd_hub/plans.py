@@ -237,6 +237,7 @@ def made_config(files: ChainFiles, plan: Plan) -> StoredConfig:
         "neighbours": [anchor.name for anchor in around], "fingerprints": [anchor.fingerprint for anchor in around],
         "strategy": plan.strategy, "parameters": plan.parameters, **({} if plan.mix is None else plan.mix.model_dump()),
         **({} if plan.small == plan.large or small.maps is None else {"maps": small.maps.sha256}),
+        **({} if (license := files.manifest.shared_license(around)) is None else {"license": license}),
         **({} if plan.adapter is None else {"adapter": dict(plan.adapter)}),
     }
     return config

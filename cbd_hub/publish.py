@@ -22,11 +22,21 @@ from pydantic import ValidationError
 from cbd_hub import shapes
 from cbd_hub.adapter_files import CONFIG as ADAPTER_CONFIG
 from cbd_hub.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
-from cbd_hub.card_metadata import check_card, is_ours, license_of, merge_card, read_card, shared_license
-from cbd_hub.cards import Healed, anchor_card, chain_call, chain_card, curve_picture, cut_card, interpolant_card
+from cbd_hub.card_metadata import check_card, is_ours, license_of, merge_card, read_card
+from cbd_hub.cards import (
+    CutLosses,
+    Healed,
+    Made,
+    anchor_card,
+    chain_call,
+    chain_card,
+    curve_picture,
+    cut_card,
+    interpolant_card,
+)
 from cbd_hub.client import TOKEN, reason
 from cbd_hub.configs import read_config
-from cbd_hub.errors import ArgumentError, StorageError, WeightsError
+from cbd_hub.errors import ArgumentError, ManifestError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file, public
 from cbd_hub.hub import KEPT_FILE, TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
@@ -42,7 +52,7 @@ logger = logging.getLogger(__name__)
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".h5", ".msgpack")
 # What goes when a repo gets another model; all else there is a person's.
 _OLD_MODEL = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, *TOKENIZER_FILES
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEPT_FILE, *TOKENIZER_FILES
 )
 _MODEL_FILES = ("config.json", ADAPTER_CONFIG, KEPT_FILE, "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
@@ -61,7 +71,7 @@ def push_chain(
         _check_repo_id(name)
     publisher = Publisher(token, private, gated, create_pr, commit_message, progress)
     recipe = _recipe(files)
-    shared = _shareable(recipe)
+    shared = _shareable(files, recipe)
     anchors = {anchor.name: _anchor_repo(files, anchor, repo_id, repos[anchor.name], recipe) for anchor in own}
     previews = {anchor.name: _preview(files, anchor) for anchor in own}
     pinned = {anchor.name: anchor.location.revision for anchor in manifest.anchors}
@@ -69,8 +79,8 @@ def push_chain(
     if files.revision is None:
         card = merge_card(read_card(files.root / "README.md"), card)
     index = Repo(repo_id, f"Chain {manifest.name}: {', '.join(repos)}", {}, card, ("chunks/*", "maps/*", "curve.png", "recipe.yaml", *TOKENIZER_FILES), index=True)
+    index.files = _index_files(files, _published(manifest, repos, dict.fromkeys(repos, "0" * 40), previews), shared)  # what is wrong with it is found before anything is sent
     if dry_run:
-        index.files = _index_files(files, _published(manifest, repos, dict.fromkeys(repos, "0" * 40), previews), shared)
         check_card(index.card, repo_id)
         for repo in anchors.values():
             check_card(repo.card, repo.id)
@@ -79,11 +89,14 @@ def push_chain(
         )
     for repo in (*anchors.values(), index):
         publisher.look(repo)
+    publisher.shut_as((*anchors.values(), index))
+    publisher.check_tag(index, tag)
     _say_dropped(publisher, index, manifest)
     for name, repo in anchors.items():
         publisher.progress(f"anchor {name}: {format_bytes(repo.bytes)} to {repo.id}")
         pinned[name] = publisher.put(repo)
     index.files = _index_files(files, _published(manifest, repos, pinned, previews), shared)
+    publisher.check_tag(index, tag, sent=True)
     publisher.progress(f"index: {format_bytes(index.bytes)} to {repo_id}")
     commit = publisher.put(index)
     made_tag = slug = None
@@ -92,7 +105,7 @@ def push_chain(
         if collection:
             notes = {repo_id: "the chain", **{repo: f"anchor {name}" for name, repo in repos.items()}}
             try:
-                slug = publisher.collect(repo_id, notes, bool(private or index.private))
+                slug = publisher.collect(repo_id, notes, bool(publisher.private or index.private))
             except StorageError as error:
                 logger.warning("%s is published, but no collection could be made of it (%s); --no-collection leaves it out", repo_id, reason(error.__cause__ or error, token))
     return Publication(
@@ -135,38 +148,51 @@ def push_model(
     adapter = (folder / ADAPTER_CONFIG).is_file()
     if not adapter:
         Checkpoint(folder, config)
+    cut = made.get("strategy") == "cut" and "difference" in made  # which the first versions did not write
     try:
+        Made.model_validate({name: made[name] for name in Made.model_fields if name in made})
+        if cut:
+            CutLosses.model_validate({name: made[name] for name in CutLosses.model_fields if name in made})
         healed = None if made.get("healed") is None else Healed.model_validate(made["healed"])
     except ValidationError as error:
-        raise WeightsError(f"{folder / 'config.json'} is refused at cbd.healed.{'.'.join(map(str, error.errors()[0]['loc']))}; heal the model again") from error
-    chain, manifest, bases, license = None, None, [], license_of(folder)
+        place = ".".join(("cbd", *(["healed"] if error.title == "Healed" else []), *map(str, error.errors()[0]["loc"])))
+        raise WeightsError(f"{folder / 'config.json'} is refused at {place} ({error.errors()[0]['msg'][:120]}); make the model again") from error
+    chain, manifest, bases, license = None, None, [], license_of(folder) or made.get("license")
+    publisher = Publisher(token, private, gated, create_pr, commit_message, progress)
     if is_repo_id(str(made.get("chain"))) and made.get("revision"):
         chain = str(made["chain"])
-        manifest = open_chain(chain, revision=str(made["revision"]), token=token).manifest
-        bases = [manifest.anchor(name).location.repo_id for name in made.get("neighbours", [])]
-        bases = [chain] if adapter else [chain if base == "." else base for base in bases]
-        license = shared_license(manifest, [manifest.anchor(name) for name in made.get("neighbours", [])])
+        try:
+            manifest = open_chain(chain, revision=str(made["revision"]), token=token, local_files_only=dry_run).manifest
+        except (ManifestError, StorageError):
+            if not dry_run:  # which asks the Hub nothing
+                raise
+    if chain is not None and manifest is not None:
+        around = [manifest.anchor(name) for name in made.get("neighbours", [])]
+        bases = [chain] if adapter else [chain if anchor.location.repo_id == "." else anchor.location.repo_id for anchor in around]
+        license = manifest.shared_license(around)
+        if not dry_run:
+            publisher.shut_as_chain([chain, *bases])
     told = {
         name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in made.items() if value is not None and name not in ("healed", "adapter", "maps", "fingerprints")
+        for name, value in made.items() if value is not None and name not in ("healed", "adapter", "maps", "fingerprints", "license")
     }
     facts = {**_shape_facts(shapes.shape_of(config), family_of(config).name), **told, "parameters": f"{made['parameters']:,}"}
     if isinstance(carried := made.get("adapter"), dict) and isinstance(home := carried.get("home"), dict):
         facts["adapter"] = f"{carried.get('adapter')}, of {home.get('size')}"
     files: dict[str, Content] = {path.name: path for path in sorted(folder.iterdir()) if path.name in _MODEL_FILES or path.suffix == ".safetensors"}
     card = interpolant_card(
-        repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed,
+        repo_id, made["parameters"], chain=chain, anchors=list(dict.fromkeys(bases)), license=license, facts=facts, manifest=manifest, healed=healed, mixed=made.get("strategy") != "anchor",
         base=chain_call(chain or f"path/to/{made.get('chain')}", made, shapes.shape_of(config)) if adapter else None,
     )
     if adapter:
         files[ADAPTER_CONFIG] = _without_place(folder / ADAPTER_CONFIG)
-    elif made.get("strategy") == "cut" and "difference" in made:  # which the first versions did not write
+    elif cut:
         card = cut_card(repo_id, {**made, "shape": shapes.shape_of(config).model_dump()}, kept=KEPT_FILE in files, license=license)
     old = read_card(folder / "README.md")
     if adapter and (old is None or not is_ours(old)):
         old = None  # peft's form to fill in
     repo = Repo(repo_id, "Model made with cbd_hub", files, merge_card(old, card), _OLD_MODEL)
-    return _push_one(repo, Publisher(token, private, gated, create_pr, commit_message, progress), dry_run)
+    return _push_one(repo, publisher, dry_run)
 
 
 def _without_place(path: Path) -> bytes:
@@ -192,6 +218,7 @@ def push_anchor(
     repo = Repo(repo_id, f"Anchor of {source}", dict(files), card, _OLD_MODEL)
     publisher = Publisher(token, private, None, False, None, progress)
     publisher.look(repo)
+    publisher.shut_as_chain([source] if is_repo_id(source) else [])
     publisher.progress(f"{format_bytes(repo.bytes)} to {repo_id}")
     return publisher.put(repo)
 
@@ -204,7 +231,7 @@ def commit_index(
     headers = {name: _header_text(folder / name) for name in anchor.weight_files}
     preview = Preview(config=json.dumps(json.loads((folder / "config.json").read_bytes()), separators=(",", ":")), headers=headers)
     manifest = manifest.model_copy(update={"anchors": [entry.model_copy(update={"preview": preview}) if entry.name == anchor.name else entry for entry in manifest.anchors]})
-    repos = {entry.name: entry.location.repo_id for entry in manifest.anchors}
+    repos = {entry.name: files.name if entry.location.repo_id == "." else entry.location.repo_id for entry in manifest.anchors}
     recipe = _recipe(files)
     card = chain_card(manifest, repo_id=files.name, anchor_repos=repos, recipe=recipe is not None, datasets=_datasets(recipe))
     contents: dict[str, Content] = {FILE_NAME: manifest.to_json().encode(), **beside}
@@ -248,11 +275,10 @@ def _anchor_repo(files: ChainFiles, anchor: Anchor, chain: str, repo_id: str, re
         if name != "README.md":
             contents[name] = path
     Checkpoint(files.path(anchor, "config.json").parent, anchor_config(files, anchor))
-    teacher = files.manifest.teacher
+    teacher, trained = files.manifest.teacher, anchor.training is not None and anchor.training.tokens > 0
     card = anchor_card(
-        repo_id, anchor.parameters, teacher_repo=teacher.repo_id if teacher else None, license=shared_license(files.manifest, [anchor]),
-        facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=anchor.origin in ("cut", "random") and anchor.training is not None,
-        datasets=_datasets(recipe) if anchor.training is not None and anchor.training.tokens else (),
+        repo_id, anchor.parameters, teacher_repo=teacher.repo_id if teacher and anchor.origin != "published" else None, license=files.manifest.shared_license([anchor]),
+        facts=_anchor_facts(anchor, recipe), chain=chain, manifest=files.manifest, distilled=trained, datasets=_datasets(recipe) if trained else (),
     )
     return Repo(repo_id, f"Anchor {anchor.name} of {chain}", contents, card, _OLD_MODEL, chain=chain)
 
@@ -305,15 +331,18 @@ def _datasets(recipe: dict[str, Any] | None) -> list[str]:
     return [named] if isinstance(named, str) and is_repo_id(named) else []
 
 
-def _shareable(recipe: dict[str, Any] | None) -> bool:
-    """Whether there is a recipe that names no place on this machine and no token."""
+def _shareable(files: ChainFiles, recipe: dict[str, Any] | None) -> bool:
+    """Whether there is a recipe that names no place on this machine and, comments included, no token."""
 
     def texts(value: Any) -> list[str]:
         if isinstance(value, dict):
             return [text for entry in value.values() for text in texts(entry)]
         return [text for entry in value for text in texts(entry)] if isinstance(value, list) else [value] if isinstance(value, str) else []
 
-    return recipe is not None and not any(text.startswith(("/", "~", "\\", "file:")) or ":\\" in text or TOKEN.search(text) for text in texts(recipe))
+    path = files.extra("recipe.yaml")
+    if recipe is None or path is None or TOKEN.search(path.read_text(encoding="utf-8")):
+        return False
+    return not any(text.startswith(("/", "~", "\\", "file:")) or ":\\" in text for text in texts(recipe))
 
 
 def _preview(files: ChainFiles, anchor: Anchor) -> Preview:

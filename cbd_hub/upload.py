@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from cbd_hub.adapter_files import CONFIG as ADAPTER_CONFIG
 from cbd_hub.card_metadata import as_theirs, chains_of, check_card, is_ours, merge_card, read_card
 from cbd_hub.client import api, explained
-from cbd_hub.errors import ArgumentError, CBDError, IntegrityError
-from cbd_hub.files import sha256
+from cbd_hub.errors import ArgumentError, CBDError, IntegrityError, ManifestError
+from cbd_hub.files import sha256, write_text
 from cbd_hub.hub import fetch
 from cbd_hub.manifest import FILE_NAME, MAX_BYTES, Manifest
 from cbd_hub.reporting import Progress
@@ -69,6 +71,16 @@ class Repo:
     gated: Any = None
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is there yet but what comes with a new repo."""
+        return self.there <= {".gitattributes"}
+
+    @property
+    def contents(self) -> dict[str, Content]:
+        """Its files and card."""
+        return {**self.files, "README.md": self.card.encode()}
+
+    @property
     def bytes(self) -> int:
         """Bytes of its files and card."""
         return sum(content.stat().st_size if isinstance(content, Path) else len(content) for content in self.files.values()) + len(self.card.encode())
@@ -84,6 +96,7 @@ class Publisher:
         self.token, self.private, self.gated, self.create_pr, self.message = token, private, gated, create_pr, message
         self.progress: Progress = progress or (lambda line: None)
         self.pull_requests: list[str] = []
+        self._gated_as_others: Literal["auto", "manual"] | None = None
         self._account: str | None = None
 
     def look(self, repo: Repo) -> None:
@@ -121,6 +134,22 @@ class Publisher:
                 self._check_place(repo, old)
             repo.card = merge_card(old, repo.card)
         check_card(repo.card, repo.id)
+
+    def shut_as(self, others: Iterable[Repo | ModelInfo]) -> None:
+        """Make repos from here on no more open than others are that belong to them, where the caller did not say: what grows out of a private or gated chain is as shut as that."""
+        others = list(others)
+        if self.private is None and any(other.private for other in others):
+            self.private = True
+        ways: tuple[Literal["manual", "auto"], ...] = ("manual", "auto")
+        self._gated_as_others = next((way for way in ways if any(other.gated == way for other in others)), None)
+
+    def shut_as_chain(self, repo_ids: Iterable[str]) -> None:
+        """The same of repos on the Hub; one that is not there any more, or not to be seen, says nothing."""
+        found = []
+        for repo_id in dict.fromkeys(repo_ids):
+            with suppress(ManifestError), explained(repo_id, self.token):
+                found.append(self.client.model_info(repo_id))
+        self.shut_as(found)
 
     def _check_place(self, repo: Repo, old: str | None) -> None:
         """Refuse to take the place of a model that is not to be replaced; the card of one that somebody else wrote stays theirs.
@@ -172,9 +201,10 @@ class Publisher:
             if repo.head is None:
                 self.client.create_repo(repo.id, private=self.private, exist_ok=True)
                 repo.head = self.client.model_info(repo.id).sha
-            if self.gated and repo.gated != self.gated:
-                self.client.update_repo_settings(repo.id, gated=self.gated)
-            contents: dict[str, Content] = {**repo.files, "README.md": repo.card.encode()}
+            gated = self.gated or (self._gated_as_others if repo.empty else None)
+            if gated and repo.gated != gated:
+                self.client.update_repo_settings(repo.id, gated=gated)
+            contents = repo.contents
             operations: list[Any] = [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
             operations += [CommitOperationDelete(path) for path in sorted(repo.there - contents.keys()) if any(fnmatchcase(path, pattern) for pattern in repo.stale)]
             done = self.client.create_commit(
@@ -209,17 +239,36 @@ class Publisher:
         if (path := self._differs(repo, commit, contents)) is not None:
             raise IntegrityError(f"{repo.id} holds other bytes of {path} than were sent; push again, the chain was not changed")
 
+    def check_tag(self, repo: Repo, wanted: str | None, *, sent: bool = False) -> None:
+        """Refuse a tag before a repo is written to that could not be made then; once all that it refers to is ``sent``, also one of what it holds now, if that is to change.
+
+        Raises:
+            ArgumentError: If it is on another commit, or no name for a tag.
+        """
+        if wanted is None or self.create_pr:
+            return
+        if not re.fullmatch(r"\w[\w.+-]*", wanted, re.ASCII) or ".." in wanted or wanted.endswith((".", ".lock")):
+            raise ArgumentError(f"tag={wanted[:80]!r} is no name for a tag; give letters, digits, '-', '_', '+' and '.'")
+        if repo.head is None:
+            return
+        with explained(repo.id, self.token, pushing=True):
+            target = self._tags(repo.id).get(wanted)
+            elsewhere = target is not None and (target != repo.head or (sent and self._differs(repo, repo.head, repo.contents) is not None))
+        if elsewhere:
+            raise ArgumentError(f"{repo.id} has the tag {wanted} on another commit; choose a new one, the chain was not changed")
+
+    def _tags(self, repo_id: str) -> dict[str, str]:
+        return {tag.name: tag.target_commit for tag in self.client.list_repo_refs(repo_id).tags}
+
     def tag(self, repo_id: str, commit: str, wanted: str | None) -> str:
         """Tag a commit, with the next v1, v2, ... unless it has such a tag."""
         with explained(repo_id, self.token, pushing=True):
-            tags = {tag.name: tag.target_commit for tag in self.client.list_repo_refs(repo_id).tags}
-            numbers = [int(name[1:]) for name in tags if name[:1] == "v" and name[1:].isdigit()]
+            tags = self._tags(repo_id)
+            numbers = [int(found[1]) for name in tags if (found := re.fullmatch(r"v([0-9]{1,9})", name))]
             ours = [name for name, target in tags.items() if target == commit]
             if wanted is None and ours:
                 return ours[0]
             name = wanted or f"v{max(numbers, default=0) + 1}"
-            if tags.get(name, commit) != commit:
-                raise ArgumentError(f"{repo_id} has the tag {name} on another commit; choose a new one, the chain itself is published")
             self.client.create_tag(repo_id, tag=name, revision=commit, exist_ok=True)
         return name
 
@@ -235,6 +284,29 @@ class Publisher:
                 if item not in listed:
                     self.client.add_collection_item(made.slug, item, "model", note=note[:500], exists_ok=True)
         return str(made.slug)
+
+
+def upload(
+    folder: Path, repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None, message: str,
+    repo_type: str | None = None,
+) -> Any:
+    """Put a folder's files into a repo, which is made where it is not there, in one commit; around a card of ours the words stay that people wrote into the one that is there.
+
+    Returns:
+        The client's commit info.
+
+    Raises:
+        StorageError: If the Hub cannot be reached or refuses.
+        ArgumentError: If the card that is there cannot be read.
+    """
+    with explained(repo_id, token, pushing=True):
+        client = api(token)
+        made = client.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
+        card = read_card(folder / "README.md")
+        if card is not None and is_ours(card) and client.file_exists(made.repo_id, "README.md", revision=revision, repo_type=repo_type):
+            old = Path(client.hf_hub_download(made.repo_id, "README.md", revision=revision, repo_type=repo_type))
+            write_text(folder / "README.md", merge_card(read_card(old, made.repo_id), card))
+        return client.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message, repo_type=repo_type)
 
 
 def _sha256(content: Content) -> str:

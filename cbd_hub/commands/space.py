@@ -56,6 +56,8 @@ def space(
             return
         table_of("would be sent" if dry_run else "deployed", [{"file": name, "size": format_bytes(size)} for name, size in sorted(done.files.items())])
         out.print(f"{escape(done.url)}, suggested hardware {escape(done.hardware)}")
+        if done.secret is not None:
+            err.print(f"the chain is private or gated: give the Space a secret {done.secret}, a token that may read it ({escape(done.url)}/settings)")
         return
     limits = Limits(**{"memory": Limits.room(4 * opened.anchors[0].parameters), **asked})
     with err.status(f"making the page of {escape(opened.name)}"):

@@ -16,9 +16,10 @@ from cbd_hub.distill.stages import read_parts, stage_rows
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.distill.wrapping import cast_weights
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError
-from cbd_hub.hub import check_repo_id, resolve_checkpoint, upload
+from cbd_hub.hub import check_repo_id, resolve_checkpoint
 from cbd_hub.plans import weight_dtype
 from cbd_hub.precision import best_device
+from cbd_hub.upload import upload
 from cbd_hub.weights import load_model, load_tokenizer, same_vocabulary, tokenizer_file, weight_files
 
 

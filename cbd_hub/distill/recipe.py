@@ -289,8 +289,9 @@ class _Run:
         small = self._load(stage.name)
         entry = self._remembered(f"{stage.name}.evaluation", lambda: self._evaluation(small, stage.name))
         result = json.loads((self.work / f"{stage.name}.training.json").read_text())
+        begun_as = stage.checkpoint if stage.start is None else stage.start.folder
         anchors.append(self.builder.record(
-            stage.name, origin=stage.origin, parent=None if cut is None else parent.name, maps=maps,
+            stage.name, license=None if begun_as is None else license_of(resolve_checkpoint(begun_as)), origin=stage.origin, parent=None if cut is None else parent.name, maps=maps,
             training=Training(tokens=result["tokens"], loss=result["loss"], recipe_sha256=self.recipe.sha256(), objective=result.get("objective")),
             evaluations=[Evaluation(**{**entry, "bits_per_byte": self._bits(stage.name, small)})],
         ))

@@ -19,7 +19,8 @@ from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.wrapping import is_peft_model
 from cbd_hub.errors import StorageError
 from cbd_hub.files import write_text
-from cbd_hub.hub import is_repo_id, upload
+from cbd_hub.hub import is_repo_id
+from cbd_hub.upload import upload
 
 
 logger = logging.getLogger(__name__)

@@ -70,7 +70,7 @@ def _row(picker: Picker, point: Point) -> dict[str, Any]:
 def _numbers(picker: Picker, size: int, name: str, loss: float, stderr: float | None, bits: float | None, kind: str) -> dict[str, Any]:
     """What is drawn and said of a size: in bits per byte on a chain of several vocabularies, else in nats per token."""
     height = bits if picker.bridged else loss
-    error = 0.0 if stderr is None or height is None else stderr * height / loss
+    error = 0.0 if stderr is None or not height else stderr * height / loss
     said = "" if height is None else f"{height:.3f}" + (f" ± {error:.3f}" if error else "")
     return {
         "size": size, "height": height, "low": (height or 0.0) - error, "high": (height or 0.0) + error, "name": name, "parameters": f"{size:,}", "loss": said, "kind": kind,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, SpaceInfo
 
 from cbd_hub.chain import Chain
 from cbd_hub.client import api, explained
@@ -30,6 +30,9 @@ from cbd_hub.manifest import FILE_NAME
 _HARDWARE = ((500 * 10**6, "cpu-basic", "8GB"), (3 * 10**9, "cpu-upgrade", "20GB"), (8 * 10**9, "l4x1", "18GB"), (10**15, "a100-large", "64GB"))
 
 
+_SECRET = "HF_TOKEN"
+
+
 @dataclass(frozen=True)
 class Deployment:
     """What was, or would be, deployed.
@@ -40,6 +43,7 @@ class Deployment:
         commit: Its commit; None in a dry run.
         files: Bytes of each file.
         hardware: Hardware that its README suggests.
+        secret: Name of the secret that it needs to read the chain; None where anybody can.
     """
 
     repo_id: str
@@ -47,6 +51,7 @@ class Deployment:
     commit: str | None
     files: dict[str, int]
     hardware: str
+    secret: str | None = None
 
 
 def space_files(
@@ -57,7 +62,7 @@ def space_files(
     Args:
         chain: The chain, opened from the Hub.
         repo_id: The Space.
-        public: Whether all its repos are public, so that they can be preloaded.
+        public: Whether all its repos are public, so that they can be preloaded; else the README says which secret reads them.
         hardware: Hardware to suggest; by default by the largest anchor.
         limits: As `push_space` takes them.
         dtype: Dtype of the weights; by default the anchors'.
@@ -80,6 +85,7 @@ def space_files(
     })
     if not public:
         del data["preload_from_hub"]
+        body += f"\nThe chain is private or gated: the Space reads it with the secret `{_SECRET}`, a token that may (Settings, Variables and secrets).\n"
     memory = {name: room for _, name, room in _HARDWARE}.get(data["suggested_hardware"], "8GB")
     made = {
         "app.py": app.encode(), "README.md": f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)}---\n{body}".encode(),
@@ -172,7 +178,7 @@ def push_space(
     Args:
         chain: The chain, opened from the Hub.
         repo_id: The Space, such as ``org/SPACE``.
-        private: Whether a Space made now is private.
+        private: Whether a Space made now is private; by default where a repo of the chain is private or gated.
         hardware: Hardware to suggest.
         token: Hub token; None for the stored one.
         dry_run: Say what would be sent, and send nothing.
@@ -180,7 +186,7 @@ def push_space(
         dtype: Dtype of the weights; by default the anchors'.
 
     Raises:
-        ArgumentError: If the chain is a local folder, or the name is none.
+        ArgumentError: If the chain is a local folder, the name is none, the Space holds another app, or it is public and was asked to be private.
         StorageError: If the Hub cannot be reached or refuses.
     """
     check_repo_id(repo_id)
@@ -188,16 +194,32 @@ def push_space(
         raise ArgumentError(f'"{repo_id}" names no Space; give one such as "org/SPACE"')
     space_files(chain, repo_id)  # refuses a local chain before a request is made
     client = api(token)
+    shut = False
+    for repo in sorted({chain.files.name, *(place[0] for anchor in chain.anchors if (place := chain.files.remote(anchor)) is not None)}):
+        with explained(repo, token):
+            info = client.model_info(repo)
+            shut = shut or bool(info.private or info.gated)
     with explained(repo_id, token, pushing=True):
-        repos = {chain.files.name, *(place[0] for anchor in chain.anchors if (place := chain.files.remote(anchor)) is not None)}
-        found = [client.model_info(repo) for repo in sorted(repos)]
-        made = space_files(chain, repo_id, public=not any(info.private or info.gated for info in found), hardware=hardware, limits=limits, dtype=dtype)
+        there = client.space_info(repo_id) if client.repo_exists(repo_id, repo_type="space") else None
+        if there is not None:
+            _check_place(there, repo_id, private)
+        made = space_files(chain, repo_id, public=not shut, hardware=hardware, limits=limits, dtype=dtype)
         sizes, chosen = {name: len(data) for name, data in made.items()}, yaml.safe_load(made["README.md"].decode().split("---\n")[1])["suggested_hardware"]
+        secret = _SECRET if shut else None
         if dry_run:
-            return Deployment(repo_id, f"{client.endpoint}/spaces/{repo_id}", None, sizes, chosen)
-        url = client.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+            return Deployment(repo_id, f"{client.endpoint}/spaces/{repo_id}", None, sizes, chosen, secret)
+        url = client.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=shut or None if private is None else private, exist_ok=True)
         head = client.space_info(repo_id)
         old = [file.rfilename for file in head.siblings or [] if re.fullmatch(r"cbd_hub-[^/]*\.whl", file.rfilename) and file.rfilename not in made]
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in sorted(made.items())] + [CommitOperationDelete(name) for name in old]
         done = client.create_commit(repo_id, operations, repo_type="space", commit_message=f"Pick a size of {chain.files.name}", parent_commit=head.sha)
-    return Deployment(repo_id, str(url), done.oid, sizes, chosen)
+    return Deployment(repo_id, str(url), done.oid, sizes, chosen, secret)
+
+
+def _check_place(there: SpaceInfo, repo_id: str, private: bool | None) -> None:
+    """Refuse to take the place of an app of somebody's, or to leave one open that was asked to be private."""
+    files = {file.rfilename for file in there.siblings or []}
+    if "space.json" not in files and files - {".gitattributes", "README.md"}:
+        raise ArgumentError(f"the Space {repo_id} holds an app that `cbd space` did not deploy, and this one would take its place; deploy it under another name")
+    if private and not there.private:
+        raise ArgumentError(f"the Space {repo_id} is public, but private was asked; make it private in its settings, or deploy it under another name")
