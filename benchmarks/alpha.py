@@ -3,7 +3,7 @@
     python benchmarks/alpha.py --demo demo
 
 At a quarter, half and three quarters of each of the demo's segments, blends with alpha 0 (the shared units are the larger anchor's), 0.1 to 0.9 (the paper's sweep), 1 (the
-smaller anchor's), and the alpha that the chain fitted on calibration text. Nothing is trained. Nats per token, paired with the fitted one over documents. Writes
+smaller anchor's), all with gains of 1, and the mix of alpha and gains that the chain fitted on calibration text. Nothing is trained. Nats per token, paired with the fitted mix over documents. Writes
 benchmarks/results/alpha.json.
 """
 

@@ -86,6 +86,7 @@ BENCHMARKS = {
     "quality_rivals": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality_rivals --steps 20 --share 0.5 --heldout-tokens 8000 --out benchmarks/results/quality_rivals.json", quick=None),
     "quality": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --free", quick=None),
     "quality_trained": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --share 0.5 --out benchmarks/results/quality_trained.json", quick=None, full="--seeds 3"),
+    "quality_today": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --share 0.5 --only \"least loss\" --only ffn --out benchmarks/results/quality_today.json", quick=None),
     "quality_scratch": Benchmark("benchmarks/quality/run.py", "--demo demo --work bench/quality --only \"least loss\" --scratch 10", quick=None),
 }
 

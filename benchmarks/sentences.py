@@ -135,12 +135,12 @@ def draft(data: dict[str, Any]) -> str:
 
 
 def alpha(data: dict[str, Any]) -> str:
-    """The sweep of alpha against the fitted one."""
+    """The sweep of alpha against the fitted mix."""
     half = [row["alphas"]["0.5"]["to_fitted"] for row in data["rows"] if "0.5" in row["alphas"]]
     best = [min(one["to_fitted"][0] for one in row["alphas"].values()) for row in data["rows"]]
     return (
-        f"A plain average (alpha 0.5) loses {min(value for value, _ in half):.3f} to {max(value for value, _ in half):.3f} nats to the alpha that the chain fits, and no alpha of the sweep "
-        f"beats the fitted one by more than {max(0.0, -min(best)):.3f}, at {len(data['rows'])} sizes."
+        f"A plain average (alpha 0.5, gains of 1) loses {min(value for value, _ in half):.3f} to {max(value for value, _ in half):.3f} nats to the mix (alpha and gains) that the chain fits, and no alpha of the sweep "
+        f"beats that mix by more than {max(0.0, -min(best)):.3f}, at {len(data['rows'])} sizes."
     )
 
 
@@ -200,10 +200,10 @@ def first_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in data["rows"] if "," not in row["by"]]
 
 
-def span(differences: Iterable[float]) -> str:
-    """By how much losses are worse or better than the chain's, from one end to the other."""
+def span(differences: Iterable[float], more: str = "worse", less: str = "better") -> str:
+    """By how much losses are worse or better than the chain's, or how one says it, from one end to the other."""
     found = sorted(differences)
-    words = [f"{abs(value):.2f} {'worse' if value > 0 else 'better'}" for value in (found[0], found[-1])]
+    words = [f"{abs(value):.2f} {more if value > 0 else less}" for value in (found[0], found[-1])]
     if words[0] == words[1]:
         return words[0]
     if words[0].split()[1] == words[1].split()[1]:
@@ -296,9 +296,12 @@ def _trained(name: str) -> Callable[[Results], str]:
 
 
 def _published(read: Results) -> str:
-    enough, few = read("quality_trained"), read("quality_rivals")
+    def said(name: str) -> str:
+        data = read(name)
+        return f"{reach(first_rows(data), 'boomerang')} on {data['stage_tokens']:,} ({len(first_rows(data))} segments)"
+
     two = reach(first_rows(read("quality_today")), "boomerang, first two layers")
-    return f"{reach(first_rows(enough), 'boomerang')} on {enough['stage_tokens']:,} (with the first two layers kept, as its authors do in a Llama, {two}), {reach(first_rows(few), 'boomerang')} on {few['stage_tokens']:,}"
+    return f"{said('quality_trained')}, {said('quality_rivals')}; measured again {said('quality_today')}, and there with the first two layers kept, as its authors do in a Llama, {two}"
 
 
 def _cut(read: Results) -> str:
@@ -334,9 +337,9 @@ def _elsewhere(read: Results) -> str:
     data = read("adapter")
     whole, (*between, anchor) = data["anchor"], data["rows"]
     chord = Chord("", "", (anchor["parameters"], whole["parameters"]), (anchor["base"][0], whole["base"][0]))
-    over = [(chord.at(row["parameters"]) or math.nan) - row["base"][0] for row in between]
+    over = [row["base"][0] - (chord.at(row["parameters"]) or math.nan) for row in between]
     middle = between[len(between) // 2]
-    return f"{span(over)} at {', '.join(format_size(row['parameters']) for row in between)}; {format_size(middle['parameters'])} loses {middle['base'][0] - whole['base'][0]:.2f} nats to the whole model there"
+    return f"{', '.join(format_size(row['parameters']) for row in between)} lie {span(over, 'above', 'below')} it; {format_size(middle['parameters'])} loses {middle['base'][0] - whole['base'][0]:.2f} nats to the whole model there"
 
 
 def _right(read: Results) -> str:

@@ -392,7 +392,7 @@ def alpha(data: dict[str, Any]) -> str:
         [format_size(row["parameters"]), f"{row['fitted']['loss']:.3f}", *(f"{row['alphas'][name]['to_fitted'][0]:+.3f}" for name in names)] for row in data["rows"]
     ]
     head = ["size", "fitted by the chain", *(f"alpha {float(name):g}" for name in names)]
-    return f"{table(head, rows)}\n\nHeld-out loss of blends of the demo's sizes in between, nats per token on {data['tokens']:,} tokens; the sweep's columns less the fitted one. `{data['command']}`"
+    return f"{table(head, rows)}\n\nHeld-out loss of blends of the demo's sizes in between, nats per token on {data['tokens']:,} tokens; the sweep's columns, whose gains are 1, less the chain's fitted mix of alpha and gains. `{data['command']}`"
 
 
 def bridge(data: dict[str, Any]) -> str:

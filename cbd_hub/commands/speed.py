@@ -23,7 +23,7 @@ from cbd_hub.sizes import format_seconds, format_size
 commands = typer.Typer()
 
 SizesOption = Annotated[
-    str | None, typer.Option("--sizes", help='Sizes, such as "110M,120M"; the anchors and what is recommended in between by default.', show_default=False)
+    str | None, typer.Option("--sizes", help='Sizes, such as "110M,120M"; by default the anchors and between them what is recommended, else the middle.', show_default=False)
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help='The device, such as "cpu" or "cuda:0"; the best one by default.', show_default=False)]
 
@@ -76,7 +76,7 @@ def draft(
     context: typer.Context,
     chain: ChainArgument,
     target: Annotated[str, typer.Option("--target", help="The size that answers.")] = "max",
-    sizes: Annotated[str | None, typer.Option("--sizes", help='Draft sizes, such as "64M,80M"; the anchors below the target and what is recommended in between by default.', show_default=False)] = None,
+    sizes: Annotated[str | None, typer.Option("--sizes", help='Draft sizes, such as "64M,80M"; by default the anchors below the target and between them what is recommended, else the middle.', show_default=False)] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="Text whose first documents are gone on from; a few short prompts by default.", show_default=False)] = None,
     count: Annotated[int | None, typer.Option("--count", min=1, help="How many of those documents; 8 by default.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")] = 64,
