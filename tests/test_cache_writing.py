@@ -138,6 +138,14 @@ def test_a_cache_holds_the_blocks_that_training_packs(tmp_path):
         write(tmp_path / "c", tokenizer=tok)
 
 
+def test_the_first_token_of_a_document_is_not_predicted(tmp_path):
+    """Of ready rows, whose positions alone say where it is."""
+    row = {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}
+    cache = write(tmp_path / "c", rows=[row])
+    assert cache.record.source.packing.predicted == 2
+    assert [bool(listed.any()) for listed in cache[0]["top_log_probs"]] == [True, False, True, False]
+
+
 def test_rows_that_are_not_joined_have_no_prefix(tmp_path):
     prompts = [{"prompt": f"say {index}", "completion": "yes"} for index in range(9)]
     for place, rows in enumerate((prompts, packed_dataset(prompts, with_bos(), BLOCK))):

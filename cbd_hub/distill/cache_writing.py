@@ -85,13 +85,14 @@ class _Asker:
     def __call__(self, blocks: list[dict[str, np.ndarray]], first: int) -> list[dict[str, Any]]:
         """The encoded top tokens of each block and draws from the others, and the log-probabilities of its own; ``first`` is the first block's number."""
         batch = {name: tensor.to(self.teacher.device, torch.int64) for name, tensor in collate(blocks).items()}
-        keep = next_tokens(batch["labels"]) != IGNORED
+        following = next_tokens(batch)
+        keep = following != IGNORED
         inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         target = ModelRunner(self.teacher)(*inputs)
         head, hidden = target.head, target.hidden[keep].float()
         uniform = np.concatenate([np.random.default_rng(first + place).random(int(row.sum())) for place, row in enumerate(keep.cpu().numpy())])
         top = top_log_probs(
-            hidden, head.weight, self.codec.top_k, next_tokens(batch["labels"])[keep], **head.options(),
+            hidden, head.weight, self.codec.top_k, following[keep], **head.options(),
             vocab_size=self.codec.vocab_size, draws=self.tail.draws, uniform=torch.from_numpy(uniform.astype(np.float32)).to(hidden.device),
         )
         if not torch.isfinite(top.log_probs).all():
