@@ -63,7 +63,8 @@ def _answer_bytes(row: Mapping[str, Any]) -> int:
     """UTF-8 bytes that a row's answers say; 0 where one of them is no text."""
     chat = chat_of(row)
     if chat is None:
-        return len(next((row[name] for name in RESPONSES if name in row), "").encode())
-    messages, first = chat
-    said = [message.get("content") for message in messages[first:] if message["role"] == "assistant"]
+        said = [row[name] for name in RESPONSES if name in row][:1]
+    else:
+        messages, first = chat
+        said = [message.get("content") for message in messages[first:] if message["role"] == "assistant"]
     return sum(len(text.encode()) for text in said) if all(isinstance(text, str) for text in said) else 0
