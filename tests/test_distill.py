@@ -349,7 +349,7 @@ def test_wrong_calls_are_named(tmp_path):
     with pytest.raises(VocabularyMismatchError, match="300 and the teacher of 260"):
         ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows())
     other.resize_token_embeddings(200)
-    with pytest.raises(VocabularyMismatchError, match="tokenizer has 260 tokens.*bridge"):
+    with pytest.raises(VocabularyMismatchError, match="tokenizer needs 260 rows.*bridge"):
         ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
     with pytest.raises(DataError, match="columns words but no tokenizer"):
         ChainDistiller(model=tiny.llama(), teacher=teacher, args=config, train_dataset=Dataset.from_dict({"words": ["a"]}))

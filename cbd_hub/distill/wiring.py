@@ -167,7 +167,7 @@ def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None
     if real is None or real > min(ours, theirs):
         raise VocabularyMismatchError(
             f"the student has a vocabulary of {ours:,} and the teacher of {theirs:,}"
-            + ("; pass their tokenizer as processing_class if one is only padded" if real is None else f", but the tokenizer has the token {real - 1:,}")
+            + ("; pass their tokenizer as processing_class if one is only padded" if real is None else f", but the tokenizer needs {real:,} rows")
             + ". Distillation on logits needs one vocabulary; models of different ones need a bridge"
         )
     logger.info("heads of %d and %d rows are padded; the loss uses the %d of the tokenizer", ours, theirs, real)
