@@ -260,6 +260,12 @@ class ChainBuilder:
             self._tokenizers[found] = folder
         return found
 
+    def know(self, anchors: Sequence[Anchor]) -> None:
+        """Take in the tokenizers of anchors that are there already."""
+        for anchor in anchors:
+            if anchor.tokenizer_sha256 is not None:
+                self._tokenizers.setdefault(anchor.tokenizer_sha256, self.anchor_folder(anchor.name))
+
     def record(
         self, name: str, *, origin: Literal["source", "cut", "published", "random"], parent: str | None = None, maps: PathRecord | None = None, training: Training | None = None,
         evaluations: Sequence[Evaluation] = (), license: str | None = None,

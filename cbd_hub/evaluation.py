@@ -62,6 +62,11 @@ def joined_blocks(rows: Iterable[Sequence[int]], block_size: int, prefix: Sequen
         del ids[:whole]
 
 
+def no_answer(block_size: int) -> DataError:
+    """What to say of prompts and chats of which no token counts."""
+    return DataError(f'no row has an answer within its first {block_size:,} tokens; give rows with answers, which in a chat are the turns of the role "assistant", or a larger block_size')
+
+
 @dataclass(frozen=True)
 class Documents:
     """Tokenised documents for evaluation.
@@ -167,7 +172,7 @@ class Documents:
             if max_tokens is not None and total >= max_tokens:
                 break
         if not ids:
-            raise DataError(f"no row has an answer within its first {block_size:,} tokens; give rows with answers, or a larger block_size")
+            raise no_answer(block_size)
         return cls(tuple(ids), tuple(lengths), tuple(kept))
 
     @classmethod

@@ -25,7 +25,15 @@ from cbd_hub.families import family_of
 from cbd_hub.files import check_absent, staged_folder, write_text
 from cbd_hub.hub import resolve_checkpoint
 from cbd_hub.interpolation.live import ModelRunner
-from cbd_hub.losses.alignment import byte_ends, check_faithful, check_whole, rowless_tokens, token_bytes, written_tokens
+from cbd_hub.losses.alignment import (
+    byte_ends,
+    check_faithful,
+    check_whole,
+    rowless_tokens,
+    rows_needed,
+    token_bytes,
+    written_tokens,
+)
 from cbd_hub.precision import best_device
 from cbd_hub.shapes import parameter_count
 from cbd_hub.sizes import parse_size
@@ -109,7 +117,7 @@ def retokenize(
     config, old = read_config(source), load_tokenizer(source)
     checkpoint, family = Checkpoint(source, config), family_of(config)
     rows = int(family.sizes(config)["vocab"])
-    if max({*old.get_vocab().values()} - rowless_tokens(old, rows), default=-1) >= rows:
+    if rows_needed(old, rowless_tokens(old, rows)) > rows:
         raise VocabularyMismatchError(f"{source} has a tokenizer of {len(old):,} tokens and an embedding of {rows:,} rows; give the model its own tokenizer")
     if keep is not None:
         new, kept = trimmed(old, parse_size(keep), rows)

@@ -26,6 +26,7 @@ TEACHERS = {"llama": kinds.sentencepiece(), "qwen": kinds.MAKERS["qwen"](), "byt
 TEXTS = [{"text": text} for text in [*tiny.texts(30), *[text for text in kinds.HARD if text.strip()]]]
 ANSWERS = [{"prompt": f"say {text[:12]}", "completion": text} for text in tiny.texts(12)]
 CHATS = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]} for text in tiny.texts(8)]
+EXAMPLES = [{"prompt": [*CHATS[-1]["messages"], *chat["messages"][:1]], "completion": chat["messages"][1:]} for chat in CHATS[:-1]]
 BLOCK = 48
 
 
@@ -54,7 +55,7 @@ def trainer_for(folder, rows, kind, cache, **options):
 
 
 def cached(folder, rows, kind, **options):
-    return write_cache(teacher_of(kind), rows, folder, tokenizer=TEACHERS[kind], block_size=BLOCK, top_k=24, bits=16, bos=kind == "llama", **options)
+    return write_cache(teacher_of(kind), rows, folder, tokenizer=TEACHERS[kind], top_k=24, bits=16, bos=kind == "llama", **{"block_size": BLOCK, **options})
 
 
 def live(trainer, teacher, batch):
@@ -69,10 +70,11 @@ def live(trainer, teacher, batch):
 
 
 @pytest.mark.parametrize("kind", list(TEACHERS))
-@pytest.mark.parametrize("rows", [TEXTS, ANSWERS, CHATS], ids=["text", "answers", "chats"])
+@pytest.mark.parametrize("rows", [TEXTS, ANSWERS, CHATS, EXAMPLES], ids=["text", "answers", "chats", "examples"])
 def test_span_from_the_cache_is_span_from_the_live_teacher(kind, rows, tmp_path):
-    cache = cached(tmp_path / "cache", rows, kind)
-    trainer = trainer_for(tmp_path / "out", rows, kind, cache)
+    size = 4 * BLOCK if rows is EXAMPLES else BLOCK
+    cache = cached(tmp_path / "cache", rows, kind, block_size=size)
+    trainer = trainer_for(tmp_path / "out", rows, kind, cache, block_size=size)
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(len(trainer.train_dataset))])
     assert (batch["spans"] >= 0).sum() > 40
     value = trainer.compute_loss(trainer.model, batch)

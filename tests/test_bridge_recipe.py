@@ -8,6 +8,7 @@ import pytest
 import tiny
 import tokenizers_for_bridge as kinds
 import torch
+import yaml
 from conftest import recipe as make_recipe
 from typer.testing import CliRunner
 
@@ -156,6 +157,20 @@ def test_what_a_recipe_cannot_bridge(plain, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_losses_are_measured_within_the_positions_beyond_the_bridge(plain, tmp_path):
+    _, made = plain
+    tiny.gpt2(layers=2, ffn=24, n_positions=24).save_pretrained(tmp_path / "short")
+    tiny.tokenizer().save_pretrained(tmp_path / "short")
+    short = str(tmp_path / "short")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**made, "anchors": [{"checkpoint": short}], "stages": {short: BRIDGE}}, sort_keys=False))
+    line = 1 + path.read_text().splitlines().index("data:")
+    for act in (lambda: distill_chain(path, tmp_path / "chain"), lambda: dry_run(Recipe.read(path))):
+        with pytest.raises(RecipeError, match=f"line {line}: the recipe's data.block_size=32, .* is more than the model's 24 positions; give 24 or less"):
+            act()
+    assert not (tmp_path / "chain").exists()
+
+
 def tiny_of_another_vocabulary(folder):
     made = tiny.llama(layers=1)
     made.resize_token_embeddings(331, mean_resizing=False)
@@ -168,6 +183,18 @@ def test_a_dry_run_reckons_with_the_bridge(plain):
     costs = dry_run(Recipe.parse(plain[1]))
     assert [cost.shape.vocab for cost in costs] == [260, 331, 331]
     assert all(cost.seconds > 0 for cost in costs)
+
+
+def test_a_dry_run_knows_a_teacher_whose_special_tokens_are_beyond_the_students_rows(plain, tmp_path):
+    """The other way round: from the larger vocabulary to that of bytes."""
+    _, made = plain
+    whole, small = tiny.llama(layers=2, hidden=64), str(tiny.save(tiny.gpt2(layers=2), tmp_path / "small"))
+    whole.resize_token_embeddings(331)
+    whole.config.pad_token_id = 330
+    whole.save_pretrained(tmp_path / "whole")
+    kinds.byte_level(330).save_pretrained(tmp_path / "whole")
+    (cost,) = dry_run(Recipe.parse({**made, "teacher": str(tmp_path / "whole"), "anchors": [{"checkpoint": small}], "stages": {small: BRIDGE}}))
+    assert cost.seconds > 0
 
 
 def test_a_whole_shape_lies_in_its_own_segment_whatever_is_across_the_bridge(tmp_path):

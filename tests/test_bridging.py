@@ -12,7 +12,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.answers import answered_rows
+from cbd_hub.distill.bridge_rows import BridgeRows
 from cbd_hub.distill.bridging import Bridge, check_vocabularies
+from cbd_hub.distill.packing import tokenise
+from cbd_hub.distill.rollouts import prompts_of
 from cbd_hub.errors import ArgumentError, DataError, VocabularyMismatchError
 from cbd_hub.losses.alignment import prefix_of, token_bytes
 
@@ -150,6 +153,16 @@ def test_spans_of_chats_are_what_the_assistant_says(tmp_path):
     assert [label != -100 for label in row["labels"]].count(True) >= [number >= 0 for number in row["spans"]].count(True)
 
 
+def test_examples_in_a_prompt_are_no_answers():
+    turns = CHATS[0]["messages"]
+    bridge = Bridge(ChainDistillerConfig("unused", bridge="span", block_size=256, report_to="none"), STUDENT, TEACHER)
+    row, whole = (next(bridge.rows.blocks([given], 512)) for given in ({"prompt": turns[:3], "completion": turns[3:]}, {"messages": turns}))
+    assert row["labels"] == tokenise({"prompt": turns[:3], "completion": turns[3:]}, STUDENT).labels
+    for ids, spans, tokenizer in (("input_ids", "spans", STUDENT), ("teacher_input_ids", "teacher_spans", TEACHER)):
+        assert row[ids] == whole[ids]
+        assert tokenizer.decode([token for token, number in zip(row[ids], row[spans]) if number >= 0]).strip() == f"{turns[3]['content']}<eos>"
+
+
 @pytest.mark.parametrize("answer", ["a", "assistant", "user", "hi", "[assistant]", "t"])
 def test_answers_that_the_template_says_too_are_found_in_their_turn(answer):
     chat = [{"role": "system", "content": f"{answer} {answer}"}, {"role": "user", "content": answer}, {"role": "assistant", "content": answer}]
@@ -207,6 +220,19 @@ def test_empty_answers_are_left_out():
     assert made == [{"prompt": "a", "completion": " yes"}, {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "ok"}]}]
     with pytest.raises(DataError, match="every answer of the teacher is empty"):
         answered_rows(rows[:1], [""], ["a"])
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [*CHATS[0]["messages"][:2], {"role": "user", "content": "C?"}]}, {"messages": CHATS[0]["messages"][:2]}, {"prompt": CHATS[0]["messages"][:1]},
+    {"prompt": CHATS[0]["messages"][:2]}, {"prompt": CHATS[0]["messages"][:1], "completion": CHATS[0]["messages"][1:]},
+])
+def test_an_answer_stands_behind_what_was_asked(row):
+    """The teacher is asked all before the last answer of a chat, whatever comes after it."""
+    rows = BridgeRows(ChainDistillerConfig("out", bridge="text", block_size=256), STUDENT, TEACHER)
+    (asked,) = prompts_of(rows.prompts([row], tiny.llama())[0], 9, 0.5)
+    (made,) = rows.answered({"completion": ["yes"], "prompt": [""]})
+    said = tokenise(made, TEACHER)
+    assert prompts_of({"input_ids": said.ids, "labels": said.labels}, 9, 0.5) == [asked]
 
 
 def test_what_a_bridge_refuses(tmp_path):

@@ -15,7 +15,7 @@ from cbd_hub.distill.cache_writing import write_cache
 from cbd_hub.distill.packing import packed_dataset
 from cbd_hub.distill.teacher_cache import TeacherCache
 from cbd_hub.errors import ArgumentError, DataError, StorageError
-from cbd_hub.files import ASIDE
+from cbd_hub.files import ASIDE, held
 
 
 K, BLOCK = 24, 32
@@ -105,6 +105,19 @@ def test_a_finished_cache_is_not_made_again(cache, tmp_path, monkeypatch):
         write(tmp_path / "d")
 
 
+def test_a_folder_that_another_process_writes_is_left_alone(cache, tmp_path):
+    with held(tmp_path / "c" / ".work", "another"), pytest.raises(StorageError, match="c is being written by another process"):
+        write(tmp_path / "c")
+    assert list(files(tmp_path / "c")) == [".work/lock"]
+
+    def second(what, done, total):
+        with pytest.raises(StorageError, match="being written by another process"):
+            write(tmp_path / "c")
+
+    write(tmp_path / "c", report=second)
+    assert files(tmp_path / "c") == files(cache)
+
+
 def test_texts_that_cannot_be_cached_are_named(tmp_path):
     for options, message in (
         ({"rows": []}, "no rows"), ({"rows": [{"text": "a"}]}, "does not fill one block"), ({"tokenizer": None}, "no tokenizer came"),
@@ -117,6 +130,14 @@ def test_texts_that_cannot_be_cached_are_named(tmp_path):
     broken.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match="no numbers"):
         write(tmp_path / "c", broken)
+
+
+def test_a_cache_has_every_token_of_a_tokenizer_whose_ids_have_gaps(tmp_path):
+    teacher = tiny.llama()
+    teacher.resize_token_embeddings(320)
+    cache = write(tmp_path / "c", teacher, tokenizer=tiny.tokenizer(gap=40))
+    assert cache.codec.vocab_size == 300
+    assert max(max(cache.ids(index)) for index in range(len(cache))) >= tiny.VOCAB
 
 
 def test_a_cache_holds_the_blocks_that_training_packs(tmp_path):
@@ -136,6 +157,14 @@ def test_a_cache_holds_the_blocks_that_training_packs(tmp_path):
     assert [bare.ids(index) for index in range(len(bare))] == [row["input_ids"] for row in packed_dataset(texts(), tiny.tokenizer(), BLOCK)]
     with pytest.raises(StorageError, match="another packing, columns; choose another folder"):
         write(tmp_path / "c", tokenizer=tok)
+
+
+def test_the_first_token_of_a_document_is_not_predicted(tmp_path):
+    """Of ready rows, whose positions alone say where it is."""
+    row = {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}
+    cache = write(tmp_path / "c", rows=[row])
+    assert cache.record.source.packing.predicted == 2
+    assert [bool(listed.any()) for listed in cache[0]["top_log_probs"]] == [True, False, True, False]
 
 
 def test_rows_that_are_not_joined_have_no_prefix(tmp_path):

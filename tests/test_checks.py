@@ -191,6 +191,7 @@ def test_a_dry_run_with_a_cache_counts_no_teacher_to_run(tmp_path, monkeypatch):
     live = dry_run(Recipe.parse(plain))[0]
     cache_text(plain["teacher"], tmp_path / "cache", recipe=written(tmp_path, plain), top_k=4, quiet=True)
     cached = dry_run(Recipe.parse({**plain, "stage": {**plain["stage"], "teacher_cache": str(tmp_path / "cache")}}))[0]
+    assert dry_run(Recipe.parse({**plain, "stages": {LAST: {"teacher_cache": None}}}))[0].memory == live.memory
     teacher = parameter_count(tiny.llama().config)
     assert live.memory - 2.5 * teacher < cached.memory < live.memory - 1.5 * teacher
 
@@ -199,6 +200,19 @@ def test_a_dry_run_counts_the_optimiser_that_is_asked_for(tmp_path):
     plain = make_recipe(tmp_path, "llama", [{"layers": 4, "ffn": 40}])
     adam, plainly = (dry_run(Recipe.parse({**plain, "stage": {**plain["stage"], "optim": optim}}))[0] for optim in ("adamw_torch", "sgd"))
     assert adam.memory - plainly.memory == pytest.approx(8 * adam.size, rel=0.01)
+
+
+def test_a_dry_run_reckons_a_stage_of_hidden_states_alone(tmp_path):
+    plain = make_recipe(tmp_path, "llama", ANCHORS[1:], stage={"kd_weight": 0.0, "ce_weight": 0.0, "hidden_weight": 1.0})
+    assert dry_run(Recipe.parse(plain))[0].seconds > 0
+
+
+def test_a_dry_run_counts_checkpoints_as_the_trainer_does(tmp_path, monkeypatch):
+    """A share of the steps is rounded up to whole ones."""
+    monkeypatch.setattr("cbd_hub.distill.dry_run._written_a_second", lambda: 1.0)
+    plain = make_recipe(tmp_path, "llama", ANCHORS[1:], stage={"max_steps": 5})
+    share, steps = (dry_run(Recipe.parse({**plain, "stage": {**plain["stage"], "save_steps": every}}))[0] for every in (0.25, 2))
+    assert share.training == pytest.approx(steps.training, rel=0.01)
 
 
 def test_a_dry_run_on_a_finished_chain_reckons_what_is_new(tmp_path):

@@ -349,7 +349,7 @@ def test_wrong_calls_are_named(tmp_path):
     with pytest.raises(VocabularyMismatchError, match="300 and the teacher of 260"):
         ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows())
     other.resize_token_embeddings(200)
-    with pytest.raises(VocabularyMismatchError, match="tokenizer has 260 tokens.*bridge"):
+    with pytest.raises(VocabularyMismatchError, match="tokenizer needs 260 rows.*bridge"):
         ChainDistiller(model=other, teacher=teacher, args=config, train_dataset=rows(), processing_class=tiny.tokenizer())
     with pytest.raises(DataError, match="columns words but no tokenizer"):
         ChainDistiller(model=tiny.llama(), teacher=teacher, args=config, train_dataset=Dataset.from_dict({"words": ["a"]}))
@@ -417,6 +417,8 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, caplog):
     torch.testing.assert_close(value, (p * (p.log() - ours[keep].log_softmax(-1))).sum() / keep.sum(), rtol=1e-4, atol=1e-5)
     value.backward()
     assert not student.lm_head.weight.grad[260:].any()
+    teacher.resize_token_embeddings(320)
+    assert ChainDistiller(model=student, teacher=teacher, args=config, train_dataset=rows(), processing_class=tiny.tokenizer(gap=10))._vocab_size == 270, "its highest token is 269"
 
 
 def test_a_loss_that_is_no_number_stops_with_the_batch_named(tmp_path):

@@ -109,6 +109,12 @@ def test_answers_that_every_tokenizer_reads_whole(chat):
         SameBytes(rows, BOTH, 5, 100)
 
 
+def test_examples_in_a_prompt_are_no_answers():
+    """Bytes are of the text that nats are of."""
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "an example"}, {"role": "user", "content": "again"}, {"role": "assistant", "content": "yes"}]
+    assert SameBytes([{"prompt": turns[:3], "completion": turns[3:]}], BOTH, 130, 100).losses(sized(BOTH[0]), BOTH[0]).tokens.tolist() == [3]
+
+
 @pytest.mark.parametrize("tok", [tiny.tokenizer(), with_bos()], ids=["plain", "bos"])
 def test_calibration_blocks_are_packed_as_training_packs_them(tok):
     texts = tiny.texts(20)

@@ -11,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from cbd_hub import ChainDistiller, ChainDistillerConfig
 from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.bridge_rows import BridgeRows
-from cbd_hub.distill.packing import collate, packed_dataset, tokenise
+from cbd_hub.distill.packing import collate, next_tokens, packed_dataset, tokenise
 from cbd_hub.distill.rollouts import Prompt, batch_prompts
 from cbd_hub.distill.rows import template_options
 from cbd_hub.distill.sharing import Endless
@@ -159,6 +159,18 @@ def test_prompts_that_fill_a_block_are_said(caplog):
         packed_dataset(rows[:1], tokenizer(), 16)
 
 
+def test_chats_in_which_nobody_is_the_assistant_are_said(tmp_path, caplog):
+    chats = [{"messages": [{"role": "human", "content": "hi"}, {"role": "gpt", "content": text}]} for text in "ab"]
+    assert len(packed_dataset([*chats, {"messages": CHATS[1]}], tokenizer(), 96)) == 1
+    assert '2 rows have no answer within block_size=96 and were left out; give a larger block_size or shorter prompts, and chats a turn of the role "assistant"' in caplog.text
+    caplog.clear()
+    bridge = BridgeRows(ChainDistillerConfig(str(tmp_path), block_size=96, bridge="span"), tokenizer(), tokenizer())
+    assert len(list(bridge.blocks([*chats, {"messages": CHATS[1]}], 96))) == 1
+    assert "2 rows have no answer" in caplog.text
+    with pytest.raises(DataError, match='no row has an answer .* the turns of the role "assistant"'):
+        packed_dataset(chats, tokenizer(), 96)
+
+
 def test_long_and_short_documents_are_joined_alike():
     documents = [list(range(low, high)) for low, high in ((0, 100), (100, 101), (101, 101), (101, 130))]
     for prefix in ([], [7, 8]):
@@ -175,6 +187,25 @@ def test_padding_in_rows_with_positions_counts_for_nothing():
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100], [5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
     assert "attention_mask" not in batch
+
+
+def test_of_ready_rows_with_positions_no_document_is_predicted_from_another(tmp_path):
+    """Loss, its count and evaluation are those of the documents one by one, whether labels are given or not; prompts are those of plain text."""
+    documents = [tokenizer()(text).input_ids for text in tiny.texts(6)]
+    packed = {"input_ids": [token for ids in documents for token in ids], "position_ids": [place for ids in documents for place in range(len(ids))]}
+    assert int((next_tokens(collate([packed])) != IGNORED).sum()) == sum(len(ids) - 1 for ids in documents)
+    assert batch_prompts(collate([packed]), 99, 0.5) == [[Prompt(ids[: round(len(ids) / 2)], len(ids) - round(len(ids) / 2)) for ids in documents]]
+    losses = []
+    for place, rows in enumerate(([{"input_ids": ids} for ids in documents], [packed], [{**packed, "labels": packed["input_ids"]}])):
+        config = ChainDistillerConfig(
+            str(tmp_path / str(place)), max_steps=1, per_device_train_batch_size=len(rows), bf16=False, disable_tqdm=True, logging_steps=1, save_strategy="no", ce_weight=0.5
+        )
+        trainer = ChainDistiller(model=tiny.llama(layers=2, seed=5, max_position_embeddings=2048), teacher=tiny.llama(max_position_embeddings=2048), args=config, train_dataset=rows)
+        measured = trainer.evaluate(Dataset.from_list(rows))["eval_loss"]
+        trainer.train()
+        losses.append((measured, next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)))
+    for found in losses[1:]:
+        assert found == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("collator", "said"), [

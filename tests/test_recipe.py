@@ -126,6 +126,8 @@ def never_stopped(tmp_path_factory):
     """A recipe, and the chain of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("never_stopped")
     plain = make_recipe(folder, "llama", ANCHORS, stage={"save_steps": 2})
+    tokenizer = folder / "teacher" / "tokenizer.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text())))  # not as its anchors' will be written
     return plain, distill_chain(plain, folder / "whole").files.root
 
 
@@ -666,6 +668,9 @@ stages:
     ("max_steps: 10", "learning_rate: 4e-4", "line 7: stage.learning_rate='4e-4' is no number.*4.0e-4"),
     ("max_steps: 10", "bf16: maybe", "line 7: stage.bf16='maybe' is neither true nor false"),
     ("  max_steps: 10", "  divergence: reverse_kl", "line 8: stage.divergence is given twice"),
+    ("max_steps: 10", "run_name: 2024-10-05", "line 7: stage.run_name=2024-10-05 is a date, .* in quotes"), ("max_steps: 10", "project: !!set {a}", "line 7: stage.project={'a'} is a set"),
+    ("max_steps: 10", "run_name: 2024-13-45", r"line 7: not valid YAML \(2024-13-45: month must be"), ("max_steps: 10", "warmup_steps: 0x_", r"line 7: not valid YAML \(0x_: "),
+    ("max_steps: 10", "lr_scheduler_kwargs: {1: 2}", "line 7: stage.lr_scheduler_kwargs has the key 1"), ("stage:", "text_data: {colum: z}\nstage:", r"line 6: text_data.colum .* mean column\?"),
 ])
 def test_mistakes_are_named_with_their_line(tmp_path, old, new, message):
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace(old, new, 1))

@@ -110,6 +110,20 @@ def test_a_stream_reads_what_files_read(tmp_path):
         assert list(open_stream(path, None, "train", column)) == read_rows(path, column) == [{"text": "one"}, {"text": "two"}]
 
 
+@pytest.mark.parametrize(("kind", "good", "bad", "said"), [
+    ("jsonl", b'{"text": "one"}\n{"text": "two"}\n', b'{"text": "three"}\n{"text": ', "cannot be read behind its first 2 rows"), ("csv", b"text\none\ntwo\n", b'text\n"three', "cannot be read behind its first 2 rows"),
+    ("txt", b"one\n\ntwo\n", b"three\xff", "is not UTF-8 text"),
+])
+def test_a_stream_that_cannot_be_read_is_named(tmp_path, kind, good, bad, said):
+    """From its first rows on, and where it has been read for a while."""
+    (tmp_path / f"a.{kind}").write_bytes(good)
+    (tmp_path / f"b.{kind}").write_bytes(bad)
+    with pytest.raises(DataError, match=rf"\*.{kind} {said}"):
+        list(open_stream(str(tmp_path / f"*.{kind}"), None, "train", "text"))
+    with pytest.raises(DataError, match=rf"b.{kind} (is not|cannot be read)"):
+        list(open_stream(str(tmp_path / f"b.{kind}"), None, "train", "text"))
+
+
 def test_wrong_data_of_a_stage_is_said_before_work(tmp_path):
     plain = make_recipe(tmp_path, "llama", [SHAPE])
     with pytest.raises(RecipeError, match=r"stages.layers=2,ffn=24.data.colum: Extra"):

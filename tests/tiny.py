@@ -33,10 +33,10 @@ VOCAB = 260
 WORDS = ["the", "a", "small", "large", "model", "learns", "from", "its", "teacher", "and", "gives", "every", "size", "between", "two", "anchors", "of", "one", "chain", "quickly"]
 
 
-def tokenizer():
-    """A byte-level tokenizer of 256 bytes and four special tokens, with a chat template."""
+def tokenizer(gap=0):
+    """A byte-level tokenizer of 256 bytes and four special tokens, with a chat template; ``gap`` ids between the two kinds are of no token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{char: index + 4 for index, char in enumerate(alphabet)}}
+    vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{char: index + 4 + gap for index, char in enumerate(alphabet)}}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

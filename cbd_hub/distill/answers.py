@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, load_dataset
 
 from cbd_hub.distill.rollouts import Prompt, Sampling, generate
-from cbd_hub.distill.rows import TEMPLATE_COLUMNS
+from cbd_hub.distill.rows import TEMPLATE_COLUMNS, chat_of, with_answer
 from cbd_hub.errors import DataError, StorageError
 from cbd_hub.files import write_text
 from cbd_hub.weights import weights_sha256
@@ -114,14 +114,14 @@ def answered_rows(rows: Sequence[Mapping[str, Any]], answers: Sequence[str], pro
     for row, answer, prompt in zip(rows, answers, prompts, strict=True):
         if not answer.strip():
             continue
-        if "messages" in row or not isinstance(row.get("prompt", ""), str):
-            messages = list(row["messages"] if "messages" in row else row["prompt"])
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            beside = {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
-            made.append({**beside, "messages": [*messages, {"role": "assistant", "content": answer.strip()}]})
-        else:
+        chat = chat_of(with_answer(row))
+        if chat is None:
             made.append({"prompt": row.get("prompt", prompt), "completion": answer})
+            continue
+        messages, _ = chat
+        asked = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))  # as the prompt ended
+        beside = {name: row[name] for name in TEMPLATE_COLUMNS if name in row}
+        made.append({**beside, "messages": [*messages[:asked], {"role": "assistant", "content": answer.strip()}]})
     if len(made) < len(rows):
         logger.warning("%d of %d answers of the teacher are empty and are left out", len(rows) - len(made), len(rows))
     if not made:

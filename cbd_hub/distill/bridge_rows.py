@@ -17,7 +17,7 @@ from cbd_hub.distill.answers import answered_rows
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.distill.packing import collate, no_block, packed_dataset, say_short, tokenise
 from cbd_hub.distill.rollouts import positions_of, prompts_of
-from cbd_hub.distill.rows import RESPONSES, check_row, first_row, template_options, with_answer
+from cbd_hub.distill.rows import RESPONSES, chat_of, check_row, first_row, template_options, with_answer
 from cbd_hub.errors import ArgumentError, DataError
 from cbd_hub.evaluation import IGNORED
 from cbd_hub.losses.alignment import byte_ends, check_faithful, check_rows, common_spans, end_of, prefix_of
@@ -177,7 +177,7 @@ class BridgeRows:
                 long |= len(side.ids) > limit
                 side.cut(limit)
             short += long
-            unanswered += long and all(label == IGNORED for label in pair[0].labels[1:])
+            unanswered += all(label == IGNORED for label in pair[0].labels[1:])
             yield pair
         say_short(short, unanswered, self.args.block_size)
 
@@ -231,12 +231,10 @@ class BridgeRows:
 
     def _answered(self, row: Mapping[str, Any]) -> tuple[Side, Side]:
         """A prompt with its completion, or a chat, whose answers are the same text for both."""
+        chat = chat_of(row)
+        if chat is not None:
+            return self._chat(*chat, row)
         response = next((name for name in RESPONSES if name in row), None)
-        messages = row.get("messages")
-        if messages is None and response is not None and not isinstance(row["prompt"], str):
-            messages = [*row["prompt"], *row[response]]
-        if messages is not None:
-            return self._chat(messages, row)
         if response is None:
             raise DataError(f"a row has the columns {', '.join(row)}; give the prompt its completion")
         text, sides = row[response], (Side([], [], []), Side([], [], []))
@@ -250,12 +248,12 @@ class BridgeRows:
             side.add(end, len(counts) if all(ends) else -1)
         return sides
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> tuple[Side, Side]:
-        """Both templates' renderings; spans are of what the assistant says, and of the special token that ends a turn."""
+    def _chat(self, messages: Sequence[Mapping[str, Any]], first: int, row: Mapping[str, Any]) -> tuple[Side, Side]:
+        """Both templates' renderings; spans are of what the assistant says from the ``first`` message on, and of the special token that ends a turn."""
         sides, ends, renderings = [], [], []
         for who, tokenizer in (("student", self.student), ("teacher", self.teacher)):
             try:
-                tokens = tokenise({**row, "messages": messages}, tokenizer)
+                tokens = tokenise(row, tokenizer)
             except DataError as error:
                 raise DataError(f"the {who}'s tokenizer: {error}") from error
             text = tokenizer.apply_chat_template(list(messages), **{**template_options(row), "tokenize": False})
@@ -267,7 +265,7 @@ class BridgeRows:
             renderings.append(utf8(text))
         span = 0
         turns = [_turns(side.labels, border) for side, border in zip(sides, ends)]
-        answers = [message.get("content") for message in messages if message["role"] == "assistant"]
+        answers = [message.get("content") for message in messages[first:] if message["role"] == "assistant"]
         if any(len(found) != len(answers) for found in turns):
             return sides[0], sides[1]  # a template that leaves turns out or joins them
         for answer, *places in zip(answers, *turns):

@@ -14,7 +14,7 @@ from cbd_hub.distill.bridge_rows import BridgeRows
 from cbd_hub.distill.config import ChainDistillerConfig
 from cbd_hub.errors import VocabularyMismatchError
 from cbd_hub.interpolation.live import Head, Output
-from cbd_hub.losses.alignment import rowless_tokens
+from cbd_hub.losses.alignment import rowless_tokens, rows_needed
 from cbd_hub.losses.bridge import shared_loss, shared_tokens, shared_top_loss, span_loss
 from cbd_hub.losses.log_probs import chosen_log_probs, token_losses
 
@@ -171,7 +171,6 @@ def check_vocabularies(rows: BridgeRows, student: int, teacher: int | None = Non
     found = []
     for name, tokenizer, size in (("student", rows.student, student), ("teacher", rows.teacher, teacher)):
         found.append(frozenset() if size is None else rowless_tokens(tokenizer, size))
-        highest = max(set(tokenizer.get_vocab().values()) - found[-1], default=0)
-        if size is not None and highest >= size:
-            raise VocabularyMismatchError(f"the {name}'s tokenizer has the token {highest:,} and its checkpoint a vocabulary of {size:,}; give the {name} its own tokenizer")
+        if size is not None and (needed := rows_needed(tokenizer, found[-1])) > size:
+            raise VocabularyMismatchError(f"the {name}'s tokenizer has the token {needed - 1:,} and its checkpoint a vocabulary of {size:,}; give the {name} its own tokenizer")
     rows.rowless = (found[0], found[1])

@@ -250,4 +250,5 @@ def _begins(block: Mapping[str, Any], prefix: Sequence[int]) -> bool:
 def predicts(block: Mapping[str, Any]) -> np.ndarray:
     """Which positions of a block predict a token that counts, bool, shape (length,)."""
     labels = np.asarray(block.get("labels", block["input_ids"]))
-    return np.append(labels[1:] != -100, False)
+    begins = np.asarray(block["position_ids"]) == 0 if "position_ids" in block else np.zeros(len(labels), bool)
+    return np.append((labels[1:] != IGNORED) & ~begins[1:], False)

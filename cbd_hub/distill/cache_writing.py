@@ -40,10 +40,10 @@ from cbd_hub.distill.top_codec import TailCodec, TopCodec, rounding_kl
 from cbd_hub.distill.wrapping import cast_weights
 from cbd_hub.errors import ArgumentError, DataError, StorageError, VocabularyMismatchError
 from cbd_hub.evaluation import IGNORED
-from cbd_hub.files import ASIDE, disk_told, sha256, write_text
+from cbd_hub.files import ASIDE, disk_told, held, sha256, write_text
 from cbd_hub.hub import is_repo_id
 from cbd_hub.interpolation.live import ModelRunner, frozen
-from cbd_hub.losses.alignment import prefix_of
+from cbd_hub.losses.alignment import prefix_of, rows_needed
 from cbd_hub.losses.head import Listed, distillation_loss
 from cbd_hub.losses.log_probs import top_log_probs
 from cbd_hub.reporting import Report
@@ -53,6 +53,7 @@ from cbd_hub.weights import tokenizer_sha256, weights_sha256
 
 SHARD_TOKENS = 2**18
 _WORK = ".work"
+_PLAN = "source.json"
 
 
 @dataclass
@@ -85,13 +86,14 @@ class _Asker:
     def __call__(self, blocks: list[dict[str, np.ndarray]], first: int) -> list[dict[str, Any]]:
         """The encoded top tokens of each block and draws from the others, and the log-probabilities of its own; ``first`` is the first block's number."""
         batch = {name: tensor.to(self.teacher.device, torch.int64) for name, tensor in collate(blocks).items()}
-        keep = next_tokens(batch["labels"]) != IGNORED
+        following = next_tokens(batch)
+        keep = following != IGNORED
         inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
         target = ModelRunner(self.teacher)(*inputs)
         head, hidden = target.head, target.hidden[keep].float()
         uniform = np.concatenate([np.random.default_rng(first + place).random(int(row.sum())) for place, row in enumerate(keep.cpu().numpy())])
         top = top_log_probs(
-            hidden, head.weight, self.codec.top_k, next_tokens(batch["labels"])[keep], **head.options(),
+            hidden, head.weight, self.codec.top_k, following[keep], **head.options(),
             vocab_size=self.codec.vocab_size, draws=self.tail.draws, uniform=torch.from_numpy(uniform.astype(np.float32)).to(hidden.device),
         )
         if not torch.isfinite(top.log_probs).all():
@@ -176,11 +178,11 @@ def write_cache(
     Raises:
         ArgumentError: If a block is longer than the teacher's positions.
         DataError: If the text does not fill one block, or a token is not in the teacher's vocabulary.
-        StorageError: If the folder is in the way, holds another cache, or the disk is full.
+        StorageError: If the folder is in the way, holds another cache, another process writes it, or the disk is full.
     """
     target = Path(folder)
     rows_of_head = teacher.get_output_embeddings().weight.shape[0]
-    codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, len(tokenizer)))
+    codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, rows_needed(tokenizer)))
     if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:
         raise VocabularyMismatchError(f"the student has a vocabulary of {student.config.vocab_size:,}, the cache one of {codec.vocab_size:,}; give a student of the teacher's vocabulary")
     tail = TailCodec(max(1, top_k // 12) if tail_draws is None else tail_draws, codec.vocab_size)
@@ -221,8 +223,15 @@ def write_cache(
     )
     if dtype is not None and teacher.dtype != dtype:
         teacher = cast_weights(copy.deepcopy(teacher), dtype)
-    with disk_told(target), frozen(teacher, *([] if student is None else [student])):
-        _write(target, source, blocks, (codec, tail), teacher, student, batch_size, report or (lambda what, done, total: None))
+    report = report or (lambda what, done, total: None)
+    finished = _complete(target, source)
+    if finished:
+        report("blocks cached", len(blocks), len(blocks))
+    if not finished or (target / _WORK).is_dir():  # there too if it was killed at its very end
+        with disk_told(target), held(target / _WORK, str(target)), frozen(teacher, *([] if student is None else [student])):
+            if not _complete(target, source):  # once more, now that no other process can change it
+                _write(target, source, blocks, (codec, tail), teacher, student, batch_size, report)
+            shutil.rmtree(target / _WORK)
     return TeacherCache.open(target)
 
 
@@ -231,10 +240,7 @@ def _write(
     report: Report,
 ) -> None:
     work = target / _WORK
-    if _begun(target, source):
-        shutil.rmtree(work, ignore_errors=True)  # there if it was killed at its very end
-        report("blocks cached", len(blocks), len(blocks))
-        return
+    write_text(work / _PLAN, json.dumps(source.model_dump()))
     count = -(-len(blocks) // source.shard_blocks)
     total, shards = _Sums(), []
     for index in range(count):
@@ -270,16 +276,15 @@ def _write(
     for path in target.glob(f".*{ASIDE}"):
         path.unlink()  # left by a run that was killed while it wrote
     write_text(target / FILE_NAME, record.model_dump_json(indent=1) + "\n")
-    shutil.rmtree(work)
 
 
-def _begun(target: Path, source: Source) -> bool:
-    """Whether the cache is finished already; otherwise the folder is made ready for it.
+def _complete(target: Path, source: Source) -> bool:
+    """Whether the folder holds the whole cache already; not where it holds a part of it, or nothing.
 
     Raises:
         StorageError: If the folder holds anything else.
     """
-    plan = target / _WORK / "source.json"
+    plan = target / _WORK / _PLAN
     found: dict[str, Any] | None = None
     if (target / FILE_NAME).is_file():
         found = CacheRecord.read(target).source.model_dump()
@@ -291,8 +296,6 @@ def _begun(target: Path, source: Source) -> bool:
     if found is not None and found != wanted:
         differs = ", ".join(name for name in wanted if found.get(name) != wanted[name])
         raise StorageError(f"{target} holds a cache of another {differs}; choose another folder or remove it")
-    if found is None:
-        write_text(plan, json.dumps(wanted))
     return (target / FILE_NAME).is_file()
 
 

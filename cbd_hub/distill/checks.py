@@ -52,6 +52,9 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage], teacher_config: Any, r
     for stage, theirs, tokenizer in zip(stages, tokenizers, tokenizers[1:]):
         teacher_config, teacher_size, size = above, size, stage.size or size
         above = stage.base(above)
+        if stage.bridged:
+            with recipe.at(None, field="data"):
+                check_positions(recipe.data.block_size, above, f"the recipe's data.block_size={recipe.data.block_size}, in blocks of which anchor {stage.wish} is measured,")
         if not stage.own:
             layers = shape_of(above).layers
         if stage.shape is not None:

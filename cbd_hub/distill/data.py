@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 
 from cbd_hub.distill.rows import RESPONSES, check_row
-from cbd_hub.errors import DataError
+from cbd_hub.errors import DataError, one_line
 from cbd_hub.texts import FORMATS, column_of, files_of, json_rows, nonempty, paragraphs_of, read_texts
 
 
@@ -121,18 +121,33 @@ def open_stream(path: str | None, dataset: str | None, split: str, column: str, 
             rows = rows.map(_paragraphs, batched=True)
     else:
         rows = _loaded(str(dataset), name, split=split, streaming=True)
-    try:
-        found = list(rows.column_names or next(iter(rows), {}))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    source = str(path or dataset)
+    found = list(rows.column_names or next(_drawn(rows, source), {}))
     if not found:
-        raise DataError(f"{path or dataset} holds no rows; give some with text, messages, or prompt and completion")
+        raise DataError(f"{source} holds no rows; give some with text, messages, or prompt and completion")
     if column in found:
         chosen = rows.select_columns([column])
-        return (chosen if column == "text" else chosen.rename_column(column, "text")).filter(_filled)
-    if is_conversation(found):
-        return rows
-    raise DataError(f'{path or dataset} has no column "{column}"; it has {", ".join(found)}: name the column that holds the text')
+        rows = (chosen if column == "text" else chosen.rename_column(column, "text")).filter(_filled)
+    elif not is_conversation(found):
+        raise DataError(f'{source} has no column "{column}"; it has {", ".join(found)}: name the column that holds the text')
+    return IterableDataset.from_generator(lambda: _drawn(rows, source))
+
+
+def _drawn(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a stream, as far as they can be read.
+
+    Raises:
+        DataError: Where one cannot; it names the stream.
+    """
+    number = 0
+    try:
+        for row in rows:
+            yield row
+            number += 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 text (byte {error.start}); convert it first") from error
+    except Exception as error:  # datasets, pyarrow and pandas raise many kinds
+        raise DataError(f"{source} cannot be read behind its first {number:,} rows ({one_line(error)}); mend what comes there, or leave it out") from error
 
 
 def _paragraphs(rows: Mapping[str, Any]) -> dict[str, list[str]]:

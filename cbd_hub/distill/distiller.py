@@ -248,7 +248,7 @@ class ChainDistiller(SamplingTrainer):
 
     def _loss(self, student: Any, target: Output | None, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
         args: ChainDistillerConfig = self.args
-        labels = next_tokens(inputs["labels"])
+        labels = next_tokens(inputs)
         keep = labels != -100
         training = student.training
         plan = self._path_plan() if training else None
@@ -315,7 +315,7 @@ class ChainDistiller(SamplingTrainer):
             rows, batched = iter(self.train_dataset), self._get_collator_with_removed_columns(self.data_collator)
             while taken := list(itertools.islice(rows, self.args.train_batch_size)):
                 inputs = self._prepare_input(dict(batched(taken)))
-                labels = next_tokens(inputs["labels"])
+                labels = next_tokens(inputs)
 
                 def batch(student: Any, target: Output | None, inputs: dict[str, Any] = inputs, labels: Tensor = labels) -> Batch:
                     assert target is not None

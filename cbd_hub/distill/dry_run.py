@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import statistics
 import tempfile
 import time
@@ -152,10 +153,13 @@ def likely_shape(size: int, config: Any) -> Shape:
 def _cost(stage: Stage, student: Any, teacher: Any, base: Any) -> StageCost:
     layers, above = shapes.shape_of(student).layers, shapes.shape_of(teacher).layers
     if stage.bridged:  # timed in one vocabulary, with as many tokens on both sides
-        teacher = copy.deepcopy(teacher)
-        teacher.vocab_size = student.vocab_size
+        teacher = _with_vocabulary(teacher, student.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        args = stage.config(folder)
     plain = dataclasses.replace(stage, arguments={**stage.arguments, **_PLAIN})
-    cached = "teacher_cache" in stage.arguments
+    if not (plain.arguments.get("kd_weight", 1.0) or plain.arguments.get("ce_weight", 0.0)):
+        plain.arguments["kd_weight"] = 1.0  # the hidden-state term, which a trial leaves out, is all
+    cached = args.teacher_cache is not None
     whole = _trial(plain, student, teacher, 1, 1)
     low, high = (_with_vocabulary(config, min(_NARROW, student.vocab_size)) for config in (student, teacher))
     deep, tall = min(_DEEP, layers), min(_DEEP, above)
@@ -170,15 +174,14 @@ def _cost(stage: Stage, student: Any, teacher: Any, base: Any) -> StageCost:
     saved = whole.saved + (ours.saved - one.saved) * (layers - 1) // max(deep - 1, 1)
     forward = whole.forward + rise(theirs.forward, one.forward, above - 1, tall)  # of the teacher, in seconds a token
     size, taught = shapes.parameter_count(student), shapes.parameter_count(teacher)
-    with tempfile.TemporaryDirectory() as folder:
-        args = stage.config(folder)
     weights = 8 * size + round(whole.moments * size)  # fp32 weights and gradients, and the optimiser's state
     if not cached:
         weights += (6 if args.bf16 else 4) * taught  # also in bf16
     elif not torch.accelerator.is_available():
         weights += 4 * taught  # it waits in this memory for the segment's measuring
     tokens = args.train_batch_size * args.gradient_accumulation_steps * args.block_size
-    saves = 0 if args.save_strategy == "no" else -(-args.max_steps // max(int(args.save_steps), 1))
+    every = math.ceil(args.max_steps * args.save_steps) if args.save_steps < 1 else int(args.save_steps)
+    saves = 0 if args.save_strategy == "no" else -(-args.max_steps // every)
     writing = (3 * saves + 1) * size / _written_a_second()
     measuring = forward * _tokens_measured(stage, student, teacher, base)
     return StageCost(stage.name, shapes.shape_of(student), size, args.max_steps, tokens * args.max_steps, weights + saved, step * args.max_steps + writing, measuring)

@@ -44,7 +44,7 @@ class EvaluatingTrainer(AnchorTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The loss of a batch; logits are never formed."""
         inputs = self._without_repeats(inputs, self.args.eval_batch_size)
-        kept = int((next_tokens(inputs["labels"]) != IGNORED).sum())
+        kept = int((next_tokens(inputs) != IGNORED).sum())
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=1)
         self._summed = self._summed[0] + float(loss), self._summed[1] + kept

@@ -164,7 +164,7 @@ class SamplingTrainer(EvaluatingTrainer):
 
         The Trainer counts a row's first label for some architectures and versions, and for others not: nothing predicts it.
         """
-        predicted = [{**batch, "labels": F.pad(batch["labels"][:, 1:], (1, 0), value=IGNORED)} if "labels" in batch else batch for batch in batch_samples]
+        predicted = [{**batch, "labels": F.pad(next_tokens(batch)[:, :-1], (1, 0), value=IGNORED)} if "labels" in batch else batch for batch in batch_samples]
         items: Tensor | int | None = super()._get_num_items_in_batch(predicted, device)
         return items.clamp(min=1) if isinstance(items, Tensor) else items if items is None else max(items, 1)
 
@@ -244,7 +244,7 @@ class SamplingTrainer(EvaluatingTrainer):
         """MiniLLM's loss of sampled responses, and the cross-entropy of the text that came with them."""
         args: ChainDistillerConfig = self.args
         assert target is not None
-        labels = next_tokens(inputs["labels"])
+        labels = next_tokens(inputs)
         output = ModelRunner(student)(inputs["input_ids"], inputs.get("attention_mask"))
         ours, theirs = output.head, target.head
         own = {**ours.options("student_"), "vocab_size": self._vocab_size}
@@ -256,7 +256,7 @@ class SamplingTrainer(EvaluatingTrainer):
         if "text" in inputs:
             text = inputs["text"]
             output = ModelRunner(student)(text["input_ids"], text.get("attention_mask"), text.get("position_ids"))
-            labels = next_tokens(text["labels"])
+            labels = next_tokens(text)
             loss = loss + distillation_loss(
                 output.hidden.flatten(0, 1), ours.weight, None, None, labels.flatten(), kd_weight=0.0, ce_weight=args.text_weight,
                 num_items=text["items"], **own,

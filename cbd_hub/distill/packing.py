@@ -18,9 +18,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from cbd_hub.distill.data import is_conversation
-from cbd_hub.distill.rows import RESPONSES, check_row, first_row, template_options
+from cbd_hub.distill.rows import RESPONSES, chat_of, check_row, first_row, template_options
 from cbd_hub.errors import ArgumentError, DataError, one_line
-from cbd_hub.evaluation import IGNORED, Documents, joined_blocks
+from cbd_hub.evaluation import IGNORED, Documents, joined_blocks, no_answer
 from cbd_hub.losses.alignment import end_of, prefix_of
 
 
@@ -49,12 +49,11 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any) -> Tokens:
     """
     check_row(row)
     end = end_of(tokenizer)
-    if "messages" in row:
-        return _chat(row["messages"], tokenizer, template_options(row))
+    chat = chat_of(row)
+    if chat is not None:
+        return _chat(*chat, tokenizer, template_options(row))
     response = next((name for name in RESPONSES if name in row), None)
     if "prompt" in row and response is not None:
-        if not isinstance(row["prompt"], str):
-            return _chat([*row["prompt"], *row[response]], tokenizer, template_options(row), first=len(row["prompt"]))
         prompt = list(tokenizer(row["prompt"], add_special_tokens=True)["input_ids"])
         if prompt and prompt[-1:] == end:
             prompt.pop()  # a tokenizer that ends every text would end the prompt too
@@ -91,7 +90,7 @@ def row_documents(rows: Sequence[Mapping[str, Any]], tokenizer: Any, block_size:
     return Documents.read([row["text"] for row in rows], tokenizer, block_size, max_tokens)
 
 
-def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, options: Mapping[str, Any], first: int = 0) -> Tokens:
+def _chat(messages: Sequence[Mapping[str, Any]], first: int, tokenizer: Any, options: Mapping[str, Any]) -> Tokens:
     """Tokens of a chat; the assistant's turns, from the ``first`` message on, are what each adds to the chat before it with its generation prompt."""
     if not tokenizer.chat_template:
         raise DataError("the data has chat messages but the tokenizer has no chat template; set tokenizer.chat_template, or give prompt and completion")
@@ -134,7 +133,7 @@ def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str
 
     Positions start anew in each row, which is how the rows of a block are told apart, so that attention never crosses a border; a
     row's first token counts for nothing, as nothing in the row comes before it. A row longer than a block is cut short; one that has no answer
-    before that is left out.
+    in that is left out.
     """
     block: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     short = unanswered = 0
@@ -142,7 +141,7 @@ def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str
         ids, labels = row.ids[:block_size], row.labels[:block_size]
         short += len(row.ids) > block_size
         if all(label == IGNORED for label in labels[1:]):
-            unanswered += len(row.ids) > block_size
+            unanswered += 1
             continue  # nothing to learn
         if len(block["input_ids"]) + len(ids) > block_size:
             yield block
@@ -156,18 +155,20 @@ def segment_blocks(rows: Iterable[Tokens], block_size: int) -> Iterator[dict[str
 
 
 def say_short(short: int, unanswered: int, block_size: int) -> None:
-    """Say how many rows were cut short, and how many of them lost all that was to be learned."""
+    """Say how many rows were cut short, and how many have nothing that is to be learned."""
     if short:
         logger.info("%d rows were longer than block_size=%d and were cut short", short, block_size)
     if unanswered:
-        logger.warning("%d rows have no answer within block_size=%d and were left out; give a larger block_size, or shorter prompts", unanswered, block_size)
+        logger.warning(
+            '%d rows have no answer within block_size=%d and were left out; give a larger block_size or shorter prompts, and chats a turn of the role "assistant"', unanswered, block_size
+        )
 
 
 def no_block(block_size: int, *, joined: bool) -> DataError:
     """What to say of rows of which no block came."""
     if joined:
         return DataError(f"the training text does not fill one block of {block_size:,} tokens; give more text or a smaller block_size")
-    return DataError(f"no row has an answer within its first {block_size:,} tokens; give rows with answers, or a larger block_size")
+    return no_answer(block_size)
 
 
 def pack(rows: Iterable[Mapping[str, Any]], tokenizer: Any, block_size: int, prefix: Sequence[int] | None = None) -> Iterator[dict[str, list[int]]]:
@@ -223,13 +224,20 @@ def packed_dataset(dataset: Any, tokenizer: Any, block_size: int) -> Any:
     return Dataset.from_list(blocks)
 
 
-def next_tokens(labels: Tensor) -> Tensor:
-    """The token that each position predicts, -100 where none counts: labels moved one to the left, shape (B, T).
+def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """The token that each position of a batch predicts, -100 where none counts: labels moved one to the left, shape (B, T).
+
+    A document's first token, at position 0, is not predicted: what stands before it is another document.
 
     Example:
-        >>> next_tokens(torch.tensor([[-100, 7, 8]])).tolist()
+        >>> next_tokens({"labels": torch.tensor([[-100, 7, 8]])}).tolist()
         [[7, 8, -100]]
+        >>> next_tokens({"labels": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}).tolist()
+        [[6, -100, 8, -100]]
     """
+    labels = batch["labels"]
+    if "position_ids" in batch:
+        labels = labels.masked_fill(batch["position_ids"] == 0, IGNORED)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 

@@ -202,6 +202,7 @@ class _Run:
         finished.check_unchanged()  # since it was opened, by a process that was before this one
         self.progress(f"{self.target} has {', '.join(finished.names)}, which stay")
         anchors = finished.anchors()
+        self.builder.know(anchors)
         for place, anchor in enumerate(anchors if self.same_bytes is not None else []):  # anew: the bytes are those that the new anchors' tokenizers read too
             entries = [
                 entry.model_copy(update={"bits_per_byte": self._bits(anchor.name, None)}) if entry.dataset == self.dataset else entry for entry in anchor.evaluations

@@ -83,6 +83,21 @@ def with_answer(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, "completion": "" if isinstance(row.get("prompt"), (str, type(None))) else [{"role": "assistant", "content": ""}]}
 
 
+def chat_of(row: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int] | None:
+    """The messages of a row that is a chat, and from which on answers count: from the first of its completion where it has a prompt; None of other rows.
+
+    Example:
+        >>> chat_of({"prompt": [{"role": "user", "content": "2 + 2 ="}], "completion": [{"role": "assistant", "content": "4"}]})
+        ([{'role': 'user', 'content': '2 + 2 ='}, {'role': 'assistant', 'content': '4'}], 1)
+    """
+    if "messages" in row:
+        return list(row["messages"]), 0
+    response = next((name for name in RESPONSES if name in row), None)
+    if response is None or isinstance(row.get("prompt", ""), str):
+        return None
+    return [*row["prompt"], *row[response]], len(row["prompt"])
+
+
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says to the chat template beside its messages: ``tools``, in a list or in JSON, and ``chat_template_kwargs``, as TRL reads them.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cbd_hub.distill.data import as_row
 from cbd_hub.distill.packing import tokenised
-from cbd_hub.distill.rows import RESPONSES
+from cbd_hub.distill.rows import RESPONSES, chat_of
 from cbd_hub.errors import DataError
 from cbd_hub.evaluation import Documents, Losses, byte_losses, common_texts, document_losses
 from cbd_hub.interpolation.live import Runner
@@ -61,9 +61,10 @@ class SameBytes:
 
 def _answer_bytes(row: Mapping[str, Any]) -> int:
     """UTF-8 bytes that a row's answers say; 0 where one of them is no text."""
-    answer = next((row[name] for name in RESPONSES if name in row), "")
-    if isinstance(answer, str) and "messages" not in row:
-        return len(answer.encode())
-    messages = row["messages"] if "messages" in row else [*row["prompt"], *answer]
-    said = [message.get("content") for message in messages if message["role"] == "assistant"]
+    chat = chat_of(row)
+    if chat is None:
+        said = [row[name] for name in RESPONSES if name in row][:1]
+    else:
+        messages, first = chat
+        said = [message.get("content") for message in messages[first:] if message["role"] == "assistant"]
     return sum(len(text.encode()) for text in said) if all(isinstance(text, str) for text in said) else 0

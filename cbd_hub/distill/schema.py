@@ -69,6 +69,30 @@ def _check_value(where: str, value: Any, default: Any) -> None:
         raise ValueError(f"{where}={value!r} is no number" + (" (YAML reads 4e-4 as text: write 4.0e-4)" if isinstance(value, str) else ""))
 
 
+def _check_plain(where: str, value: Any) -> None:
+    """Refuse what a recipe that is kept as JSON has no word for, such as the date that YAML makes of 2024-10-05."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has the key {key}, a {type(key).__name__} and no text; put it in quotes")
+            _check_plain(f"{where}.{key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _check_plain(f"{where}.{index}", inner)
+    elif not isinstance(value, (str, int, float, type(None))):
+        raise ValueError(f"{where}={value} is a {type(value).__name__}, and a recipe holds texts, numbers, true, false, null, lists and mappings; put a text in quotes")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML; a value that looks like a number or a date and is none has its line in the error."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError, ValueError) as error:
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value}: {error}", node.start_mark) from error
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -177,6 +201,8 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:
+        for field in ("anchors", "stage", "stages"):
+            _check_plain(field, getattr(self, field))
         for index, anchor in enumerate(self.anchors):
             if isinstance(anchor, dict) and "origin" in anchor:
                 StartData.read(anchor, f"anchors.{index}")
@@ -221,7 +247,7 @@ class Recipe(_Strict):
             if any(isinstance(token, yaml.AnchorToken) for token in yaml.scan(text)):
                 raise RecipeError(f"{file} uses YAML anchors (&name), which a recipe has no need of; write the values out")
             lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-            values = yaml.safe_load(text)
+            values = yaml.load(text, Loader=_Loader)
         except RecursionError as error:
             raise RecipeError(f"{file} is nested too deeply to be a recipe") from error
         except yaml.YAMLError as error:
@@ -250,7 +276,7 @@ class Recipe(_Strict):
             where = tuple(str(part) for part in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
-                fields = RecipeData.model_fields if where[0] == "data" and len(where) > 1 else cls.model_fields
+                fields = RecipeData.model_fields if where[0] in ("data", "text_data") and len(where) > 1 else cls.model_fields
                 near = difflib.get_close_matches(where[-1], list(fields), n=1, cutoff=0.0)[0]
                 message = f"{'.'.join(where)} is no key of a recipe; did you mean {near}?"
             elif where:

@@ -17,6 +17,7 @@ from cbd_hub.configs import class_name, read_config
 from cbd_hub.errors import ArgumentError, CBDError, RecipeError, one_line
 from cbd_hub.families import family_of
 from cbd_hub.hub import resolve_checkpoint
+from cbd_hub.losses.alignment import rows_needed
 from cbd_hub.manifest import Shape
 from cbd_hub.sizes import parse_size
 from cbd_hub.weights import Checkpoint, check_read_back, load_tokenizer, model_class
@@ -152,7 +153,7 @@ def _random(data: StartData) -> Start:
     place = data.tokenizer if data.tokenizer is not None else str(data.config)
     folder = resolve_checkpoint(place, weights=False)
     tokenizer = load_tokenizer(folder)
-    rows = max(tokenizer.get_vocab().values(), default=-1) + 1
+    rows = rows_needed(tokenizer)
     whole = shapes.shape_of(config).model_copy(update={"vocab": rows})
     try:
         shape = named_shape(data.axes, whole, config)

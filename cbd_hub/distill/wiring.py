@@ -22,6 +22,7 @@ from cbd_hub.distill.wrapping import is_peft_model, is_sharded, plain_model
 from cbd_hub.errors import ArgumentError, VocabularyMismatchError, one_line
 from cbd_hub.interpolation.live import check_head
 from cbd_hub.interpolation.plan import Kept
+from cbd_hub.losses.alignment import rows_needed
 
 
 logger = logging.getLogger(__name__)
@@ -162,14 +163,14 @@ def _shared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int | None
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size
     if ours == theirs:
         return None
-    real = None if tokenizer is None else len(tokenizer)
+    real = None if tokenizer is None else rows_needed(tokenizer)
     if real is None or real > min(ours, theirs):
         raise VocabularyMismatchError(
             f"the student has a vocabulary of {ours:,} and the teacher of {theirs:,}"
-            + ("; pass their tokenizer as processing_class if one is only padded" if real is None else f", but the tokenizer has {real:,} tokens")
+            + ("; pass their tokenizer as processing_class if one is only padded" if real is None else f", but the tokenizer needs {real:,} rows")
             + ". Distillation on logits needs one vocabulary; models of different ones need a bridge"
         )
-    logger.info("heads of %d and %d rows are padded; the loss uses the tokenizer's %d tokens", ours, theirs, real)
+    logger.info("heads of %d and %d rows are padded; the loss uses the %d of the tokenizer", ours, theirs, real)
     return real
 
 

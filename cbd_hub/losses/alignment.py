@@ -133,6 +133,16 @@ def rowless_tokens(tokenizer: Any, rows: int) -> frozenset[int]:
     return frozenset(place for place in tokenizer.added_tokens_decoder if place >= rows and place not in used)
 
 
+def rows_needed(tokenizer: Any, rowless: frozenset[int] = frozenset()) -> int:
+    """Rows that a model has to have for a tokenizer: up to its highest token, which is beyond their number where ids have gaps.
+
+    Args:
+        tokenizer: The tokenizer.
+        rowless: Tokens that need none, as `rowless_tokens` gives them.
+    """
+    return max(set(tokenizer.get_vocab().values()) - rowless, default=-1) + 1
+
+
 def check_rows(ids: Iterable[int], rowless: frozenset[int], tokenizer: Any, which: str) -> None:
     """Refuse tokens for which the model has no row.
 
