@@ -33,7 +33,8 @@ def seen(model, text, layer, site="ffn_input"):
     family, found = family_of(model.config), {}
     block = model.get_submodule(family.blocks)[layer]
     handles = [
-        block.get_submodule(getattr(family, site)).register_forward_hook(lambda _, inputs, output: found.update(inputs=inputs[0], written=output)),
+        block.get_submodule(getattr(family, site)).register_forward_hook(lambda _, inputs, output: found.update(inputs=inputs[0], written=output, added=output)),
+        *([block.get_submodule(family.post_norms[0]).register_forward_hook(lambda _, __, output: found.update(added=output))] if family.post_norms and site == "heads_input" else []),
         block.register_forward_pre_hook(lambda _, inputs: found.update(before=inputs[0])),
         block.register_forward_hook(lambda _, inputs, output: found.update(stream=output[0] if isinstance(output, tuple) else output)),
     ]
@@ -41,8 +42,8 @@ def seen(model, text, layer, site="ffn_input"):
         model(torch.stack(text.ids))
     for handle in handles:
         handle.remove()
-    inputs, written, before, stream = (found[name].double().flatten(0, -2) for name in ("inputs", "written", "before", "stream"))
-    return inputs, written, before + written if site == "heads_input" else stream
+    inputs, written, added, before, stream = (found[name].double().flatten(0, -2) for name in ("inputs", "written", "added", "before", "stream"))
+    return inputs, written, before + added if site == "heads_input" else stream
 
 
 def gone(model, whole, plan, text, layer):
@@ -52,7 +53,17 @@ def gone(model, whole, plan, text, layer):
     return float((((wanted - seen(model, text, layer)[2]) ** 2).sum(1) / wanted.square().mean(1).clamp(min=1e-12)).sum())
 
 
-@pytest.mark.parametrize("family", sorted(name for name in tiny.EVERY if name not in ("gemma3_text", "olmo2")))
+def through_norm(model, layer, place, lack, written):
+    """What a post-norm's input should change by, so that its output changes by what is lacking, and how much each position then weighs besides."""
+    family = family_of(model.config)
+    gain = model.get_submodule(family.blocks)[layer].get_submodule(family.post_norms[place]).weight.detach().double() + family.norm_offset
+    size = (written.square().mean(1, keepdim=True) + getattr(model.config, family.norm_eps)).sqrt()
+    wanted = lack * gain / (gain.square() + 0.03 * gain.square().mean())
+    unit = written / size
+    return (wanted - unit * (unit * wanted).mean(1, keepdim=True)) * size, 1 / size
+
+
+@pytest.mark.parametrize("family", sorted(tiny.EVERY))
 def test_the_fit_is_the_ridge_regression_of_the_docstring(family):
     """Each layer's change is the least-squares solution in float64 of the problem written out: rows for positions, and rows that hold each neuron to what it wrote."""
     whole = tiny.EVERY[family](layers=5, ffn=48).eval()
@@ -63,16 +74,19 @@ def test_the_fit_is_the_ridge_regression_of_the_docstring(family):
     ends = [*plan.layers, 5]
     for layer, site in itertools.product(range(3), ("heads_input", "ffn_input")):
         spec, dim = family_of(cut.config).input_of(getattr(family_of(cut.config), site))
-        inputs, _, stream = seen(cut, documents(), layer, site)
+        inputs, written, stream = seen(cut, documents(), layer, site)
         wanted = seen(whole, documents(), ends[layer] if site == "heads_input" else ends[layer + 1] - 1, site)[2]
-        weight = wanted.square().mean(1, keepdim=True).rsqrt()
+        lack, weight = wanted - stream, wanted.square().mean(1, keepdim=True).rsqrt()
+        if family_of(cut.config).post_norms:
+            lack, besides = through_norm(cut, layer, int(site == "ffn_input"), lack, written)
+            weight = weight * besides
         key = spec.name.format(layer=layer)
         biased = key.removesuffix("weight") + "bias" in names
         held = (inputs * weight).norm(dim=0) * (0.3 + 4096 / len(inputs)) ** 0.5
         if biased:
             inputs, held = torch.cat([inputs, torch.ones(len(inputs), 1)], 1), torch.cat([held, torch.zeros(1)])
         rows = torch.cat([inputs * weight, held.diag()])
-        change = torch.linalg.lstsq(rows, torch.cat([(wanted - stream) * weight, torch.zeros(len(held), wanted.shape[1])])).solution
+        change = torch.linalg.lstsq(rows, torch.cat([lack * weight, torch.zeros(len(held), wanted.shape[1])])).solution
         expected = names[key].detach() + (change[: len(change) - biased]).movedim(0, dim)
         torch.testing.assert_close(made.get(key, names[key]).double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
         with torch.no_grad():  # what comes next is fitted on what comes out of this

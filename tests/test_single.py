@@ -16,7 +16,7 @@ from cbd_hub import CBDModel, Chain
 from cbd_hub.cut import measure_importance, mixes
 from cbd_hub.errors import ArchitectureError, ArgumentError, DataError, SizeError, StorageError, WeightsError
 from cbd_hub.evaluation import Documents
-from cbd_hub.shapes import count, parameter_count, shape_of
+from cbd_hub.shapes import count, fill_ffn, parameter_count, shape_of
 from cbd_hub.single import OWN_TEXT, _own_text, cut_single
 
 
@@ -174,6 +174,18 @@ def test_what_cannot_be_cut_is_refused(tmp_path_factory, options, error, message
 SMOLLM = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
 )
+
+
+@pytest.mark.parametrize("size", [33_000_000, 34_123_456, 36_666_667])
+def test_an_ffn_is_a_multiple_of_8_where_that_costs_next_to_nothing(size):
+    shape = shape_of(SMOLLM).model_copy(update={"layers": 3})
+    width = fill_ffn(size, shape, SMOLLM)
+    assert width % 8 == 0
+    assert abs(count(shape.model_copy(update={"ffn": width}), SMOLLM) - size) <= 0.001 * size
+    exact = count(shape.model_copy(update={"ffn": 1301}), SMOLLM)
+    assert fill_ffn(exact, shape, SMOLLM) == 1301, "a width that gives the size exactly stays"
+    assert fill_ffn(exact + 10, shape, SMOLLM) == 1304
+    assert fill_ffn(exact + 10, shape, SMOLLM, within=1e-5) == 1301, "and one that is nearer than a multiple may be"
 
 
 @pytest.mark.parametrize("below", [1, 1_000, 50_000, 100_000])
