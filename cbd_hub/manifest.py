@@ -328,10 +328,8 @@ class Manifest(Data):
                 raise ValueError(f"link {link.small}-{link.large}: road must hold rising sizes between its anchors")
             if any(not small.parameters <= point.size <= large.parameters for point in link.curve):
                 raise ValueError(f"link {link.small}-{link.large}: curve holds a size outside its anchors")
-            if link.kind == "segment" and (
-                len(set(link.order)) != len(link.order) or len(link.order) != max(dropped, 0)
-                or any(layer >= large.shape.layers for layer in link.order)
-            ):
+            wrong = len(set(link.order)) != len(link.order) or len(link.order) != max(dropped, 0) or any(layer >= large.shape.layers for layer in link.order)
+            if link.kind == "segment" and wrong:
                 raise ValueError(f"link {link.small}-{link.large}: order must hold {max(dropped, 0)} different layers of {link.large}")
         return self
 
@@ -429,9 +427,7 @@ class Manifest(Data):
         """The manifest from decoded JSON; ``source`` names it in errors."""
         version = values.get("schema_version") if isinstance(values, dict) else None
         if isinstance(version, (int, float)) and version > SCHEMA_VERSION:
-            raise ManifestError(
-                f"{source} has schema {version} and this cbd_hub reads up to {SCHEMA_VERSION}; run `pip install -U cbd-hub`"
-            )
+            raise ManifestError(f"{source} has schema {version} and this cbd_hub reads up to {SCHEMA_VERSION}; run `pip install -U cbd-hub`")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
