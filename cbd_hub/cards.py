@@ -77,7 +77,7 @@ class CutLosses(Data):
     model: str = Field(max_length=256)
     revision: str | None = Field(max_length=64)
     whole_parameters: Parameters
-    text: str = Field(max_length=256)
+    text: str = Field(max_length=4096)
     tokens: int = Field(ge=1)
     documents: int = Field(ge=1)
     loss: Measured
