@@ -22,7 +22,7 @@ from cbd_hub.precision import best_device, quick
 from cbd_hub.questions import Question, choice_accuracy
 from cbd_hub.reporting import Report
 from cbd_hub.shapes import check_positions, parameter_count, shape_of
-from cbd_hub.sizes import format_size
+from cbd_hub.sizes import check_counts, format_size
 from cbd_hub.weights import Checkpoint, load_model, load_tokenizer, tokenizer_sha256
 
 
@@ -132,6 +132,7 @@ def evaluate_sizes(
     """
     if text is None and not tasks:
         raise ArgumentError("neither text nor tasks were given; name a text file, or a .jsonl file of questions")
+    check_counts(block_size=block_size, max_tokens=max_tokens)
     chain = Chain.from_pretrained(chain)
     for name, given, what in (("sizes", sizes, "sizes"), ("models", models, "folders and Hub ids"), ("tasks", tasks, "files of questions")):
         if isinstance(given, (str, int, os.PathLike)):

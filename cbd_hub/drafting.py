@@ -20,7 +20,7 @@ from cbd_hub.plans import usual_sizes
 from cbd_hub.precision import best_device
 from cbd_hub.reporting import Report
 from cbd_hub.shapes import check_ids, check_positions
-from cbd_hub.sizes import as_int, format_size
+from cbd_hub.sizes import check_counts, format_size
 from cbd_hub.speed.measuring import GREEDY
 
 
@@ -218,10 +218,7 @@ def draft_table(
         >>> table.best and (table.best.parameters, round(table.best.speedup, 2))  # doctest: +SKIP
     """
     opened = Chain.from_pretrained(chain)
-    for name, value in (("max_new_tokens", max_new_tokens), ("prompt_tokens", prompt_tokens), ("rounds", rounds), ("num_assistant_tokens", num_assistant_tokens)):
-        value = as_int(value)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ArgumentError(f"{name}={value!r} is no whole number of 1 or more; give one")
+    check_counts(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens, rounds=rounds, num_assistant_tokens=num_assistant_tokens)
     goal = opened.plan(target).parameters
     drafts = draft_sizes(opened, goal, sizes)
     place = best_device() if device is None else device

@@ -44,7 +44,7 @@ from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Sha
 from cbd_hub.plans import anchor_config
 from cbd_hub.reporting import Progress
 from cbd_hub.sizes import format_bytes, with_error
-from cbd_hub.upload import Content, Publication, Publisher, Repo
+from cbd_hub.upload import Content, Publication, Publisher, Repo, check_tag_name
 from cbd_hub.weights import Checkpoint, read_header
 
 
@@ -69,6 +69,10 @@ def push_chain(
     repos = {anchor.name: f"{repo_id}-{anchor.name}" if anchor in own else anchor.location.repo_id for anchor in manifest.anchors}
     for name in (repo_id, *repos.values()):
         _check_repo_id(name)
+    if tag is not None:
+        check_tag_name(tag)
+        if create_pr:
+            raise ArgumentError(f"tag={tag!r} is of the index's commit, which a pull request has none of before it is merged; leave it out")
     publisher = Publisher(token, private, gated, create_pr, commit_message, progress)
     recipe = _recipe(files)
     shared = _shareable(files, recipe)

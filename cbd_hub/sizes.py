@@ -8,7 +8,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from numbers import Integral, Real
 from typing import Any
 
-from cbd_hub.errors import SizeFormatError
+from cbd_hub.errors import ArgumentError, SizeFormatError
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -34,6 +34,17 @@ def as_int(value: Any) -> Any:
     """
     whole = (isinstance(value, Integral) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
     return int(value) if whole else value
+
+
+def check_counts(**values: Any) -> None:
+    """Refuse what is no whole number of 1 or more; None says nothing.
+
+    Raises:
+        ArgumentError: Naming the first.
+    """
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ArgumentError(f"{name}={value!r} is no whole number of 1 or more; give one")
 
 
 def parse_size(size: str | int) -> int:

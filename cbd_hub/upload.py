@@ -243,13 +243,9 @@ class Publisher:
         """Refuse a tag before a repo is written to that could not be made then; once all that it refers to is ``sent``, also one of what it holds now, if that is to change.
 
         Raises:
-            ArgumentError: If it is on another commit, or no name for a tag.
+            ArgumentError: If it is on another commit.
         """
-        if wanted is None or self.create_pr:
-            return
-        if not re.fullmatch(r"\w[\w.+-]*", wanted, re.ASCII) or ".." in wanted or wanted.endswith((".", ".lock")):
-            raise ArgumentError(f"tag={wanted[:80]!r} is no name for a tag; give letters, digits, '-', '_', '+' and '.'")
-        if repo.head is None:
+        if wanted is None or repo.head is None:
             return
         with explained(repo.id, self.token, pushing=True):
             target = self._tags(repo.id).get(wanted)
@@ -307,6 +303,16 @@ def upload(
             old = Path(client.hf_hub_download(made.repo_id, "README.md", revision=revision, repo_type=repo_type))
             write_text(folder / "README.md", merge_card(read_card(old, made.repo_id), card))
         return client.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message, repo_type=repo_type)
+
+
+def check_tag_name(tag: str) -> None:
+    """Refuse what git would not take for a tag.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", tag, re.ASCII) or ".." in tag or tag.endswith((".", ".lock")):
+        raise ArgumentError(f"tag={tag[:80]!r} is no name for a tag; give letters, digits, '-', '_', '+' and '.'")
 
 
 def _sha256(content: Content) -> str:

@@ -154,7 +154,7 @@ def test_other_models_change_nothing_of_the_sizes(cbd, chain, text, tmp_path):
 
 def test_lists_and_files_are_what_sizes_are_measured_by(chain, text):
     opened = Chain.from_pretrained(chain)
-    for wrong, message in (({"sizes": "min"}, "sizes is 'min' alone; give a list of sizes"), ({"tasks": "a.jsonl"}, "tasks is 'a.jsonl' alone"), ({"text": ["one"]}, "text is a list; give a file")):
+    for wrong, message in (({"sizes": "min"}, "sizes is 'min' alone; give a list of sizes"), ({"tasks": "a.jsonl"}, "tasks is 'a.jsonl' alone"), ({"text": ["one"]}, "text is a list; give a file"), ({"text": "x", "block_size": 0}, "block_size=0 is no whole number of 1 or more"), ({"text": "x", "max_tokens": -1}, "max_tokens=-1 is no")):
         with pytest.raises(ArgumentError, match=message):
             evaluate_sizes(opened, **{"text": text, **wrong})
     assert evaluate_sizes(chain, ["min"], text=text).results, "a path is a file too"

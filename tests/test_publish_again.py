@@ -83,6 +83,10 @@ def test_a_tag_that_is_taken_is_refused_before_anything_is_sent(hub, llamas):
     for tag, why in (("first", "has the tag first on another commit"), ("a b", "is no name for a tag"), ("x..y", "is no name")):
         with pytest.raises(ArgumentError, match=why):
             chain.push_to_hub("org/chain", tag=tag)
+    with pytest.raises(ArgumentError, match="is no name for a tag"):
+        chain.push_to_hub("org/chain", tag="~", dry_run=True)
+    with pytest.raises(ArgumentError, match="which a pull request has none of"):
+        chain.push_to_hub("org/chain", tag="second", create_pr=True)
     assert {name: repo.at("main")[0] for name, repo in hub.repos.items()} == there
     assert chain.push_to_hub("org/chain").tag == "v1", "numbers are told from what only looks like one"
 

@@ -40,7 +40,7 @@ from cbd_hub.manifest import Anchor
 from cbd_hub.plans import made_elsewhere
 from cbd_hub.reporting import Progress
 from cbd_hub.shapes import check_positions, parameter_count, shape_of
-from cbd_hub.sizes import format_size, with_error
+from cbd_hub.sizes import check_counts, format_size, with_error
 from cbd_hub.weights import weights_sha256
 
 
@@ -268,9 +268,7 @@ def _arguments(training: Mapping[str, Any], tokens: int | None, cache: TeacherCa
     if tokens is not None and "max_steps" in training:
         raise ArgumentError(f"tokens={tokens} came with max_steps={training['max_steps']}; give one of them")
     steps = training.get("max_steps", STEPS)
-    for name, value in (("tokens", tokens), ("max_steps", steps), ("eval_steps", training.get("eval_steps"))):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ArgumentError(f"{name}={value!r} is no whole number of 1 or more; give how much is to be learned from")
+    check_counts(tokens=tokens, max_steps=steps, eval_steps=training.get("eval_steps"))
     block_size = {} if cache is None else {"block_size": cache.record.source.packing.block_size or max(len(cache.ids(0)), 2)}
     text = text_default(training)
     judged = not text or training.get("on_policy_fraction")  # on its own answers the teacher's word is what there is to learn
