@@ -90,6 +90,12 @@ def main() -> NoReturn:
         _end_bars()
         err.print(f"error: {escape(str(error))}")
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
+    except OSError as error:
+        if debug:
+            raise
+        _end_bars()
+        err.print(f"error: {escape(str(error.filename or type(error).__name__))}: {escape(error.strerror or str(error))}; check the path, its permissions and the disk")
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise

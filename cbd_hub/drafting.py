@@ -217,6 +217,8 @@ def draft_table(
         >>> table = draft_table("./chain", target="135M")  # doctest: +SKIP
         >>> table.best and (table.best.parameters, round(table.best.speedup, 2))  # doctest: +SKIP
     """
+    if isinstance(prompts, str):
+        raise ArgumentError(f"prompts is {prompts[:40]!r} alone; give a list of texts")
     opened = Chain.from_pretrained(chain)
     check_counts(max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens, rounds=rounds, num_assistant_tokens=num_assistant_tokens)
     goal = opened.plan(target).parameters

@@ -69,14 +69,17 @@ def disk_told(target: Path, todo: str = "free or choose another disk and run aga
 
 
 def check_absent(target: Path) -> None:
-    """Refuse a folder to make that is there and not empty, but for what a process that was killed wrote aside.
+    """Refuse a folder to make that is there and not empty, but for what a process that was killed wrote aside, or that could not be written to.
 
     Raises:
-        StorageError: If it is in the way.
+        StorageError: If it is in the way, or what it would be made in is no folder or not to be written to.
     """
     target = Path(os.path.realpath(target.expanduser()))
     if target.exists() and (not target.is_dir() or any(not path.name.endswith(ASIDE) for path in target.iterdir())):
         raise StorageError(f"{target} already exists and is not an empty folder; choose another place or remove it")
+    above = next(place for place in (target, *target.parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise StorageError(f"{target} cannot be made: {above} is {'no folder' if not above.is_dir() else 'not to be written to'}; choose another place or check its permissions")
 
 
 @contextmanager

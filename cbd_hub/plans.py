@@ -37,7 +37,7 @@ from cbd_hub.interpolation.planner import check_options, segment_of, segment_pla
 from cbd_hub.manifest import Anchor, Manifest, PathRecord, Shape
 from cbd_hub.precision import best_device
 from cbd_hub.remote import bytes_to_fetch, header_at_hand
-from cbd_hub.sizes import format_bytes, format_size, parse_bytes
+from cbd_hub.sizes import format_size, parse_bytes
 from cbd_hub.speed.measuring import Speed, SpeedWish
 from cbd_hub.speed.prediction import SpeedModel, terms
 from cbd_hub.speed.stopwatch import Stopwatch, one_device
@@ -222,7 +222,7 @@ def _size_that_fits(files: ChainFiles, budget: int, dtype: Any, strategy: str, a
         chosen = _dtype_of(files, [least], dtype)
         raise SizeError(
             f"memory_budget={budget:,} bytes hold {budget // chosen.itemsize:,} parameters in {str(chosen).removeprefix('torch.')}, but the smallest anchor of {files.manifest.name} has "
-            f"{least.parameters:,} ({format_bytes(least.parameters * chosen.itemsize)}); give more, or a narrower dtype"
+            f"{least.parameters:,} ({least.parameters * chosen.itemsize:,} bytes); give more, or a narrower dtype"
         )
     return found
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -13,10 +14,11 @@ import typer
 import yaml
 from conftest import ONE_FAMILY
 from conftest import recipe as make_recipe
+from safetensors.torch import load_file, save_file
 from tokenizers_for_bridge import byte_level
 from transformers import AutoModelForCausalLM
 
-from cbd_hub import Chain, cli, evaluate_sizes
+from cbd_hub import Chain, ChainDistillerConfig, cli, draft_table, evaluate_sizes
 from cbd_hub.errors import ArgumentError
 
 
@@ -302,3 +304,61 @@ def test_the_cli_starts_without_torch():
 def test_a_load_and_a_plan_import_no_machinery_for_training():
     code = "import cbd_hub.cli, cbd_hub.model, cbd_hub.chain, sys; print(sorted({'accelerate', 'datasets', 'peft', 'scipy', 'transformers.modeling_utils', 'transformers.generation'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@ONE_FAMILY
+def test_a_home_folder_is_found_whatever_the_shell_left(cbd, chain, text, tmp_path, monkeypatch):
+    """bash leaves ~ behind = as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(chain, tmp_path / "chain")
+    assert cbd("push", "~/chain", "org/x", "--dry-run")[0] == 0
+    code, _, said = cbd("cache-teacher", chain / "anchors" / Chain.from_pretrained(chain).anchors[0].name, "--text", text, "--out", "~/cache", "--block-size", 32)
+    assert code == 0, said
+    assert (tmp_path / "cache/cache.json").is_file()
+
+
+@ONE_FAMILY
+def test_what_a_broken_model_loses_is_null_in_json(cbd, chain, text, tmp_path):
+    code, printed, said = cbd("make", chain, "--size", "min", "--out", tmp_path / "hot")
+    assert code == 0, said
+    weights = load_file(tmp_path / "hot/model.safetensors")
+    save_file({name: tensor * 1000 if "norm" in name else tensor for name, tensor in weights.items()}, tmp_path / "hot/model.safetensors", {"format": "pt"})
+    code, printed, said = cbd("eval", chain, "--text", text, "--sizes", "max", "--models", tmp_path / "hot", "--json")
+    assert code == 0, said
+    assert [row["perplexity"] is None for row in json.loads(printed)["results"]] == [False, True]
+
+
+@ONE_FAMILY
+def test_calls_that_could_not_end_well_are_refused_at_once(cbd, chain, text, tmp_path, monkeypatch):
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    (tmp_path / "file").write_text("x")
+    top = chain / "anchors" / Chain.from_pretrained(chain).anchors[0].name
+    for arguments, message in (
+        (("eval", chain, "--text", tmp_path / "broken.parquet"), "broken.parquet cannot be read as parquet"),
+        (("cut", top, "--size", "30K", "--text", text, "--out", tmp_path / "file/x"), "cannot be made: "),
+        (("cache-teacher", top, "--text", text, "--out", tmp_path / "c", "--push", "alone"), 'give one such as "org/alone"'),
+        (("space", chain, "--push", "org/s", "--port", 80), "--port is of the page on this machine"),
+    ):
+        code, _, said = cbd(*arguments)
+        assert code in (1, 2)
+        assert message in said, said
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "is not to be written to" in cbd("cut", top, "--size", "30K", "--text", text, "--out", tmp_path / "new")[2]
+    monkeypatch.undo()
+    with pytest.raises(ArgumentError, match="prompts is 'one text' alone"):
+        draft_table(chain, prompts="one text")
+    for more, message in (({}, "changes nothing on a CPU"), ({"bf16": True}, "contradict each other")):
+        with pytest.raises(ArgumentError, match=message):
+            ChainDistillerConfig(str(tmp_path), fp16=True, use_cpu=True, **more)
+    (tmp_path / "twice.yaml").write_text("teacher: a\nteacher: b\n")
+    assert "twice.yaml line 2: teacher is given twice" in cbd("distill", tmp_path / "twice.yaml", "--out", tmp_path / "d")[2]
+
+
+def test_an_error_of_the_system_names_its_path(cbd, monkeypatch):
+    def locked(*_, **__):
+        raise PermissionError(13, "Permission denied", "/some/where")
+
+    monkeypatch.setattr(Chain, "from_pretrained", locked)
+    code, _, said = cbd("show", "x")
+    assert code == 1
+    assert said == "error: /some/where: Permission denied; check the path, its permissions and the disk\n"

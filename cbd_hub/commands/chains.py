@@ -50,7 +50,7 @@ def distill(
         from cbd_hub.distill.dry_run import dry_run as estimate
         from cbd_hub.distill.stages import read_parts
         parts = read_parts(read)
-        chain = Chain.from_pretrained(out_dir) if out_dir is not None and (out_dir / "chain.json").is_file() else None
+        chain = Chain.from_pretrained(out_dir) if out_dir is not None and (out_dir.expanduser() / "chain.json").is_file() else None
         costs = estimate(read, printed(as_json), parts=parts, chain=chain)
         show_costs(costs, parts, as_json)
         return

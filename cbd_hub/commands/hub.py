@@ -52,6 +52,7 @@ def push(
         "private": private, "gated": gated, "create_pr": create_pr, "commit_message": message, "dry_run": dry_run,
         "progress": printed(as_json),
     }
+    folder = folder.expanduser()
     if not folder.is_dir():
         raise StorageError(f"{folder} is no folder; give a chain's folder, or that of a model made by `cbd make`")
     if (folder / FILE_NAME).is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -124,8 +125,16 @@ def cell(value: Any) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on a line."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    """Print one JSON object on a line; a number that is not finite, as the perplexity of a broken model, is null."""
+    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def printed(as_json: bool) -> Progress | None:

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cbd_hub.commands.options import ChainArgument, DryRunOption, DtypeOption, JsonOption, PrivateOption, RevisionOption
+from cbd_hub.commands.options import (
+    ChainArgument,
+    DryRunOption,
+    DtypeOption,
+    JsonOption,
+    PrivateOption,
+    RevisionOption,
+    refuse_given,
+)
 from cbd_hub.commands.printing import err, out, print_json, table_of
 from cbd_hub.errors import ArgumentError
 from cbd_hub.sizes import format_bytes, parse_bytes
@@ -18,6 +26,7 @@ commands = typer.Typer()
 
 @commands.command()
 def space(
+    context: typer.Context,
     chain: ChainArgument,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port; the first free one from 7860 on by default.", show_default=False)] = None,
@@ -38,6 +47,8 @@ def space(
     alone = [name for name, given in (("--hardware", hardware), ("--private", private), ("--dry-run", dry_run or None), ("--json", as_json or None)) if given is not None]
     if push is None and alone:
         raise ArgumentError(f"{alone[0]} is of a Space that is deployed; name it by --push ORG/SPACE, or leave {alone[0]} out")
+    if push is not None:
+        refuse_given(context, ("host", "port", "mcp", "browser"), "is of the page on this machine, and --push deploys one instead; leave it out")
     with err.status(f"opening {escape(chain)}"):
         from cbd_hub.chain import Chain
         opened = Chain.from_pretrained(chain, revision=revision)

@@ -180,7 +180,7 @@ def write_cache(
         DataError: If the text does not fill one block, or a token is not in the teacher's vocabulary.
         StorageError: If the folder is in the way, holds another cache, another process writes it, or the disk is full.
     """
-    target = Path(folder)
+    target = Path(folder).expanduser()
     rows_of_head = teacher.get_output_embeddings().weight.shape[0]
     codec = TopCodec(top_k, bits, rows_of_head if tokenizer is None else min(rows_of_head, rows_needed(tokenizer)))
     if student is not None and student.get_output_embeddings().weight.shape[0] < codec.vocab_size:

@@ -97,6 +97,8 @@ class ChainDistillerConfig(SamplingArguments, TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.fp16 and (self.bf16 or self.use_cpu):
+            raise ArgumentError("fp16=True " + ("and bf16=True contradict each other; leave one of them out" if self.bf16 else "changes nothing on a CPU; leave it out, or take bf16=True"))
         if self.bf16 and not has_bf16("cpu" if self.use_cpu else best_device().type):
             self.bf16 = False
             say_fp32()

@@ -166,6 +166,8 @@ def _loaded(source: str, *args: Any, **kwargs: Any) -> Any:
         return load_dataset(source, *args, **kwargs)
     except Exception as error:  # datasets and the Hub client raise many kinds
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        if "data_files" in kwargs:
+            raise DataError(f"{', '.join(map(str, kwargs['data_files']))} cannot be read as {source} ({reason}); make or fetch it again") from error
         raise DataError(f'data set "{source}" cannot be loaded ({reason}); check its name and the network, or use path with local files') from error
 
 

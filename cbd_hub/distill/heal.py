@@ -125,7 +125,7 @@ def heal(
         if value is not None and value < 1:
             raise ArgumentError(f"{name}={value} is too few; give 1 or more")
     if eval_dataset is None and (dataset is None or cache is not None):
-        raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset" if cache is not None else "neither dataset nor teacher_cache came; pass one")
+        raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset (--heldout-text)" if cache is not None else "neither dataset nor teacher_cache came; pass one")
     rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed, model.config.vocab_size)
     documents = documents_of(held_rows, tokenizer, args.block_size, heldout_tokens)
     asked = {

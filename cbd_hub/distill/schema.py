@@ -246,7 +246,7 @@ class Recipe(_Strict):
             text = file.read_text(encoding="utf-8")
             if any(isinstance(token, yaml.AnchorToken) for token in yaml.scan(text)):
                 raise RecipeError(f"{file} uses YAML anchors (&name), which a recipe has no need of; write the values out")
-            lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
+            lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader), f"{file} ")
             values = yaml.load(text, Loader=_Loader)
         except RecursionError as error:
             raise RecipeError(f"{file} is nested too deeply to be a recipe") from error
@@ -380,21 +380,21 @@ def _check_data(where: str, value: Any) -> None:
         raise ValueError(f"{'.'.join((where, *map(str, first['loc'])))}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Line of every key and item of a YAML document, from 1."""
+def _lines(node: Any, source: str, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Line of every key and item of a YAML document, from 1; ``source`` begins an error."""
     found: dict[tuple[str, ...], int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
             if here in found:
-                raise RecipeError(f"line {key.start_mark.line + 1}: {'.'.join(here)} is given twice; keep one of them")
+                raise RecipeError(f"{source}line {key.start_mark.line + 1}: {'.'.join(here)} is given twice; keep one of them")
             found[here] = key.start_mark.line + 1
-            found.update(_lines(value, here))
+            found.update(_lines(value, source, here))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             here = (*path, str(index))
             found[here] = value.start_mark.line + 1
-            found.update(_lines(value, here))
+            found.update(_lines(value, source, here))
     return found
 
 
