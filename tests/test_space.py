@@ -489,6 +489,8 @@ def test_a_port_that_is_taken_is_said(served):
     from cbd_hub.space.page import launch, message_page
     with pytest.raises(ArgumentError, match="127.0.0.1 has no port to listen on .*choose another --port"):
         launch(message_page("second"), host="127.0.0.1", port=int(served.rstrip("/").rpartition(":")[2]), block=False)
+    with pytest.raises(ArgumentError, match="999.1.1.1 has no port to listen on .*or --host"):
+        launch(message_page("third"), host="999.1.1.1", block=False)
 
 
 def test_programs_ask_the_same(served, desk):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
@@ -328,6 +329,10 @@ def launch(page: gr.Blocks, *, host: str | None = None, port: int | None = None,
         ArgumentError: If the port, or the address, cannot be listened on.
     """
     try:
+        if host is not None:  # Gradio would try one port after another
+            family, *_, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+            with socket.create_server((str(address[0]), int(address[1])), family=family):
+                pass
         return page.launch(
             server_name=host, server_port=port, mcp_server=mcp, prevent_thread_lock=not block, theme=gr.themes.Default(primary_hue="indigo").set(**_CONTRAST),
             css=files("cbd_hub.space").joinpath("page.css").read_text(), head=_HEAD, ssr_mode=False, max_file_size="1kb", show_error=False, enable_monitoring=False,
