@@ -292,6 +292,8 @@ def trimmed(tokenizer: Any, keep: int, rows: int | None = None) -> tuple[Any, li
     beyond = {entry["content"] for entry in facts["added_tokens"] if entry["id"] in rowless}
     whole = len((taken | products & vocab.keys() | added) - beyond)
     least = len((taken | added) - beyond)
+    if least == whole:
+        raise ArgumentError(f"keep={keep:,} tokens, but all {whole:,} of the vocabulary are special tokens, bytes and single characters; there is nothing to trim")
     if not least <= keep < whole:
         raise ArgumentError(
             f"keep={keep:,} tokens, but special tokens, bytes and single characters alone are {least:,} and the whole vocabulary is {whole:,}; ask for a number in between"

@@ -653,7 +653,7 @@ stages:
     ("teacher:", "techer:", r"line 1: techer is no key of a recipe; did you mean teacher\?|line \d: teacher"),
     ("block_size", "blok_size", r"line 5: data.blok_size is no key of a recipe; did you mean block_size\?"),
     ("divergence:", "divergance:", r"line 8: stage.divergance is no field of ChainDistillerConfig; did you mean divergence\?"),
-    ("{max_steps: 20}", "{max_step: 20}", r"line 10: stages.1M.max_step is no field .* did you mean max_steps\?"),
+    ("{max_steps: 20}", "{max_step: 20}", r"line 10: stages.1M.max_step is no field .* did you mean max_steps\?"), ("{max_steps: 20}", "{lr: 20}", r"stages.1M.lr is no field .* did you mean learning_rate\?"),
     ("  1M: {", "  3M: {", r"line 10: stages.3M names no anchor"),
     ("[2M, 1M]", "[2M, 1Q]", 'size "1Q" cannot be read'),
     ("data:", "align: maybe\ndata:", "line 3: align: 'maybe' is not known; write auto, true or false"),

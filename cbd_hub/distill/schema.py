@@ -44,6 +44,12 @@ _REFUSED = {
     "enable_jit_checkpoint": "a stage that is stopped goes on from its last checkpoint; leave it out, or lower save_steps for more of them",
 }
 
+# What other trainers call a field, where no spelling leads to it.
+_ELSEWHERE = {
+    "lr": "learning_rate", "batch_size": "per_device_train_batch_size", "micro_batch_size": "per_device_train_batch_size", "epochs": "max_steps", "num_epochs": "max_steps", "steps": "max_steps",
+    "seq_len": "block_size", "max_length": "block_size", "max_seq_length": "block_size",
+}
+
 
 # What changes nothing of what comes out: how often is saved and said, and how rows are fetched.
 _NEUTRAL = (
@@ -226,7 +232,7 @@ class Recipe(_Strict):
                 elif key in _STAGE_FIELDS:
                     _check_value(f"{where}.{key}", fields[key], _STAGE_FIELDS[key])
                 else:
-                    near = difflib.get_close_matches(key, sorted(_STAGE_FIELDS), n=1, cutoff=0.0)[0]
+                    near = _ELSEWHERE.get(key) or difflib.get_close_matches(key, sorted(_STAGE_FIELDS.keys() - _REFUSED.keys()), n=1, cutoff=0.0)[0]
                     raise ValueError(f"{where}.{key} is no field of ChainDistillerConfig; did you mean {near}?")
         known = [anchor_key(anchor) for anchor in self.anchors]
         unknown = sorted(self.stages.keys() - set(known))
