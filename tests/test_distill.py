@@ -24,7 +24,7 @@ from cbd_hub.evaluation import Documents
 from cbd_hub.hub import open_chain
 from cbd_hub.interpolation.live import Between, check_head
 from cbd_hub.links import plain_link
-from cbd_hub.manifest import Blend, Shape
+from cbd_hub.manifest import Blend
 from cbd_hub.plans import plan_in
 from cbd_hub.precision import has_bf16
 from cbd_hub.shapes import shape_of
@@ -394,10 +394,6 @@ def test_importance_is_its_definition(family):
     norm = down.weight.norm(dim=0 if family == "llama" else 1)
     expected = caught["x"].square().mean((0, 1)).sqrt() * norm
     np.testing.assert_allclose(importance.ffn[1], expected.detach().numpy(), rtol=1e-4)
-
-
-def test_shapes_are_plain_data():
-    assert Shape(layers=1, hidden=2, heads=1, kv_heads=1, head_size=2, ffn=3, vocab=4).model_dump()["ffn"] == 3
 
 
 def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path, caplog):

@@ -1,5 +1,7 @@
 """Losses against a dense float64 reference, in value and gradient; only kept tokens count; only the student learns."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,9 @@ def test_jensen_shannon_direction_and_skew_bound():
     torch.testing.assert_close(near_one, divergence.reverse_kl(student, teacher, keep), rtol=0.02, atol=0)
     near_zero = divergence.jensen_shannon(student, teacher, keep, beta=0.001) / 0.001
     torch.testing.assert_close(near_zero, divergence.forward_kl(student, teacher, keep), rtol=0.02, atol=0)
+    far = 40 * student
+    for skew in (0.1, 0.5):
+        assert 0.9 * -math.log(skew) < divergence.skew_kl(far, -far, keep, skew=skew) <= -math.log(skew) + 1e-6
 
 
 @settings(max_examples=60, deadline=None)
