@@ -137,7 +137,7 @@ def merge_card(old: str | None, new: str) -> str:
     one has is kept, tags and data sets of both are kept, and a licence or base model that a person put there stands.
 
     Args:
-        old: The README that is there; None for none.
+        old: The README that is there, as `read_card` gives it; None for none.
         new: The card.
 
     Returns:
@@ -146,11 +146,8 @@ def merge_card(old: str | None, new: str) -> str:
     if not old or not old.strip():
         return new
     fresh = RepoCard(new)
-    try:
-        written = RepoCard(old, ignore_metadata_errors=True)
-        data, body = written.data.to_dict(), written.text
-    except Exception:  # a card that cannot be read is all hand-written text
-        data, body = {}, old
+    written = RepoCard(old, ignore_metadata_errors=True)
+    data, body = written.data.to_dict(), written.text
     generated, new_data = _generated(body), fresh.data.to_dict()
     if generated.get("license") and all(generated.get(field) == data.get(field) for field in _LICENCE[:2]):
         changed = any(generated.get(field) != new_data.get(field) for field in _LICENCE[:2])

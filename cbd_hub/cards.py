@@ -15,7 +15,7 @@ from cbd_hub.card_metadata import hub_id, license_lines, repeated
 from cbd_hub.hub import KEPT_FILE, is_repo_id
 from cbd_hub.interpolation.curve import Chord
 from cbd_hub.interpolation.planner import PADDING
-from cbd_hub.manifest import Anchor, Data, Evaluation, Manifest, Measured, Mix, Name, Parameters, Shape
+from cbd_hub.manifest import Anchor, Data, Evaluation, Loss, Manifest, Mix, Name, Parameters, Shape
 from cbd_hub.sizes import format_size, with_error
 
 
@@ -80,12 +80,12 @@ class CutLosses(Data):
     text: str = Field(max_length=4096)
     tokens: int = Field(ge=1)
     documents: int = Field(ge=1)
-    loss: Measured
-    stderr: Measured | None
-    whole_loss: Measured
+    loss: Loss
+    stderr: Loss | None
+    whole_loss: Loss
     difference: float
-    difference_stderr: Measured | None
-    sliced_loss: Measured | None = None
+    difference_stderr: Loss | None
+    sliced_loss: Loss | None = None
     reconstruction: Literal["stream", "layer"] | None = None
     reconstruction_tokens: int = Field(default=0, ge=0)
 

@@ -84,26 +84,22 @@ def main() -> NoReturn:
         _quiet()
     try:
         app(args=arguments, prog_name="cbd")
-    except CBDError as error:
-        if debug:
-            raise
-        _end_bars()
-        err.print(f"error: {escape(str(error))}")
-        sys.exit(2 if isinstance(error, ArgumentError) else 1)
-    except OSError as error:
-        if debug:
-            raise
-        _end_bars()
-        err.print(f"error: {escape(str(error.filename or type(error).__name__))}: {escape(error.strerror or str(error))}; check the path, its permissions and the disk")
-        sys.exit(1)
     except Exception as error:
         if debug:
             raise
         _end_bars()
-        text = str(error).strip().splitlines()
-        err.print(f"error: {type(error).__name__}: {escape(text[0][:300] if text else '')}; run with --debug for the traceback")
-        sys.exit(1)
+        err.print(f"error: {escape(_said(error))}")
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)
     sys.exit(0)
+
+
+def _said(error: Exception) -> str:
+    """An error on one line."""
+    if isinstance(error, CBDError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and the disk"
+    return f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[:1])[:300]}; run with --debug for the traceback"
 
 
 if __name__ == "__main__":

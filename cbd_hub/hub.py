@@ -397,15 +397,17 @@ def is_repo_id(name: str) -> bool:
 
 
 def check_repo_id(name: str) -> None:
-    """Refuse a name that no repo can have, before the work is done that it is for.
+    """Refuse a name that no repo can have, or that has no namespace, before the work is done that it is for.
 
     Raises:
         ArgumentError: If it is none.
     """
     try:
         validate_repo_id(name)
+        if name.count("/") != 1:
+            raise HFValidationError("it has no namespace")
     except HFValidationError as error:
-        raise ArgumentError(f'"{name}" cannot be the name of a repo; give one such as "org/name" of letters, digits, ".", "_" and "-"') from error
+        raise ArgumentError(f'"{name}" cannot be the name of a repo ({str(error)[:120]}); give one such as "org/NAME" of letters, digits, ".", "_" and "-", at most 96') from error
 
 
 def reachable(timeout: float = 5.0) -> bool:

@@ -43,7 +43,7 @@ SafePath = Annotated[str, Field(max_length=512), AfterValidator(_safe_path)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Parameters = Annotated[int, Field(gt=0, le=10**15)]
-Measured = Annotated[float, Field(ge=0, le=10**6)]
+Loss = Annotated[float, Field(ge=0, le=10**6)]
 
 
 class Data(BaseModel):
@@ -145,9 +145,9 @@ class Teacher(Data):
 class Evaluation(Data):
     """A measured loss, in nats per token, with its standard error over documents; in bits per byte too where the chain has several vocabularies."""
 
-    loss: Measured
-    bits_per_byte: Measured | None = None
-    stderr: Measured | None = None
+    loss: Loss
+    bits_per_byte: Loss | None = None
+    stderr: Loss | None = None
     tokens: int = Field(ge=0)
     dataset: str = Field(max_length=256)
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import ValidationError
 
 from cbd_hub import shapes
@@ -39,7 +37,7 @@ from cbd_hub.configs import read_config
 from cbd_hub.errors import ArgumentError, ManifestError, StorageError, WeightsError
 from cbd_hub.families import family_of
 from cbd_hub.files import check_file, public
-from cbd_hub.hub import KEPT_FILE, TOKENIZER_FILES, ChainFiles, is_repo_id, open_chain
+from cbd_hub.hub import KEPT_FILE, TOKENIZER_FILES, ChainFiles, check_repo_id, is_repo_id, open_chain
 from cbd_hub.manifest import FILE_NAME, Anchor, Location, Manifest, Preview, Shape
 from cbd_hub.plans import anchor_config
 from cbd_hub.reporting import Progress
@@ -68,7 +66,7 @@ def push_chain(
     own = [anchor for anchor in manifest.anchors if anchor.location.repo_id == "."]
     repos = {anchor.name: f"{repo_id}-{anchor.name}" if anchor in own else anchor.location.repo_id for anchor in manifest.anchors}
     for name in (repo_id, *repos.values()):
-        _check_repo_id(name)
+        check_repo_id(name)
     if tag is not None:
         check_tag_name(tag)
         if create_pr:
@@ -99,7 +97,7 @@ def push_chain(
     for name, repo in anchors.items():
         publisher.progress(f"anchor {name}: {format_bytes(repo.bytes)} to {repo.id}")
         pinned[name] = publisher.put(repo)
-    index.files = _index_files(files, _published(manifest, repos, pinned, previews), shared)
+    index.files[FILE_NAME] = _published(manifest, repos, pinned, previews).to_json().encode()
     publisher.check_tag(index, tag, sent=True)
     publisher.progress(f"index: {format_bytes(index.bytes)} to {repo_id}")
     commit = publisher.put(index)
@@ -140,7 +138,7 @@ def push_model(
         ArgumentError: If the repo's name or its card is refused.
         StorageError: If the Hub cannot be reached or refuses.
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} is neither a chain (it has no {FILE_NAME}) nor a model (no config.json); run `cbd distill` to its end, or give the folder that `cbd make` wrote")
     config = read_config(folder)
@@ -213,7 +211,7 @@ def push_anchor(
     progress: Progress | None = None,
 ) -> str:
     """Push a ready checkpoint as a further anchor of a chain, with its card; gives the commit."""
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     source = str(chain.name if chain.files.revision is None else chain.files.name)
     card = anchor_card(
         repo_id, parameters, teacher_repo=None, license=license, facts={"anchor of": source}, chain=source if is_repo_id(source) else None,
@@ -399,12 +397,3 @@ def _index_files(files: ChainFiles, manifest: Manifest, recipe: bool) -> dict[st
     contents["config.json"] = manifest.config().encode()
     contents[FILE_NAME] = manifest.to_json().encode()
     return contents
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-        if repo_id.count("/") != 1:
-            raise HFValidationError("it has no namespace")
-    except HFValidationError as error:
-        raise ArgumentError(f"{repo_id!r} is no name for a repo ({str(error)[:120]}); write it as org/NAME, of letters, digits, '-', '_' and '.', at most 96") from error

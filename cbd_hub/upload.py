@@ -83,7 +83,7 @@ class Repo:
     @property
     def bytes(self) -> int:
         """Bytes of its files and card."""
-        return sum(content.stat().st_size if isinstance(content, Path) else len(content) for content in self.files.values()) + len(self.card.encode())
+        return sum(content.stat().st_size if isinstance(content, Path) else len(content) for content in self.contents.values())
 
 
 class Publisher:
@@ -300,7 +300,7 @@ def upload(
         made = client.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
         card = read_card(folder / "README.md")
         if card is not None and is_ours(card) and client.file_exists(made.repo_id, "README.md", revision=revision, repo_type=repo_type):
-            old = Path(client.hf_hub_download(made.repo_id, "README.md", revision=revision, repo_type=repo_type))
+            old = fetch(made.repo_id, "README.md", revision, {"token": token, "repo_type": repo_type}, MAX_BYTES)
             write_text(folder / "README.md", merge_card(read_card(old, made.repo_id), card))
         return client.upload_folder(repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message, repo_type=repo_type)
 

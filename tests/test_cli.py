@@ -336,7 +336,7 @@ def test_calls_that_could_not_end_well_are_refused_at_once(cbd, chain, text, tmp
     for arguments, message in (
         (("eval", chain, "--text", tmp_path / "broken.parquet"), "broken.parquet cannot be read as parquet"),
         (("cut", top, "--size", "30K", "--text", text, "--out", tmp_path / "file/x"), "cannot be made: "),
-        (("cache-teacher", top, "--text", text, "--out", tmp_path / "c", "--push", "alone"), 'give one such as "org/alone"'),
+        (("cache-teacher", top, "--text", text, "--out", tmp_path / "c", "--push", "alone"), '"alone" cannot be the name of a repo (it has no namespace)'),
         (("space", chain, "--push", "org/s", "--port", 80), "--port is of the page on this machine"),
     ):
         code, _, said = cbd(*arguments)

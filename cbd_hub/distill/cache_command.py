@@ -63,8 +63,6 @@ def cache_text(
         raise ArgumentError(f"anchor {anchor} names a stage of a recipe, and none was given; give --recipe too")
     if push is not None:
         check_repo_id(push)
-        if "/" not in push:
-            raise ArgumentError(f'"{push}" has no namespace, without which it cannot be named as a cache later; give one such as "org/{push}"')
     compute = None if dtype is None else weight_dtype(dtype, torch.float32)
     if text is not None:
         rows = read_rows(text, column)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from datasets import Features, List, Value
 from pydantic import Field, ValidationError
 
-from cbd_hub.distill.packing import is_joined, pack
+from cbd_hub.distill.packing import is_joined, next_tokens, pack
 from cbd_hub.distill.rows import TEMPLATE_COLUMNS, check_ready
 from cbd_hub.distill.top_codec import BITS
 from cbd_hub.errors import DataError
@@ -249,6 +250,6 @@ def _begins(block: Mapping[str, Any], prefix: Sequence[int]) -> bool:
 
 def predicts(block: Mapping[str, Any]) -> np.ndarray:
     """Which positions of a block predict a token that counts, bool, shape (length,)."""
-    labels = np.asarray(block.get("labels", block["input_ids"]))
-    begins = np.asarray(block["position_ids"]) == 0 if "position_ids" in block else np.zeros(len(labels), bool)
-    return np.append((labels[1:] != IGNORED) & ~begins[1:], False)
+    given = {"labels": block.get("labels", block["input_ids"]), **({"position_ids": block["position_ids"]} if "position_ids" in block else {})}
+    found: np.ndarray = (next_tokens({name: torch.tensor(np.asarray(values))[None] for name, values in given.items()})[0] != IGNORED).numpy()
+    return found

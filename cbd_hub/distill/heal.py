@@ -121,9 +121,7 @@ def heal(
     check_positions(args.block_size, model.config, f"block_size={args.block_size}")
     if not 0 < heldout < 1:
         raise ArgumentError(f"heldout={heldout} is no share of the text; give a number between 0 and 1, such as 0.05")
-    for name, value in (("heldout_tokens", heldout_tokens), ("patience", patience)):
-        if value is not None and value < 1:
-            raise ArgumentError(f"{name}={value} is too few; give 1 or more")
+    check_counts(heldout_tokens=heldout_tokens, patience=patience)
     if eval_dataset is None and (dataset is None or cache is not None):
         raise ArgumentError("a teacher cache holds what is trained on, and nothing to measure on came; pass eval_dataset (--heldout-text)" if cache is not None else "neither dataset nor teacher_cache came; pass one")
     rows, held_rows = divided(dataset, eval_dataset, heldout, args.seed, model.config.vocab_size)

@@ -190,8 +190,6 @@ def push_space(
         StorageError: If the Hub cannot be reached or refuses.
     """
     check_repo_id(repo_id)
-    if repo_id.count("/") != 1:
-        raise ArgumentError(f'"{repo_id}" names no Space; give one such as "org/SPACE"')
     space_files(chain, repo_id)  # refuses a local chain before a request is made
     client = api(token)
     shut = False
@@ -209,7 +207,7 @@ def push_space(
         if dry_run:
             return Deployment(repo_id, f"{client.endpoint}/spaces/{repo_id}", None, sizes, chosen, secret)
         url = client.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=shut or None if private is None else private, exist_ok=True)
-        head = client.space_info(repo_id)
+        head = there or client.space_info(repo_id)
         old = [file.rfilename for file in head.siblings or [] if re.fullmatch(r"cbd_hub-[^/]*\.whl", file.rfilename) and file.rfilename not in made]
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in sorted(made.items())] + [CommitOperationDelete(name) for name in old]
         done = client.create_commit(repo_id, operations, repo_type="space", commit_message=f"Pick a size of {chain.files.name}", parent_commit=head.sha)
